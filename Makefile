@@ -1,0 +1,20 @@
+# Every target first sees to it that .venv holds what pyproject.toml and constraints.txt ask for.
+PYTHON ?= python3
+READY  := .venv/.installed
+HOOKS   = $$(git rev-parse --git-path hooks)
+
+.PHONY: demo test lint bench hooks
+
+demo:  $(READY) ; .venv/bin/python examples/demo.py
+test:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q
+lint:  $(READY) ; .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+bench: $(READY) ; .venv/bin/python benchmarks/perplexity.py $(ARGS)
+hooks: $(READY) ; @mkdir -p $(HOOKS) && printf '#!/bin/sh\nmake lint && .venv/bin/python -m pytest -q tests/test_layers.py\n' > $(HOOKS)/pre-commit && chmod +x $(HOOKS)/pre-commit
+
+# torch comes first and alone: which build it is decides what else is downloaded.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowbit needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q torch==2.13.0 -c constraints.txt
+	.venv/bin/pip install -q -e '.[dev]' -c constraints.txt
+	@touch $@

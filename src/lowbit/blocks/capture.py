@@ -1,0 +1,90 @@
+"""Record what a block is called with, call it again, and record the inputs of its linears."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.blocks.stream import Batch
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A stub has recorded its call and ends the forward pass."""
+
+
+class Stub(nn.Module):
+    """Stands where a block was: records the call, hands the hidden states on unchanged (or stops).
+
+    The model's own forward, run with every block stubbed, tells each block's keyword arguments
+    (masks, positions): sliding-window layers get others than their neighbours.
+    """
+
+    def __init__(self, block: nn.Module, tuple_output: bool, stop: bool = False) -> None:
+        super().__init__()
+        # A list, so that the block's parameters do not become the stub's.
+        self._signature = [inspect.signature(block.forward)]
+        self._attributes = {k: v for k, v in vars(block).items() if isinstance(v, str | int | bool)}
+        self.tuple_output = tuple_output
+        self.stop = stop
+        self.calls: list[Batch] = []
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models look at an attribute of the block, such as Gemma's `attention_type`.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            attributes = self.__dict__.get("_attributes", {})
+            if name in attributes:
+                return attributes[name]
+            raise
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._signature[0].bind(*args, **kwargs).arguments
+        bound.update(bound.pop("kwargs", {}))
+        name = next(iter(self._signature[0].parameters))  # the hidden states come first
+        hidden = bound.pop(name)
+        self.calls.append(Batch(hidden.detach(), dict(bound)))
+        if self.stop:
+            raise Stopped
+        return (hidden,) if self.tuple_output else hidden
+
+
+def call_block(block: nn.Module, batch: Batch) -> Tensor:
+    """The block's output for one batch: (batch, tokens, channels)."""
+    out = block(batch.hidden, **batch.kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality of nested tuples, lists and dictionaries of tensors."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return bool(a == b)
+
+
+@contextmanager
+def observed(
+    block: nn.Module, linears: Iterable[str], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """While open, see(name, input) is called with the input of each named linear."""
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: see(name, args[0])
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in linears
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

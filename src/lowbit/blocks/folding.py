@@ -1,0 +1,93 @@
+"""Apply a Fold: scale and shift channels so that the block's output stays the same.
+
+Pure functions over a dictionary of a block's tensors: training uses them with gradients (through
+torch.func.functional_call) and the final fold without, so both compute the same block.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.blocks import Fold
+
+Tensors = dict[str, Tensor]
+
+
+def tensors_of(block: nn.Module) -> Tensors:
+    """All parameters of a block by name."""
+    return {name: parameter.detach() for name, parameter in block.named_parameters()}
+
+
+def apply_fold(tensors: Tensors, fold: Fold, scale: Tensor, shift: Tensor | None = None) -> Tensors:
+    """The tensors with one fold applied; the input is left alone.
+
+    scale: (fold.size,) float32, positive for kind "gated"  shift: (fold.size,) float32 or None.
+    OmniQuant section 3.3, equations 3 to 5: Y = ((X - shift) / scale) (scale W) + (B + shift W).
+    """
+    if shift is not None and not fold.shiftable:
+        raise ValueError(f"fold {fold.name} cannot take a shift: a bias is missing")
+    changed = dict(tensors)
+    source_scale = scale if fold.source_channels is None else scale[fold.source_channels]
+    _divide_source(changed, fold, source_scale, shift)
+    if fold.kind == "rotary":
+        _multiply_rows(changed, fold.readers[0], fold.reader_rows, _of_readers(scale, fold))
+        return changed
+    for reader in fold.readers:
+        weight = changed[f"{reader}.weight"]
+        if shift is not None:
+            moved = weight @ _of_readers(shift, fold)
+            changed[f"{reader}.bias"] = changed[f"{reader}.bias"] + moved
+        changed[f"{reader}.weight"] = weight * _of_readers(scale, fold)
+    return changed
+
+
+def apply_folds(
+    tensors: Tensors,
+    folds: Mapping[str, Fold],
+    scales: Mapping[str, Tensor],
+    shifts: Mapping[str, Tensor] | None = None,
+) -> Tensors:
+    """Several folds one after another, by name; each is exact, so any order is. Always a new dict."""
+    tensors = dict(tensors)
+    for name, scale in scales.items():
+        tensors = apply_fold(tensors, folds[name], scale, (shifts or {}).get(name))
+    return tensors
+
+
+def _of_readers(values: Tensor, fold: Fold) -> Tensor:
+    return values if fold.reader_channels is None else values[fold.reader_channels]
+
+
+def _divide_source(tensors: Tensors, fold: Fold, scale: Tensor, shift: Tensor | None) -> None:
+    bias = f"{fold.source}.bias"
+    if shift is not None:
+        tensors[bias] = _add_rows(tensors[bias], fold.source_rows, -shift)
+    _multiply_rows(tensors, fold.source, fold.source_rows, 1 / scale)
+
+
+def _multiply_rows(tensors: Tensors, name: str, rows: Tensor | None, factor: Tensor) -> None:
+    """Rows of a matrix, or entries of a norm's weight, and of the bias if there is one."""
+    for part in ("weight", "bias"):
+        tensor = tensors.get(f"{name}.{part}")
+        if tensor is None:
+            continue
+        shaped = factor.view(-1, *[1] * (tensor.dim() - 1))
+        if rows is None:
+            tensors[f"{name}.{part}"] = tensor * shaped
+        else:
+            rows = rows.to(tensor.device)
+            tensors[f"{name}.{part}"] = tensor.index_copy(0, rows, tensor[rows] * shaped)
+
+
+def _add_rows(tensor: Tensor, rows: Tensor | None, values: Tensor) -> Tensor:
+    if rows is None:
+        return tensor + values
+    return tensor.index_add(0, rows.to(tensor.device), values)
+
+
+def load_changed(block: nn.Module, tensors: Tensors) -> None:
+    """Writes tensors back into the block, in place."""
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.copy_(tensors[name])

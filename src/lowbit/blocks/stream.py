@@ -1,0 +1,87 @@
+"""A stream: the inputs of one block for every calibration batch, in memory or on disk."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of a block: `hidden` (batch, tokens, channels) float32 and the other arguments."""
+
+    hidden: Tensor
+    kwargs: dict[str, Any]
+
+
+class Stream:
+    """Hidden states of all calibration batches, with the keyword arguments of one block.
+
+    hidden: per batch (batch, tokens, channels) float32, kept on the CPU: in memory, or with
+    `folder` in one file per batch. kwargs: per batch, what this block is called with besides.
+    Batches are moved to `device` when they are read.
+    """
+
+    def __init__(
+        self,
+        hidden: Sequence[Tensor],
+        kwargs: Sequence[dict[str, Any]],
+        device: torch.device | str = "cpu",
+        folder: Path | None = None,
+    ) -> None:
+        if len(hidden) != len(kwargs):
+            raise ValueError(f"{len(hidden)} batches, but keyword arguments for {len(kwargs)}")
+        self.kwargs = list(kwargs)
+        self.device = torch.device(device)
+        self.folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._hidden = [self._keep(i, h) for i, h in enumerate(hidden)]
+
+    def _keep(self, index: int, hidden: Tensor) -> Tensor:
+        hidden = hidden.detach().to("cpu", torch.float32)
+        if self.folder is None:
+            return hidden
+        shape, path = hidden.shape, str(self.folder / f"{index:05d}.f32")
+        mapped = torch.from_file(path, shared=True, size=hidden.numel(), dtype=torch.float32)
+        return mapped.view(shape).copy_(hidden)
+
+    def __len__(self) -> int:
+        return len(self._hidden)
+
+    def __getitem__(self, index: int) -> Batch:
+        return Batch(self._hidden[index].to(self.device), move(self.kwargs[index], self.device))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[i] for i in range(len(self)))
+
+    def replace(self, index: int, hidden: Tensor) -> None:
+        """Overwrites one batch; its shape stays."""
+        self._hidden[index].copy_(hidden.detach())
+
+    def map(self, function: Callable[[Batch], Tensor], folder: Path | None = None) -> "Stream":
+        """A new stream of function(batch), on disk below `folder` if this one is on disk."""
+        if self.folder is not None and folder is None:
+            folder = self.folder.with_name(f"{self.folder.name}-mapped")
+        with torch.no_grad():
+            made = [function(batch).cpu() for batch in self] if folder is None else None
+            if made is not None:
+                return Stream(made, self.kwargs, self.device)
+            stream = Stream(self._hidden, self.kwargs, self.device, folder)
+            for i, batch in enumerate(self):
+                stream.replace(i, function(batch))
+            return stream
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Moves the tensors inside tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(move(v, device) for v in value)
+    if isinstance(value, dict):
+        return {k: move(v, device) for k, v in value.items()}
+    return value

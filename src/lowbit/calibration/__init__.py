@@ -1,0 +1,17 @@
+"""Text or chats -> tokens, for calibration and for evaluation: the only door to `datasets`.
+
+sources.py reads named data sets and local files, tokens.py calls the tokenizer and hashes what goes
+in, windows.py draws the calibration windows and caches them, evaluation.py prepares what perplexity
+is measured on.
+"""
+
+from lowbit.calibration.evaluation import evaluation_documents, evaluation_text
+from lowbit.calibration.windows import Calibration, TokenWindows, token_windows
+
+__all__ = [
+    "Calibration",
+    "TokenWindows",
+    "evaluation_documents",
+    "evaluation_text",
+    "token_windows",
+]

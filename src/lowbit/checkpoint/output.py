@@ -1,0 +1,82 @@
+"""What OUT says about itself: config.json, report.json, and its size in bits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint.ranges import collapse
+from lowbit.checkpoint.reader import CheckpointReader, read_json
+from lowbit.checkpoint.verify import VERSION, QuantizedFolder, config_digest
+
+Record = Mapping[str, Any]
+
+
+def final_config(
+    source: Path, records: Sequence[Record], made_by: dict[str, Any]
+) -> dict[str, Any]:
+    """The source's config.json with our section; `records` are those of all shards in order."""
+    modules = {name: entry for r in records for name, entry in r.get("modules", {}).items()}
+    if not modules:
+        raise ValueError("no linear was quantized: every one is skipped or left float")
+    section = {
+        "quant_method": "lowbit",
+        "version": VERSION,
+        "marker": next(r["marker"] for r in records if r.get("marker")),
+        "modules": collapse(modules),
+        "files": {r["file"]: {"size": r["size"], "sha256": r["sha256"]} for r in records},
+        "made_by": made_by,
+    }
+    config = {**read_json(source / "config.json"), "quantization_config": section}
+    section["digest"] = config_digest(config)
+    return config
+
+
+def report_of(records: Sequence[Record], left_float: Sequence[str]) -> dict[str, Any]:
+    """report.json: what each block reported, and by layer name what the run gave up on."""
+    blocks = {r["block"]: r["report"] for r in records if "block" in r}
+    given_up = {
+        f"{block}.{linear}": f"rounded to nearest: its expert saw {tokens} calibration tokens"
+        for block, report in blocks.items()
+        for linear, tokens in report.get("rounded_to_nearest", {}).items()
+    }
+    given_up |= {block: r["fell_back"] for block, r in blocks.items() if "fell_back" in r}
+    return {"given_up": given_up, "left_float": list(left_float), "blocks": blocks}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Honest sizes from the bytes on disk.
+
+    linears: bits per weight of the quantized linears, biases not counted (of a float folder: of the
+    whole model). model: bits per parameter of everything. bytes: of all shards.
+    """
+
+    linears: float
+    model: float
+    bytes: int
+
+
+def size_of(folder: Path) -> Size:
+    """The size of a float or quantized folder, from its headers."""
+    reader = CheckpointReader(folder)
+    stored = sum((folder / file).stat().st_size for file in reader.files)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or "quantization_config" not in config:
+        weights = sum(prod(info.shape) for info in reader.tensors.values())
+        bits = 8 * sum(info.bytes for info in reader.tensors.values()) / weights
+        return Size(bits, bits, stored)
+    quantized = QuantizedFolder(folder)
+    linear_weights = sum(prod(entry["shape"]) for entry in quantized.entries.values())
+    packed = {n for name in quantized.entries for n in quantized.tensors_of(name)}
+    packed -= {f"{name}.bias" for name in quantized.entries}
+    linear_bytes = sum(info.bytes for name, info in reader.tensors.items() if name in packed)
+    rest = [info for name, info in reader.tensors.items() if name not in packed]
+    rest_weights = sum(prod(info.shape) for info in rest)
+    rest_bytes = sum(info.bytes for info in rest)
+    return Size(
+        8 * linear_bytes / linear_weights,
+        8 * (linear_bytes + rest_bytes) / (linear_weights + rest_weights),
+        stored,
+    )

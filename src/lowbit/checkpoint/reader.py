@@ -1,0 +1,155 @@
+"""Read a Hugging Face folder tensor by tensor: one file or shards, safetensors only."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says about one tensor."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class CheckpointReader:
+    """The tensors of a folder by their names on disk; headers are read now, data when asked for.
+
+    Raises ValueError when there is nothing to read, or a header, the index or a shard is broken.
+    """
+
+    def __init__(self, folder: Path, files: list[str] | None = None) -> None:
+        self.folder = folder
+        self.files = _shards(folder) if files is None else files
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            for name, info in read_header(folder / file).items():
+                if name in self.tensors:
+                    raise ValueError(
+                        f"{folder}: tensor {name} stands in both {self.tensors[name].file} and {file}"
+                    )
+                self.tensors[name] = info
+        if files is None:
+            self._check_index()
+
+    @classmethod
+    def of_file(cls, path: Path) -> "CheckpointReader":
+        """One file alone, whatever stands beside it."""
+        return cls(path.parent, [path.name])
+
+    def _check_index(self) -> None:
+        if not (self.folder / INDEX).exists():
+            return
+        for name, file in read_json(self.folder / INDEX)["weight_map"].items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                raise ValueError(f"{self.folder}: {INDEX} places {name} in {file}, which lacks it")
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors in their own dtypes, on the CPU."""
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            by_file[self.tensors[name].file].append(name)
+        found: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            with safe_open(self.folder / file, framework="pt") as shard:
+                found.update({name: shard.get_tensor(name) for name in wanted})
+        return found
+
+    def digest(self) -> str:
+        """sha256 over the bytes of all shards."""
+        joined = "".join(f"{file} {file_sha256(self.folder / file)}\n" for file in self.files)
+        return hashlib.sha256(joined.encode()).hexdigest()
+
+
+def _shards(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX)
+        placed = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(placed, dict) or not all(
+            isinstance(file, str) and Path(file).name == file for file in placed.values()
+        ):
+            raise ValueError(f"{folder / INDEX}: 'weight_map' must map tensors to files beside it")
+        return sorted(set(placed.values()))
+    if (folder / SINGLE).exists():
+        return [SINGLE]
+    pickles = sorted(folder.glob("*.bin"))
+    if pickles:
+        raise ValueError(
+            f"{folder} has its weights in {pickles[0].name}, a pickle, which can run any code when "
+            'it is loaded and is never opened here. Convert it once with: python -c "from '
+            "transformers import AutoModelForCausalLM as M; M.from_pretrained('SOURCE')"
+            ".save_pretrained('CONVERTED')\" if you trust its source, then use CONVERTED"
+        )
+    raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, shapes and dtypes of one safetensors file, without its data."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent}: shard {path.name} is missing")
+    try:
+        with safe_open(path, framework="pt") as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+            found = {
+                name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype()))
+                for name, s in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is cut short or is no safetensors file: {error}") from None
+    for name, (_, dtype) in found.items():
+        if dtype is None:
+            raise ValueError(f"{path}: tensor {name} has a dtype that torch does not know")
+    return {
+        name: TensorInfo(path.name, shape, dtype)
+        for name, (shape, dtype) in found.items()
+        if dtype is not None
+    }
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; ValueError that names it when it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

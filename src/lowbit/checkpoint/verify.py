@@ -1,0 +1,147 @@
+"""Check a quantized folder before anything is loaded from it.
+
+Nothing in the folder is trusted: config.json may be edited, shards cut or exchanged. Whatever is
+wrong is a ValueError that names the file, the layer or the tensor.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.checkpoint.ranges import expand
+from lowbit.checkpoint.reader import CheckpointReader, file_sha256, read_json
+from lowbit.formats import build
+
+VERSION = 1  # of the checkpoint layout
+
+
+class QuantizedFolder:
+    """A folder that `lowbit quantize` wrote.
+
+    config: config.json as a dictionary. entries: what it says of every quantized linear, by its
+    name on disk. reader: its tensors. marker: the one empty tensor that makes transformers refuse
+    the folder where lowbit is not imported.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _config(folder)
+        self.quantization = quantization_section(self.config, folder)
+        self.entries = quantized_entries(self.quantization, folder)
+        self.marker = marker_of(self.quantization, self.entries, folder)
+        self.reader = CheckpointReader(folder)
+
+    def tensors_of(self, name: str) -> list[str]:
+        """Names on disk of all tensors of one quantized linear."""
+        with torch.device("meta"):
+            return [f"{name}.{key}" for key in build(self.entries[name]).state_dict()]
+
+    def verify(self, hashes: bool = True) -> None:
+        """Sizes of the shards, every quantized linear's tensors, and (slower) the shards' hashes."""
+        if hashes:
+            self._check_digest()
+        self._check_files(hashes)
+        for name, entry in self.entries.items():
+            with torch.device("meta"):
+                expected = build(entry).state_dict()
+            for key, tensor in expected.items():
+                self._check_tensor(f"{name}.{key}", tuple(tensor.shape), tensor.dtype)
+        if self.marker not in self.reader.tensors:
+            raise ValueError(f"{self.folder}: the empty tensor {self.marker} is missing")
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        info = self.reader.tensors.get(name)
+        if info is None:
+            raise ValueError(f"{self.folder}: tensor {name} is missing")
+        if info.shape != shape or info.dtype != dtype:
+            raise ValueError(
+                f"{self.folder}: tensor {name} is {info.dtype} {list(info.shape)}, "
+                f"but config.json asks for {dtype} {list(shape)}"
+            )
+
+    def _check_digest(self) -> None:
+        stated = self.quantization.get("digest")
+        if stated is not None and stated != config_digest(self.config):
+            raise ValueError(
+                f"{self.folder}/config.json was edited after quantization: restore it, or, if you "
+                "know what you changed, delete its quantization_config.digest"
+            )
+
+    def _check_files(self, hashes: bool) -> None:
+        stated = self.quantization.get("files")
+        if not isinstance(stated, dict):
+            raise ValueError(f"{self.folder}/config.json: 'files' must map shards to size and hash")
+        if sorted(stated) != self.reader.files:
+            raise ValueError(
+                f"{self.folder} has the shards {self.reader.files}, config.json lists {sorted(stated)}"
+            )
+        for file, facts in stated.items():
+            path = self.folder / file
+            if not isinstance(facts, dict) or facts.get("size") != path.stat().st_size:
+                raise ValueError(
+                    f"{path} has {path.stat().st_size} bytes, config.json says {facts}"
+                )
+            if hashes and facts.get("sha256") != file_sha256(path):
+                raise ValueError(f"{path} is damaged: its sha256 is not the one in config.json")
+
+
+def config_digest(config: dict[str, Any]) -> str:
+    """sha256 of config.json as a whole, but for the place where the digest itself stands."""
+    section = {k: v for k, v in config["quantization_config"].items() if k != "digest"}
+    whole = {**config, "quantization_config": section}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    if not (folder / "config.json").exists() and (folder / "run").is_dir():
+        raise ValueError(f"{folder} is unfinished: run the same lowbit quantize command again")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}/config.json must hold an object")
+    return config
+
+
+def quantization_section(config: dict[str, Any], folder: Path | str) -> dict[str, Any]:
+    """config.json's quantization_config, if it is ours and of a version that we read."""
+    section = config.get("quantization_config")
+    if not isinstance(section, dict) or section.get("quant_method") != "lowbit":
+        raise ValueError(f"{folder} was not quantized by lowbit")
+    version = section.get("version")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{folder}: version must be a positive integer, not {version!r}")
+    if version > VERSION:
+        raise ValueError(
+            f"{folder} was written by a newer lowbit: its layout is version {version}, "
+            f"this one reads up to {VERSION}; upgrade with: pip install -U lowbit"
+        )
+    return section
+
+
+def quantized_entries(section: dict[str, Any], folder: Path | str) -> dict[str, dict[str, Any]]:
+    """The entry of every quantized linear by its name on disk, checked."""
+    modules = section.get("modules")
+    if not isinstance(modules, dict) or not modules:
+        raise ValueError(f"{folder}: quantization_config.modules must name the quantized layers")
+    entries = expand(modules)
+    for name, entry in entries.items():
+        try:
+            with torch.device("meta"):
+                build(entry)
+        except ValueError as error:
+            raise ValueError(f"{folder}: layer {name}: {error}") from None
+    return entries
+
+
+def marker_of(section: dict[str, Any], entries: dict[str, Any], folder: Path | str) -> str:
+    """The name of the empty tensor: the float weight of one quantized linear."""
+    marker = section.get("marker")
+    if not isinstance(marker, str) or marker.removesuffix(".weight") not in entries:
+        raise ValueError(
+            f"{folder}: marker must be the weight of a quantized layer, not {marker!r}"
+        )
+    return marker

@@ -1,0 +1,77 @@
+"""What every stored format has in common."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is stored in few bits.
+
+    Its state dict is what stands in the checkpoint: frozen parameters only, because accelerate
+    does not offload buffers to disk. None of them is called `weight`, which transformers would
+    convert. `entry()` is what config.json says about the layer and `from_entry` builds an empty
+    layer from it alone, so that a checkpoint can be checked without any model.
+
+    bias: (out_features,) in the checkpoint's dtype, or None.
+    """
+
+    format: ClassVar[str]
+
+    def __init__(
+        self, in_features: int, out_features: int, bias_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        if bias_dtype is None:
+            self.bias = None
+        else:
+            self.add_frozen("bias", (out_features,), bias_dtype)
+
+    def add_frozen(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Registers a frozen parameter of zeros."""
+        data = torch.zeros(shape, dtype=dtype)
+        self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+
+    @abstractmethod
+    def entry(self) -> dict[str, Any]:
+        """What config.json says about this layer; JSON values only; `common_entry` plus its own."""
+
+    @classmethod
+    @abstractmethod
+    def from_entry(cls, entry: dict[str, Any]) -> Self:
+        """An empty layer of the right shapes. Raises ValueError for an entry that cannot be."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """The weight that `forward` multiplies by: (out_features, in_features) float32."""
+
+    def common_entry(self) -> dict[str, Any]:
+        bias = None if self.bias is None else str(self.bias.dtype).removeprefix("torch.")
+        return {"format": self.format, "shape": [self.out_features, self.in_features], "bias": bias}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features) -> (..., out_features), in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self.dequantize().to(x.dtype), bias)
+
+    def weight_bytes(self) -> int:
+        """Bytes that stand for the weight: all tensors but the bias."""
+        return sum(p.numel() * p.element_size() for n, p in self.named_parameters() if n != "bias")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves between devices, but never changes a dtype: scales are part of the format."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.entry().items())

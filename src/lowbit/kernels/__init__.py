@@ -1,0 +1,1 @@
+"""What formats share: packed bits, transforms, and the choice of the fastest backend."""

@@ -1,0 +1,195 @@
+"""A folder to a model that runs; and the plugin through which plain transformers does the same.
+
+Importing this module registers quant_method "lowbit" with transformers, so that after
+`import lowbit` AutoModelForCausalLM.from_pretrained(folder) works, on CPU and CUDA and with any
+device_map. Everything is checked before the first weight is read.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint.verify import quantization_section, quantized_entries
+from lowbit.formats import build
+from lowbit.formats.base import QuantizedLinear
+from lowbit.models.locate import locate
+from lowbit.models.skeleton import memory_names, unfuse_experts
+from lowbit.models.source import load_config
+from lowbit.models.tokenizer import load_tokenizer
+
+
+def load(
+    model: str | Path,
+    *,
+    device_map: Any = None,
+    dtype: torch.dtype | str | None = None,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer) of a quantized or a float folder, or of a hub id.
+
+    device_map: as transformers takes it; None: everything on the CPU. dtype: of all that is not
+    quantized; None: float32 on the CPU (half precision there is hundreds of times slower), else the
+    checkpoint's own. verify=False skips the hashes, not the shapes. Raises ValueError that names
+    the file or tensor that is wrong.
+    """
+    folder = locate(model, trust_remote_code)
+    return (
+        load_model(folder, device_map, dtype, verify, trust_remote_code),
+        load_tokenizer(folder, trust_remote_code),
+    )
+
+
+def load_model(
+    folder: Path,
+    device_map: Any = None,
+    dtype: torch.dtype | str | None = None,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model alone; see `load`."""
+    config = load_config(folder, trust_remote_code)
+    section = getattr(config, "quantization_config", None)
+    if isinstance(section, dict) and section.get("quant_method") == "lowbit":
+        QuantizedFolder(folder).verify(hashes=verify)
+        config.quantization_config = {**section, "verified": True}
+    if dtype is None:
+        dtype = torch.float32 if _on_cpu(device_map) else "auto"
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@register_quantization_config("lowbit")
+class LowbitConfig(QuantizationConfigMixin):
+    """config.json's quantization_config; what is in it, `lowbit.checkpoint.verify` checks."""
+
+    def __init__(self, verified: bool = False, **section: Any) -> None:
+        self.quant_method = "lowbit"
+        self.verified = verified
+        for key, value in section.items():
+            setattr(self, key, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if key != "verified"}
+
+
+@register_quantizer("lowbit")
+class LowbitQuantizer(HfQuantizer):
+    """Replaces linears on the meta device before transformers reads the weights."""
+
+    requires_calibration = True  # only checkpoints that lowbit has quantized
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        self.on_cpu = _on_cpu(kwargs.get("device_map"))
+        quantization_section(
+            {"quantization_config": self.quantization_config.to_dict()}, "the model"
+        )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        # Called before dtype="auto" is settled: the one place to prefer float32 on the CPU and yet
+        # leave a dtype that the caller names alone.
+        if self.on_cpu:
+            config.dtype = torch.float32
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        section = self.quantization_config.to_dict()
+        files = kwargs.get("checkpoint_files")
+        if files:
+            folder = QuantizedFolder(Path(files[0]).parent)
+            if not self.quantization_config.verified:
+                folder.verify()
+            entries, marker = folder.entries, folder.marker
+        else:
+            entries, marker = quantized_entries(section, "the model"), section["marker"]
+        replace_linears(model, entries)
+        ignored = re.escape(memory_names(model, [marker])[marker])
+        unexpected = model._keys_to_ignore_on_load_unexpected or set()
+        model._keys_to_ignore_on_load_unexpected = {*unexpected, f"^{ignored}$"}
+        if files:
+            check_complete(model, folder)
+
+    def is_serializable(self) -> bool:
+        """No: the folder itself is the serialized form, with its hashes."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) -> None:
+    """Puts an empty QuantizedLinear where each entry says; ValueError for a layer that does not fit."""
+    weights = {f"{name}.weight": entry for name, entry in entries.items()}
+    unfuse_experts(model, only=memory_names(model, weights).values())
+    in_memory = memory_names(model, weights)
+    for weight, entry in weights.items():
+        name = in_memory[weight].removesuffix(".weight")
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"config.json quantizes {name}, which this model does not have"
+            ) from None
+        with torch.device("meta"):
+            new = build(entry)
+        _check_fits(name, old, new)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
+
+
+def _check_fits(name: str, old: nn.Module, new: QuantizedLinear) -> None:
+    if not isinstance(old, nn.Linear):
+        raise ValueError(
+            f"config.json quantizes {name}, which is a {type(old).__name__}, no linear"
+        )
+    wanted = (old.out_features, old.in_features, old.bias is not None)
+    stated = (new.out_features, new.in_features, new.bias is not None)
+    if wanted != stated:
+        raise ValueError(
+            f"layer {name} is (out, in, bias) {wanted} in this model, but config.json says {stated}"
+        )
+
+
+def check_complete(model: PreTrainedModel, folder: QuantizedFolder) -> None:
+    """Every tensor that the model needs is there in its shape; transformers would invent it."""
+    names = memory_names(model, folder.reader.tensors)
+    present = {memory: folder.reader.tensors[disk] for disk, memory in names.items()}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name, tensor in model.state_dict().items():
+        twins = {tied.get(name, name), *(t for t, s in tied.items() if s == tied.get(name, name))}
+        if name not in present and not any(twin in present for twin in twins):
+            raise ValueError(f"{folder.folder}: tensor {name} is missing")
+        info = present.get(name)
+        if info is not None and info.shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{folder.folder}: tensor {name} has shape {list(info.shape)}, "
+                f"the model needs {list(tensor.shape)}"
+            )
+        if info is not None and info.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            raise ValueError(f"{folder.folder}: tensor {name} is {info.dtype}")
+
+
+def _on_cpu(device_map: Any) -> bool:
+    """Whether a device_map keeps everything on the CPU (or on disk, to be computed there)."""
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    automatic = ("auto", "balanced", "balanced_low_0", "sequential")
+    if any(place in automatic for place in places if isinstance(place, str)):
+        return not torch.cuda.is_available()
+    return all(place is None or str(place) in ("cpu", "disk") for place in places)

@@ -1,0 +1,50 @@
+"""Round to nearest: the whole range of every group, no calibration. The baseline of everything."""
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from lowbit.blocks import BlockResult, BlockTask
+from lowbit.formats.uniform import UniformLinear
+from lowbit.methods.method import Method, signal_to_noise
+from lowbit.solvers.rounding import Grid, minmax_grid
+
+
+class RTN(Method):
+    """bits: 2 to 8. group_size: input channels per scale, None for one per output row.
+
+    symmetric: no zero points.
+    """
+
+    name: ClassVar[str] = "rtn"
+
+    bits: int = Field(4, ge=2, le=8)
+    group_size: int | None = Field(None, ge=1)
+    symmetric: bool = False
+
+    def quantize(self, task: BlockTask) -> BlockResult:
+        result = BlockResult({}, report={"linears": {}})
+        for group in task.groups:
+            for name in group.linears:
+                linear = task.block.get_submodule(name)
+                assert isinstance(linear, nn.Linear)
+                grid = minmax_grid(linear.weight, self.bits, self.group_size, self.symmetric)
+                packed = pack(linear, grid, self.symmetric)
+                result.linears[name] = packed
+                error = signal_to_noise(linear.weight, packed)
+                result.report["linears"][name] = {"signal_to_noise_db": round(error, 2)}
+        return result
+
+
+def pack(linear: nn.Linear, grid: Grid, symmetric: bool) -> UniformLinear:
+    """A linear rounded to the grid, its bias kept."""
+    return UniformLinear.from_grid(
+        linear.weight,
+        grid.scale,
+        grid.zero,
+        bits=grid.bits,
+        group_size=grid.group_size,
+        symmetric=symmetric,
+        bias=linear.bias,
+    )

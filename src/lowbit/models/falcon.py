@@ -1,0 +1,73 @@
+"""Falcon: q, k and v are rows of one matrix, in three arrangements.
+
+7B: multi-query (all queries, one key, one value), attention and MLP read one norm in parallel.
+40B, 180B (`new_decoder_architecture`): per key head its queries, the key, the value; two norms,
+or one (`num_ln_in_parallel_attn`, 11B). RW: query, key and value head by head, ALiBi, sequential.
+"""
+
+from typing import Any
+
+import torch
+
+from lowbit.models.family import Family, FoldRule, FusedRows, Group, Heads
+
+QKV = "self_attention.query_key_value"
+UP = "mlp.dense_h_to_4h"
+
+
+def _norms(config: Any) -> dict[str, tuple[str, ...]]:
+    """Which linears read which norm."""
+    two = config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2)
+    if config.parallel_attn and two:
+        return {"ln_attn": (QKV,), "ln_mlp": (UP,)}
+    if config.parallel_attn:
+        return {"input_layernorm": (QKV, UP)}
+    return {"input_layernorm": (QKV,), "post_attention_layernorm": (UP,)}
+
+
+def _groups(config: Any) -> tuple[Group, ...]:
+    names = {(QKV,): "attention.input", (UP,): "mlp.input", (QKV, UP): "block.input"}
+    inputs = [Group(names[readers], readers) for readers in _norms(config).values()]
+    return (
+        *inputs,
+        Group("attention.output", ("self_attention.dense",)),
+        Group("mlp.output", ("mlp.dense_4h_to_h",)),
+    )
+
+
+def _folds(config: Any) -> tuple[FoldRule, ...]:
+    return (
+        *(FoldRule("norm", norm, readers) for norm, readers in _norms(config).items()),
+        FoldRule("rows", QKV, ("self_attention.dense",)),
+        FoldRule("rotary", QKV, (QKV,)),
+    )
+
+
+def _heads(config: Any) -> Heads:
+    if config.new_decoder_architecture:
+        keys = config.num_kv_heads
+    else:
+        keys = 1 if config.multi_query else config.num_attention_heads
+    width = config.hidden_size // config.num_attention_heads
+    rotary = 0 if config.alibi else width
+    return Heads(config.num_attention_heads, keys, width, rotary)
+
+
+def _fused_rows(config: Any) -> FusedRows:
+    heads = _heads(config)
+    # All three arrangements: per key head its queries, then the key, then the value.
+    rows = torch.arange((heads.queries + 2 * heads.keys) * heads.width)
+    rows = rows.view(heads.keys, heads.queries // heads.keys + 2, heads.width)
+    return FusedRows(rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten())
+
+
+FALCON = Family(
+    name="falcon",
+    architectures=("FalconForCausalLM",),
+    blocks="transformer.h",
+    groups=_groups,
+    folds=_folds,
+    heads=_heads,
+    fused_rows=_fused_rows,
+    tuple_output=True,
+)

@@ -1,0 +1,23 @@
+"""Mixtral: Mistral's attention, eight experts (w1 gates w3, w2 comes down) and a router."""
+
+from lowbit.models.family import Family, FoldRule, Group, always
+from lowbit.models.llama import ATTENTION_FOLDS, ATTENTION_GROUPS
+
+EXPERTS_INPUT = ("mlp.experts.*.w1", "mlp.experts.*.w3")
+
+MIXTRAL = Family(
+    name="mixtral",
+    architectures=("MixtralForCausalLM",),
+    blocks="model.layers",
+    groups=always(
+        *ATTENTION_GROUPS,
+        Group("mlp.experts.*.input", EXPERTS_INPUT),
+        Group("mlp.experts.*.output", ("mlp.experts.*.w2",)),
+    ),
+    folds=always(
+        *ATTENTION_FOLDS,
+        FoldRule("norm", "post_attention_layernorm", ("mlp.gate", *EXPERTS_INPUT)),
+        FoldRule("gated", "mlp.experts.*.w3", ("mlp.experts.*.w2",)),
+    ),
+    skip=("mlp.gate",),
+)

@@ -1,0 +1,147 @@
+"""From a family's table and one block to the block's `LinearGroup`s and `Fold`s."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.blocks import Fold, LinearGroup
+from lowbit.models.family import Family, FoldRule, FusedRows, Heads, rotary_channels
+
+
+def groups_of(family: Family, config: Any, block: nn.Module) -> tuple[LinearGroup, ...]:
+    """The groups that apply to this block; a group of experts is one group per expert."""
+    modules = dict(block.named_modules())
+    found: list[LinearGroup] = []
+    for group in family.groups(config):
+        for number, linears in _matches(group.linears, modules, family):
+            found.append(LinearGroup(group.name.replace("*", number), linears))
+    return tuple(found)
+
+
+def folds_of(family: Family, config: Any, block: nn.Module) -> tuple[Fold, ...]:
+    """The folds that apply to this block, in an order in which they may be applied."""
+    modules = dict(block.named_modules())
+    found: list[Fold] = []
+    for rule in family.folds(config):
+        if "*" in rule.source:
+            for _, names in _matches((rule.source, *rule.readers), modules, family):
+                found.append(_fold(rule, names[0], names[1:], family, config, modules))
+            continue
+        readers = tuple(name for pattern in rule.readers for name in _expand(pattern, modules))
+        if _applies(rule, modules, family) and _has_weight(modules[rule.source]):
+            found.append(_fold(rule, rule.source, readers, family, config, modules))
+    return tuple(found)
+
+
+def matrices_of(block: nn.Module) -> list[str]:
+    """Names of the modules of a block that hold a parameter of two dimensions or more."""
+    held = [name for name, parameter in block.named_parameters() if parameter.dim() >= 2]
+    return sorted({name.removesuffix(".weight") for name in held})
+
+
+def _expand(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
+    if "*" not in pattern:
+        return [pattern] if pattern in modules else []
+    expression = re.compile(re.escape(pattern).replace(r"\*", r"\d+") + r"\Z")
+    return [name for name in modules if expression.match(name)]
+
+
+def _matches(
+    patterns: tuple[str, ...], modules: dict[str, nn.Module], family: Family
+) -> list[tuple[str, tuple[str, ...]]]:
+    """(expert number, names) for every expert that has all of the names; ("", names) without `*`."""
+    found = [_expand(pattern, modules) for pattern in patterns]
+    if len({len(names) for names in found}) > 1:
+        raise ValueError(_half_matched(patterns, found, family))
+    if not any("*" in pattern for pattern in patterns):
+        return [("", tuple(names[0] for names in found))] if found[0] else []
+    prefix = next(p for p in patterns if "*" in p).partition("*")[0]
+    return [
+        (names[0].removeprefix(prefix).partition(".")[0], names)
+        for names in zip(*found, strict=True)
+    ]
+
+
+def _applies(rule: FoldRule, modules: dict[str, nn.Module], family: Family) -> bool:
+    found = [_expand(reader, modules) for reader in rule.readers]
+    if not any(found) or rule.source not in modules:
+        return False
+    if not all(found):
+        raise ValueError(_half_matched(rule.readers, found, family))
+    return True
+
+
+def _half_matched(patterns: tuple[str, ...], found: list[list[str]], family: Family) -> str:
+    counts = ", ".join(f"{p}: {len(names)}" for p, names in zip(patterns, found, strict=True))
+    return f"the table of {family.name} matches this block by halves ({counts})"
+
+
+def _fold(
+    rule: FoldRule,
+    source: str,
+    readers: tuple[str, ...],
+    family: Family,
+    config: Any,
+    modules: dict[str, nn.Module],
+) -> Fold:
+    heads = family.heads(config)
+    fused = family.fused_rows(config) if family.fused_rows and rule.kind != "norm" else None
+    if rule.kind == "rotary":
+        return _rotary_fold(source, readers, heads, fused, modules)
+    size = _channels(modules[source]) if fused is None else len(fused.values)
+    channel_map = None
+    if rule.kind == "rows" and heads.queries != heads.keys:
+        by_head = torch.arange(size).view(heads.keys, heads.width)
+        channel_map = by_head.repeat_interleave(heads.queries // heads.keys, 0).flatten()
+    biased = all(_has_bias(modules[name]) for name in (source, *readers))
+    return Fold(
+        kind=rule.kind,
+        source=source,
+        readers=readers,
+        size=size,
+        source_rows=None if fused is None else fused.values,
+        reader_channels=channel_map,
+        shiftable=biased and rule.kind in ("norm", "rows"),
+    )
+
+
+def _rotary_fold(
+    source: str,
+    readers: tuple[str, ...],
+    heads: Heads,
+    fused: FusedRows | None,
+    modules: dict[str, nn.Module],
+) -> Fold:
+    channels, size = rotary_channels(heads)
+    if isinstance(modules[source], nn.Linear):
+        queries = channels.repeat_interleave(heads.queries // heads.keys, 0).flatten()
+        keys = channels.flatten()
+    else:  # a norm over one head, shared by all heads
+        queries = keys = channels[0]
+        size = size // heads.keys
+    return Fold(
+        kind="rotary",
+        source=source,
+        readers=readers,
+        size=size,
+        source_rows=None if fused is None else fused.queries,
+        source_channels=queries,
+        reader_rows=None if fused is None else fused.keys,
+        reader_channels=keys,
+    )
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "bias", None), Tensor)
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), Tensor)
+
+
+def _channels(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]

@@ -1,0 +1,85 @@
+"""A block's result to the tensors and the record of one shard, and back after an interruption."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.blocks import BlockResult
+from lowbit.formats import build
+from lowbit.formats.base import QuantizedLinear
+from lowbit.models.source import SourceModel
+
+
+def as_stored(result: BlockResult, source: SourceModel, block: str) -> BlockResult:
+    """The result with everything in the dtypes of the source: what is saved is what runs on."""
+
+    def dtype_of(name: str) -> torch.dtype:
+        return source.reader.tensors[source.disk_names[f"{block}.{name}"]].dtype
+
+    for name, linear in result.linears.items():
+        assert isinstance(linear, QuantizedLinear)
+        if linear.bias is not None:
+            bias = linear.bias.detach().to(dtype_of(f"{name}.bias"))
+            result.linears[name] = with_bias(linear, bias)
+    result.tensors = {name: t.detach().to(dtype_of(name)) for name, t in result.tensors.items()}
+    return result
+
+
+def with_bias(linear: QuantizedLinear, bias: Tensor) -> QuantizedLinear:
+    """The same layer with another bias, whose dtype its entry then names."""
+    dtype = str(bias.dtype).removeprefix("torch.")
+    with bias.device:
+        made = build({**linear.entry(), "bias": dtype})
+    made.load_state_dict({**linear.state_dict(), "bias": bias}, assign=True)
+    return made
+
+
+def shard_of(
+    result: BlockResult, source: SourceModel, block: str, first: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name on disk, and the record that goes with them.
+
+    first: this shard also holds the marker, the empty tensor that is named like a float weight and
+    makes transformers refuse the folder where lowbit is not imported.
+    """
+    modules: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, linear in result.linears.items():
+        assert isinstance(linear, QuantizedLinear)
+        disk = source.disk_name(f"{block}.{name}")
+        modules[disk] = linear.entry()
+        tensors |= {f"{disk}.{key}": tensor for key, tensor in linear.state_dict().items()}
+    changed = {source.disk_names[f"{block}.{name}"]: t for name, t in result.tensors.items()}
+    replaced = {f"{disk}.weight" for disk in modules} | {f"{disk}.bias" for disk in modules}
+    kept = [n for n in source.block_tensors(block) if n not in replaced and n not in changed]
+    tensors |= changed | source.reader.read(kept)
+    marker = f"{next(iter(modules))}.weight" if first and modules else None
+    if marker is not None:
+        tensors[marker] = torch.empty(0, dtype=source.reader.tensors[marker].dtype)
+    record = {
+        "block": block,
+        "modules": modules,
+        "changed": list(changed),
+        "marker": marker,
+        "report": result.report,
+    }
+    return tensors, record
+
+
+def result_of(
+    tensors: Mapping[str, Tensor], record: Mapping[str, Any], source: SourceModel
+) -> BlockResult:
+    """The inverse of `shard_of`, as far as the streams need it."""
+    block = record["block"]
+    memory = {disk: name for name, disk in source.disk_names.items()}
+    result = BlockResult({})
+    for disk, entry in record["modules"].items():
+        name = memory[f"{disk}.weight"].removeprefix(f"{block}.").removesuffix(".weight")
+        linear = build(entry)
+        linear.load_state_dict({key: tensors[f"{disk}.{key}"] for key in linear.state_dict()})
+        result.linears[name] = linear
+    for disk in record["changed"]:
+        result.tensors[memory[disk].removeprefix(f"{block}.")] = tensors[disk]
+    return result

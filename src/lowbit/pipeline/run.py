@@ -1,0 +1,280 @@
+"""Quantize a folder block by block; see `quantize`."""
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.blocks import BlockResult, BlockTask, Event, Stream
+from lowbit.blocks.capture import call_block
+from lowbit.calibration import Calibration, TokenWindows, token_windows
+from lowbit.checkpoint import CheckpointWriter, file_sha256
+from lowbit.checkpoint.output import final_config, report_of
+from lowbit.config import Config
+from lowbit.methods import Method
+from lowbit.models.locate import locate
+from lowbit.models.source import SourceModel
+from lowbit.models.tokenizer import load_tokenizer
+from lowbit.pipeline.results import as_stored, result_of, shard_of
+from lowbit.version import __version__
+
+Log = Callable[[Event], None]
+MOST_OF_MEMORY = 0.25  # streams that need a larger share of the machine's memory go to disk
+
+# What OUT gets besides weights: tokenizer, chat template, generation settings, licences.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+class RunOptions(Config):
+    """How a run is done; nothing here but the device, `allow_float` and `recipe` shapes its result.
+
+    device: "cpu", "cuda:0" or "auto". restart: start over in an OUT that holds another run.
+    streams: where hidden states live; "auto" is memory unless they are large. allow_float: patterns
+    of matrices that may stay float although no table groups them. cache: a folder for token windows.
+    recipe: the name that config.json shall give for the method's settings.
+    """
+
+    device: str = "auto"
+    restart: bool = False
+    streams: Literal["auto", "memory", "disk"] = "auto"
+    allow_float: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+    cache: Path | None = None
+    recipe: str | None = None
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    method: Method,
+    calibration: Calibration | None = None,
+    on_event: Log = lambda event: None,
+    **options: Any,
+) -> Path:
+    """Quantizes `model` (a folder or a hub id) into the folder `out` and returns that folder.
+
+    The same call continues an interrupted run to the same bytes. calibration: what the streams are
+    made of; unused by methods without streams. on_event: called with every `Event`. options: the
+    fields of `RunOptions`. Raises ValueError for anything that the caller can mend; what was
+    finished stays in `out`.
+    """
+    chosen = RunOptions(**options)
+    source = SourceModel(locate(model, chosen.trust_remote_code), chosen.allow_float)
+    run = _Run(source, method, calibration or Calibration(), chosen, on_event)
+    return run.into(Path(out))
+
+
+class _Run:
+    def __init__(
+        self,
+        source: SourceModel,
+        method: Method,
+        calibration: Calibration,
+        options: RunOptions,
+        on_event: Log,
+    ) -> None:
+        self.source = source
+        self.method = method
+        self.calibration = calibration
+        self.options = options
+        self.on_event = on_event
+        self.device = choose_device(options.device)
+
+    def into(self, out: Path) -> Path:
+        windows = self._windows()
+        signature = self._signature(windows)
+        shards = 1 + len(self.source.block_names)
+        with CheckpointWriter(out, signature, shards, self.options.restart) as writer:
+            if writer.complete:
+                self._log(writer, Event("complete", {"out": str(out)}))
+                return out
+            start = {"out": str(out), "blocks": shards - 1, "device": str(self.device)}
+            self._log(writer, Event("run", start | {"method": self.method.signature()}))
+            self._write_outside(writer)
+            self._blocks(writer, windows)
+            self._finish(writer, windows)
+            self._log(writer, Event("done", {"out": str(out)}))
+        return out
+
+    def _windows(self) -> TokenWindows | None:
+        if not self.method.streams():
+            return None
+        tokenizer = load_tokenizer(self.source.folder, self.options.trust_remote_code)
+        context = getattr(self.source.config, "max_position_embeddings", None)
+        return token_windows(self.calibration, tokenizer, context, self.options.cache)
+
+    def _signature(self, windows: TokenWindows | None) -> dict[str, Any]:
+        config = file_sha256(self.source.folder / "config.json")
+        model = hashlib.sha256(f"{config} {self.source.reader.digest()}".encode()).hexdigest()
+        return {
+            "method": self.method.signature(),
+            "model": model,
+            "calibration": windows and windows.digest,
+            "seed": self.calibration.seed,
+            "device": self.device.type,
+            "allow_float": list(self.options.allow_float),
+            "recipe": self.options.recipe,
+            "versions": {"lowbit": __version__, "torch": torch.__version__},
+        }
+
+    def _write_outside(self, writer: CheckpointWriter) -> None:
+        """Embeddings, last norm and lm_head as they were, in shard 0."""
+        if writer.record(0) is None:
+            tensors = self.source.reader.read(self.source.outside_tensors())
+            writer.write_shard(0, tensors, {}, {})
+
+    def _blocks(self, writer: CheckpointWriter, windows: TokenWindows | None) -> None:
+        names = self.source.block_names
+        unfinished = [i for i in range(len(names)) if writer.record(i + 1) is None]
+        if not unfinished:
+            return
+        streams, kwargs = self._first_streams(writer, windows)
+        for i, name in enumerate(names[: unfinished[-1] + 1]):
+            record = writer.record(i + 1)
+            if record is not None and not streams:
+                continue
+            block = self.source.load_block(name, self.device)
+            for stream in streams.values():
+                stream.kwargs = kwargs[i]
+            if record is None:
+                result = self._quantize_block(writer, i, block, streams)
+            else:
+                result = result_of(writer.read_shard(i + 1), record, self.source)
+                self._log(writer, Event("resumed", {"block": name, "index": i, "of": len(names)}))
+            if i < unfinished[-1]:
+                self._advance(block, result, streams)
+        shutil.rmtree(self._stream_folder(writer), ignore_errors=True)
+
+    def _quantize_block(
+        self, writer: CheckpointWriter, index: int, block: nn.Module, streams: dict[str, Stream]
+    ) -> BlockResult:
+        names = self.source.block_names
+        name, started = names[index], time.perf_counter()
+        place = {"block": name, "index": index, "of": len(names)}
+        self._log(writer, Event("block", place))
+        task = BlockTask(
+            name,
+            block,
+            self.source.groups(name),
+            self.source.folds(name),
+            streams,
+            generator_for(self.calibration.seed, name),
+            lambda event: self._log(writer, Event(event.kind, place | event.data)),
+        )
+        result = as_stored(self.method.quantize(task), self.source, name)
+        first = not any((writer.record(i + 1) or {}).get("modules") for i in range(index))
+        tensors, record = shard_of(result, self.source, name, first)
+        writer.write_shard(index + 1, tensors, result.learned, record)
+        facts = {
+            key: result.report[key] for key in ("loss_rtn", "loss_after") if key in result.report
+        }
+        seconds = {"seconds": round(time.perf_counter() - started, 3)}
+        self._log(writer, Event("finished", place | facts | seconds))
+        return result
+
+    def _first_streams(
+        self, writer: CheckpointWriter, windows: TokenWindows | None
+    ) -> tuple[dict[str, Stream], list[list[dict[str, Any]]]]:
+        if windows is None:
+            return {}, []
+        self._log(
+            writer, Event("capture", {"samples": len(windows.tokens), "seqlen": windows.seqlen})
+        )
+        hidden, kwargs = self.source.capture(windows.tokens.split(self.method.rows()))
+        names = self.method.streams()
+        folder = self._stream_folder(writer) if self._on_disk(hidden, len(names)) else None
+        streams = {
+            name: Stream(
+                hidden if folder is not None else [h.clone() for h in hidden],
+                kwargs[0],
+                self.device,
+                folder and folder / name,
+            )
+            for name in names
+        }
+        return streams, kwargs
+
+    def _advance(self, block: nn.Module, result: BlockResult, streams: dict[str, Stream]) -> None:
+        """Every stream through what it must come through; the last one may use up the block."""
+        with torch.no_grad():
+            for i, (name, stream) in enumerate(streams.items()):
+                passed = block if i == len(streams) - 1 else deepcopy(block)
+                self.method.install(passed, result, name)
+                for number, batch in enumerate(stream):
+                    stream.replace(number, call_block(passed, batch))
+
+    def _on_disk(self, hidden: Sequence[Tensor], streams: int) -> bool:
+        # One more for each stream: methods keep their targets beside the inputs.
+        needed = 2 * streams * sum(h.nbytes for h in hidden)
+        return self.options.streams == "disk" or (
+            self.options.streams == "auto" and needed > MOST_OF_MEMORY * physical_memory()
+        )
+
+    def _stream_folder(self, writer: CheckpointWriter) -> Path:
+        return writer.folder / "run" / "streams"
+
+    def _finish(self, writer: CheckpointWriter, windows: TokenWindows | None) -> None:
+        for pattern in COMPANIONS + (("*.py",) if self.options.trust_remote_code else ()):
+            for path in sorted(self.source.folder.glob(pattern)):
+                if path.is_file():
+                    writer.copy_file(path)
+        records = [writer.record(i) or {} for i in range(writer.shards)]
+        writer.write_json("report.json", report_of(records, self.source.left_float))
+        made_by = {
+            **writer.signature,
+            "source": self.source.folder.name,
+            "calibration": windows
+            and {
+                "sources": windows.sources,
+                "samples": len(windows.tokens),
+                "seqlen": windows.seqlen,
+                "digest": windows.digest,
+            },
+        }
+        writer.finish(final_config(self.source.folder, records, made_by))
+
+    def _log(self, writer: CheckpointWriter, event: Event) -> None:
+        writer.append_event({"time": round(time.time(), 3), "kind": event.kind, **event.data})
+        self.on_event(event)
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is the first CUDA device if there is one. Raises ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is not known: use cpu, cuda:N or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch finds no CUDA device: use cpu")
+    return device
+
+
+def generator_for(seed: int, block: str) -> torch.Generator:
+    """Seeded by seed and block alone: a resumed run draws the same numbers."""
+    digest = hashlib.sha256(f"{seed} {block}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

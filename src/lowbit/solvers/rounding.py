@@ -1,0 +1,106 @@
+"""Uniform grids: from the range of a group to scale and zero point, and rounding to them.
+
+Grids are per group of `group_size` input channels of one output row (None: the whole row). The last
+group of a row may be shorter; groups never straddle rows. OmniQuant section 3.2, equation 2; with
+the corrections that the range always includes 0 and that zero points stay within the codes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """scale, zero: (out, groups) float32; zero is integer-valued, None for symmetric grids.
+
+    Code q stands for scale * (q - zero); symmetric grids have their zero at 2^(bits - 1).
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    group_size: int | None
+
+    @property
+    def top(self) -> int:
+        return 2**self.bits - 1
+
+
+def grouped(weight: Tensor, group_size: int | None) -> Tensor:
+    """(out, in) -> (out, groups, group_size), a ragged last group padded with its own last value.
+
+    Repeating a value changes neither minimum nor maximum.
+    """
+    rows, columns = weight.shape
+    size = min(group_size or columns, columns)
+    missing = -columns % size
+    if missing:
+        weight = torch.cat([weight, weight[:, -1:].expand(rows, missing)], 1)
+    return weight.view(rows, -1, size)
+
+
+def ungrouped(values: Tensor, columns: int) -> Tensor:
+    """The inverse of `grouped`: (out, groups, group_size) -> (out, columns)."""
+    return values.flatten(1)[:, :columns]
+
+
+def extremes(weight: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of every group, (out, groups), forced to include 0."""
+    values = grouped(weight, group_size)
+    return values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+
+
+def grid_from_range(
+    low: Tensor, high: Tensor, bits: int, group_size: int | None, symmetric: bool
+) -> Grid:
+    """The grid that spans [low, high]; low <= 0 <= high, (out, groups). Differentiable in both."""
+    top = 2**bits - 1
+    if symmetric:
+        # 2^bits - 1 steps, one more of them below zero: the error stays within half a step.
+        reach = torch.maximum(high, -low)
+        return Grid(_positive(2 * reach / top, reach), None, bits, group_size)
+    scale = _positive((high - low) / top, high - low)
+    zero = torch.round(-low / scale).clamp(0, top).detach()
+    return Grid(scale, zero, bits, group_size)
+
+
+def minmax_grid(weight: Tensor, bits: int, group_size: int | None, symmetric: bool) -> Grid:
+    """Round-to-nearest's grid: the whole range of every group."""
+    return grid_from_range(*extremes(weight, group_size), bits, group_size, symmetric)
+
+
+def _positive(scale: Tensor, reach: Tensor) -> Tensor:
+    """An all-zero group gets the scale 1: its codes are the zero point."""
+    return torch.where(reach > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
+
+
+class _RoundStraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+    ) -> Tensor:
+        return gradient
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """torch.round with the gradient of the identity."""
+    result: Tensor = _RoundStraightThrough.apply(x)
+    return result
+
+
+def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
+    """weight rounded to the grid, (out, in); gradients pass to the weight and to the grid's scale.
+
+    A clamped weight has gradient only through the scale, as in LSQ.
+    """
+    values = grouped(weight, grid.group_size)
+    scale = grid.scale.unsqueeze(-1)
+    zero = 2.0 ** (grid.bits - 1) if grid.zero is None else grid.zero.unsqueeze(-1)
+    codes = (round_ste(values / scale) + zero).clamp(0, grid.top)
+    return ungrouped((codes - zero) * scale, weight.shape[1])

@@ -1,0 +1,105 @@
+import pytest
+import zoo
+from torch import nn
+from transformers import AutoConfig
+
+from lowbit.models.discovery import discover
+from lowbit.models.skeleton import build_skeleton
+from lowbit.models.source import SourceModel
+from lowbit.models.wiring import groups_of
+
+ATTENTION = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)]
+MLP = [("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
+SHARED = [
+    ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    ("mlp.shared_expert.down_proj",),
+]
+MIXTURE = [
+    group
+    for i in range(4)
+    for group in (
+        (f"mlp.experts.{i}.gate_proj", f"mlp.experts.{i}.up_proj"),
+        (f"mlp.experts.{i}.down_proj",),
+    )
+]
+FOUND = {
+    "gemma2": ("model.layers", [*ATTENTION, *MLP], ()),
+    "phi3": (
+        "model.layers",
+        [("self_attn.qkv_proj",), ATTENTION[1], ("mlp.gate_up_proj",), MLP[1]],
+        (),
+    ),
+    "gpt_neox": (
+        "gpt_neox.layers",
+        [
+            ("attention.query_key_value",),
+            ("attention.dense",),
+            ("mlp.dense_h_to_4h",),
+            ("mlp.dense_4h_to_h",),
+        ],
+        (),
+    ),
+    "qwen2_moe": (
+        "model.layers",
+        [*ATTENTION, *SHARED, *MIXTURE],
+        ("mlp.gate", "mlp.shared_expert_gate"),
+    ),
+    "olmoe": ("model.layers", [*ATTENTION, *MIXTURE], ("mlp.gate",)),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_blocks_groups_and_routers_are_found(name: str) -> None:
+    model = zoo.source(name)
+    path, groups, skip = FOUND[name]
+    assert (model.family.name, model.family.blocks) == ("discovered", path)
+    for block in model.block_names:
+        assert sorted(group.linears for group in model.groups(block)) == sorted(groups)
+        assert model.folds(block) == ()
+    assert model.family.skip == skip
+    assert model.left_float == [f"{block}.{n}" for block in model.block_names for n in skip]
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "qwen3_moe", "falcon 7b", "falcon rw", "mixtral"])
+def test_the_tables_of_known_families_are_found(name: str) -> None:
+    model = zoo.source(name)
+    family = discover(build_skeleton(AutoConfig.from_pretrained(zoo.folder(name))))
+    assert family.blocks == model.family.blocks
+    assert family.tuple_output == model.family.tuple_output
+    for block in model.block_names:
+        groups = groups_of(family, model.config, model.skeleton.get_submodule(block))
+        assert {frozenset(group.linears) for group in groups} == {
+            frozenset(group.linears) for group in model.groups(block)
+        }
+    assert set(family.skip) == set(model.family.skip)
+
+
+def test_what_is_no_linear_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"8 matrices of GPT2LMHeadModel are not understood") as e:
+        SourceModel(zoo.folder("gpt2"))
+    assert "transformer.h.0.attn.c_attn (in 0 groups)" in str(e.value)
+    assert "--allow-float PATTERN" in str(e.value)
+
+
+def test_what_is_no_linear_stays_float_where_allowed() -> None:
+    with pytest.raises(ValueError, match="4 matrices.*not understood") as e:
+        SourceModel(zoo.folder("gpt2"), allow_float=["*.attn.*"])
+    assert "c_attn" not in str(e.value) and "transformer.h.1.mlp.c_fc" in str(e.value)
+    model = SourceModel(zoo.folder("gpt2"), allow_float=["*.attn.*", "transformer.h.*.mlp.*"])
+    assert len(model.left_float) == 8
+    assert [model.groups(block) for block in model.block_names] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: setattr(model.model, "layers", nn.Identity()), "no list of blocks"),
+        (lambda model: setattr(model.model, "rotary_emb", None), "add a table, about 30 lines"),
+    ],
+    ids=["no list", "untraceable"],
+)
+def test_what_cannot_be_found_is_said(change: object, message: str) -> None:
+    model = build_skeleton(AutoConfig.from_pretrained(zoo.folder("llama")))
+    change(model)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM.*{message}"):
+        discover(model)

@@ -1,0 +1,364 @@
+"""The house rules that no linter knows: who may import whom, the doors, sizes, names.
+
+All of it is read off the syntax trees of src/lowbit, so imports inside functions and under
+TYPE_CHECKING count as well. BREACHES breaks every rule, to show that each can fail.
+"""
+
+import ast
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# package of ours: those that it may import beside itself; what is not named is forbidden
+MAY_IMPORT: dict[str, set[str]] = {
+    "version": set(),
+    "config": set(),
+    "recipes": {"config"},
+    "kernels": set(),
+    "formats": {"kernels", "config"},
+    "blocks": set(),
+    "solvers": {"blocks", "kernels", "config"},
+    "checkpoint": {"formats", "config", "version"},
+    "models": {"blocks", "checkpoint"},
+    "methods": {"blocks", "solvers", "formats", "kernels", "config"},
+    "calibration": {"config"},
+    "load": {"models", "formats", "checkpoint", "config", "version"},
+    "eval": {"load", "calibration", "config"},
+    "export": {"formats", "checkpoint", "config", "version"},
+    "convert": {"formats", "checkpoint", "config", "version"},
+    "allocate": {"load", "eval", "formats", "config"},
+    "preprocess": {"load", "checkpoint", "calibration"},
+}
+MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {"export", "convert", "eval", "load", "preprocess"}
+MAY_IMPORT["cli"] = MAY_IMPORT["__init__"] = {*MAY_IMPORT, "__init__"}
+
+# packages that are kept free of other people's libraries, and the few that they use
+THIRD_PARTY: dict[str, set[str]] = {
+    "kernels": {"torch", "triton"},
+    "blocks": {"torch"},
+    "solvers": {"torch"},
+}
+
+# one file per thing, none of which may import another: the modules that they do share
+SIBLINGS: dict[str, set[str]] = {
+    "methods": {"__init__", "method"},
+    "export": {"__init__", "exporter"},
+}
+
+# library: the only places that may import it: a package, one file, or every file of that name
+DOORS: dict[str, set[str]] = {
+    "safetensors": {"checkpoint"},
+    "datasets": {"calibration"},
+    "transformers": {"models", "load", "preprocess"},
+    "lm_eval": {"eval/tasks.py"},
+    "peft": {"preprocess"},
+    "triton": {"triton.py"},
+}
+
+SEEDS = {
+    "random.seed",
+    "np.random.seed",
+    "numpy.random.seed",
+    "torch.seed",
+    "torch.manual_seed",
+    "torch.random.manual_seed",
+    "torch.cuda.manual_seed",
+    "torch.cuda.manual_seed_all",
+    "transformers.set_seed",
+    "accelerate.utils.set_seed",
+}
+
+IMPORT_CALLS = {"importlib.import_module", "import_module", "__import__"}
+
+FILE_LINES = 400
+BODY_LINES = 50  # from the first statement after the docstring to the last
+VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
+
+
+@dataclass(frozen=True)
+class Module:
+    """One file of the package, as the rules see it."""
+
+    src: Path  # the folder that holds `lowbit`
+    path: Path
+
+    @cached_property
+    def inside(self) -> Path:
+        """The path inside the package: blocks/folding.py."""
+        return self.path.relative_to(self.src / "lowbit")
+
+    @property
+    def package(self) -> str:
+        """The row of the table that it belongs to: a folder or a file right under src/lowbit."""
+        return self.inside.with_suffix("").parts[0]
+
+    @cached_property
+    def text(self) -> str:
+        return self.path.read_text(encoding="utf-8")
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text, filename=str(self.path))
+
+    def at(self, line: int) -> str:
+        return f"src/lowbit/{self.inside.as_posix()}:{line}"
+
+    @cached_property
+    def imports(self) -> list[tuple[int, str]]:
+        """(line, absolute name) of everything imported: (7, "lowbit.blocks.folding.apply")."""
+        found: list[tuple[int, str]] = []
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                found += [(node.lineno, alias.name) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = self._absolute(node)
+                found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+            elif isinstance(node, ast.Call) and dotted(node.func) in IMPORT_CALLS and node.args:
+                name = node.args[0]
+                if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                    found.append((node.lineno, name.value))
+        return found
+
+    def _absolute(self, node: ast.ImportFrom) -> str:
+        folder = ["lowbit", *self.inside.parent.parts]
+        above = folder[: len(folder) + 1 - node.level] if node.level else []
+        return ".".join([*above, *([node.module] if node.module else [])])
+
+
+def modules(src: Path = ROOT / "src") -> list[Module]:
+    return [Module(src, path) for path in sorted((src / "lowbit").rglob("*.py"))]
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` as written, or nothing for any other expression."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
+        return f"{base}.{node.attr}"
+    return ""
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+# The rules: each yields one sentence for every breach.
+
+
+def unknown_packages(module: Module) -> Iterator[str]:
+    """Every file belongs to a row of the table."""
+    if module.package not in MAY_IMPORT:
+        yield f"{module.at(1)}: {module.package} has no row in MAY_IMPORT of tests/test_layers.py"
+
+
+def imports_of_ours(module: Module) -> Iterator[str]:
+    """A package imports of ours what its row says."""
+    allowed = MAY_IMPORT.get(module.package, set())
+    for line, name in module.imports:
+        if name.split(".")[0] != "lowbit":
+            continue
+        target = (name.split(".") + ["__init__"])[1]
+        if target not in MAY_IMPORT and not (module.src / "lowbit" / target).exists():
+            target = "__init__"  # a public name, not a package
+        if target not in allowed | {module.package}:
+            yield (
+                f"{module.at(line)} imports {name}, which {module.package} may not "
+                f"(of ours it may import: {listed(allowed)})"
+            )
+
+
+def imports_of_siblings(module: Module) -> Iterator[str]:
+    """A method imports no other method, an exporter no other exporter."""
+    shared = SIBLINGS.get(module.package)
+    member = (*module.inside.with_suffix("").parts, "__init__")[1]
+    if shared is None or member in shared:
+        return
+    folder = module.src / "lowbit" / module.package
+    others = {path.stem for path in folder.iterdir()} - shared - {member}
+    for line, name in module.imports:
+        if name.startswith(f"lowbit.{module.package}.") and name.split(".")[2] in others:
+            yield (
+                f"{module.at(line)} imports {name}, which {module.package}/{member} may not "
+                f"(what they share belongs to {listed(shared - {'__init__'})} or a layer below)"
+            )
+
+
+def imports_of_others(module: Module) -> Iterator[str]:
+    """The layers at the bottom use torch and the standard library."""
+    allowed = THIRD_PARTY.get(module.package)
+    for line, name in module.imports if allowed else ():
+        library = name.split(".")[0]
+        if library not in allowed | {"lowbit"} and library not in sys.stdlib_module_names:
+            yield (
+                f"{module.at(line)} imports {name}, which {module.package} may not "
+                f"(of other people's it may import: {listed(allowed)})"
+            )
+
+
+def doors(module: Module) -> Iterator[str]:
+    """A library with a door is imported behind it only."""
+    places = {module.package, module.inside.as_posix(), module.inside.name}
+    for line, name in module.imports:
+        allowed = DOORS.get(name.split(".")[0])
+        if allowed is not None and not places & allowed:
+            yield (
+                f"{module.at(line)} imports {name}, which {module.package} may not "
+                f"(its door is {listed(allowed)})"
+            )
+
+
+def public_names_only(module: Module) -> Iterator[str]:
+    """src/lowbit/__init__.py only re-exports; a `__getattr__` may put an import off."""
+    if module.package == "__init__":
+        for node in module.tree.body:
+            named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            if named and node.name not in ("__getattr__", "__dir__"):
+                yield f"{module.at(node.lineno)} defines {node.name}; the package only re-exports"
+
+
+def prints(module: Module) -> Iterator[str]:
+    """Only cli prints."""
+    for node in ast.walk(module.tree) if module.package != "cli" else ():
+        if isinstance(node, ast.Call) and dotted(node.func) == "print":
+            yield f"{module.at(node.lineno)} prints, which {module.package} may not (only cli does)"
+
+
+def global_seeds(module: Module) -> Iterator[str]:
+    """Randomness comes from a torch.Generator that is passed in."""
+    called = [
+        (node.lineno, dotted(node.func))
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call)
+    ]
+    for line, name in called + module.imports:
+        if name in SEEDS:
+            yield f"{module.at(line)} uses {name}, a global seed; pass a torch.Generator in"
+
+
+def long_files(module: Module) -> Iterator[str]:
+    lines = len(module.text.splitlines())
+    if lines > FILE_LINES:
+        yield f"{module.at(lines)}: the file has {lines} lines, the budget is {FILE_LINES}"
+
+
+def long_functions(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node, clean=False) else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            if lines > BODY_LINES:
+                yield (
+                    f"{module.at(node.lineno)}: the body of {node.name} has {lines} lines, "
+                    f"the budget is {BODY_LINES}"
+                )
+
+
+def vague_names(module: Module) -> Iterator[str]:
+    for part in module.inside.with_suffix("").parts:
+        if VAGUE_NAMES & set(part.split("_")):
+            yield f"{module.at(1)}: {part!r} does not say what is inside; name what it does"
+
+
+RULES = (
+    unknown_packages,
+    imports_of_ours,
+    imports_of_siblings,
+    imports_of_others,
+    doors,
+    public_names_only,
+    prints,
+    global_seeds,
+    long_files,
+    long_functions,
+    vague_names,
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule_holds(rule):
+    breaches = [breach for module in modules() for breach in rule(module)]
+    assert not breaches, "\n" + "\n".join(breaches)
+
+
+def test_tests_mirror_the_source():
+    """tests/blocks/test_folding.py tests src/lowbit/blocks/folding.py, or a folder so named."""
+    strays = [
+        path.relative_to(ROOT).as_posix()
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if path != Path(__file__) and "end_to_end" not in path.parts and not _source(path)
+    ]
+    assert not strays, "no file or folder in src/lowbit has the name of " + ", ".join(strays)
+
+
+def _source(test: Path) -> bool:
+    folder = ROOT / "src" / "lowbit" / test.parent.relative_to(ROOT / "tests")
+    subject = folder / test.stem.removeprefix("test_")
+    itself = folder.is_dir() and folder.name == subject.name  # formats/test_formats.py
+    return itself or subject.is_dir() or subject.with_suffix(".py").is_file()
+
+
+LONG_FUNCTION = "def f():\n" + "    pass\n" * (BODY_LINES + 1)
+
+BREACHES = [
+    (unknown_packages, "surprise.py", "", "src/lowbit/surprise.py:1: surprise has no row"),
+    (imports_of_ours, "formats/a.py", "\nimport lowbit.models", ":2 imports lowbit.models, which"),
+    (imports_of_ours, "formats/a.py", "from lowbit import models", "which formats may not"),
+    (imports_of_ours, "formats/a.py", "from lowbit import quantize", "which formats may not"),
+    (imports_of_ours, "formats/b/c.py", "from ...models import x", "imports lowbit.models.x"),
+    (imports_of_ours, "blocks/a.py", "def f():\n  from lowbit.config import X", ":2 imports"),
+    (imports_of_ours, "pipeline.py", "from lowbit.load import load", "which pipeline may not"),
+    (imports_of_siblings, "methods/a.py", "from lowbit.methods import b", "methods/a may not"),
+    (imports_of_siblings, "methods/a.py", "from .b import x", "imports lowbit.methods.b.x"),
+    (imports_of_others, "blocks/a.py", "import numpy", "may import: torch)"),
+    (doors, "eval/divergence.py", "import lm_eval", "its door is eval/tasks.py"),
+    (doors, "kernels/a.py", "import triton.language as tl", "its door is triton.py"),
+    (doors, "blocks/a.py", "if TYPE_CHECKING:\n  import transformers", ":2 imports transformers"),
+    (doors, "blocks/a.py", "importlib.import_module('safetensors.torch')", "which blocks may not"),
+    (public_names_only, "__init__.py", "def f(): ...", "defines f"),
+    (prints, "pipeline.py", "print('x')", "src/lowbit/pipeline.py:1 prints"),
+    (global_seeds, "solvers/a.py", "torch.manual_seed(0)", "uses torch.manual_seed"),
+    (global_seeds, "solvers/a.py", "from torch import manual_seed", "uses torch.manual_seed"),
+    (long_files, "config.py", "\n" * (FILE_LINES + 1), "has 401 lines"),
+    (long_functions, "config.py", LONG_FUNCTION, "the body of f has 51 lines"),
+    (vague_names, "blocks/tensor_utils.py", "", "'tensor_utils' does not say"),
+]
+
+KEPT = [
+    (imports_of_ours, "formats/a.py", "from lowbit.formats.base import X\nfrom . import b"),
+    (imports_of_ours, "cli/run.py", "from lowbit.pipeline import run\nimport lowbit"),
+    (imports_of_siblings, "methods/a.py", "from lowbit.methods.method import Method"),
+    (imports_of_siblings, "methods/__init__.py", "from lowbit.methods.b import B"),
+    (imports_of_others, "kernels/triton.py", "import math, torch, triton"),
+    (doors, "kernels/hadamard/triton.py", "import triton"),
+    (doors, "checkpoint/shards.py", "from safetensors import safe_open"),
+    (prints, "cli.py", "print('x')"),
+    (global_seeds, "solvers/a.py", "generator.manual_seed(0)"),
+    (long_functions, "config.py", "def f():\n" + "    pass\n" * BODY_LINES),
+]
+
+
+def module_of(tmp_path: Path, name: str, text: str) -> Module:
+    """A file of a made-up package whose methods are a and b."""
+    path = tmp_path / "lowbit" / name
+    (tmp_path / "lowbit" / "methods").mkdir(parents=True)
+    (tmp_path / "lowbit" / "methods" / "b.py").touch()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return Module(tmp_path, path)
+
+
+@pytest.mark.parametrize(("rule", "name", "text", "message"), BREACHES)
+def test_breach_is_found(tmp_path, rule, name, text, message):
+    (breach,) = rule(module_of(tmp_path, name, text))
+    assert message in breach
+
+
+@pytest.mark.parametrize(("rule", "name", "text"), KEPT)
+def test_what_is_allowed_passes(tmp_path, rule, name, text):
+    assert not list(rule(module_of(tmp_path, name, text)))
