@@ -1,4 +1,4 @@
-"""Train a small causal LM on stories: real trained weights to quantize where none can be downloaded.
+"""Train a small causal LM on stories: real weights to quantize where none can be downloaded.
 
     python examples/train_mini.py llama|opt OUT --stories FILE --books FILE [--tokenizer DIR]
 

@@ -104,9 +104,7 @@ ZOO: dict[str, Line] = {
     ),
     "falcon 7b": Line("falcon", FALCON, (PARALLEL, PARALLEL)),
     "falcon 40b": Line("falcon", FALCON_40B, (PLAIN, PLAIN)),
-    "falcon 11b": Line(
-        "falcon", FALCON_40B | {"num_ln_in_parallel_attn": 1}, (PARALLEL, PARALLEL)
-    ),
+    "falcon 11b": Line("falcon", FALCON_40B | {"num_ln_in_parallel_attn": 1}, (PARALLEL, PARALLEL)),
     "falcon rw": Line("falcon", FALCON | FALCON_RW, (PLAIN, PLAIN), shiftable=3),
     "mixtral": Line(
         "mixtral",
@@ -126,6 +124,9 @@ STRANGERS: dict[str, Line] = {
         | {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
     ),
     "olmoe": Line("olmoe", EXPERTS | {"num_experts": 4}),
+    "hunyuan_v1_moe": Line(
+        "hunyuan_v1_moe", EXPERTS | {"num_experts": 4, "moe_topk": 2, "head_dim": 12}
+    ),
     "gpt2": Line("gpt2", SIZES),
 }
 
@@ -178,11 +179,11 @@ def tokens(seed: int = 0, rows: int = 2, length: int = TOKENS) -> Tensor:
 
 
 def task(
-    name: str, block: int = 0, batches: int = 3, rows: int = 2, noise: float = 0.02
+    name: str, block: int = 0, batches: int = 3, length: int = TOKENS, noise: float = 0.02
 ) -> BlockTask:
-    """What a method would be given; the quantized stream differs from the float one by some noise."""
+    """What a method is given; the quantized stream differs from the float one by some noise."""
     model = source(name)
-    hidden, kwargs = model.capture([tokens(i, rows) for i in range(batches)])
+    hidden, kwargs = model.capture([tokens(i, length=length) for i in range(batches)])
     block_name = model.block_names[block]
     draw = torch.Generator().manual_seed(7)
     noisy = [h + noise * torch.randn(h.shape, generator=draw) * h.std() for h in hidden]
@@ -216,7 +217,7 @@ def _instead(hidden: Tensor) -> Callable[..., Any]:
 
 def error(found: Tensor, wanted: Tensor) -> float:
     """|found - wanted| / |wanted|, over all entries together."""
-    return float((found - wanted).norm() / wanted.norm())
+    return float((found - wanted).detach().norm() / wanted.detach().norm())
 
 
 # The trained Llama as other families, function for function.

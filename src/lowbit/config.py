@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class Config(BaseModel):
@@ -29,3 +29,18 @@ def unknown_name(name: str, allowed: Any, what: str) -> str:
     near = get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{name!r} is no {what}: {hint}allowed are {', '.join(names)}"
+
+
+def explain(error: ValidationError) -> str:
+    """What is wrong, field by field: "bits: should be less than or equal to 8 (got 9)"."""
+    return "; ".join(_sentence(detail) for detail in error.errors(include_url=False))
+
+
+def _sentence(detail: Any) -> str:
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    place = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "value_error":  # our own sentence, which says what it got
+        return f"{place}: {message}" if place else message
+    if detail["type"] == "missing":
+        return f"{place}: is missing"
+    return f"{place or 'the whole'}: {message} (got {detail['input']!r})"

@@ -5,7 +5,11 @@ Importing this module registers quant_method "lowbit" with transformers, so that
 device_map. Everything is checked before the first weight is read.
 """
 
+import logging
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +24,15 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoint import QuantizedFolder
-from lowbit.checkpoint.verify import quantization_section, quantized_entries
+from lowbit.checkpoint.verify import quantization_section, quantized_entries, read_config
 from lowbit.formats import build
 from lowbit.formats.base import QuantizedLinear
 from lowbit.models.locate import locate
 from lowbit.models.skeleton import memory_names, unfuse_experts
 from lowbit.models.source import load_config
 from lowbit.models.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -59,34 +65,64 @@ def load_model(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model alone; see `load`."""
-    config = load_config(folder, trust_remote_code)
-    section = getattr(config, "quantization_config", None)
+    section = read_config(folder).get("quantization_config")
+    verified = None
     if isinstance(section, dict) and section.get("quant_method") == "lowbit":
         QuantizedFolder(folder).verify(hashes=verify)
-        config.quantization_config = {**section, "verified": True}
-    if dtype is None:
-        dtype = torch.float32 if _on_cpu(device_map) else "auto"
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-    )
+        verified = VerifiedSection(section)
+    with _refused(folder):
+        config = load_config(folder, trust_remote_code)
+        if verified is not None:
+            config.quantization_config = verified
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or (torch.float32 if _on_cpu(device_map) else "auto"),
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+        model, report = loaded
+        if report["missing_keys"]:  # transformers has invented them
+            raise ValueError(f"tensor {min(report['missing_keys'])} is missing")
+    return model
+
+
+@contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """Turns what transformers makes of a bad config.json, whatever it is, into a ValueError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{folder} cannot be loaded: {kind}{error}") from error
+
+
+class VerifiedSection(dict[str, Any]):
+    """A quantization_config whose folder `load_model` has verified; no file can claim that."""
 
 
 @register_quantization_config("lowbit")
 class LowbitConfig(QuantizationConfigMixin):
-    """config.json's quantization_config; what is in it, `lowbit.checkpoint.verify` checks."""
+    """config.json's quantization_config; what is in it, `lowbit.checkpoint.verify` checks.
 
-    def __init__(self, verified: bool = False, **section: Any) -> None:
-        self.quant_method = "lowbit"
-        self.verified = verified
-        for key, value in section.items():
-            setattr(self, key, value)
+    Kept as one dictionary: as attributes its keys could replace methods and switch transformers.
+    """
+
+    def __init__(self, section: dict[str, Any]) -> None:
+        self.quant_method = "lowbit"  # type: ignore[assignment]
+        self.section = section
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        return (cls(config_dict), kwargs) if return_unused_kwargs else cls(config_dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in super().to_dict().items() if key != "verified"}
+        return deepcopy(dict(self.section))
 
 
 @register_quantizer("lowbit")
@@ -94,12 +130,12 @@ class LowbitQuantizer(HfQuantizer):
     """Replaces linears on the meta device before transformers reads the weights."""
 
     requires_calibration = True  # only checkpoints that lowbit has quantized
+    quantization_config: LowbitConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.on_cpu = _on_cpu(kwargs.get("device_map"))
-        quantization_section(
-            {"quantization_config": self.quantization_config.to_dict()}, "the model"
-        )
+        section = self.quantization_config.section
+        quantization_section({"quantization_config": section}, "the model")
 
     def update_attn_implementation(self, config: Any) -> Any:
         # Called before dtype="auto" is settled: the one place to prefer float32 on the CPU and yet
@@ -109,12 +145,13 @@ class LowbitQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        section = self.quantization_config.to_dict()
+        section = self.quantization_config.section
         files = kwargs.get("checkpoint_files")
         if files:
             folder = QuantizedFolder(Path(files[0]).parent)
-            if not self.quantization_config.verified:
+            if not isinstance(section, VerifiedSection):
                 folder.verify()
+            check_files(files, folder)
             entries, marker = folder.entries, folder.marker
         else:
             entries, marker = quantized_entries(section, "the model"), section["marker"]
@@ -127,6 +164,7 @@ class LowbitQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         """No: the folder itself is the serialized form, with its hashes."""
+        logger.warning("a model that lowbit quantized is not written again: copy its folder")
         return False
 
     @property
@@ -135,7 +173,7 @@ class LowbitQuantizer(HfQuantizer):
 
 
 def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) -> None:
-    """Puts an empty QuantizedLinear where each entry says; ValueError for a layer that does not fit."""
+    """Puts an empty QuantizedLinear where each entry says; ValueError where one does not fit."""
     weights = {f"{name}.weight": entry for name, entry in entries.items()}
     unfuse_experts(model, only=memory_names(model, weights).values())
     in_memory = memory_names(model, weights)
@@ -150,8 +188,12 @@ def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) 
         with torch.device("meta"):
             new = build(entry)
         _check_fits(name, old, new)
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, new)
+        path, _, attribute = name.rpartition(".")
+        parent = model.get_submodule(path)
+        setattr(parent, attribute, new)
+        if not any(True for _ in parent.buffers(recurse=False)):
+            # Every tensor comes from the folder; some initialisers would look for LINEAR.weight.
+            parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _check_fits(name: str, old: nn.Module, new: QuantizedLinear) -> None:
@@ -164,6 +206,16 @@ def _check_fits(name: str, old: nn.Module, new: QuantizedLinear) -> None:
     if wanted != stated:
         raise ValueError(
             f"layer {name} is (out, in, bias) {wanted} in this model, but config.json says {stated}"
+        )
+
+
+def check_files(files: Sequence[str], folder: QuantizedFolder) -> None:
+    """transformers reads the shards that were verified, and no others that it may prefer."""
+    read = sorted(Path(file).name for file in files)
+    if read != folder.reader.files:
+        raise ValueError(
+            f"{folder.folder}: transformers would read {read}, "
+            f"but config.json lists {folder.reader.files}; remove what does not belong there"
         )
 
 

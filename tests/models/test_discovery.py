@@ -45,6 +45,12 @@ FOUND = {
         ("mlp.gate", "mlp.shared_expert_gate"),
     ),
     "olmoe": ("model.layers", [*ATTENTION, *MIXTURE], ("mlp.gate",)),
+    "hunyuan_v1_moe": (
+        "model.layers",
+        [*ATTENTION, *[tuple(n.replace("expert", "mlp") for n in names) for names in SHARED]]
+        + MIXTURE,
+        ("mlp.gate.wg",),
+    ),
 }
 
 

@@ -37,7 +37,9 @@ def test_malformed_ids(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["owner/name", "gpt2"])
 def test_offline_is_said_with_advice(name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name!r} is no folder, and the hub.*hf auth login") as e:
+    with pytest.raises(
+        ValueError, match=f"^{name!r} is no folder, and the hub.*hf auth login"
+    ) as e:
         locate(name)
     assert "\n" not in str(e.value)
 

@@ -1,7 +1,6 @@
 from collections import Counter
 
 import pytest
-import torch
 import zoo
 from transformers import AutoConfig
 

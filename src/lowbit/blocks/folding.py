@@ -48,7 +48,7 @@ def apply_folds(
     scales: Mapping[str, Tensor],
     shifts: Mapping[str, Tensor] | None = None,
 ) -> Tensors:
-    """Several folds one after another, by name; each is exact, so any order is. Always a new dict."""
+    """Several folds one after another, by name, in any order: each is exact. Always a new dict."""
     tensors = dict(tensors)
     for name, scale in scales.items():
         tensors = apply_fold(tensors, folds[name], scale, (shifts or {}).get(name))

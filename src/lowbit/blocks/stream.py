@@ -3,7 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -20,9 +23,9 @@ class Batch:
 class Stream:
     """Hidden states of all calibration batches, with the keyword arguments of one block.
 
-    hidden: per batch (batch, tokens, channels) float32, kept on the CPU: in memory, or with
-    `folder` in one file per batch. kwargs: per batch, what this block is called with besides.
-    Batches are moved to `device` when they are read.
+    hidden: per batch (batch, tokens, channels) float32, kept on the CPU: in memory (the tensors
+    themselves, not copies), or with `folder` in one file per batch. kwargs: per batch, what this
+    block is called with besides. Batches are moved to `device` when they are read.
     """
 
     def __init__(
@@ -62,15 +65,18 @@ class Stream:
         """Overwrites one batch; its shape stays."""
         self._hidden[index].copy_(hidden.detach())
 
-    def map(self, function: Callable[[Batch], Tensor], folder: Path | None = None) -> "Stream":
-        """A new stream of function(batch), on disk below `folder` if this one is on disk."""
-        if self.folder is not None and folder is None:
-            folder = self.folder.with_name(f"{self.folder.name}-mapped")
+    def map(self, function: Callable[[Batch], Tensor]) -> "Stream":
+        """A new stream of function(batch), on disk inside `folder` if this one is on disk.
+
+        Its files go with it: each call has its own, so that two results can be held side by side.
+        """
         with torch.no_grad():
-            made = [function(batch).cpu() for batch in self] if folder is None else None
-            if made is not None:
+            if self.folder is None:
+                made = [function(batch).cpu() for batch in self]
                 return Stream(made, self.kwargs, self.device)
+            folder = Path(mkdtemp(prefix="mapped-", dir=self.folder))
             stream = Stream(self._hidden, self.kwargs, self.device, folder)
+            finalize(stream, rmtree, folder, ignore_errors=True)
             for i, batch in enumerate(self):
                 stream.replace(i, function(batch))
             return stream

@@ -37,7 +37,7 @@ def report_of(records: Sequence[Record], left_float: Sequence[str]) -> dict[str,
     """report.json: what each block reported, and by layer name what the run gave up on."""
     blocks = {r["block"]: r["report"] for r in records if "block" in r}
     given_up = {
-        f"{block}.{linear}": f"rounded to nearest: its expert saw {tokens} calibration tokens"
+        f"{block}.{linear}": f"rounded to nearest: it saw only {tokens} calibration tokens"
         for block, report in blocks.items()
         for linear, tokens in report.get("rounded_to_nearest", {}).items()
     }

@@ -9,18 +9,19 @@ from itertools import product
 from math import prod
 from typing import Any
 
-RANGE = re.compile(r"\{(\d{1,9})-(\d{1,9})\}")
+RANGE = re.compile(r"\{([0-9]{1,9})-([0-9]{1,9})\}")
+NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")  # a part of a name, as int prints it
 MOST_NAMES = 1_000_000  # a hostile range must not fill the memory
 
 
 def collapse(entries: dict[str, Any]) -> dict[str, Any]:
     """Names that differ in whole ranges of numbers, with equal entries, become one."""
-    by_template: dict[str, list[str]] = defaultdict(list)
+    by_template: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in entries:
-        by_template[re.sub(r"(?<![^.])\d+(?![^.])", "*", name)].append(name)
+        by_template[tuple(NUMBER.split(name))].append(name)
     collapsed: dict[str, Any] = {}
-    for template, names in by_template.items():
-        ranged = _ranged(template, names)
+    for names in by_template.values():
+        ranged = _ranged(names)
         same = all(entries[name] == entries[names[0]] for name in names)
         if ranged is not None and same:
             collapsed[ranged] = entries[names[0]]
@@ -30,28 +31,34 @@ def collapse(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def expand(collapsed: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `collapse`. Raises ValueError for a range that is empty or far too long."""
+    """The inverse of `collapse`.
+
+    Raises ValueError for a range that is empty or far too long, and for a name given twice.
+    """
     entries: dict[str, Any] = {}
     for pattern, entry in collapsed.items():
         bounds = [(int(a), int(b)) for a, b in RANGE.findall(pattern)]
         count = prod(max(0, high - low + 1) for low, high in bounds)
         if not 0 < count <= MOST_NAMES - len(entries):
-            raise ValueError(f"{pattern!r} names {count} layers; allowed are 1 to {MOST_NAMES}")
-        template = RANGE.sub("{}", pattern.replace("{}", ""))
+            raise ValueError(
+                f"{pattern!r} names {count} layers; allowed are 1 to {MOST_NAMES} in all"
+            )
+        start, *behind = RANGE.split(pattern)[::3]  # what stands around the ranges
         for numbers in product(*(range(low, high + 1) for low, high in bounds)):
-            entries[template.format(*numbers) if bounds else pattern] = entry
+            name = start + "".join(f"{n}{text}" for n, text in zip(numbers, behind, strict=True))
+            if name in entries:
+                raise ValueError(f"{name!r} is named twice, once by {pattern!r}")
+            entries[name] = entry
     return entries
 
 
-def _ranged(template: str, names: list[str]) -> str | None:
-    places = template.split(".")
-    numbered = [i for i, place in enumerate(places) if place == "*"]
-    if not numbered or len(names) < 2:
+def _ranged(names: list[str]) -> str | None:
+    """One pattern for names of one template; None when their numbers do not fill whole ranges."""
+    if len(names) < 2:
         return None
-    tuples = {tuple(int(name.split(".")[i]) for i in numbered) for name in names}
-    bounds = [(min(column), max(column)) for column in zip(*tuples, strict=True)]
-    if len(tuples) != prod(high - low + 1 for low, high in bounds):
+    numbers = {tuple(map(int, NUMBER.findall(name))) for name in names}
+    bounds = [(min(column), max(column)) for column in zip(*numbers, strict=True)]
+    if len(numbers) != prod(high - low + 1 for low, high in bounds):
         return None
-    for place, (low, high) in zip(numbered, bounds, strict=True):
-        places[place] = f"{{{low}-{high}}}" if high > low else str(low)
-    return ".".join(places)
+    ranges = iter(f"{{{low}-{high}}}" if high > low else str(low) for low, high in bounds)
+    return NUMBER.sub(lambda match: next(ranges), names[0])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,9 +58,8 @@ class CheckpointReader:
         for file in self.files:
             for name, info in read_header(folder / file).items():
                 if name in self.tensors:
-                    raise ValueError(
-                        f"{folder}: tensor {name} stands in both {self.tensors[name].file} and {file}"
-                    )
+                    other = self.tensors[name].file
+                    raise ValueError(f"{folder}: tensor {name} stands in both {other} and {file}")
                 self.tensors[name] = info
         if files is None:
             self._check_index()
@@ -100,7 +100,7 @@ def _shards(folder: Path) -> list[str]:
         index = read_json(folder / INDEX)
         placed = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(placed, dict) or not all(
-            isinstance(file, str) and Path(file).name == file for file in placed.values()
+            isinstance(file, str) and file and Path(file).name == file for file in placed.values()
         ):
             raise ValueError(f"{folder / INDEX}: 'weight_map' must map tensors to files beside it")
         return sorted(set(placed.values()))
@@ -119,7 +119,7 @@ def _shards(folder: Path) -> list[str]:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Names, shapes and dtypes of one safetensors file, without its data."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # False too for a name that no file can have
         raise ValueError(f"{path.parent}: shard {path.name} is missing")
     try:
         with safe_open(path, framework="pt") as shard:

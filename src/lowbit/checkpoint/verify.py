@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from lowbit.checkpoint.ranges import expand
-from lowbit.checkpoint.reader import CheckpointReader, file_sha256, read_json
+from lowbit.checkpoint.reader import INDEX, CheckpointReader, file_sha256, read_json
+from lowbit.config import explain
 from lowbit.formats import build
 
 VERSION = 1  # of the checkpoint layout
@@ -28,7 +30,7 @@ class QuantizedFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _config(folder)
+        self.config = read_config(folder)
         self.quantization = quantization_section(self.config, folder)
         self.entries = quantized_entries(self.quantization, folder)
         self.marker = marker_of(self.quantization, self.entries, folder)
@@ -40,16 +42,16 @@ class QuantizedFolder:
             return [f"{name}.{key}" for key in build(self.entries[name]).state_dict()]
 
     def verify(self, hashes: bool = True) -> None:
-        """Sizes of the shards, every quantized linear's tensors, and (slower) the shards' hashes."""
-        if hashes:
-            self._check_digest()
+        """config.json, the shards' sizes and (slower) hashes, every quantized linear's tensors."""
+        self._check_digest()
         self._check_files(hashes)
         for name, entry in self.entries.items():
             with torch.device("meta"):
                 expected = build(entry).state_dict()
             for key, tensor in expected.items():
                 self._check_tensor(f"{name}.{key}", tuple(tensor.shape), tensor.dtype)
-        if self.marker not in self.reader.tensors:
+        marker = self.reader.tensors.get(self.marker)
+        if marker is None or marker.shape != (0,):
             raise ValueError(f"{self.folder}: the empty tensor {self.marker} is missing")
 
     def _check_tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -76,8 +78,10 @@ class QuantizedFolder:
             raise ValueError(f"{self.folder}/config.json: 'files' must map shards to size and hash")
         if sorted(stated) != self.reader.files:
             raise ValueError(
-                f"{self.folder} has the shards {self.reader.files}, config.json lists {sorted(stated)}"
+                f"{self.folder} has the shards {self.reader.files}, "
+                f"but config.json lists {sorted(stated)}"
             )
+        self._check_index()
         for file, facts in stated.items():
             path = self.folder / file
             if not isinstance(facts, dict) or facts.get("size") != path.stat().st_size:
@@ -87,6 +91,18 @@ class QuantizedFolder:
             if hashes and facts.get("sha256") != file_sha256(path):
                 raise ValueError(f"{path} is damaged: its sha256 is not the one in config.json")
 
+    def _check_index(self) -> None:
+        """What transformers offloads to disk it finds through the index alone."""
+        path = self.folder / INDEX
+        if not path.exists():
+            return
+        index = read_json(path)
+        absent = sorted(self.reader.tensors.keys() - index["weight_map"].keys())
+        if absent:
+            raise ValueError(f"{path} lacks tensor {absent[0]}")
+        if not isinstance(index.get("metadata"), dict):
+            raise ValueError(f"{path}: 'metadata' must be an object")
+
 
 def config_digest(config: dict[str, Any]) -> str:
     """sha256 of config.json as a whole, but for the place where the digest itself stands."""
@@ -95,7 +111,8 @@ def config_digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of any folder; ValueError when there is none yet, or it is no object."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder")
     if not (folder / "config.json").exists() and (folder / "run").is_dir():
@@ -127,14 +144,18 @@ def quantized_entries(section: dict[str, Any], folder: Path | str) -> dict[str, 
     modules = section.get("modules")
     if not isinstance(modules, dict) or not modules:
         raise ValueError(f"{folder}: quantization_config.modules must name the quantized layers")
-    entries = expand(modules)
-    for name, entry in entries.items():
+    for name, entry in modules.items():
         try:
             with torch.device("meta"):
                 build(entry)
+        except ValidationError as error:
+            raise ValueError(f"{folder}: layer {name}: {explain(error)}") from None
         except ValueError as error:
             raise ValueError(f"{folder}: layer {name}: {error}") from None
-    return entries
+    try:
+        return expand(modules)
+    except ValueError as error:
+        raise ValueError(f"{folder}: quantization_config.modules: {error}") from None
 
 
 def marker_of(section: dict[str, Any], entries: dict[str, Any], folder: Path | str) -> str:

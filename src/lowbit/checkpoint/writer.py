@@ -1,17 +1,21 @@
 """Write OUT block by block so that a run can die at any moment and go on.
 
 OUT/run/signature.json    what shaped the run: another recipe, model or text may not continue it
+OUT/run/streams/          hidden states, where they are too large for memory
 OUT/run/NAME.json         one record per finished shard, written after the shard itself
 OUT/learned/              what was learned, one file per block
 OUT/*.safetensors         one shard for everything outside the blocks, one per block
+OUT/events.jsonl          what happened, one JSON object a line, appended
 OUT/config.json           written last: an unfinished OUT does not load
 
-Every file is written aside and renamed. The lock is flock on OUT/run/lock: it falls with its owner.
+Every other file is written aside and renamed. The lock is flock on OUT/run/lock: it falls with its
+owner.
 """
 
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,12 +24,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit.checkpoint.reader import INDEX, CheckpointReader, file_sha256, read_json
 
-RUN = "run"
+RUN, SIGNATURE, EVENTS = "run", "signature.json", "events.jsonl"
 
 
 class CheckpointWriter:
@@ -45,8 +50,9 @@ class CheckpointWriter:
 
     def __enter__(self) -> Self:
         self._refuse_strangers()
-        (self.folder / RUN).mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / RUN / "lock").open("w")
+        with explained(self.folder):
+            (self.folder / RUN).mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / RUN / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -55,9 +61,11 @@ class CheckpointWriter:
                 f"another process is writing {self.folder}: wait for it, or choose another folder"
             ) from None
         try:
-            if self.restart:
-                self._clear()
-            self._compare_signature()
+            with explained(self.folder):
+                if self.restart:
+                    self._clear()
+                self._compare_signature()
+                self._drop_half_an_event()
         except BaseException:
             self._lock.close()
             raise
@@ -74,6 +82,14 @@ class CheckpointWriter:
     @property
     def complete(self) -> bool:
         return (self.folder / "config.json").exists()
+
+    @property
+    def streams(self) -> Path:
+        """Where hidden states may live while the run goes on."""
+        return self.folder / RUN / "streams"
+
+    def clear_streams(self) -> None:
+        shutil.rmtree(self.streams, ignore_errors=True)
 
     def shard_name(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
@@ -99,10 +115,10 @@ class CheckpointWriter:
         """Writes one shard, then its record: `data` plus the file's name, size and hash."""
         name = self.shard_name(index)
         with explained(self.folder):
-            _save(self.folder / name, tensors)
+            save_tensors(self.folder / name, tensors)
             if learned:
                 (self.folder / "learned").mkdir(exist_ok=True)
-                _save(self.folder / "learned" / name, learned)
+                save_tensors(self.folder / "learned" / name, learned)
             path = self.folder / name
             record = {
                 "file": name,
@@ -114,7 +130,7 @@ class CheckpointWriter:
             write_json(self._record_path(index), record)
 
     def read_shard(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a finished shard; ValueError when its bytes are no longer those written."""
+        """The tensors of a finished shard; ValueError when its bytes are not those written."""
         record = self.record(index)
         assert record is not None
         path = self.folder / record["file"]
@@ -129,12 +145,12 @@ class CheckpointWriter:
 
     def copy_file(self, path: Path) -> None:
         """A companion of the weights, under its own name."""
-        with explained(self.folder):
-            shutil.copyfile(path, self.folder / path.name)
+        with explained(self.folder), aside(self.folder / path.name) as copy:
+            shutil.copyfile(path, copy)
 
     def append_event(self, event: dict[str, Any]) -> None:
-        with explained(self.folder), (self.folder / "events.jsonl").open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        with explained(self.folder), (self.folder / EVENTS).open("a") as file:
+            file.write(as_json(event) + "\n")
 
     def finish(self, config: dict[str, Any]) -> None:
         """Writes the index, then config.json; OUT loads from now on."""
@@ -154,65 +170,93 @@ class CheckpointWriter:
         """--restart deletes; it must never delete somebody else's model."""
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; OUT must be a folder")
-        strange = self.folder.is_dir() and any(self.folder.iterdir())
-        if strange and not (self.folder / RUN).is_dir():
+        if not self.folder.is_dir() or (self.folder / RUN / SIGNATURE).is_file():
+            return
+        # Without a signature it is ours only when it was killed before it wrote one.
+        first = {RUN, f"{RUN}/lock", f"{RUN}/{SIGNATURE}.part"}
+        found = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")}
+        if not found <= first:
             raise ValueError(
                 f"{self.folder} is not empty and was not made by lowbit quantize: "
                 "choose another folder, or empty it yourself"
             )
 
     def _clear(self) -> None:
-        (self.folder / "config.json").unlink(missing_ok=True)  # first: half a folder must not load
-        for path in self.folder.iterdir():
-            if path.name == RUN:
-                doomed = [inner for inner in path.iterdir() if inner.name != "lock"]
-            else:
-                doomed = [path]
-            for entry in doomed:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        """Deletes all but the lock: config.json first, so that half a folder does not load, and the
+        signature last, so that the rest is known as ours if this is interrupted."""
+        (self.folder / "config.json").unlink(missing_ok=True)
+        signature, lock = self.folder / RUN / SIGNATURE, self.folder / RUN / "lock"
+        doomed = {*self.folder.iterdir(), *(self.folder / RUN).iterdir()}
+        for path in doomed - {self.folder / RUN, signature, lock}:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        signature.unlink(missing_ok=True)
 
     def _compare_signature(self) -> None:
-        path = self.folder / RUN / "signature.json"
+        path = self.folder / RUN / SIGNATURE
         if not path.exists():
-            with explained(self.folder):
-                write_json(path, self.signature)
+            write_json(path, self.signature)
             return
-        before = read_json(path)
-        keys = sorted(before.keys() | self.signature.keys())
-        differing = [key for key in keys if before.get(key) != self.signature.get(key)]
+        differing = dict(differences(read_json(path), self.signature))
         if differing:
-            lines = "".join(
-                f"\n  {key}: was {before.get(key)}, is {self.signature.get(key)}"
-                for key in differing
-            )
+            lines = "".join(f"\n  {key}: was {a}, is {b}" for key, (a, b) in differing.items())
             raise ValueError(
                 f"{self.folder} holds a run that differs in {', '.join(differing)}; "
                 f"--restart starts over, another OUT keeps both:{lines}"
             )
 
+    def _drop_half_an_event(self) -> None:
+        """A full disk may have cut the last line."""
+        path = self.folder / EVENTS
+        if path.exists():
+            text = path.read_bytes()
+            os.truncate(path, text.rfind(b"\n") + 1)
 
-def write_text(path: Path, content: str) -> None:
-    """Writes aside, flushes to the disk and renames."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
+
+def differences(
+    before: dict[str, Any], now: dict[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """(key, (before, now)) where two signatures differ; fields of one method one by one."""
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and a.get("name") == b.get("name"):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", (a, b)
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """Where to write what shall be `path`: flushed to the disk and renamed once it is whole."""
+    part = path.with_name(path.name + ".part")
+    yield part
+    with part.open("rb") as file:
         os.fsync(file.fileno())
-    aside.replace(path)
+    part.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    with aside(path) as part:
+        part.write_text(as_json(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    aside = path.with_name(path.name + ".part")
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON as the standard has it: inf and nan, which a loss can be, become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, aside, metadata={"format": "pt"})
-    aside.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with aside(path) as part:
+        save_file(contiguous, part, metadata={"format": "pt"})
+        part.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
 
 
 def _umask() -> int:
@@ -223,14 +267,14 @@ def _umask() -> int:
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turns a full disk into a sentence; what was finished stays."""
+    """Turns a full disk, or a folder that cannot be written, into a sentence."""
     try:
         yield
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left" in str(error):
             raise ValueError(
                 f"the disk that holds {folder} is full: free some space and run the same command "
                 "again; finished blocks are kept"
             ) from error
-        raise
+        raise ValueError(f"{folder} cannot be written: {error}") from error

@@ -36,7 +36,10 @@ class EvalOptions(Config):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's row. perplexity and windows: by text. bits_per_weight: linears and model."""
+    """One model's row. perplexity and windows: by text. bits_per_weight: linears and model.
+
+    A perplexity may be infinite or not a number: then the model is broken, which is worth a row.
+    """
 
     model: str
     method: str
@@ -112,9 +115,8 @@ def _evaluate_one(name: str, options: EvalOptions, on_progress: Progress) -> Eva
 
 def _method(model: torch.nn.Module) -> str:
     """The recipe or method that made a quantized model; "float" for others."""
-    section = getattr(model.config, "quantization_config", None)
-    made_by = getattr(section, "made_by", None)
-    if not isinstance(made_by, dict):
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
         return "float"
-    method = made_by.get("method")
-    return made_by.get("recipe") or (method or {}).get("name", "lowbit")
+    made_by = config.to_dict().get("made_by") or {}
+    return made_by.get("recipe") or (made_by.get("method") or {}).get("name", "quantized")

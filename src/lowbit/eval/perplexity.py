@@ -1,6 +1,7 @@
 """Perplexity as the papers measure it, and document by document."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ def perplexity(
     for i, row in enumerate(rows):
         losses.append(_losses(model, row).mean().item())
         progress(i + 1, len(rows))
-    value = math.exp(sum(losses) / len(losses))
+    value = _exp(sum(losses) / len(losses))
     return Perplexity(value, len(rows), seqlen, len(rows) * (seqlen - 1))
 
 
@@ -68,7 +69,12 @@ def perplexity_per_document(
         total += losses.double().sum().item()
         predicted += len(losses)
         progress(i + 1, len(rows))
-    return Perplexity(math.exp(total / predicted), len(rows), seqlen, predicted)
+    return Perplexity(_exp(total / predicted), len(rows), seqlen, predicted)
+
+
+def _exp(loss: float) -> float:
+    """exp that is infinite where a float ends."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) or loss != loss else math.inf
 
 
 def _losses(model: nn.Module, row: Tensor) -> Tensor:

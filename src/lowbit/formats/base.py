@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowbit.formats.sharing import LastInput
+
 
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight is stored in few bits.
@@ -16,6 +18,11 @@ class QuantizedLinear(nn.Module):
     does not offload buffers to disk. None of them is called `weight`, which transformers would
     convert. `entry()` is what config.json says about the layer and `from_entry` builds an empty
     layer from it alone, so that a checkpoint can be checked without any model.
+
+    Linears that read the same input may share what that input meets first (a rotation, a
+    permutation, a mask). The first of them, the owner, holds its tensors; an entry of the others
+    has its name as "shares", and `lowbit.formats.link` finds it. A format that shares overrides
+    `shares` and `prepare`, and calls `prepared` in `forward`.
 
     bias: (out_features,) in the checkpoint's dtype, or None.
     """
@@ -28,6 +35,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self._owner: tuple[QuantizedLinear, ...] = ()  # a tuple, so that it is no submodule
+        self._last_input = LastInput()
         if bias_dtype is None:
             self.bias = None
         else:
@@ -50,6 +59,43 @@ class QuantizedLinear(nn.Module):
     @abstractmethod
     def dequantize(self) -> Tensor:
         """The weight that `forward` multiplies by: (out_features, in_features) float32."""
+
+    @property
+    def shares(self) -> str | None:
+        """The name of the layer that holds what this one shares with it; None: this one does."""
+        return None
+
+    @property
+    def owner(self) -> "QuantizedLinear":
+        """The layer that `shares` names, or this one. Raises ValueError if it is not linked."""
+        if self.shares is None:
+            return self
+        if not self._owner:
+            raise ValueError(
+                f"this layer shares what {self.shares} holds and was not linked to it: call "
+                "lowbit.formats.link with both"
+            )
+        return self._owner[0]
+
+    def link(self, owner: "QuantizedLinear") -> None:
+        """Makes `owner` the layer that `shares` names. Raises ValueError if it cannot be."""
+        if owner.shares is not None:
+            raise ValueError(f"{self.shares}, which it shares with, itself shares {owner.shares}")
+        if (self.format, self.in_features) != (owner.format, owner.in_features):
+            raise ValueError(
+                f"it is {self.format} with {self.in_features} inputs, but {self.shares}, which it "
+                f"shares with, is {owner.format} with {owner.in_features}"
+            )
+        self._owner = (owner,)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """The work on an input that is the same for all who share it; done by their owner."""
+        return x
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """What the owner's `prepare` makes of x, once for all who share it; never write to it."""
+        owner = self.owner
+        return owner._last_input.prepared(x, owner)
 
     def common_entry(self) -> dict[str, Any]:
         bias = None if self.bias is None else str(self.bias.dtype).removeprefix("torch.")

@@ -3,11 +3,12 @@
 Per block, two sets of parameters are learned by gradient descent through the rounding: how far each
 group's range is clipped (LWC, section 3.2) and by how much channels are scaled between a layer and
 the one before it (LET, section 3.3). The loss is the mean squared error between the float block fed
-by the float stream and the quantized block fed by the quantized stream (equation 1). Nothing remains
-at run time: scales are folded into norms and linears, ranges into the stored grid.
+by the float stream and the quantized block fed by the quantized stream (equation 1). Nothing is
+left at run time: scales are folded into norms and linears, ranges into the stored grid.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,13 +19,15 @@ from torch.nn import functional
 
 from lowbit.blocks import BlockResult, BlockTask, Event, Fold, Stream
 from lowbit.blocks.capture import call_block
-from lowbit.blocks.folding import Tensors, apply_folds, tensors_of
+from lowbit.blocks.folding import Tensors, apply_folds, load_changed, tensors_of
+from lowbit.blocks.hessian import input_hessians
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.blocks.training import Fit, ParameterGroup, fit, mean_loss
-from lowbit.formats.uniform import UniformLinear
 from lowbit.methods.method import Method, signal_to_noise
+from lowbit.methods.packing import pack, pack_with_feedback
 from lowbit.solvers.clipping import LearnedClipping, search_clipping
 from lowbit.solvers.equivalence import searched_scale, smooth_scale
+from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 from lowbit.solvers.rounding import Grid, fake_quantize, minmax_grid
 
 
@@ -32,10 +35,11 @@ class OmniQuant(Method):
     """bits, group_size, symmetric: the grid, as in RTN. lwc, let: what is learned.
 
     aug_loss: adds the error against the float block on the quantized stream. epochs over all
-    samples; batch: samples per step; lwc_lr, let_lr: AdamW's rates for logits and for the logarithms
-    of scales. alpha: of the initial scales. init: "minmax" as published, or "awq", a search for
+    samples; batch: samples per step; lwc_lr, let_lr: AdamW's rates for logits and for logarithms of
+    scales. alpha: of the initial scales. init: "minmax" as published, or "awq", a search for
     scales and clips so that a quarter of the epochs does. min_tokens: an expert that saw fewer
-    calibration tokens is rounded to nearest and named in the report.
+    calibration tokens is rounded to nearest and named in the report. rounding: "nearest" as
+    published, or "gptq": with grid and scales learned, codes are chosen with feedback.
     """
 
     name: ClassVar[str] = "omniquant"
@@ -53,6 +57,8 @@ class OmniQuant(Method):
     weight_decay: float = Field(0.0, ge=0)
     alpha: float = Field(0.5, ge=0, le=1)
     init: Literal["minmax", "awq"] = "minmax"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    damping: float = Field(0.01, gt=0)
     min_tokens: int = Field(64, ge=1)
 
     def streams(self) -> tuple[str, ...]:
@@ -78,9 +84,26 @@ class OmniQuant(Method):
         keep = fitted.after <= nearest
         if not keep:
             task.log(Event("warning", {"text": f"{task.name}: rounding to nearest was better"}))
-        result = learner.result(keep)
+            learner.forget()
+        result = learner.result(self._factors(task, learner))
         result.report |= _report(fitted, nearest, keep, starved, statistics, task)
         return result
+
+    def _factors(self, task: BlockTask, learner: "_Learner") -> dict[str, OrderedFactor]:
+        """What GPTQ needs, by linear: the Hessians of the transformed block's inputs."""
+        if self.rounding == "nearest":
+            return {}
+        folded = deepcopy(task.block)
+        load_changed(folded, learner.folded())
+        hessians = input_hessians(folded, task.groups, task.streams["quantized"])
+        found: dict[str, OrderedFactor] = {}
+        for group in task.groups:
+            hessian = hessians[group.name]
+            enough = hessian.tokens >= self.min_tokens
+            factor = ordered_factor(hessian.matrix, self.damping, True) if enough else None
+            if factor is not None:
+                found |= dict.fromkeys(group.linears, factor)
+        return found
 
 
 class _Learner:
@@ -101,7 +124,8 @@ class _Learner:
         seen = {name: s for name, s in by_reader.items() if s.tokens}
         self.folds: dict[str, Fold] = {}
         if method.let:
-            self.folds = {fold.name: fold for fold in task.folds if fold.kind != "gated"}
+            # Not "rotary": a grid follows the scale of its row, so rounding sees nothing of it.
+            self.folds = {f.name: f for f in task.folds if f.kind in ("norm", "rows")}
         # Learned as logarithms: positive whatever the optimiser does.
         self.log_scales = {
             name: nn.Parameter(torch.log(self._first_scale(fold, seen)))
@@ -129,7 +153,7 @@ class _Learner:
             return LearnedClipping.start(weight, method.group_size)
         square = statistics.square
         for fold_name, fold in self.folds.items():  # folding has divided this linear's input
-            if name in fold.readers and fold.kind != "rotary":
+            if name in fold.readers:
                 scale = self.log_scales[fold_name].detach().exp()
                 per_column = scale if fold.reader_channels is None else scale[fold.reader_channels]
                 square = square / per_column.square()
@@ -175,25 +199,22 @@ class _Learner:
         grid = minmax_grid(weight, method.bits, method.group_size, method.symmetric)
         return fake_quantize(weight, grid)
 
+    def forget(self) -> None:
+        """Back to rounding to nearest."""
+        self.clipping, self.log_scales, self.folds = {}, {}, {}
+
     @torch.no_grad()
-    def result(self, keep: bool) -> BlockResult:
-        """The packed block; keep=False leaves out all that was learned."""
-        if not keep:
-            self.clipping, self.log_scales, self.folds = {}, {}, {}
+    def result(self, factors: Mapping[str, OrderedFactor]) -> BlockResult:
+        """The packed block; linears in `factors` are rounded with feedback."""
         tensors = self.folded()
         result = BlockResult({}, learned=self._learned(), report={"linears": {}})
         for name in self.linears:
             weight = tensors.pop(f"{name}.weight")
-            grid = self.grid(name, weight)
-            packed = UniformLinear.from_grid(
-                weight,
-                grid.scale,
-                grid.zero,
-                bits=grid.bits,
-                group_size=grid.group_size,
-                symmetric=self.method.symmetric,
-                bias=tensors.pop(f"{name}.bias", None),
-            )
+            bias, grid = tensors.pop(f"{name}.bias", None), self.grid(name, weight)
+            if name in factors:
+                packed, _ = pack_with_feedback(weight, bias, grid, factors[name])
+            else:
+                packed = pack(weight, bias, grid)
             result.linears[name] = packed
             error = signal_to_noise(weight, packed)
             result.report["linears"][name] = {"signal_to_noise_db": round(error, 2)}

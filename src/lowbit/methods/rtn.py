@@ -6,9 +6,9 @@ from pydantic import Field
 from torch import nn
 
 from lowbit.blocks import BlockResult, BlockTask
-from lowbit.formats.uniform import UniformLinear
 from lowbit.methods.method import Method, signal_to_noise
-from lowbit.solvers.rounding import Grid, minmax_grid
+from lowbit.methods.packing import pack
+from lowbit.solvers.rounding import minmax_grid
 
 
 class RTN(Method):
@@ -30,21 +30,8 @@ class RTN(Method):
                 linear = task.block.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
                 grid = minmax_grid(linear.weight, self.bits, self.group_size, self.symmetric)
-                packed = pack(linear, grid, self.symmetric)
+                packed = pack(linear.weight, linear.bias, grid)
                 result.linears[name] = packed
                 error = signal_to_noise(linear.weight, packed)
                 result.report["linears"][name] = {"signal_to_noise_db": round(error, 2)}
         return result
-
-
-def pack(linear: nn.Linear, grid: Grid, symmetric: bool) -> UniformLinear:
-    """A linear rounded to the grid, its bias kept."""
-    return UniformLinear.from_grid(
-        linear.weight,
-        grid.scale,
-        grid.zero,
-        bits=grid.bits,
-        group_size=grid.group_size,
-        symmetric=symmetric,
-        bias=linear.bias,
-    )

@@ -1,9 +1,11 @@
 """Families as tables, and a model that is streamed from its folder block by block."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lowbit.checkpoint.reader import read_json
 from lowbit.models.discovery import discover
 from lowbit.models.falcon import FALCON
 from lowbit.models.family import Family
@@ -27,3 +29,13 @@ def family_of(config: Any, model: nn.Module) -> Family:
         if architecture in FAMILIES:
             return FAMILIES[architecture]
     return discover(model)
+
+
+def family_name(folder: Path) -> str:
+    """The family that a folder's config.json names, without a model; else "discovered"."""
+    config = read_json(folder / "config.json")
+    architectures = config.get("architectures") if isinstance(config, dict) else None
+    for architecture in architectures if isinstance(architectures, list) else []:
+        if architecture in FAMILIES:
+            return FAMILIES[architecture].name
+    return "discovered"

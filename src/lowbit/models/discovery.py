@@ -18,7 +18,8 @@ from lowbit.blocks.experts import Expert, UnfusedExperts
 from lowbit.blocks.stream import Batch, move
 from lowbit.models.family import Family, Group, always
 
-ROUTERS = ("gate", "router", "shared_expert_gate")  # a linear so named chooses experts
+# A linear so named chooses experts, and so does one inside a module so named.
+ROUTERS = ("gate", "router", "shared_expert_gate")
 TOKENS = 8
 
 
@@ -122,13 +123,13 @@ def _inputs(block: nn.Module, call: Batch) -> dict[str, Tensor]:
 
 
 def _linears(block: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the linears outside experts, and of the routers (linears or of a class of their own)."""
+    """Names of the linears outside experts, and of the routers (linears or other classes)."""
     experts = [f"{n}." for n, module in block.named_modules() if isinstance(module, UnfusedExperts)]
     linears, routers = [], []
     for name, module in block.named_modules():
         if name.startswith(tuple(experts)):
             continue
-        if name.rpartition(".")[2] in ROUTERS and hasattr(module, "weight"):
+        if hasattr(module, "weight") and any(part in ROUTERS for part in name.split(".")):
             routers.append(name)
         elif isinstance(module, nn.Linear):
             linears.append(name)

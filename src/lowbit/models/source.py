@@ -75,7 +75,8 @@ class SourceModel:
     def capture(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
         """Inputs of the first block, and the keyword arguments of every block, per batch.
 
-        batches: (batch, tokens) int64 each -> ([(batch, tokens, channels) float32], kwargs[block][batch])
+        batches: (batch, tokens) int64 each
+        -> ([(batch, tokens, channels) float32], kwargs[block][batch])
         """
         model = deepcopy(self.skeleton)
         path = self.family.blocks
@@ -130,8 +131,8 @@ class SourceModel:
             shown = "\n  ".join(problems[:8])
             raise ValueError(
                 f"{len(problems)} matrices of {type(self.skeleton).__name__} are not understood:"
-                f"\n  {shown}\nGive the architecture a table (CONTRIBUTING.md), or leave them float "
-                "with --allow-float PATTERN"
+                f"\n  {shown}\nGive the architecture a table (CONTRIBUTING.md), or leave them "
+                "float with --allow-float PATTERN"
             )
         return left
 

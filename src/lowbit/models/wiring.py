@@ -51,7 +51,7 @@ def _expand(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
 def _matches(
     patterns: tuple[str, ...], modules: dict[str, nn.Module], family: Family
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """(expert number, names) for every expert that has all of the names; ("", names) without `*`."""
+    """(expert number, names) for every expert that has all of them; ("", names) without `*`."""
     found = [_expand(pattern, modules) for pattern in patterns]
     if len({len(names) for names in found}) > 1:
         raise ValueError(_half_matched(patterns, found, family))

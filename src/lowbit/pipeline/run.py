@@ -49,7 +49,7 @@ class RunOptions(Config):
 
     device: "cpu", "cuda:0" or "auto". restart: start over in an OUT that holds another run.
     streams: where hidden states live; "auto" is memory unless they are large. allow_float: patterns
-    of matrices that may stay float although no table groups them. cache: a folder for token windows.
+    of matrices that may stay float although no table groups them. cache: a folder for the windows.
     recipe: the name that config.json shall give for the method's settings.
     """
 
@@ -78,7 +78,8 @@ def quantize(
     finished stays in `out`.
     """
     chosen = RunOptions(**options)
-    source = SourceModel(locate(model, chosen.trust_remote_code), chosen.allow_float)
+    folder = locate(model, chosen.trust_remote_code)
+    source = SourceModel(folder, chosen.allow_float, chosen.trust_remote_code)
     run = _Run(source, method, calibration or Calibration(), chosen, on_event)
     return run.into(Path(out))
 
@@ -111,6 +112,7 @@ class _Run:
             self._log(writer, Event("run", start | {"method": self.method.signature()}))
             self._write_outside(writer)
             self._blocks(writer, windows)
+            writer.clear_streams()
             self._finish(writer, windows)
             self._log(writer, Event("done", {"out": str(out)}))
         return out
@@ -162,7 +164,6 @@ class _Run:
                 self._log(writer, Event("resumed", {"block": name, "index": i, "of": len(names)}))
             if i < unfinished[-1]:
                 self._advance(block, result, streams)
-        shutil.rmtree(self._stream_folder(writer), ignore_errors=True)
 
     def _quantize_block(
         self, writer: CheckpointWriter, index: int, block: nn.Module, streams: dict[str, Stream]
@@ -201,7 +202,7 @@ class _Run:
         )
         hidden, kwargs = self.source.capture(windows.tokens.split(self.method.rows()))
         names = self.method.streams()
-        folder = self._stream_folder(writer) if self._on_disk(hidden, len(names)) else None
+        folder = self._stream_folder(writer, hidden, len(names))
         streams = {
             name: Stream(
                 hidden if folder is not None else [h.clone() for h in hidden],
@@ -222,15 +223,23 @@ class _Run:
                 for number, batch in enumerate(stream):
                     stream.replace(number, call_block(passed, batch))
 
-    def _on_disk(self, hidden: Sequence[Tensor], streams: int) -> bool:
+    def _stream_folder(
+        self, writer: CheckpointWriter, hidden: Sequence[Tensor], streams: int
+    ) -> Path | None:
+        """Where the streams live on disk; None: in memory."""
         # One more for each stream: methods keep their targets beside the inputs.
         needed = 2 * streams * sum(h.nbytes for h in hidden)
-        return self.options.streams == "disk" or (
-            self.options.streams == "auto" and needed > MOST_OF_MEMORY * physical_memory()
-        )
-
-    def _stream_folder(self, writer: CheckpointWriter) -> Path:
-        return writer.folder / "run" / "streams"
+        many = needed > MOST_OF_MEMORY * physical_memory()
+        if self.options.streams == "memory" or (self.options.streams == "auto" and not many):
+            return None
+        writer.clear_streams()
+        free = shutil.disk_usage(writer.folder).free
+        if needed > free:  # a mapped file that outgrows the disk would end the process
+            raise ValueError(
+                f"the hidden states need {needed:,} bytes on the disk that holds {writer.folder}, "
+                f"which has {free:,} left: free some space or use fewer samples"
+            )
+        return writer.streams
 
     def _finish(self, writer: CheckpointWriter, windows: TokenWindows | None) -> None:
         for pattern in COMPANIONS + (("*.py",) if self.options.trust_remote_code else ()):
@@ -258,15 +267,18 @@ class _Run:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device if there is one. Raises ValueError for one that is not there."""
+    """ "auto" is the first CUDA device if there is one. ValueError for one that is not there."""
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} is not known: use cpu, cuda:N or auto") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch finds no CUDA device: use cpu")
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not known: use cpu, cuda:N or auto")
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise ValueError(f"device {name!r} was asked for, but torch finds {found} CUDA devices")
     return device
 
 

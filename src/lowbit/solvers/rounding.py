@@ -82,9 +82,7 @@ class _RoundStraightThrough(torch.autograd.Function):
         return torch.round(x)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-    ) -> Tensor:
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
         return gradient
 
 

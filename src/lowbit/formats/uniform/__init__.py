@@ -35,6 +35,7 @@ from torch import Tensor
 
 from lowbit.config import Config
 from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.checks import check_shape, dtype_name, finite, storable
 from lowbit.formats.uniform import reference
 from lowbit.kernels.bits import pack, packed_bytes, unpack
 
@@ -139,10 +140,10 @@ class UniformLinear(QuantizedLinear):
         grid = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "zero_shift": 0}
         layer = cls._on_grid(weight, scale, bias, grid)
         if zero is not None:
-            zero = _finite("zero", zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
+            zero = finite("zero", zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
         layer._store_zeros(zero)
         points = reference.zero_points(layer.zero, layer.scale, bits, 0)
-        codes = reference.quantize(_finite("weight", weight), layer.scale, points, bits, group_size)
+        codes = reference.quantize(finite("weight", weight), layer.scale, points, bits, group_size)
         layer.packed.copy_(pack(codes, bits))
         return layer
 
@@ -178,19 +179,19 @@ class UniformLinear(QuantizedLinear):
         cls, matrix: Tensor, scale: Tensor, bias: Tensor | None, grid: dict[str, Any]
     ) -> Self:
         """A layer for `matrix`, on its device, that has its scale and bias, but no code yet."""
-        scale = _storable(scale)
+        scale = storable(scale)
         common = {
             "format": cls.format,
             "shape": list(matrix.shape),
-            "bias": None if bias is None else _name(bias.dtype),
-            "scale_dtype": _name(scale.dtype),
+            "bias": None if bias is None else dtype_name(bias.dtype),
+            "scale_dtype": dtype_name(scale.dtype),
         }
         with matrix.device:
             layer = cls.from_entry(common | grid)
-        _check_shape("scale", scale, layer.scale.shape)
+        check_shape("scale", scale, layer.scale.shape)
         layer.scale.copy_(scale)
         if layer.bias is not None and bias is not None:
-            _check_shape("bias", bias, layer.bias.shape)
+            check_shape("bias", bias, layer.bias.shape)
             layer.bias.copy_(bias.detach())
         return layer
 
@@ -204,7 +205,7 @@ class UniformLinear(QuantizedLinear):
         if zero is None or self.zero is None:
             return
         width = self.spec.bits + self.spec.zero_shift
-        _check_shape("zero", zero, self.scale.shape)
+        check_shape("zero", zero, self.scale.shape)
         if zero.is_floating_point():
             raise ValueError(f"zero is {zero.dtype}: allowed are integers")
         if int(zero.min()) < 0 or int(zero.max()) >= 2**width:
@@ -234,29 +235,3 @@ class UniformLinear(QuantizedLinear):
             spec.zero_shift,
             self.in_features,
         )
-
-
-def _storable(scale: Tensor) -> Tensor:
-    """The scale in float16, or in float32 where float16 would lose range."""
-    scale = _finite("scale", scale)
-    size = scale.abs()
-    half = torch.finfo(torch.float16)
-    fits = (size == 0) | ((size >= half.tiny) & (size <= half.max))
-    return scale.half() if bool(fits.all()) else scale
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    """The tensor in float32, checked."""
-    tensor = tensor.detach().float()
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} has values that are not finite in float32")
-    return tensor
-
-
-def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} is {tuple(tensor.shape)}: this layer takes {tuple(shape)}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,42 @@
+"""Append rows to results.csv: what was measured, at which commit, on which machine."""
+
+import csv
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_name("results.csv")
+COLUMNS = ("date", "commit", "machine", "benchmark", "case", "metric", "value", "unit", "notes")
+
+
+def machine() -> str:
+    """Processor, cores in use, torch's device; enough to compare rows of one machine."""
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return f"{model}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads"
+
+
+def commit() -> str:
+    """The short hash of HEAD, with + when the tree has changes."""
+    here = Path(__file__).parent
+    run = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def append(benchmark: str, rows: list[dict[str, Any]]) -> None:
+    """rows: case, metric, value, unit and notes each."""
+    fresh = not FILE.exists()
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    common = {"date": today, "commit": commit(), "machine": machine(), "benchmark": benchmark}
+    with FILE.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if fresh:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({"notes": "", **common, **row})

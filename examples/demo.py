@@ -1,0 +1,112 @@
+"""The main job on a carried model: quantize, save, load, evaluate, and continue a story.
+
+    python examples/demo.py [--model DIR] [--bits 4 3 2] [--out demo-out]
+
+Quantizes a small trained Llama with round-to-nearest and OmniQuant and prints one table.
+"""
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import lowbit
+from lowbit.eval import EvalOptions, Evaluation, evaluate
+from lowbit.methods import RTN, Method, OmniQuant
+from lowbit.models.quiet import quiet
+
+HERE = Path(__file__).parent
+STORIES = HERE / "text" / "held_back_stories.txt"
+CALIBRATION = HERE / "text" / "calibration_stories.txt"
+PROMPT = "Once upon a time there was a little fox who"
+GROUP_SIZE = 64
+SEQLEN = 256
+
+
+def methods_for(bits: int, epochs: int) -> dict[str, Method]:
+    """The two methods at one width; OmniQuant starts from searched clips, so few epochs do."""
+    grid = {"bits": bits, "group_size": GROUP_SIZE}
+    learned = OmniQuant(**grid, init="awq", epochs=epochs)
+    return {f"rtn W{bits} g{GROUP_SIZE}": RTN(**grid), f"omniquant W{bits} g{GROUP_SIZE}": learned}
+
+
+def continue_story(folder: Path, prompt: str, tokens: int = 48) -> str:
+    """Greedy, so that models can be compared."""
+    model, tokenizer = lowbit.load(folder)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def row(name: str, found: Evaluation, float_perplexity: float, seconds: float | None) -> list[str]:
+    value = next(iter(found.perplexity.values()))
+    return [
+        name,
+        f"{found.bits_per_weight['linears']:.2f}",
+        f"{found.bits_per_weight['model']:.2f}",
+        f"{found.size_bytes / 1e6:.2f} MB",
+        f"{value:.2f}",
+        f"{100 * (value / float_perplexity - 1):+.1f} %",
+        "" if seconds is None else f"{seconds:.1f}",
+    ]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, default=HERE / "models" / "llama-mini")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--out", type=Path, default=Path("demo-out"))
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=None, help="evaluate on so many only")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    quiet()
+    console = Console()
+    options = EvalOptions(texts=(str(STORIES),), seqlen=SEQLEN, limit=args.windows)
+    calibration = lowbit.Calibration(
+        sources=(str(CALIBRATION),), samples=args.samples, seqlen=SEQLEN
+    )
+    shutil.rmtree(args.out, ignore_errors=True)
+    table = Table("method", "bits/weight", "whole model", "on disk", "perplexity", "", "seconds")
+    stories: dict[str, str] = {}
+
+    def report(name: str, folder: Path, seconds: float | None, base: float | None) -> float:
+        [found] = evaluate([folder], options)
+        value = next(iter(found.perplexity.values()))
+        table.add_row(*row(name, found, base or value, seconds))
+        stories[name] = continue_story(folder, PROMPT)
+        console.print(f"{name}: perplexity {value:.2f}")
+        return value
+
+    base = report("float16", args.model, None, None)
+    for bits in args.bits:
+        for name, method in methods_for(bits, args.epochs).items():
+            started = time.perf_counter()
+            folder = args.out / name.replace(" ", "-")
+            lowbit.quantize(args.model, folder, method, calibration)
+            report(name, folder, time.perf_counter() - started, base)
+    show(console, table, stories, args)
+
+
+def show(console: Console, table: Table, stories: dict[str, Any], args: argparse.Namespace) -> None:
+    for name, story in stories.items():
+        console.print(f"\n[bold]{name}[/bold]\n{story}", highlight=False)
+    console.print()
+    console.print(table)
+    console.print(
+        f"Perplexity on {STORIES.name}, {SEQLEN} tokens of context; models in {args.out}/. "
+        "bits/weight: of the quantized linears, from the bytes on disk.",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

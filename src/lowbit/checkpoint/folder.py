@@ -1,0 +1,58 @@
+"""Write a folder in one go: shards one after another, then the index, then config.json."""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lowbit.checkpoint.reader import INDEX
+from lowbit.checkpoint.writer import explained, save_tensors, write_json
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
+OURS = ("config.json", "report.json", "events.jsonl", INDEX)
+
+
+def write_folder(
+    out: Path,
+    shards: Iterable[Mapping[str, Tensor]],
+    count: int,
+    config: dict[str, Any],
+    companions: Path,
+) -> None:
+    """shards: `count` dictionaries of tensors by name on disk, made one at a time.
+
+    companions: a folder whose other files (tokenizer, licences) are copied. Raises ValueError when
+    `out` is there already, or the disk is full; then nothing of `out` remains.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already: choose another folder, or remove it")
+    aside = out.with_name(out.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with explained(out):
+            aside.mkdir(parents=True)
+            _write(aside, shards, count, config)
+            for path in companions.iterdir():
+                if path.is_file() and path.suffix not in WEIGHTS and path.name not in OURS:
+                    shutil.copyfile(path, aside / path.name)
+            aside.rename(out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _write(
+    folder: Path, shards: Iterable[Mapping[str, Tensor]], count: int, config: dict[str, Any]
+) -> None:
+    placed: dict[str, str] = {}
+    total = 0
+    for number, tensors in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{count:05d}.safetensors"
+        save_tensors(folder / name, dict(tensors))
+        placed |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    write_json(folder / INDEX, index)
+    write_json(folder / "config.json", config)

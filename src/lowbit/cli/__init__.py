@@ -1,0 +1,84 @@
+"""The command line: one function per command; only here is anything printed."""
+
+import sys
+from typing import Annotated, Any
+
+import torch
+import typer
+from pydantic import ValidationError
+from typer.core import TyperGroup
+
+from lowbit.cli.evaluate import evaluate
+from lowbit.cli.generate import generate
+from lowbit.cli.inspect import inspect
+from lowbit.cli.quantize import quantize
+from lowbit.cli.recipes import recipes
+from lowbit.cli.screen import console
+from lowbit.config import explain
+from lowbit.models.quiet import quiet
+from lowbit.version import __version__
+
+MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
+
+
+class Commands(TyperGroup):
+    """Says a mistake in one sentence instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader has gone away, as `head` does; typer ends quietly
+        except MISTAKES as error:
+            if ctx.params["debug"]:
+                raise
+            screen = console(stderr=True)
+            screen.print("error: ", style="bold red", end="")
+            screen.print(_sentence(error), soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        return explain(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"out of memory: {error}" if str(error) else "out of memory"
+    return str(error) or type(error).__name__
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(quantize)
+app.command("eval")(evaluate)
+for command in (generate, inspect, recipes):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lowbit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def top(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show and exit.")
+    ] = False,
+) -> None:
+    """Quantize large language models, and see what it cost."""
+    quiet(downloads=not sys.stderr.isatty())
+
+
+def main() -> None:
+    """The console script `lowbit`."""
+    for stream in (sys.stdout, sys.stderr):  # a name or story may hold what the terminal cannot
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    app(prog_name="lowbit")

@@ -1,0 +1,154 @@
+"""lowbit inspect: every layer's format, bits, size and error, and where a folder came from."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated, Any
+
+from rich.table import Table
+from rich.text import Text
+from typer import Argument, Option
+
+from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint.output import size_of
+from lowbit.checkpoint.ranges import expand
+from lowbit.checkpoint.reader import read_json
+from lowbit.checkpoint.verify import read_config
+from lowbit.cli.screen import console, shortened, size
+from lowbit.models.locate import locate
+from lowbit.models.skeleton import build_skeleton, memory_names
+from lowbit.models.source import load_config
+
+
+def inspect(
+    model: Annotated[str, Argument(metavar="OUT", help="A quantized folder.")],
+    brief: Annotated[bool, Option("--brief", help="Equal layers of many blocks as one.")] = False,
+) -> None:
+    """Show format, bits, size and error of every layer, and how a folder was made."""
+    folder, screen = locate(model), console()
+    if "quantization_config" not in read_config(folder):
+        found = size_of(folder)
+        screen.print(
+            f"{model} is a float model: {found.model:.2f} bits per parameter, {size(found.bytes)}; "
+            "nothing in it is quantized",
+            soft_wrap=True,
+        )
+        return
+    quantized = QuantizedFolder(folder)
+    quantized.verify(hashes=False)
+    report = read_json(folder / "report.json") if (folder / "report.json").exists() else {}
+    try:
+        errors = _errors(quantized, report)
+        origin = _provenance(quantized.quantization.get("made_by") or {})
+        given_up, left = report.get("given_up", {}), report.get("left_float", [])
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder}: report.json or made_by in config.json was edited") from None
+    screen.print(_table(_layers(quantized, errors, brief), brief))
+    found = size_of(folder)
+    facts = {
+        "linears": f"{len(quantized.entries):,} of {found.linears:.2f} bits per weight",
+        "model": f"{found.model:.2f} bits per parameter, {size(found.bytes)} in "
+        f"{len(quantized.reader.files)} files",
+        **origin,
+        "gave up": _named(given_up),
+        "left float": _named(left),
+    }
+    screen.print("dB: signal to noise of the weights that were rounded\n", style="dim")
+    for name, fact in facts.items():
+        if fact:
+            line = Text.assemble((f"{name:<13}", "bold"), fact)
+            screen.print(line, soft_wrap=not screen.is_terminal)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A row: one linear, or equal ones of many blocks. errors: decibels, where they are known."""
+
+    name: str
+    entry: dict[str, Any]
+    bytes: int
+    weights: int
+    errors: list[float]
+
+
+def _layers(quantized: QuantizedFolder, errors: dict[str, float], brief: bool) -> Iterator[_Layer]:
+    modules = quantized.quantization["modules"] if brief else quantized.entries
+    for pattern in sorted(modules, key=_place):
+        entry = modules[pattern]
+        names = list(expand({pattern: entry}))
+        stored = [
+            quantized.reader.tensors[tensor].bytes
+            for name in names
+            for tensor in quantized.tensors_of(name)
+            if tensor != f"{name}.bias"
+        ]
+        known = [errors[name] for name in names if name in errors]
+        yield _Layer(pattern, entry, sum(stored), len(names) * prod(entry["shape"]), known)
+
+
+def _place(name: str) -> list[int]:
+    """Block by block; what has no more numbers keeps its order: before the experts of its block."""
+    return [int(number) for number in re.findall(r"\d+", name)]
+
+
+def _table(layers: Iterator[_Layer], brief: bool) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("\nlayer", overflow="fold")
+    table.add_column("\nformat", no_wrap=True)
+    decibels = "worst\ndB" if brief else "\ndB"
+    for name in ("\nbits", "\ngroup", "\nsize", "real\nbits", decibels):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in layers:
+        table.add_row(
+            layer.name,
+            layer.entry["format"],
+            str(layer.entry.get("bits", "")),
+            str(layer.entry.get("group_size") or "row"),
+            size(layer.bytes),
+            f"{8 * layer.bytes / layer.weights:.2f}",
+            f"{min(layer.errors):.1f}" if layer.errors else "",
+        )
+    return table
+
+
+def _errors(quantized: QuantizedFolder, report: dict[str, Any]) -> dict[str, float]:
+    """Signal to noise in decibels by name on disk; report.json has the names in memory."""
+    by_memory = {
+        f"{block}.{linear}": facts["signal_to_noise_db"]
+        for block, found in report.get("blocks", {}).items()
+        for linear, facts in found.get("linears", {}).items()
+    }
+    names = {name: name for name in quantized.entries}
+    if (
+        by_memory and not by_memory.keys() >= names.keys()
+    ):  # experts, for one, are renamed by transformers
+        weights = [f"{name}.weight" for name in names]
+        found = memory_names(build_skeleton(load_config(quantized.folder)), weights)
+        names = {
+            disk.removesuffix(".weight"): m.removesuffix(".weight") for disk, m in found.items()
+        }
+    return {disk: by_memory[memory] for disk, memory in names.items() if memory in by_memory}
+
+
+def _provenance(made_by: dict[str, Any]) -> dict[str, str]:
+    method = dict(made_by.get("method") or {})
+    text = made_by.get("calibration") or {}
+    sources = ", ".join(source["name"] for source in text.get("sources", []))
+    versions = made_by.get("versions") or {}
+    name = method.pop("name", "")
+    return {
+        "source": made_by.get("source", ""),
+        "recipe": made_by.get("recipe") or "",
+        "method": f"{name} ({', '.join(f'{k}={v}' for k, v in method.items())})" if name else "",
+        "calibration": f"{text['samples']} windows of {text['seqlen']} tokens of {sources}"
+        if text
+        else "",
+        "seed": str(made_by.get("seed", "")),
+        "made with": ", ".join(f"{package} {version}" for package, version in versions.items()),
+        "device": made_by.get("device", ""),
+    }
+
+
+def _named(names: Any) -> str:
+    return f"{len(names)}: {shortened(list(names))}, see report.json" if names else ""

@@ -1,0 +1,52 @@
+"""A quantized folder to a plain float one, which stock transformers loads."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint.folder import write_folder
+from lowbit.formats import build
+
+
+def dequantize(folder: Path, out: Path, verify: bool = True) -> Path:
+    """Writes every quantized linear as the weight that it multiplies by, in the source's dtype.
+
+    One shard is in memory at a time. Raises ValueError for a folder that is damaged, or an `out`
+    that exists.
+    """
+    quantized = QuantizedFolder(folder)
+    quantized.verify(hashes=verify)
+    dtype = quantized.reader.tensors[quantized.marker].dtype  # of the weight that it stands for
+    config = {k: v for k, v in quantized.config.items() if k != "quantization_config"}
+    files = quantized.reader.files
+    write_folder(out, _float_shards(quantized, dtype), len(files), config, folder)
+    return out
+
+
+def _float_shards(quantized: QuantizedFolder, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    placed = quantized.reader.tensors
+    by_shard: dict[str, list[str]] = {file: [] for file in quantized.reader.files}
+    packed: set[str] = {quantized.marker}
+    for name in quantized.entries:
+        tensors = quantized.tensors_of(name)
+        packed.update(tensors)
+        by_shard[placed[tensors[0]].file].append(name)
+    for file, names in by_shard.items():
+        plain = [key for key, info in placed.items() if info.file == file and key not in packed]
+        shard = quantized.reader.read(plain)
+        for name in names:
+            shard |= _float_linear(quantized, name, dtype)
+        yield shard
+
+
+def _float_linear(quantized: QuantizedFolder, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    layer = build(quantized.entries[name])
+    stored = quantized.reader.read(quantized.tensors_of(name))
+    layer.load_state_dict({key.removeprefix(f"{name}."): value for key, value in stored.items()})
+    made = {f"{name}.weight": layer.dequantize().to(dtype)}
+    if layer.bias is not None:
+        made[f"{name}.bias"] = layer.bias.detach()
+    return made

@@ -1,0 +1,311 @@
+"""Words of a codebook for eight, four or one weights at a time, in a rotated basis.
+
+    weight = S_out B_out (scale * words) B_in.T S_in        bits per weight: 2, 3 or 4
+
+S are diagonal matrices of signs, B orthogonal transforms (`incoherence.py`, `kernels/hadamard`); no
+matrix is stored. A row of words is `blocks` = ceil(in / dim) words of `dim` weights, of which what
+lies beyond `in` is left out. The tensors, row-major:
+
+| name       | dtype              | shape          | holds                                    |
+| ---------- | ------------------ | -------------- | ---------------------------------------- |
+| `packed`   | uint8              | (out, bytes)   | a row's codes, along inputs              |
+| `scale`    | as `scale_dtype`   | (1,) or (out,) | one for all rows, or one for each        |
+| `sign_in`  | as `signs`         | (in,)          | diagonal of S_in; see below when absent  |
+| `sign_out` | as `signs`         | (out,)         | diagonal of S_out; see below when absent |
+| `bias`     | as `bias`          | (out,)         | absent where `bias` is null              |
+
+bytes = ceil(blocks * bits of a code / 8). What stands in a code and what it means is said in
+`codebooks.py` and `e8p.py`. Numbers are little-endian. The entry in config.json:
+
+    {"format": "lattice", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
+     "codebook": "E8P12" | "E8P12RVQ3B" | "E8P12RVQ4B" | "D4" | "HI", "residual_scale": x | null,
+     "scale": "tensor" | "row", "scale_dtype": "float16" | "float32", (for a tensor: float32)
+     "seed_in": n, "seed_out": n, "transform_in": KIND, "transform_out": KIND,
+     "signs": "seed" | "float16" | "float32", "shares": NAME | null}
+
+KIND is "hadamard", "hartley" or "random". With signs "seed" the two vectors are drawn from
+`seed_in` and `seed_out` as `incoherence.py` says and not stored; otherwise (they were trained) they
+are stored in that dtype, and the seeds serve random transforms only. `shares` names another layer
+of this format that reads the same input through the same S_in and B_in; then `sign_in` is stored
+there alone. `residual_scale` is null where the codebook has one stage.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import ConfigDict, Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from lowbit.config import Config
+from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.checks import check_shape, dtype_name, finite, storable
+from lowbit.formats.lattice.codebooks import CODEBOOKS, Codebook, codebook
+from lowbit.formats.lattice.incoherence import Rotation, restore_weight, rotation
+from lowbit.kernels.hadamard import Kind
+
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**53)]  # what every reader of JSON holds exactly
+
+# Up to this multiple of the harmonic mean of in and out, tokens are rotated; more are multiplied by
+# the restored weight. At 1.0, tokens and weight take equally many products to rotate, but a weight
+# must be transposed twice. Measured (benchmarks/lattice_search.py, 512 x 512 to 4096 x 4096, one
+# thread): rotated tokens take 0.2 to 0.3 of the time of the restored weight for one token, 0.7 to
+# 0.95 at 1.0, 0.98 to 1.06 at 2.0.
+MOST_ROTATED = 2.0
+
+
+class LatticeEntry(Config):
+    """What config.json says about a layer; it may come from an untrusted file."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal["lattice"]
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
+    bias: Literal["float32", "float16", "bfloat16"] | None
+    codebook: str
+    residual_scale: Annotated[float, Field(gt=0, le=1)] | None
+    scale: Literal["tensor", "row"]
+    scale_dtype: Literal["float16", "float32"]
+    seed_in: Seed
+    seed_out: Seed
+    transform_in: Kind
+    transform_out: Kind
+    signs: Literal["seed", "float16", "float32"]
+    shares: Annotated[str, Field(min_length=1)] | None
+
+    @property
+    def book(self) -> Codebook:
+        return codebook(self.codebook, self.residual_scale)
+
+    @property
+    def rotation_in(self) -> Rotation:
+        return rotation(self.shape[1], self.seed_in, self.transform_in)
+
+    @property
+    def rotation_out(self) -> Rotation:
+        return rotation(self.shape[0], self.seed_out, self.transform_out)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.book.residual_scale is None) != (self.residual_scale is None):
+            raise ValueError(f"residual_scale is missing: {self.codebook} has two stages")
+        if self.scale == "tensor" and self.scale_dtype != "float32":
+            raise ValueError(f"scale_dtype is {self.scale_dtype}: a tensor's scale is float32")
+        for side in ("in", "out"):
+            try:
+                getattr(self, f"rotation_{side}")
+            except ValueError as error:
+                raise ValueError(f"transform_{side}: {error}") from None
+        # torch counts the bytes of a tensor, a meta tensor too, in an int64.
+        if tensor_bytes(**self.model_dump(exclude={"format", "bias"})) >= 2**63:
+            raise ValueError(f"shape is {self.shape}: allowed are layers below 2**63 bytes")
+        return self
+
+
+def tensor_bytes(
+    shape: list[int] | tuple[int, int],
+    codebook: str,
+    scale: str,
+    scale_dtype: str,
+    signs: str,
+    shares: str | None,
+    **free: Any,
+) -> int:
+    """Bytes that stand for the weight, those of `LatticeLinear.weight_bytes()`:
+
+    out * ceil(ceil(in / dim) * bits of a code / 8) + (1 or out) * (2 or 4)
+
+    that is codes and scales; and (in + out) * (2 or 4) for signs that are stored, without the `in`
+    where another layer has them. free: what else an entry holds takes no bytes.
+    """
+    rows, columns = shape
+    scales = (rows if scale == "row" else 1) * getattr(torch, scale_dtype).itemsize
+    stored = 0 if signs == "seed" else rows + (columns if shares is None else 0)
+    sign_bytes = stored * getattr(torch, signs).itemsize if stored else 0
+    return rows * CODEBOOKS[codebook].row_bytes(columns) + scales + sign_bytes
+
+
+class LatticeLinear(QuantizedLinear):
+    """A linear layer of words from a codebook; the module's docstring gives its bytes."""
+
+    format = "lattice"
+
+    packed: Tensor
+    scale: Tensor
+    sign_in: Tensor | None
+    sign_out: Tensor | None
+
+    def __init__(self, spec: LatticeEntry) -> None:
+        rows, columns = spec.shape
+        super().__init__(columns, rows, spec.bias and getattr(torch, spec.bias))
+        self.spec = spec
+        self.codebook = spec.book
+        self.rotation_in, self.rotation_out = spec.rotation_in, spec.rotation_out
+        self.add_frozen("packed", (rows, self.codebook.row_bytes(columns)), torch.uint8)
+        scales = rows if spec.scale == "row" else 1
+        self.add_frozen("scale", (scales,), getattr(torch, spec.scale_dtype))
+        self.register_parameter("sign_in", None)
+        self.register_parameter("sign_out", None)
+        if spec.signs != "seed":
+            self.add_frozen("sign_out", (rows,), getattr(torch, spec.signs))
+            if spec.shares is None:
+                self.add_frozen("sign_in", (columns,), getattr(torch, spec.signs))
+
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> Self:
+        return cls(LatticeEntry.model_validate(entry))
+
+    def entry(self) -> dict[str, Any]:
+        return self.spec.model_dump() | self.common_entry()
+
+    @classmethod
+    def from_rotated(
+        cls,
+        rotated: Tensor,
+        scale: Tensor,
+        rotation_in: Rotation,
+        rotation_out: Rotation,
+        *,
+        codebook: Codebook,
+        signs: tuple[Tensor | None, Tensor] | None = None,
+        shares: str | None = None,
+        bias: Tensor | None = None,
+    ) -> Self:
+        """The nearest words to a rotated weight, counted from the scale as it is stored.
+
+        rotated: (out, in), what `incoherence.rotate_weight` gives; the others as `from_codes` takes
+        them. Rounds block by block without feedback.
+        """
+        step = _stored_scale(scale).float().to(rotated.device).unsqueeze(-1)
+        # A division by infinity is the 0 that a row without a scale should get, and never NaN.
+        x = finite("rotated", rotated) / step.masked_fill(step == 0, torch.inf)
+        blocks = codebook.blocks(rotation_in.size)
+        x = functional.pad(x, (0, blocks * codebook.dim - x.shape[-1]))
+        codes, _ = codebook.nearest(x.unflatten(-1, (blocks, codebook.dim)))
+        return cls.from_codes(
+            codes,
+            scale,
+            rotation_in,
+            rotation_out,
+            codebook=codebook,
+            signs=signs,
+            shares=shares,
+            bias=bias,
+        )
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        rotation_in: Rotation,
+        rotation_out: Rotation,
+        *,
+        codebook: Codebook,
+        signs: tuple[Tensor | None, Tensor] | None = None,
+        shares: str | None = None,
+        bias: Tensor | None = None,
+    ) -> Self:
+        """codes: (out, blocks) of the codebook's code_dtype  scale: (1,) or (out,)  bias: (out,)
+
+        signs: (in,) and (out,), both float16 or both float32, where they were trained; the first
+        one is None in a layer that shares. shares: the name of the layer that has the input side;
+        `lowbit.formats.link` must find it there.
+        """
+        scale = _stored_scale(scale)
+        entry = {
+            "format": cls.format,
+            "shape": [rotation_out.size, rotation_in.size],
+            "bias": None if bias is None else dtype_name(bias.dtype),
+            "codebook": codebook.name,
+            "residual_scale": codebook.residual_scale,
+            "scale": "tensor" if len(scale) == 1 else "row",
+            "scale_dtype": dtype_name(scale.dtype),
+            "seed_in": rotation_in.seed,
+            "seed_out": rotation_out.seed,
+            "transform_in": rotation_in.kind,
+            "transform_out": rotation_out.kind,
+            "signs": "seed" if signs is None else dtype_name(signs[1].dtype),
+            "shares": shares,
+        }
+        with codes.device:
+            layer = cls.from_entry(entry)
+        packed = codebook.pack(codes)
+        stored = {"packed": packed, "scale": scale, "bias": bias}
+        if signs is not None:
+            stored |= {"sign_in": signs[0], "sign_out": signs[1]}
+        layer._store(stored)
+        return layer
+
+    def _store(self, tensors: dict[str, Tensor | None]) -> None:
+        for name, tensor in tensors.items():
+            place = getattr(self, name)
+            if (place is None) != (tensor is None):
+                given = "missing" if tensor is None else "given"
+                raise ValueError(f"{name} is {given}, which does not fit {self.entry()}")
+            if place is not None and tensor is not None:
+                check_shape(name, tensor, place.shape)
+                place.copy_(tensor.detach() if name in ("packed", "bias") else finite(name, tensor))
+
+    @property
+    def shares(self) -> str | None:
+        return self.spec.shares
+
+    @property
+    def owner(self) -> QuantizedLinear:
+        """Itself where it is not linked but could draw the signs as the owner does."""
+        if self.spec.signs == "seed" and not self._owner:
+            return self
+        return super().owner
+
+    def link(self, owner: QuantizedLinear) -> None:
+        super().link(owner)
+        assert isinstance(owner, LatticeLinear)
+        for key in ("signs", "seed_in", "transform_in"):
+            here, there = getattr(self.spec, key), getattr(owner.spec, key)
+            if here != there:
+                self._owner = ()
+                raise ValueError(
+                    f"{key} is {here}, but {there} in {self.shares}, with which it shares"
+                )
+
+    def codes(self) -> Tensor:
+        """(out, blocks) of the codebook's code_dtype"""
+        return self.codebook.unpack(self.packed, self.codebook.blocks(self.in_features))
+
+    def rotated(self) -> Tensor:
+        """The weight before the transforms, scale * words: (out, in) float32"""
+        words = self.codebook.decode(self.codes()).flatten(1)[:, : self.in_features]
+        return words * self.scale.float().unsqueeze(1)
+
+    def dequantize(self) -> Tensor:
+        owner = self.owner
+        assert isinstance(owner, LatticeLinear)
+        signs = owner.sign_in, self.sign_out
+        weight = restore_weight(self.rotated(), self.rotation_in, self.rotation_out, signs)
+        return weight.contiguous()
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """x: (..., in)  ->  B_in.T S_in x for each token, (..., in) float32"""
+        return self.rotation_in.apply(x.float(), self.sign_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features) -> (..., out_features), in the dtype of x."""
+        tokens = x.numel() // self.in_features
+        mean = 2 / (1 / self.in_features + 1 / self.out_features)
+        if tokens > MOST_ROTATED * mean or x.dtype == torch.float64:
+            return super().forward(x)
+        # Half precision is slower than float32 on a CPU. The scale is in the weight, not in the
+        # product, which has then the range of the result.
+        dtype = torch.float32 if x.device.type == "cpu" else x.dtype
+        product = functional.linear(self.prepared(x).to(dtype), self.rotated().to(dtype))
+        y = self.rotation_out.undo(product.float(), self.sign_out)
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+
+
+def _stored_scale(scale: Tensor) -> Tensor:
+    """One scale in float32, or one for each row in float16 where that loses no range."""
+    if scale.dim() != 1:
+        raise ValueError(f"scale is {tuple(scale.shape)}: allowed are (1,) and (out,)")
+    return finite("scale", scale) if len(scale) == 1 else storable(scale)

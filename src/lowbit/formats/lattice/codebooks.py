@@ -1,0 +1,201 @@
+"""The codebooks: what a code stands for, and which code stands best for some weights.
+
+| name       | bits | a code holds                        | bytes of a code                       |
+| ---------- | ---- | ----------------------------------- | ------------------------------------- |
+| E8P12      | 2    | 8 weights in 16 bits                | 2, low byte first                     |
+| E8P12RVQ3B | 3    | 8 weights in 24 bits                | 2 of E8P12, then 1 of E8              |
+| E8P12RVQ4B | 4    | 8 weights in 32 bits                | 2 of E8P12, then 2 of E8P12           |
+| D4         | 2    | 4 weights in 8 bits                 | 1                                     |
+| HI         | 4    | 1 weight in 4 bits                  | 1/2, low half first                   |
+
+- E8P12: the words of `e8p.py`.
+- E8P12RVQ3B, E8P12RVQ4B: a word of E8P12 plus `residual_scale` (in float32) times a word of E8 or
+  of E8P12. The residual's code stands above the other: code = first + 2**16 * residual.
+- E8: 256 points of the lattice E8: 0; (+-1, +-1, 0, ...) in every order; (+-1/2, ...) with an even
+  sum; and +-2 at one place, without -2 at the last.
+- D4: the 256 vectors of four odd multiples of 1/2 whose sum is even and whose squared norm is at
+  most 9.
+- HI: code - 7.5, for codes of 0 to 15.
+
+The words of E8 and D4 are in the order of their squared norms, and among equal norms in
+lexicographic order. QuIP# (arXiv 2402.04396), section 4; all orders are ours.
+
+`scale` is the root mean square that weights should have when they are rounded. For a unit Gaussian
+times `scale` the squared error per weight is, over scale**2: E8P12 0.0915, E8P12RVQ3B 0.0295,
+E8P12RVQ4B 0.0079, D4 0.1025, HI 0.0115.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowbit.config import unknown_name
+from lowbit.formats.lattice import reference, search
+from lowbit.formats.lattice.tables import look_up, table
+from lowbit.kernels import bits
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """dim: weights that a code stands for. code_bits: bits of a code. scale: see above."""
+
+    name: str
+    dim: int
+    code_bits: int
+    scale: float
+    residual_scale: float | None = None  # None: there is one stage
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight."""
+        return self.code_bits / self.dim
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The type of codes in memory, the smallest of three that holds them as numbers."""
+        if self.code_bits <= 8:
+            return torch.uint8
+        return torch.int32 if self.code_bits < 32 else torch.int64
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes: (...) code_dtype  ->  (..., dim) float32"""
+
+    @abstractmethod
+    def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (..., dim)  ->  codes (...) code_dtype, and what they stand for (..., dim) float32"""
+
+    def blocks(self, in_features: int) -> int:
+        """Codes of a row; the last one may reach beyond it."""
+        return -(-in_features // self.dim)
+
+    def row_bytes(self, in_features: int) -> int:
+        return (self.blocks(in_features) * self.code_bits + 7) // 8
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """codes: (..., blocks) code_dtype  ->  (..., bytes) uint8"""
+        if self.code_bits <= 8:
+            return bits.pack(codes, self.code_bits)
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**self.code_bits):
+            raise ValueError(
+                f"codes go from {int(codes.min())} to {int(codes.max())}: allowed in {self.name} "
+                f"are 0 to {2**self.code_bits - 1}"
+            )
+        shifts = torch.arange(0, self.code_bits, 8, device=codes.device)
+        return (codes.unsqueeze(-1) >> shifts & 255).to(torch.uint8).flatten(-2)
+
+    def unpack(self, packed: Tensor, blocks: int) -> Tensor:
+        """packed: (..., bytes) uint8  ->  (..., blocks) code_dtype"""
+        if self.code_bits <= 8:
+            return bits.unpack(packed, self.code_bits, blocks)
+        parts = packed.unflatten(-1, (blocks, self.code_bits // 8)).to(self.code_dtype)
+        codes = parts[..., 0].clone()
+        for number in range(1, parts.shape[-1]):
+            codes |= parts[..., number] << 8 * number
+        return codes
+
+
+@dataclass(frozen=True)
+class Listed(Codebook):
+    """All words in a table; the nearest one by trying all."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return look_up(codes, self.name)
+
+    def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = reference.nearest(x, table(self.name, x.device)).to(self.code_dtype)
+        return codes, self.decode(codes)
+
+
+@dataclass(frozen=True)
+class E8P(Listed):
+    """All words in a table; the nearest one by `search`."""
+
+    def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = search.nearest(x)
+        return codes, self.decode(codes)
+
+    def candidates(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Two near words, one of which is the nearest."""
+        return [(codes, self.decode(codes)) for codes in search.nearest_of_each_shift(x)]
+
+
+@dataclass(frozen=True)
+class HalfInteger(Codebook):
+    """The odd multiples of 1/2 from -15/2 to 15/2; ties go up."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes.unsqueeze(-1) - (2**self.code_bits - 1) / 2
+
+    def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        half = 2 ** (self.code_bits - 1)
+        codes = (x.detach().float().squeeze(-1).floor() + half).clamp(0, 2 * half - 1)
+        codes = codes.to(torch.uint8)
+        return codes, self.decode(codes)
+
+
+E8P12 = E8P("E8P12", 8, 16, scale=1.03)
+
+
+@dataclass(frozen=True)
+class Residual(Codebook):
+    """A word of E8P12 and a scaled word of another codebook for what is left.
+
+    two_tries: the residuals of two first words are rounded, not only of the nearest; for E8P12RVQ4B
+    that takes 5 % off the squared error, for E8P12RVQ3B less than 0.5 %.
+    """
+
+    residual_scale: float = 1.0
+    second: Listed = E8P12
+    two_tries: bool = False
+
+    def decode(self, codes: Tensor) -> Tensor:
+        residual = self.second.decode(codes >> E8P12.code_bits) * self.residual_scale
+        return residual.add_(E8P12.decode(codes & 2**E8P12.code_bits - 1))
+
+    def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearly so: the nearest word of E8P12 (or of two tries), then the nearest residual."""
+        x = x.detach().float()
+        tries = E8P12.candidates(x) if self.two_tries else [E8P12.nearest(x)]
+        found = [self._second(x, *first) for first in tries]
+        codes, values = found[0]
+        for other, other_values in found[1:]:
+            closer = (other_values - x).square().sum(-1) < (values - x).square().sum(-1)
+            codes = torch.where(closer, other, codes)
+            values = torch.where(closer.unsqueeze(-1), other_values, values)
+        return codes, values
+
+    def _second(self, x: Tensor, codes: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        residual, rest = self.second.nearest((x - values) / self.residual_scale)
+        codes = codes.to(self.code_dtype) | residual.to(self.code_dtype) << E8P12.code_bits
+        return codes, (rest * self.residual_scale).add_(values)
+
+
+E8 = Listed("E8", 8, 8, scale=1.0)
+
+CODEBOOKS: dict[str, Codebook] = {
+    book.name: book
+    for book in (
+        E8P12,
+        Residual("E8P12RVQ3B", 8, 24, 0.98, residual_scale=1 / 2.04, second=E8),
+        Residual("E8P12RVQ4B", 8, 32, 0.90, residual_scale=1 / 3.8, two_tries=True),
+        Listed("D4", 4, 8, scale=1.21),
+        HalfInteger("HI", 1, 4, scale=2.97),
+    )
+}
+
+
+def codebook(name: str, residual_scale: float | None = None) -> Codebook:
+    """A codebook by name, with its own residual scale or another. Raises ValueError."""
+    if name not in CODEBOOKS:
+        raise ValueError(f"codebook: {unknown_name(name, CODEBOOKS, 'codebook')}")
+    book = CODEBOOKS[name]
+    if residual_scale is None:
+        return book
+    if book.residual_scale is None:
+        raise ValueError(
+            f"residual_scale is {residual_scale}: {name} has one stage, so it has none"
+        )
+    return replace(book, residual_scale=residual_scale)

@@ -1,0 +1,107 @@
+"""Incoherence: random signs and an orthogonal transform on each side of a weight.
+
+    W' = B_out.T S_out W S_in B_in        H' = B_in.T S_in H S_in B_in
+    W  = S_out B_out W' B_in.T S_in       W x = S_out B_out W' (B_in.T S_in x)
+
+with W: (out, in) a weight, H: (in, in) the Hessian of its inputs and S the diagonal matrix of
+signs, so that tr(W H W.T) = tr(W' H' W'.T). The entries of W' look as if they were drawn from one
+Gaussian. QuIP# (arXiv 2402.04396), section 3.
+
+Signs come from a seed, the same ones everywhere: sign i is 1 - 2 * bit i of the SHAKE-256 (FIPS
+202) of "lowbit signs SEED" in ASCII, SEED in decimal; bit i of the digest is bit i % 8 of byte
+i // 8, low bits first.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels import hadamard
+from lowbit.kernels.bits import unpack
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """One side of a weight, made by `rotation`: B, and the seed of the signs.
+
+    Where the signs were trained they are passed in, and `apply` and `undo` need not be inverse.
+    """
+
+    transform: hadamard.Transform
+    seed: int
+
+    @property
+    def size(self) -> int:
+        return self.transform.n
+
+    @property
+    def kind(self) -> hadamard.Kind:
+        return self.transform.kind
+
+    def apply(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
+        """B.T S x for every vector x.  x: (..., size)  signs: (size,)  ->  (..., size)"""
+        signs = self.signs(x.device) if signs is None else signs
+        return self.transform.inverse(x * signs.to(x.dtype))
+
+    def undo(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
+        """S B x for every vector x.  x: (..., size)  signs: (size,)  ->  (..., size)"""
+        signs = self.signs(x.device) if signs is None else signs
+        return self.transform(x) * signs.to(x.dtype)
+
+    def signs(self, device: torch.device | str = "cpu") -> Tensor:
+        """The diagonal of S, drawn from the seed: (size,) float32"""
+        return draw_signs(self.size, self.seed, torch.device(device))
+
+
+def rotation(size: int, seed: int, kind: str = "auto") -> Rotation:
+    """One side of a weight, `size` wide. The seed is also that of a random transform.
+
+    kind: auto, hadamard, hartley or random, as `lowbit.kernels.hadamard.orthogonal` takes it.
+    """
+    return Rotation(hadamard.orthogonal(size, kind, seed), seed)
+
+
+def rotate_weight(weight: Tensor, rotation_in: Rotation, rotation_out: Rotation) -> Tensor:
+    """W to W'.  weight: (out, in)  ->  (out, in), same dtype"""
+    return rotation_out.apply(rotation_in.apply(weight).T).T
+
+
+def restore_weight(
+    rotated: Tensor,
+    rotation_in: Rotation,
+    rotation_out: Rotation,
+    signs: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """W' to W, the inverse of `rotate_weight`; signs: of both sides, where they were trained.
+
+    rotated: (out, in)  ->  (out, in), same dtype
+    """
+    return rotation_out.undo(rotation_in.undo(rotated, signs[0]).T, signs[1]).T
+
+
+def rotate_hessian(hessian: Tensor, rotation_in: Rotation) -> Tensor:
+    """H to H'.  hessian: (in, in)  ->  (in, in), same dtype"""
+    return rotation_in.apply(rotation_in.apply(hessian).T).T
+
+
+@lru_cache(maxsize=1024)  # 16 MB at a width of 4096
+def _signs(size: int, seed: int, device: torch.device) -> Tensor:
+    digest = hashlib.shake_256(f"lowbit signs {seed}".encode()).digest(-(-size // 8))
+    with torch.inference_mode(False), torch.device("cpu"):
+        drawn = unpack(torch.frombuffer(bytearray(digest), dtype=torch.uint8), 1, size)
+        return (1 - 2 * drawn.float()).to(device)
+
+
+# An op, so that torch.compile need not look inside and trace a hash.
+@torch.library.custom_op("lowbit::draw_signs", mutates_args=())
+def draw_signs(size: int, seed: int, device: torch.device) -> Tensor:
+    """(size,) float32 of 1 and -1"""
+    return _signs(size, seed, device).clone()
+
+
+@draw_signs.register_fake
+def _(size: int, seed: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=device)

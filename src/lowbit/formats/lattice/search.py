@@ -1,0 +1,206 @@
+"""The nearest words of E8P12, exactly: 36 candidates for each of the two shifts, not 65536.
+
+For a shift t let y = x - t. Of the words that have magnitudes a before the shift, the nearest takes
+the signs of y, and is the better the larger its score 2 |y|.a - |a|^2 is. Where the number of minus
+signs has not the parity of sum(a), one sign must flip, which costs 4 min(|y[i]| a[i]).
+
+- The flip is always at a magnitude of 1/2: a larger one, moved by 2 towards y, would keep the
+  parity, be nearer, and make a pattern whose squared norm is less by at least 2, which is a word.
+- The 227 patterns of squared norm up to 10 are all the permutations of 7 shapes. The best of a
+  shape has its large magnitudes where |y| is large; and the flip is then at the smallest |y|.
+- The 29 others are tried one by one, where the best of all 56 such patterns would beat what was
+  found so far: for one vector in five, if they are Gaussian.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lowbit.formats.lattice.e8p import DIM, SHIFT, TRIPLES, patterns
+
+# Vectors at a time. On a CPU the temporary rows of 32 Ki numbers stay in the second-level cache. On
+# other devices a launch costs as much as many thousand vectors; 1 Mi vectors take about 500 MB.
+CHUNK_ON_CPU = 2**15
+CHUNK_ELSEWHERE = 2**20
+
+# The shapes: how many of the largest |y| get 3/2 or more, how many get 5/2, and sum(a) mod 2.
+RAISED = (0, 1, 2, 3, 4, 1, 2)
+TWICE = (0, 0, 0, 0, 0, 1, 1)
+PARITY = (0, 1, 0, 1, 0, 0, 1)
+
+# Sorts eight numbers, the largest first, in 19 comparisons.
+NETWORK = (
+    *((0, 2), (1, 3), (4, 6), (5, 7), (0, 4), (1, 5), (2, 6), (3, 7), (0, 1), (2, 3)),
+    *((4, 5), (6, 7), (2, 4), (3, 5), (1, 4), (3, 6), (1, 2), (3, 4), (5, 6)),
+)
+
+
+def nearest(x: Tensor) -> Tensor:
+    """The code of the nearest word, in float32 arithmetic.  x: (..., 8)  ->  (...) int32"""
+    (codes,) = _in_chunks(x, each_shift=False)
+    return codes
+
+
+def nearest_of_each_shift(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest of the words to which 1/4 was added, and of those from which it was taken.
+
+    One of the two is the nearest of all.  x: (..., 8)  ->  (...) int32, (...) int32
+    """
+    plus, minus = _in_chunks(x, each_shift=True)
+    return plus, minus
+
+
+def _in_chunks(x: Tensor, each_shift: bool) -> list[Tensor]:
+    chunk = CHUNK_ON_CPU if x.device.type == "cpu" else CHUNK_ELSEWHERE
+    parts = x.detach().float().reshape(-1, DIM).split(chunk)
+    codes = [_codes(part.T.contiguous(), each_shift) for part in parts]
+    return [torch.cat(pieces).view(x.shape[:-1]) for pieces in zip(*codes, strict=True)]
+
+
+def _codes(x: Tensor, each_shift: bool) -> list[Tensor]:
+    """x: (8, n) float32  ->  (n,) int32, once or for each of the two shifts"""
+    plus, minus = _Shifted(x, SHIFT), _Shifted(x, -SHIFT)
+    if each_shift:
+        for side in (plus, minus):
+            side.try_triples(side.score)
+        lower = torch.zeros_like(plus.choice)
+        return [_code(plus.y, plus.choice, lower), _code(minus.y, minus.choice, lower + 1)]
+    for side in (plus, minus):
+        side.try_triples(torch.maximum(plus.score, minus.score))
+    taken = minus.score > plus.score
+    y = torch.where(taken, minus.y, plus.y)
+    return [_code(y, torch.where(taken, minus.choice, plus.choice), taken)]
+
+
+class _Shifted:
+    """The best pattern for y = x - shift.
+
+    y: (8, n)  score: (n,), what the best one scores, plus |x|^2 - |y|^2 so that shifts compare
+    choice: (n,) uint8, the number of a shape, or 7 + that of a triple
+    """
+
+    def __init__(self, x: Tensor, shift: float) -> None:
+        self.y = x - shift
+        self.size = self.y.abs()
+        self.odd = _is_odd(self.y < 0)
+        self.base = 2 * shift * x.sum(0)
+        self.total = self.size.sum(0)
+        self.score = torch.full_like(self.total, -torch.inf)
+        self.choice = torch.zeros_like(self.total, dtype=torch.uint8)
+        ordered = list(self.size.unbind(0))
+        for i, j in NETWORK:
+            high, low = torch.maximum(ordered[i], ordered[j]), torch.minimum(ordered[i], ordered[j])
+            ordered[i], ordered[j] = high, low
+        self.smallest = ordered[5] + ordered[6] + ordered[7]
+        self._try_shapes(ordered)
+
+    def _try_shapes(self, ordered: list[Tensor]) -> None:
+        """ordered: |y|, the largest first."""
+        flip = 2 * ordered[7]
+        if_odd = flip * self.odd
+        cost = (if_odd, flip - if_odd)
+        # One more magnitude of 3/2 in place of 1/2 adds 2 to the norm, one of 5/2 adds 6.
+        gains = [self.total + self.base - 2]
+        for size in ordered[:4]:
+            gains.append(gains[-1] + 2 * size - 2)
+        gains.append(gains[0] + 4 * ordered[0] - 6)
+        gains.append(gains[-1] + 2 * ordered[1] - 2)
+        for number, gain in enumerate(gains):
+            score = gain - cost[PARITY[number]]
+            # Numbers go up, so that a maximum replaces; a masked fill takes four times as long.
+            better = (score > self.score).to(torch.uint8)
+            self.choice = torch.maximum(self.choice, better * number)
+            self.score = torch.maximum(self.score, score)
+
+    def try_triples(self, best: Tensor) -> None:
+        """Takes one of the 29 patterns where it beats the choice.  best: (n,), what is to beat"""
+        gain = 3 * self.total + self.base - 12
+        where = (gain - 2 * self.smallest > best).nonzero().squeeze(1)
+        if not where.numel():
+            return
+        size = self.size[:, where]
+        one, two, three = (size[places] for places in _tables(size.device).triples)
+        flip = torch.minimum(torch.minimum(one, two), three) * ~self.odd[where]
+        score, number = (gain[where] - 2 * (one + two + three + flip)).max(0)
+        better = score > self.score[where]
+        where, score, number = where[better], score[better], number[better]
+        self.score[where] = score
+        self.choice[where] = (number + len(RAISED)).to(torch.uint8)
+
+
+def _code(y: Tensor, choice: Tensor, lower: Tensor) -> Tensor:
+    """The code of the chosen pattern for y.
+
+    y, choice: as in `_Shifted`  lower: (n,), 1 where 1/4 is taken away  ->  (n,) int32
+    """
+    tables = _tables(y.device)
+    rank = _ranks(y.abs())
+    shape = choice.int()
+    level = (rank < tables.raised[shape]).to(torch.int8) + (rank < tables.twice[shape])
+    triple = (choice >= len(RAISED)).nonzero().squeeze(1)
+    level[:, triple] = tables.triple_levels[:, shape[triple] - len(RAISED)]
+    minus = y < 0
+    wrong = _is_odd(minus) ^ _is_odd(level == 1)
+    smallest_half = torch.where(level == 0, rank, -1).amax(0)
+    minus ^= wrong & (rank == smallest_half)
+    key = level[0].short()
+    for digit in level[1:]:
+        key = 3 * key + digit
+    code = tables.number[key.int()] << 8 | lower.int() << 7
+    for i in range(DIM - 1):
+        code |= minus[i].int() << i
+    return code
+
+
+def _is_odd(flags: Tensor) -> Tensor:
+    """Whether an odd number of them is set.  flags: (8, n) bool  ->  (n,) bool"""
+    odd = flags[0].clone()
+    for flag in flags[1:]:
+        odd ^= flag
+    return odd
+
+
+def _ranks(size: Tensor) -> Tensor:
+    """The place of each number, 0 for the largest of its eight.  size: (8, n)  ->  (8, n) int8"""
+    place = torch.arange(DIM, dtype=torch.int8, device=size.device)
+    rank = place.unsqueeze(1).repeat(1, size.shape[1])
+    for step in range(1, DIM):
+        behind = (size[step:] > size[:-step]).to(torch.int8)
+        rank[:-step] += behind
+        rank[step:] -= behind
+    return rank
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """raised, twice: (36,) int8, as RAISED and TWICE; 0 for triples  triples: 3 x (29,) int64
+    triple_levels: (8, 29) int8, magnitudes less 1/2
+    number: (6561,) int32, the place of a pattern by its levels, read as digits to the base 3
+    """
+
+    raised: Tensor
+    twice: Tensor
+    triples: tuple[Tensor, Tensor, Tensor]
+    triple_levels: Tensor
+    number: Tensor
+
+
+@lru_cache
+def _tables(device: torch.device) -> _Tables:
+    with torch.inference_mode(False), torch.device("cpu"):
+        triples = torch.tensor(TRIPLES)
+        levels = torch.ones(len(TRIPLES), DIM, dtype=torch.int8).scatter_(1, triples, 0)
+        key = patterns().long() @ 3 ** torch.arange(DIM - 1, -1, -1)
+        number = torch.zeros(3**DIM, dtype=torch.int32)
+        number[key] = torch.arange(len(key), dtype=torch.int32)
+        zeros = (0,) * len(TRIPLES)
+        one, two, three = triples.T.contiguous().to(device)
+        return _Tables(
+            torch.tensor(RAISED + zeros, dtype=torch.int8).to(device),
+            torch.tensor(TWICE + zeros, dtype=torch.int8).to(device),
+            (one, two, three),
+            levels.T.contiguous().to(device),
+            number.to(device),
+        )

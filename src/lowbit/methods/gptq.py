@@ -1,0 +1,99 @@
+"""GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323): rounding with feedback on the uniform grid.
+
+The Hessian is that of the quantized stream. Grids are fixed before rounding (static groups), so the
+order of activations needs no index at run time.
+"""
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from lowbit.blocks import BlockResult, BlockTask, Event
+from lowbit.blocks.hessian import Hessian, input_hessians
+from lowbit.formats.uniform import UniformLinear
+from lowbit.methods.method import Method, signal_to_noise
+from lowbit.methods.packing import pack, pack_with_feedback
+from lowbit.solvers.clipping import search_clipping
+from lowbit.solvers.gptq import OrderedFactor, ordered_factor
+from lowbit.solvers.rounding import Grid, extremes, grid_from_range, minmax_grid
+
+
+class GPTQ(Method):
+    """bits, group_size, symmetric: the grid, as in RTN. act_order: the inputs that matter most are
+    rounded first. damping: share of the Hessian's mean diagonal that is added to it. clip: search
+    the ranges that lose least under the Hessian's diagonal, instead of taking the whole. min_tokens:
+    an expert that saw fewer calibration tokens is rounded to nearest and named in the report.
+    """
+
+    name: ClassVar[str] = "gptq"
+
+    bits: int = Field(4, ge=2, le=8)
+    group_size: int | None = Field(None, ge=1)
+    symmetric: bool = False
+    act_order: bool = True
+    damping: float = Field(0.01, gt=0)
+    clip: bool = True
+    min_tokens: int = Field(64, ge=1)
+
+    def streams(self) -> tuple[str, ...]:
+        return ("quantized",)
+
+    def quantize(self, task: BlockTask) -> BlockResult:
+        hessians = input_hessians(task.block, task.groups, task.streams["quantized"])
+        result = BlockResult({}, report={"linears": {}})
+        for group in task.groups:
+            hessian = hessians[group.name]
+            factor = self._factor(hessian)
+            if factor is None:
+                _give_up(task, result, group.linears, hessian, self.min_tokens)
+            for name in group.linears:
+                linear = task.block.get_submodule(name)
+                assert isinstance(linear, nn.Linear)
+                result.linears[name], facts = self._linear(linear, hessian, factor)
+                result.report["linears"][name] = facts
+        return result
+
+    def _factor(self, hessian: Hessian) -> OrderedFactor | None:
+        """None: this Hessian cannot be used."""
+        if hessian.tokens < self.min_tokens:
+            return None
+        return ordered_factor(hessian.matrix, self.damping, self.act_order)
+
+    def _linear(
+        self, linear: nn.Linear, hessian: Hessian, factor: OrderedFactor | None
+    ) -> tuple[UniformLinear, dict[str, Any]]:
+        weight = linear.weight.detach().float()
+        if factor is None:
+            packed = pack(weight, linear.bias, minmax_grid(weight, *self._sizes()))
+            return packed, {"signal_to_noise_db": round(signal_to_noise(weight, packed), 2)}
+        grid = self._grid(weight, hessian)
+        packed, loss = pack_with_feedback(weight, linear.bias, grid, factor)
+        noise = signal_to_noise(weight, packed)
+        return packed, {"signal_to_noise_db": round(noise, 2), "proxy_loss": loss}
+
+    def _sizes(self) -> tuple[int, int | None, bool]:
+        return self.bits, self.group_size, self.symmetric
+
+    def _grid(self, weight: Tensor, hessian: Hessian) -> Grid:
+        if not self.clip:
+            return minmax_grid(weight, *self._sizes())
+        low, high = search_clipping(weight, hessian.matrix.diagonal(), *self._sizes())
+        least, most = extremes(weight, self.group_size)
+        return grid_from_range(low * least, high * most, *self._sizes())
+
+
+def _give_up(
+    task: BlockTask,
+    result: BlockResult,
+    linears: tuple[str, ...],
+    hessian: Hessian,
+    min_tokens: int,
+) -> None:
+    if hessian.tokens < min_tokens:
+        starved = dict.fromkeys(linears, hessian.tokens)
+        result.report.setdefault("rounded_to_nearest", {}).update(starved)
+        return
+    text = f"{', '.join(linears)}: the Hessian would not factor; rounded to nearest"
+    result.report.setdefault("without_feedback", []).extend(linears)
+    task.log(Event("warning", {"text": text}))

@@ -1,0 +1,90 @@
+"""Continue a prompt token by token.
+
+Not by transformers' generate(): that draws from the global random numbers, which lowbit leaves
+alone.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character whose last bytes are still to come
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """The prompt as tokens. chat: as a user's message, in the tokenizer's own template."""
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+    if not ids:
+        raise ValueError("the prompt is empty: there is nothing to continue")
+    return ids
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: list[int],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """The text that follows the prompt, piece by piece; ends at the context's end at the latest.
+
+    temperature 0: always the likeliest token. Raises ValueError for a prompt that is as long as the
+    context or longer.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    room = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
+    if room <= 0 < max_new_tokens:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context is {context}")
+    draw = torch.Generator().manual_seed(seed)
+    ends = _ends(model, tokenizer)
+    ids, shown = list(prompt), len(_text(tokenizer, prompt))
+    for token in _continue(model, prompt, room, temperature, draw):
+        if token in ends:
+            break
+        ids.append(token)
+        text = _text(tokenizer, ids)
+        if not text.endswith(UNFINISHED):
+            yield text[shown:]
+            shown = len(text)
+    yield _text(tokenizer, ids)[shown:]
+
+
+def _continue(
+    model: nn.Module, prompt: list[int], count: int, temperature: float, draw: torch.Generator
+) -> Iterator[int]:
+    device = next(model.parameters()).device
+    if device.type == "meta":  # offloaded: accelerate moves the inputs itself
+        device = torch.device("cpu")
+    cache, new = None, prompt
+    for _ in range(count):
+        with torch.no_grad():
+            ids = torch.tensor([new], device=device)
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache, new = out.past_key_values, [_choose(out.logits[0, -1], temperature, draw)]
+        yield new[0]
+
+
+def _choose(logits: Tensor, temperature: float, draw: torch.Generator) -> int:
+    """logits: (vocabulary,). Drawn on the CPU, so that every device draws the same."""
+    if temperature == 0:
+        return int(logits.argmax())
+    shares = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+    return int(torch.multinomial(shares, 1, generator=draw))
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    # As a whole: many tokenizers drop the blank before the first word of what they decode.
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
+    """The tokens that end a text; chat models often have several."""
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id} - {None}

@@ -1,0 +1,75 @@
+"""Named settings, one YAML file each: what `--recipe` accepts.
+
+A recipe is a method with its fields and calibration, and what differs for a family of models.
+"""
+
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from lowbit.config import Config, explain, unknown_name
+
+SUFFIX = ".yaml"
+
+
+class RecipeCalibration(Config):
+    """What a recipe says about its calibration text; None: the default of `Calibration`."""
+
+    sources: tuple[str, ...] | None = Field(None, min_length=1)
+    samples: int | None = Field(None, ge=1)
+    seqlen: int | None = Field(None, ge=2)
+
+
+class Recipe(Config):
+    """description: one line. fields: of the method. families: fields that differ, by family."""
+
+    description: str = Field(min_length=1, pattern=r"^[^\n]+$")
+    method: str
+    fields: dict[str, Any] = {}
+    calibration: RecipeCalibration = RecipeCalibration()
+    families: dict[str, dict[str, Any]] = {}
+
+    def settings(self, family: str) -> dict[str, Any]:
+        """The method's fields for a family of models."""
+        return self.fields | self.families.get(family, {})
+
+
+def recipe_names() -> list[str]:
+    """The recipes that lowbit brings along."""
+    return sorted(_packaged())
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe of ours by name, or a file of the user's own that ends in .yaml.
+
+    Raises ValueError that names the nearest recipe, or the file and what is wrong in it.
+    """
+    packaged = _packaged()
+    if name in packaged:
+        return _read(packaged[name], name)
+    if not name.endswith(SUFFIX):
+        raise ValueError(f"{unknown_name(name, packaged, 'recipe')}; or a {SUFFIX} file")
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"there is no recipe file {name}; `lowbit recipes` lists ours")
+    return _read(path, name)
+
+
+def _packaged() -> dict[str, Traversable]:
+    folder = resources.files(__name__)
+    found = (file for file in folder.iterdir() if file.name.endswith(SUFFIX))
+    return {file.name.removesuffix(SUFFIX): file for file in found}
+
+
+def _read(file: Traversable, name: str) -> Recipe:
+    try:
+        return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise ValueError(f"recipe {name}: {explain(error)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"recipe {name} is no YAML: {reason}") from None

@@ -1,0 +1,96 @@
+"""That unfused experts compute what fused ones do is in tests/models/test_skeleton.py."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+from lowbit.blocks.experts import Expert, ExpertNames, UnfusedExperts, is_fused, unfuse
+
+NAMES = ExpertNames("w1", "w3", "w2")
+COUNT, HIDDEN, INNER = 3, 4, 6
+
+
+class Fused(nn.Module):
+    """transformers' layout, as far as it matters."""
+
+    def __init__(self, **marks: bool) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(COUNT, 2 * INNER, HIDDEN))
+        self.down_proj = nn.Parameter(torch.empty(COUNT, HIDDEN, INNER))
+        self.act_fn = nn.SiLU()
+        standard = {"is_concatenated": True, "has_gate": True}
+        standard |= {"is_transposed": False, "has_bias": False}
+        for name, mark in (standard | marks).items():
+            setattr(self, name, mark)
+        zoo.randomise(self)
+
+
+def direct(fused: Fused, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Token by token."""
+    total = torch.zeros_like(hidden)
+    for token, place in zip(*torch.where(index < COUNT), strict=True):
+        number = index[token, place]
+        gate, up = (fused.gate_up_proj[number] @ hidden[token]).chunk(2)
+        out = fused.down_proj[number] @ (nn.functional.silu(gate) * up)
+        total[token] += weights[token, place] * out
+    return total
+
+
+def test_a_token_gets_the_weighted_sum_of_its_experts() -> None:
+    fused = Fused()
+    hidden, weights = torch.randn(5, HIDDEN), torch.rand(5, 2)
+    # Expert 1 sees nothing; COUNT marks a place without an expert.
+    index = torch.tensor([[0, 2], [2, 0], [2, COUNT], [0, 2], [COUNT, COUNT]])
+    found = unfuse(fused, NAMES)(hidden, index, weights)
+    torch.testing.assert_close(found, direct(fused, hidden, index, weights))
+    assert not found[4].any()
+
+
+def test_matrices_by_their_names_on_disk() -> None:
+    fused = Fused()
+    experts = unfuse(fused, NAMES)
+    assert isinstance(experts, UnfusedExperts) and len(experts) == COUNT
+    assert [name for name, _ in experts.named_parameters()] == [
+        f"{i}.{name}.weight" for i in range(COUNT) for name in ("w1", "w3", "w2")
+    ]
+    for i, expert in enumerate(experts):
+        assert isinstance(expert, Expert)
+        assert torch.equal(expert.w1.weight, fused.gate_up_proj[i, :INNER])
+        assert torch.equal(expert.w3.weight, fused.gate_up_proj[i, INNER:])
+        assert torch.equal(expert.w2.weight, fused.down_proj[i])
+        assert (expert.w1.in_features, expert.w1.out_features) == (HIDDEN, INNER)
+        assert (expert.w2.in_features, expert.w2.out_features) == (INNER, HIDDEN)
+    experts[0].w1.weight.zero_()  # a copy
+    assert fused.gate_up_proj[0, :INNER].any()
+
+
+def test_a_meta_module_stays_on_meta() -> None:
+    experts = unfuse(Fused().to("meta"), NAMES)
+    assert all(parameter.is_meta for parameter in experts.parameters())
+
+
+NOT_FUSED: dict[str, Callable[[], Any]] = {
+    "transposed": lambda: Fused(is_transposed=True),
+    "interleaved": lambda: Fused(is_concatenated=False),
+    "biased": lambda: Fused(has_bias=True),
+    "without gate": lambda: Fused(has_gate=False),
+    "with a norm": lambda: Fused(has_post_expert_norm=True),
+    "a linear": lambda: nn.Linear(2, 2),
+    "two dimensions": lambda: SimpleNamespace(
+        gate_up_proj=nn.Parameter(torch.ones(2, 2)), down_proj=nn.Parameter(torch.ones(2, 2))
+    ),
+}
+
+
+def test_what_is_fused() -> None:
+    assert is_fused(Fused()) and is_fused(zoo.make(zoo.ZOO["mixtral"]).model.layers[0].mlp.experts)
+
+
+@pytest.mark.parametrize("make", NOT_FUSED.values(), ids=NOT_FUSED)
+def test_what_is_not_is_left_alone(make: Callable[[], Any]) -> None:
+    assert not is_fused(make())

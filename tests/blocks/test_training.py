@@ -1,0 +1,147 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowbit.blocks import Event
+from lowbit.blocks.training import RATE_CUT, TRIES, Fit, ParameterGroup, fit, mean_loss
+
+TARGETS = torch.tensor([1.0, 2.0, 3.0])  # one for each batch; their mean is 2
+NAN, INF = float("nan"), float("inf")
+
+
+class Run:
+    """fit on the parameter x with a loss that may depend on how often it was called."""
+
+    def __init__(
+        self, loss: Callable[[Tensor, int], Tensor], epochs: int = 5, rate: float = 0.1
+    ) -> None:
+        self.x = nn.Parameter(torch.zeros(()))
+        self.events: list[Event] = []
+        self.visited: list[float] = []  # where gradients were taken
+        self.batches: list[int] = []
+
+        def recorded(index: int) -> Tensor:
+            if torch.is_grad_enabled():
+                self.visited.append(self.x.item())
+                self.batches.append(index)
+            return loss(self.x, index)
+
+        self.recorded = recorded
+        self.fit = fit([ParameterGroup([self.x], rate)], recorded, 3, epochs, self.events.append)
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events]
+
+
+def square(x: Tensor, index: int) -> Tensor:
+    return (x - TARGETS[index]).square()
+
+
+def test_learns() -> None:
+    run = Run(square, epochs=40)
+    found = run.fit
+    assert found.before == pytest.approx(14 / 3)
+    assert found.after < 0.7 and run.x.item() == pytest.approx(2, abs=0.2)
+    assert len(found.curve) == 40 and found.after == min(found.curve)
+    assert found.best_epoch == 1 + found.curve.index(found.after)
+    assert found.after == mean_loss(run.recorded, 3)  # the parameters are those of the loss
+    assert run.batches == [0, 1, 2] * 40 and not found.failures
+    assert [e.data["loss"] for e in run.events] == found.curve and set(run.kinds()) == {"epoch"}
+
+
+def test_the_best_iterate_stays() -> None:
+    """With such a rate the loss jumps about."""
+    run = Run(square, epochs=7, rate=3.0)
+    found = run.fit
+    assert found.after == min([found.before, *found.curve]) < found.curve[-1]
+    assert mean_loss(run.recorded, 3) == found.after
+
+
+def test_the_initial_values_stay_where_all_is_worse() -> None:
+    run = Run(lambda x, index: x.abs() + 1, rate=3.0)
+    assert (run.fit.after, run.fit.best_epoch, run.x.item()) == (1, 0, 0)
+    assert len(run.fit.curve) == 5
+
+
+def test_one_rate_for_each_group_and_weight_decay() -> None:
+    slow, fast, unused = (nn.Parameter(torch.ones(())) for _ in range(3))
+    groups = [ParameterGroup([slow], 1e-3), ParameterGroup([fast, unused], 1e-1)]
+    fit(groups, lambda i: slow + fast, 1, 1, lambda e: None)
+    assert 1 - slow.item() == pytest.approx(1e-3, rel=1e-3)  # AdamW's first step
+    assert 1 - fast.item() == pytest.approx(1e-1, rel=1e-3)
+    assert unused.item() == 1
+    decayed = nn.Parameter(torch.ones(()))
+    fit([ParameterGroup([decayed], 0.1)], lambda i: decayed, 1, 1, lambda e: None, weight_decay=0.5)
+    assert decayed.item() == pytest.approx(1 - 0.1 * 0.5 - 0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_loss_that_is_never_finite_leaves_the_initial_values(bad: float) -> None:
+    run = Run(lambda x, index: square(x, index) * (bad if x.requires_grad and x != 0 else 1))
+    found = run.fit
+    assert run.x.item() == 0 and found.after == found.before and found.best_epoch == 0
+    assert found.failures == [f"non-finite loss in epoch 1 of try {i}" for i in (1, 2, 3)]
+    assert run.kinds() == ["warning"] * TRIES
+    assert run.events[0].data["text"] == found.failures[0]
+    # Each try starts again at 0, with a tenth of the rate.
+    steps = [x for x in run.visited if x]
+    assert run.visited[::2] == [0] * TRIES
+    assert steps == pytest.approx([0.1 * RATE_CUT**i for i in range(TRIES)], rel=1e-3)
+    assert found.report()["failures"] == found.failures
+
+
+def test_a_smaller_rate_may_succeed() -> None:
+    run = Run(lambda x, index: square(x, index) * (NAN if x > 0.2 else 1), epochs=4)
+    found = run.fit
+    assert found.failures == ["non-finite loss in epoch 1 of try 1"]
+    assert found.after < found.before and 0 < run.x.item() <= 0.2
+    assert run.kinds() == ["warning", *["epoch"] * 4]
+
+
+def test_the_best_of_a_failed_try_counts() -> None:
+    """Two epochs go well, then every try breaks at once."""
+    calls = 0
+
+    def loss(x: Tensor, index: int) -> Tensor:
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        return square(x, index) * (NAN if calls > 6 else 1)
+
+    run = Run(loss)
+    assert run.fit.best_epoch == 2 and len(run.fit.failures) == TRIES
+    assert run.fit.after == min(run.fit.curve) < run.fit.before
+    assert run.x.item() == pytest.approx(0.6, rel=0.1)
+
+
+def test_a_gradient_that_is_not_finite_is_not_followed() -> None:
+    run = Run(lambda x, index: (x * 0).sqrt() + 1)  # sqrt'(0) * 0 is not a number
+    assert run.visited == [0] * TRIES and len(run.fit.failures) == TRIES
+    assert (run.fit.before, run.fit.after) == (1, 1)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_start_that_is_not_finite_is_left(bad: float) -> None:
+    def loss(x: Tensor, index: int) -> Tensor:
+        return square(x, index) * (1 if x != 0 or torch.is_grad_enabled() else bad)
+
+    run = Run(loss)
+    assert run.fit.after == min(run.fit.curve) < 14 / 3 and run.x.item() > 0
+
+
+@pytest.mark.parametrize("nothing", ["epochs", "parameters"])
+def test_nothing_to_learn(nothing: str) -> None:
+    parameters = [] if nothing == "parameters" else [nn.Parameter(torch.ones(()))]
+    epochs = 0 if nothing == "epochs" else 3
+    found = fit([ParameterGroup(parameters, 0.1)], lambda i: TARGETS[i], 3, epochs, print)
+    assert found == Fit(before=2, after=2) and found.report() == {
+        "before": 2,
+        "after": 2,
+        "best_epoch": 0,
+    }
+
+
+def test_same_steps_every_time() -> None:
+    a, b = Run(square, epochs=9), Run(square, epochs=9)
+    assert (a.fit, a.visited) == (b.fit, b.visited) and torch.equal(a.x, b.x)

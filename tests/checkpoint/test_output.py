@@ -1,0 +1,66 @@
+import json
+from pathlib import Path
+
+import pytest
+import quantized
+import torch
+from safetensors.torch import load_file
+
+from lowbit.checkpoint import CheckpointReader, QuantizedFolder
+from lowbit.checkpoint.output import Size, report_of, size_of
+from lowbit.formats.uniform import tensor_bytes
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+def test_size_is_counted_from_the_bytes(name: str) -> None:
+    folder = quantized.folder(name)
+    tensors = {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
+    packed = weights = 0
+    for linear, entry in QuantizedFolder(folder).entries.items():
+        spec = {k: v for k, v in entry.items() if k not in ("format", "bias")}
+        parts = [tensors.pop(f"{linear}.{part}") for part in ("packed", "scale", "zero")]
+        assert sum(part.nbytes for part in parts) == tensor_bytes(**spec)
+        packed += tensor_bytes(**spec)
+        weights += entry["shape"][0] * entry["shape"][1]
+    rest = sum(t.nbytes for t in tensors.values())
+    size = size_of(folder)
+    assert size.linears == pytest.approx(8 * packed / weights)
+    assert 5 < size.linears < 6  # 4, and a scale and a zero point for every 16 at most
+    parameters = weights + sum(t.numel() for t in tensors.values())
+    assert size.model == pytest.approx(8 * (packed + rest) / parameters)
+    assert size.bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    source = CheckpointReader(quantized.source(name)).tensors
+    assert parameters == sum(torch.Size(info.shape).numel() for info in source.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_size_of_a_float_model(dtype: torch.dtype) -> None:
+    folder = quantized.source("llama", dtype)
+    stored = (folder / "model.safetensors").stat().st_size
+    bits = 8 * dtype.itemsize
+    assert size_of(folder) == Size(bits, bits, stored)
+
+
+def test_the_report_names_what_was_given_up() -> None:
+    records = [
+        {"file": "outside"},
+        {"block": "h.0", "report": {"rounded_to_nearest": {"mlp.up": 3}, "x": 1}},
+        {"block": "h.1", "report": {"fell_back": "nothing learned was better"}},
+    ]
+    assert report_of(records, ["h.0.gate"]) == {
+        "given_up": {
+            "h.0.mlp.up": "rounded to nearest: it saw only 3 calibration tokens",
+            "h.1": "nothing learned was better",
+        },
+        "left_float": ["h.0.gate"],
+        "blocks": {"h.0": records[1]["report"], "h.1": records[2]["report"]},
+    }
+
+
+def test_the_report_lists_every_linear(tmp_path: Path) -> None:
+    report = json.loads((quantized.folder("opt") / "report.json").read_text())
+    entries = QuantizedFolder(quantized.folder("opt")).entries
+    listed = {
+        f"{b}.{linear}" for b, facts in report["blocks"].items() for linear in facts["linears"]
+    }
+    assert listed == set(entries)

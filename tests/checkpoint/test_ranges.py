@@ -1,0 +1,67 @@
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowbit.checkpoint import ranges
+from lowbit.checkpoint.ranges import MOST_NAMES, collapse, expand
+
+# Numbers that int() would not print so, and parts that only look like numbers, among them.
+PARTS = ["layers", "*", "", "0", "1", "2", "3", "10", "07", "x1", "1x", "-1", "²", "٣", "9" * 12]
+NAMES = st.lists(st.sampled_from(PARTS), min_size=1, max_size=4).map(".".join)
+ENTRIES = st.sampled_from([{"bits": 4}, {"bits": 2}, {"bits": 4, "more": [1]}])
+
+
+@given(st.dictionaries(NAMES, ENTRIES, max_size=30))
+def test_expand_undoes_collapse(entries: dict) -> None:
+    assert expand(collapse(entries)) == entries
+
+
+def test_whole_ranges_become_one_name() -> None:
+    numbers = product(range(3, 12), range(8), (1, 2))
+    names = [f"model.layers.{i}.experts.{j}.w{k}" for i, j, k in numbers]
+    entries = dict.fromkeys(names, {"bits": 4}) | {"lm_head": {"bits": 8}}
+    assert collapse(entries) == {
+        "model.layers.{3-11}.experts.{0-7}.w1": {"bits": 4},
+        "model.layers.{3-11}.experts.{0-7}.w2": {"bits": 4},
+        "lm_head": {"bits": 8},
+    }
+    assert expand(collapse(entries)) == entries
+
+
+@pytest.mark.parametrize("spoilt", ["a hole", "another entry"])
+def test_what_is_not_whole_is_spelt_out(spoilt: str) -> None:
+    entries = {f"layers.{i}.q": {"bits": 4} for i in range(5)}
+    if spoilt == "a hole":
+        del entries["layers.2.q"]
+    else:
+        entries["layers.2.q"] = {"bits": 3}
+    assert collapse(entries) == entries == expand(entries)
+
+
+HOSTILE = {
+    "layers.{5-4}.q": "names 0 layers; allowed are 1 to",
+    f"layers.{{0-{MOST_NAMES}}}.q": f"names {MOST_NAMES + 1} layers",
+    "{0-99999}.{0-99999}.{0-99999}": "names 1000000000000000 layers",
+    "{0-999999999}" * 40: "layers; allowed are",
+    "layers.{0-3}.q": "'layers.2.q' is named twice",
+}
+
+
+@pytest.mark.parametrize("pattern", HOSTILE)
+def test_hostile_ranges(pattern: str) -> None:
+    with pytest.raises(ValueError, match=HOSTILE[pattern]):
+        expand({"layers.2.q": {}, pattern: {}})
+
+
+def test_ranges_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "MOST_NAMES", 100)
+    assert len(expand({"a.{1-98}": {}, "b.{0-1}": {}})) == 100
+    with pytest.raises(ValueError, match="names 2 layers; allowed are 1 to 100 in all"):
+        expand({"a.{1-99}": {}, "b.{0-1}": {}})
+
+
+@pytest.mark.parametrize("name", ["a{b}.0", "{}", "{0}", "a{0-1", "{0-1}{", "{0-1}{b.c}", "{-1-2}"])
+def test_other_braces_mean_nothing(name: str) -> None:
+    assert set(expand({name: {}})) == {name.replace("{0-1}", n) for n in "01"}

@@ -1,0 +1,316 @@
+"""OUT while it is written: what is finished, whose it is, and that nothing half-written remains."""
+
+import errno
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+import torch
+from killing import Disk, watched
+from safetensors import SafetensorError
+
+from lowbit.checkpoint import CheckpointReader, CheckpointWriter
+from lowbit.checkpoint.writer import as_json, differences, explained, save_tensors, write_json
+
+SIGNATURE = {"method": {"name": "rtn", "bits": 4}, "model": "5eed", "seed": 0, "device": "cpu"}
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.float16)}
+
+
+def writer(folder: Path, restart: bool = False, **changes: Any) -> CheckpointWriter:
+    return CheckpointWriter(folder, SIGNATURE | changes, 2, restart)
+
+
+def files(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A run whose first shard is finished."""
+    with writer(tmp_path / "out") as out:
+        out.write_shard(0, TENSORS, {"low": torch.zeros(2)}, {"block": "h.0"})
+    return tmp_path / "out"
+
+
+def test_a_finished_shard_is_kept(begun: Path) -> None:
+    with writer(begun) as out:
+        record = out.record(0)
+        assert record is not None and record["block"] == "h.0" and record["file"] == A
+        assert record["tensors"] == {"a": 24, "b": 6}
+        found = out.read_shard(0)
+        assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in TENSORS.items()}
+        assert all(torch.equal(found[n], t) for n, t in TENSORS.items())
+        assert out.record(1) is None
+        assert not out.complete
+        out.write_shard(1, {"c": torch.ones(1)}, {}, {})
+        out.finish({"model_type": "x"})
+        assert out.complete
+    assert files(begun) == {
+        *(A, B, f"learned/{A}", "config.json", "model.safetensors.index.json"),
+        *("run/lock", "run/signature.json"),
+        *(f"run/{shard.removesuffix('.safetensors')}.json" for shard in (A, B)),
+    }
+    index = json.loads((begun / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 34}
+    assert index["weight_map"] == {"a": A, "b": A, "c": B}
+    assert set(CheckpointReader(begun).tensors) == {"a", "b", "c"}
+
+
+def test_anybody_may_read_a_shard(begun: Path) -> None:
+    assert (begun / A).stat().st_mode == (begun / "run" / "signature.json").stat().st_mode
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "changed"])
+def test_a_shard_that_is_no_longer_whole(damage: str, begun: Path) -> None:
+    data = (begun / A).read_bytes()
+    if damage == "gone":
+        (begun / A).unlink()
+    else:
+        (begun / A).write_bytes(data[:-1] + (b"" if damage == "cut" else b"x"))
+    with writer(begun) as out:
+        if damage != "changed":
+            assert out.record(0) is None  # written again
+        else:
+            with pytest.raises(ValueError, match=f"{A} was changed after.*--restart"):
+                out.read_shard(0)
+
+
+OTHER = {"name": "gptq", "bits": 4}
+DIFFERENCES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "nothing": ({}, []),
+    "seed": ({"seed": 1}, ["seed: was 0, is 1"]),
+    "two": ({"seed": 1, "device": "cuda"}, ["device: was cpu, is cuda", "seed: was 0, is 1"]),
+    "a field": ({"method": {"name": "rtn", "bits": 3}}, ["method.bits: was 4, is 3"]),
+    "a new field": (
+        {"method": {"name": "rtn", "bits": 4, "x": 1}},
+        ["method.x: was None, is 1"],
+    ),
+    "method": ({"method": OTHER}, [f"method: was {SIGNATURE['method']}, is {OTHER}"]),
+    "a new key": ({"versions": "2"}, ["versions: was None, is 2"]),
+    "a type": ({"seed": [0]}, ["seed: was 0, is [0]"]),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_run_with_another_signature(name: str, begun: Path) -> None:
+    changes, lines = DIFFERENCES[name]
+    before = quantized.contents(begun)
+    if not lines:
+        with writer(begun, **changes):
+            return
+    with pytest.raises(ValueError) as refusal, writer(begun, **changes):
+        pass
+    first, *found = str(refusal.value).split("\n  ")
+    assert found == lines
+    assert first.startswith(f"{begun} holds a run that differs in ")
+    assert "--restart starts over" in first
+    assert quantized.contents(begun) == before
+
+
+def test_differences_are_found_either_way() -> None:
+    assert list(differences({"a": 1}, {})) == [("a", (1, None))]
+    assert list(differences({}, {"a": 1})) == [("a", (None, 1))]
+
+
+def test_restart_keeps_nothing(begun: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    (begun / "link").symlink_to(elsewhere)
+    (begun / "run" / "streams").mkdir()
+    (begun / "run" / "streams" / "0").touch()
+    with writer(begun, restart=True, seed=1) as out:
+        assert out.record(0) is None
+        assert files(begun) == {"run/lock", "run/signature.json"}
+        assert json.loads((begun / "run" / "signature.json").read_text())["seed"] == 1
+    assert (elsewhere / "kept").exists()
+
+
+STRANGERS = {
+    "a model": ["config.json", "model.safetensors"],
+    "a hidden file": [".git/HEAD"],
+    "a folder called run": ["run/weights.txt"],
+    "a lock of their own": ["run/lock", "notes.txt"],
+    "an empty folder": ["empty/"],
+}
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_strangers_folder_is_left_alone(name: str, restart: bool, tmp_path: Path) -> None:
+    for file in STRANGERS[name]:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).mkdir() if file.endswith("/") else (tmp_path / file).write_text(file)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="is not empty and was not made by"):
+        with writer(tmp_path, restart):
+            pass
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("left", [[], ["lock"], ["lock", "signature.json.part"]])
+def test_killed_before_it_was_signed(left: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in left:
+        (tmp_path / "run" / name).touch()
+    with writer(tmp_path) as out:
+        assert out.record(0) is None
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_out_is_a_file(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="OUT must be a folder|cannot be written"):
+        with writer(tmp_path / place):
+            pass
+
+
+SECOND = """
+import sys
+from pathlib import Path
+from lowbit.checkpoint import CheckpointWriter
+with CheckpointWriter(Path(sys.argv[1]), {}, 1, restart=True):
+    print("inside")
+"""
+
+
+def test_a_second_process_is_sent_away(begun: Path) -> None:
+    before = quantized.contents(begun)
+    with writer(begun):
+        second = quantized.python(SECOND, begun)
+        assert quantized.contents(begun) == before
+        with pytest.raises(ValueError, match="another process is writing"), writer(begun):
+            pass
+    assert second.returncode != 0 and second.stdout == ""
+    assert f"ValueError: another process is writing {begun}" in second.stderr
+    with writer(begun) as out:  # the lock fell with its owner
+        assert out.record(0) is not None
+
+
+def fail(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("interrupted")
+
+
+def unserialisable(out: CheckpointWriter) -> None:
+    out.write_json("report.json", {"a": object()})
+
+
+def shared_memory(out: CheckpointWriter) -> None:
+    """safetensors refuses tensors that overlap."""
+    both = torch.zeros(4)
+    save_tensors(out.folder / A, {"a": both, "b": both[1:]})
+
+
+HALF_WAY: dict[str, tuple[str, Callable[[CheckpointWriter], None]]] = {
+    "json": ("report.json", unserialisable),
+    "shard": (A, shared_memory),
+    "companion": ("LICENSE", lambda out: out.copy_file(out.folder / "absent" / "LICENSE")),
+}
+
+
+@pytest.mark.parametrize("name", HALF_WAY)
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_half_written_has_a_final_name(name: str, there: bool, begun: Path) -> None:
+    file, write = HALF_WAY[name]
+    (begun / file).write_bytes(b"as before")
+    if not there:
+        (begun / file).unlink()
+    with writer(begun) as out, pytest.raises((TypeError, RuntimeError, ValueError)):
+        write(out)
+    assert (begun / file).exists() == there
+    assert not there or (begun / file).read_bytes() == b"as before"
+
+
+@pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
+def test_nothing_is_renamed_before_it_is_on_the_disk(
+    failing: str, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with writer(begun) as out, monkeypatch.context() as patched:
+        patched.setattr(failing, fail)
+        for write in (
+            lambda: write_json(begun / "new", 1),
+            lambda: save_tensors(begun / "new", TENSORS),
+            lambda: out.copy_file(begun / A / ".." / "new"),
+        ):
+            with pytest.raises((RuntimeError, ValueError)):
+                write()
+            assert not (begun / "new").exists()
+
+
+def test_events_are_lines_of_json_even_after_a_full_disk(begun: Path) -> None:
+    with writer(begun) as out:
+        out.append_event({"kind": "a", "loss": float("nan"), "list": [float("inf"), 1.5]})
+    with (begun / "events.jsonl").open("a") as file:
+        file.write('{"kind": "cut')
+    with writer(begun) as out:
+        out.append_event({"kind": "b"})
+    lines = (begun / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"kind": "a", "loss": None, "list": [None, 1.5]},
+        {"kind": "b"},
+    ]
+
+
+def test_json_is_read_back() -> None:
+    value = {"a": [1, 2.5, None, True, "é\n"], "b": {"c": {}}}
+    assert json.loads(as_json(value)) == json.loads(as_json(value, indent=2)) == value
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, AbstractContextManager[Any]]]:
+    """A folder and a context in which 2 MB do not fit: for real, where we may mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    try:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield disk, nullcontext() if mounted else watched(Disk(disk, 0, full))
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk(small_disk: tuple[Path, AbstractContextManager[Any]]) -> None:
+    disk, full = small_disk
+    with writer(disk / "out") as out:
+        out.write_shard(0, TENSORS, {}, {})
+        before = quantized.contents(disk)
+        with pytest.raises(ValueError, match="disk that holds .*out is full.*are kept"), full:
+            out.write_shard(1, {"c": torch.ones(500_000)}, {}, {})
+        found = quantized.contents(disk)
+        assert {name: found[name] for name in before} == before
+        assert all(name.endswith(".part") for name in found.keys() - before.keys())
+        out.write_shard(1, {"c": torch.ones(5)}, {}, {})
+        assert out.record(0) is not None and out.record(1) is not None
+
+
+REFUSALS = {
+    "full": (OSError(errno.ENOSPC, "x"), "is full: free some space"),
+    "quota": (OSError(errno.EDQUOT, "x"), "is full: free some space"),
+    "safetensors": (SafetensorError("I/O error: No space left on device (os error 28)"), "is full"),
+    "not ours": (PermissionError(errno.EACCES, "denied"), "OUT cannot be written: .*denied"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_the_disk_refuses(name: str) -> None:
+    error, message = REFUSALS[name]
+    with pytest.raises(ValueError, match=message) as refusal, explained(Path("OUT")):
+        raise error
+    assert refusal.value.__cause__ is error
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(KeyError), explained(Path("OUT")):
+        raise KeyError("a bug of ours")

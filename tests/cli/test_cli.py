@@ -1,0 +1,99 @@
+"""What all commands share: mistakes are one sentence, pipes may close, output can be anything."""
+
+import io
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+import typer
+from typer.testing import CliRunner
+from zoo import MODELS
+
+from lowbit.cli import Commands, main
+from lowbit.version import __version__
+
+MODEL = str(MODELS / "llama-mini")
+RTN = ("--method", "rtn")
+
+
+def failing(error: BaseException) -> typer.Typer:
+    """The app with one command that raises."""
+    made = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+
+    @made.callback()
+    def top(debug: bool = False) -> None: ...
+
+    @made.command()
+    def fail() -> None:
+        raise error
+
+    return made
+
+
+def test_the_console_script_is_main():
+    (found,) = entry_points(group="console_scripts", name="lowbit")
+    assert found.load() is main
+
+
+def test_version_and_help(lowbit):
+    assert lowbit("--version").stdout == f"lowbit {__version__}\n"
+    text = lowbit("--help").stdout
+    assert all(name in text for name in ("quantize", "eval", "generate", "inspect", "recipes"))
+    lowbit(code=2)  # no command: the help, and a status that says so
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("too few"), "too few"),
+        (ValueError("a [red]path[/red]"), "a [red]path[/red]"),
+        (PermissionError(13, "Permission denied", "x"), "[Errno 13] Permission denied: 'x'"),
+        (MemoryError(), "out of memory"),
+        (OSError(), "OSError"),
+    ],
+)
+def test_a_mistake_is_one_sentence(error, sentence):
+    result = CliRunner().invoke(failing(error), ["fail"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"error: {sentence}\n"
+
+
+def test_debug_keeps_the_traceback():
+    result = CliRunner().invoke(failing(ValueError("too few")), ["--debug", "fail"])
+    assert isinstance(result.exception, ValueError) and result.stderr == ""
+
+
+def test_a_bug_is_not_hidden():
+    result = CliRunner().invoke(failing(TypeError("ours")), ["fail"])
+    assert isinstance(result.exception, TypeError)
+
+
+def test_the_script_ends_with_one_line(tmp_path):
+    command = [sys.executable, "-m", "lowbit", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {tmp_path}/config.json is missing\n"
+
+
+def test_a_closed_pipe_is_quiet():
+    """As `lowbit recipes | head -0`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "lowbit", "recipes"]
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writing)
+    assert done.returncode == 1 and done.stderr == ""
+
+
+def test_names_that_the_terminal_cannot_show(monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "argv", ["lowbit", "quantize", MODEL, "/dev/null/→", *RTN])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    screen.seek(0)
+    assert screen.read().endswith("llama-mini ? /dev/null/?: rtn\n")

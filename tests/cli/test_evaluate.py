@@ -1,0 +1,83 @@
+"""lowbit eval: one table, and the same numbers as JSON."""
+
+import json
+import math
+
+import pytest
+from zoo import MODELS
+
+from lowbit.checkpoint.output import size_of
+from lowbit.cli.evaluate import short_names
+
+MODEL = MODELS / "llama-mini"
+
+
+def test_one_table_and_the_same_as_json(lowbit, rtn, learned, story, tmp_path):
+    file = tmp_path / "numbers.json"
+    options = ("--text", story, "--seqlen", 64, "--limit", 3, "--json", file)
+    lines = lowbit("eval", MODEL, rtn, learned, *options).stdout.splitlines()
+    found = json.loads(file.read_text())
+    assert list(found) == [str(MODEL), str(rtn), str(learned)]
+    reference = found[str(MODEL)]["perplexity"][str(story)]
+    assert "story.txt" in "".join(lines[:2])
+    for line, (name, row) in zip(lines[2:5], found.items(), strict=True):
+        value = row["perplexity"][str(story)]
+        bits = row["bits_per_weight"]
+        assert line.split()[:3] == [
+            name.rpartition("/")[2],
+            f"{bits['linears']:.2f}",
+            f"{bits['model']:.2f}",
+        ]
+        assert f"{value:.3f}" in line
+        if name != str(MODEL):
+            assert line.rstrip().endswith(f"{100 * (value / reference - 1):+.1f} %")
+        size = size_of(MODEL if name == str(MODEL) else rtn if name == str(rtn) else learned)
+        assert bits == {"linears": size.linears, "model": size.model}
+        assert row["size_bytes"] == size.bytes
+        assert (row["seqlen"], row["windows"]) == (64, {str(story): 3})
+    assert lines[5] == "perplexity over non-overlapping windows of 64 tokens: 3 of story.txt"
+    assert list(tmp_path.iterdir()) == [file]  # nothing is left aside
+
+
+def test_one_model_has_nothing_to_differ_from(lowbit, story):
+    result = lowbit("eval", MODEL, MODEL, "--text", story, "--limit", 1, "--seqlen", 32)
+    assert "change" not in result.stdout and result.stdout.count("llama-mini") == 1
+    assert result.stderr == ""
+
+
+def test_per_document_is_named(lowbit, tmp_path):
+    text = tmp_path / "documents.txt"
+    text.write_text("Once upon a time.\n<|endoftext|>\nThe fox ran home.\n")
+    file = tmp_path / "numbers.json"
+    options = ("--text", text, "--per-document", "--json", file)
+    lines = lowbit("eval", MODEL, *options).stdout.splitlines()
+    assert lines[-1] == (
+        "perplexity per document, each from its BOS, of up to 512 tokens: 2 of documents.txt"
+    )
+    (row,) = json.loads(file.read_text()).values()
+    assert row["per_document"] is True and math.isfinite(row["perplexity"][str(text)])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--text", "none.txt"), "'none.txt' is no data set with a held-out split"),
+        (("--limit", "0"), "limit: should be greater than or equal to 1 (got 0)"),
+        (("--seqlen", "1"), "seqlen: should be greater than or equal to 2 (got 1)"),
+        (("--seqlen", "600"), "has a context of 512 tokens; --seqlen 600 is longer"),
+        (("--json", "/nowhere/x.json"), "--json /nowhere/x.json: that is a folder, or in a folder"),
+        (("--json", "/"), "--json /: that is a folder"),
+        (("--device", "gpu"), "'gpu' is not known"),
+    ],
+)
+def test_mistakes(lowbit, story, options, sentence):
+    text = () if "--text" in options else ("--text", story)
+    result = lowbit("eval", MODEL, *text, *options, code=1)
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert sentence in result.stderr and result.stdout == ""
+
+
+def test_short_names():
+    assert short_names(["a/m", "b/n", "owner/p"]) == ["m", "n", "p"]
+    assert short_names(["a/m", "b/m"]) == ["a/m", "b/m"]
+    assert short_names([".", ".."]) == [".", ".."]

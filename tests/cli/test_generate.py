@@ -1,0 +1,48 @@
+"""lowbit generate."""
+
+import shutil
+
+import pytest
+from zoo import MODELS
+
+MODEL = MODELS / "llama-mini"
+TEMPLATE = "{{ bos_token }}{% for m in messages %}User: {{ m.content }}\nFox:{% endfor %}"
+
+
+def test_a_story_goes_on(lowbit, learned):
+    options = ("generate", learned, "Once upon a time", "--max-new-tokens", 8)
+    text = lowbit(*options).stdout
+    assert text.startswith("Once upon a time") and text.endswith("\n")
+    assert len(text) > len("Once upon a time\n")
+    assert lowbit(*options, "--seed", 1).stdout == text  # nothing is drawn
+    warm = (*options, "--temperature", 1.5)
+    assert lowbit(*warm).stdout == lowbit(*warm, "--seed", 0).stdout
+    assert lowbit(*warm).stdout != lowbit(*warm, "--seed", 1).stdout
+
+
+def test_a_chat_template_is_used_unless_raw(lowbit, tmp_path):
+    folder = shutil.copytree(MODEL, tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    options = ("--max-new-tokens", 6)
+    answer = lowbit("generate", folder, "Hello", *options).stdout
+    whole = lowbit("generate", MODEL, "User: Hello\nFox:", *options).stdout
+    assert "User: Hello\nFox:" + answer == whole
+    raw = lowbit("generate", folder, "Hello", "--raw", *options).stdout
+    assert raw == lowbit("generate", MODEL, "Hello", *options).stdout != whole
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt", "sentence"),
+    [
+        ("/nowhere", "x", "/nowhere: there is no such folder"),
+        (MODEL, "fox " * 600, "tokens, the model's context is 512"),
+    ],
+)
+def test_mistakes(lowbit, model, prompt, sentence):
+    result = lowbit("generate", model, prompt, code=1)
+    assert result.stderr.startswith("error: ") and sentence in result.stderr
+
+
+def test_an_option_out_of_range(lowbit):
+    lowbit("generate", MODEL, "x", "--max-new-tokens", 0, code=2)
+    lowbit("generate", MODEL, "x", "--temperature", -1, code=2)

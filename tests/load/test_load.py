@@ -1,0 +1,383 @@
+"""A quantized folder becomes a model that runs, through lowbit.load and through transformers."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+import torch
+import zoo
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lowbit
+from lowbit.checkpoint import CheckpointReader
+from lowbit.formats.base import QuantizedLinear
+
+LINEAR = "model.layers.1.mlp.up_proj"
+PATTERN = "model.layers.{0-1}.mlp.up_proj"
+HALVES = [torch.float16, torch.bfloat16]
+every_family = pytest.mark.parametrize("name", zoo.ZOO)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(quantized.folder(), tmp_path / "out"))
+
+
+def plugin(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_plain_transformers_loads_the_same(dtype: torch.dtype) -> None:
+    """And in float32, whatever the checkpoint's dtype: half precision is slow on the CPU."""
+    folder = quantized.folder("opt", "omniquant", dtype)
+    ours, tokenizer = lowbit.load(folder)
+    theirs = plugin(folder)
+    assert torch.equal(quantized.logits(ours), quantized.logits(theirs))
+    assert tokenizer("a!")["input_ids"] == [ord("a") - 33, 0]
+    for model in (ours, theirs):
+        assert not model.training
+        assert model.dtype == model.config.dtype == torch.float32
+        assert len(quantized_linears(model)) == 12
+        kept = {p.dtype for n, p in model.named_parameters() if n.endswith("layer_norm.weight")}
+        assert kept == {torch.float32}
+        biases = {m.bias.dtype for m in quantized_linears(model).values()}
+        assert biases == {dtype}  # part of the format
+
+
+STOCK = """
+import sys
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+finally:
+    print("lowbit" in sys.modules)
+"""
+
+
+def test_a_process_without_lowbit_refuses() -> None:
+    """It would only warn, and initialise at random, but for the empty tensor."""
+    done = quantized.python(STOCK, quantized.folder("mixtral"))
+    assert done.stdout == "False\n"
+    assert done.returncode != 0
+    assert "RuntimeError" in done.stderr and "size" in done.stderr
+
+
+PLACES: dict[str, Any] = {
+    "cpu": "cpu",
+    "auto": "auto",
+    "device": torch.device("cpu"),
+    "whole": {"": "cpu"},
+    "one block on disk": ("cpu", "disk"),
+    "both blocks on disk": ("disk", "disk"),
+}
+BLOCKS = {"llama": "model.layers", "mixtral": "model.layers", "opt": "model.decoder.layers"}
+
+
+def spread(model: nn.Module, path: str, places: tuple[str, str]) -> dict[str, str]:
+    """A device_map by module: each block in its place, everything else on the CPU."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in model.named_buffers()]
+    rest = {name.rpartition(".")[0]: "cpu" for name in names if not name.startswith(path)}
+    return rest | {f"{path}.{i}": place for i, place in enumerate(places)}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_device_maps(name: str, place: str, tmp_path: Path) -> None:
+    folder, places = quantized.folder(name, "omniquant"), PLACES[place]
+    plain, _ = lowbit.load(folder)
+    if isinstance(places, tuple):
+        places = spread(plain, BLOCKS[name], places)
+    ours, _ = lowbit.load(folder, device_map=places)
+    theirs = plugin(folder, device_map=places, offload_folder=tmp_path)
+    for model in (ours, theirs):
+        assert torch.equal(quantized.logits(model), quantized.logits(plain))
+        last = [p for n, p in model.named_parameters() if n.startswith(f"{BLOCKS[name]}.1.")]
+        assert {p.is_meta for p in last} == {"disk" in place}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("load", [plugin, lambda f, **options: lowbit.load(f, **options)[0]])
+def test_a_dtype_that_is_asked_for(dtype: torch.dtype, load: Callable[..., Any]) -> None:
+    folder = quantized.folder("opt", "omniquant")
+    stored = CheckpointReader(folder).tensors
+    for model in (load(folder, dtype=dtype), load(folder, dtype=str(dtype).removeprefix("torch."))):
+        assert model.dtype == dtype
+        linears = quantized_linears(model)
+        for name, parameter in model.named_parameters():
+            own = name.rpartition(".")[0] in linears
+            assert parameter.dtype == (stored[name].dtype if own else dtype), name
+        wanted = quantized.logits(lowbit.load(folder)[0])
+        assert zoo.error(quantized.logits(model).float(), wanted) < 0.02
+
+
+def test_to_another_dtype_leaves_the_format_alone() -> None:
+    model, _ = lowbit.load(quantized.folder("opt", "omniquant"))
+    before = {
+        n: p.clone() for m in quantized_linears(model).values() for n, p in m.named_parameters()
+    }
+    wanted = quantized.logits(model)
+    for dtype in (*HALVES, torch.float32):
+        model.to(dtype)
+        after = {n: p for m in quantized_linears(model).values() for n, p in m.named_parameters()}
+        assert all(
+            after[n].dtype == p.dtype and torch.equal(after[n], p) for n, p in before.items()
+        )
+        assert zoo.error(quantized.logits(model).float(), wanted) < 0.02
+
+
+@every_family
+def test_decoding_with_a_cache_is_prefill(name: str) -> None:
+    model, _ = lowbit.load(quantized.folder(name))
+    prompt = zoo.tokens(rows=1)
+    out = model.generate(
+        prompt,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+    )
+    decoded = torch.stack(out.logits, dim=1)
+    whole = quantized.logits(model, out.sequences)[:, prompt.shape[1] - 1 : -1]
+    assert decoded.shape == whole.shape == (1, 6, zoo.VOCABULARY)
+    assert zoo.error(decoded, whole) < 1e-5
+
+
+@every_family
+def test_padding_changes_nothing(name: str) -> None:
+    model, _ = lowbit.load(quantized.folder(name))
+    rows, pad = [zoo.tokens(i, rows=1, length=n) for i, n in enumerate((23, 11, 17))], 5
+    longest = max(row.shape[1] for row in rows)
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - row.shape[1] :] = row
+        mask[i, longest - row.shape[1] :] = 1
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        takes = "position_ids" in model.forward.__code__.co_varnames and "alibi" not in name
+        more = {"position_ids": positions} if takes else {}
+        padded = model(input_ids=ids, attention_mask=mask, **more).logits
+    for i, row in enumerate(rows):
+        assert (
+            zoo.error(padded[i : i + 1, longest - row.shape[1] :], quantized.logits(model, row))
+            < 1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["opt", "llama, tied, biased", "llama"])
+@pytest.mark.parametrize("load", [plugin, lambda folder: lowbit.load(folder)[0]])
+def test_tied_weights_stay_tied(name: str, load: Callable[[Path], Any]) -> None:
+    model = load(quantized.folder(name))
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (name != "llama")
+    assert ("lm_head.weight" in CheckpointReader(quantized.folder(name)).tensors) == (not tied)
+
+
+def test_the_folder_is_the_serialized_form(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = lowbit.load(quantized.folder())
+    with pytest.raises(ValueError, match="quantized with lowbit and is not serializable"):
+        model.save_pretrained(tmp_path / "again")
+    assert "copy its folder" in caplog.text
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("load", [plugin, lambda folder: lowbit.load(folder)[0]])
+def test_the_config_keeps_its_section(load: Callable[[Path], Any]) -> None:
+    section = quantized.section(quantized.folder())
+    config = load(quantized.folder()).config
+    assert config.to_dict()["quantization_config"] == section
+    assert json.loads(config.to_json_string(use_diff=False))["quantization_config"] == section
+    assert AutoConfig.from_pretrained(quantized.folder()).quantization_config == section
+
+
+def test_verification_may_leave_out_the_hashes(copy: Path) -> None:
+    path = quantized.shard_with(copy, f"{LINEAR}.packed")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    for load in (lowbit.load, plugin):
+        with pytest.raises(ValueError, match=f"{path} is damaged: its sha256"):
+            load(copy)
+    lowbit.load(copy, verify=False)
+    path.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=f"{path} is cut short"):
+        lowbit.load(copy, verify=False)
+
+
+def test_no_file_can_say_that_it_is_verified(copy: Path) -> None:
+    """Nor replace a method, or switch something in transformers, by a key of its own."""
+
+    def edit(config: dict[str, Any]) -> None:
+        config["quantization_config"] |= {"verified": True, "dequantize": True, "to_dict": 1}
+
+    quantized.edit_json(copy / "config.json", edit)
+    for load in (lowbit.load, plugin):
+        with pytest.raises(ValueError, match="config.json was edited after quantization"):
+            load(copy)
+    quantized.seal(copy)
+    for load in (lambda folder: lowbit.load(folder)[0], plugin):
+        wanted = quantized.logits(lowbit.load(quantized.folder())[0])
+        assert torch.equal(quantized.logits(load(copy)), wanted)
+
+
+def test_only_verified_files_are_read(copy: Path) -> None:
+    """transformers would prefer a single file to the shards."""
+    shutil.copy(quantized.source() / "model.safetensors", copy)
+    for load in (lowbit.load, plugin):
+        with pytest.raises(
+            ValueError, match="would read .'model.safetensors'.*remove what does not"
+        ):
+            load(copy)
+
+
+def modules(**changes: Any) -> Callable[[Path], None]:
+    """Entries of the model's layers, changed or put in."""
+
+    def damage(folder: Path) -> None:
+        def edit(config: dict[str, Any]) -> None:
+            entries = config["quantization_config"]["modules"]
+            for name, change in changes.items():
+                entries[name.replace("__", ".")] = change(dict(entries[PATTERN]))
+
+        quantized.edit_json(folder / "config.json", edit)
+
+    return damage
+
+
+def outside(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    """Edits what is not quantized; the index follows."""
+
+    def damage(folder: Path) -> None:
+        path = quantized.shard_with(folder, "lm_head.weight")
+        quantized.edit_shard(path, change)
+        left = set(CheckpointReader.of_file(path).tensors)
+
+        def edit(index: dict[str, Any]) -> None:
+            old = {n: file for n, file in index["weight_map"].items() if file != path.name}
+            index["weight_map"] = old | dict.fromkeys(left, path.name)
+
+        quantized.edit_json(folder / "model.safetensors.index.json", edit)
+
+    return damage
+
+
+def add_layer(name: str, tensors_like: str = LINEAR) -> Callable[[Path], None]:
+    """A quantized layer that the model lacks, with all its tensors."""
+
+    def tensors(folder: Path) -> dict[str, Tensor]:
+        reader = CheckpointReader(folder)
+        found = reader.read(n for n in reader.tensors if n.startswith(f"{tensors_like}."))
+        return {n.replace(tensors_like, name): t for n, t in found.items()}
+
+    def damage(folder: Path) -> None:
+        more = tensors(folder)
+        outside(lambda stored: stored.update(more))(folder)
+        modules(**{name.replace(".", "__"): lambda entry: entry})(folder)
+
+    return damage
+
+
+def model_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: quantized.edit_json(
+        folder / "config.json", lambda config: config.update(changes)
+    )
+
+
+NORM = "model.norm.weight"
+# All with forged checksums: only what the model is made of can tell.
+MISFITS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a layer that is not there": (
+        add_layer("model.layers.7.mlp.up_proj"),
+        "quantizes model.layers.7.mlp.up_proj, which this model does not have",
+    ),
+    "a layer that is a norm": (
+        add_layer("model.norm"),
+        "quantizes model.norm, which is a LlamaRMSN",
+    ),
+    "a layer with another shape": (
+        add_layer("lm_head"),
+        r"lm_head is \(out, in, bias\) \(101, 48, False\) in this model, .* \(80, 48, False\)",
+    ),
+    "fewer blocks": (
+        model_config(num_hidden_layers=1),
+        "layers.1.* which this model does not have",
+    ),
+    "more blocks": (model_config(num_hidden_layers=3), "tensor model.layers.2.* is missing"),
+    "wider": (model_config(hidden_size=64), "is .out, in, bias. .* in this model, but"),
+    "a larger vocabulary": (
+        model_config(vocab_size=102),
+        "has shape .101, 48., the model needs .102",
+    ),
+    "another family": (model_config(model_type="opt"), "which this model does not have"),
+    "a family that nobody knows": (model_config(model_type="wombat"), "cannot be loaded: .*wombat"),
+    "no family": (model_config(model_type=None), "cannot be loaded"),
+    "biases": (model_config(attention_bias=True), "48, 48, True. in this model, but"),
+    "a missing tensor": (outside(lambda t: t.pop(NORM)), f"tensor {NORM} is missing"),
+    "another shape": (
+        outside(lambda t: t.update({NORM: torch.ones(47)})),
+        rf"tensor {NORM} has shape \[47\], the model needs \[48\]",
+    ),
+    "another dtype": (
+        outside(lambda t: t.update({NORM: torch.ones(48, dtype=torch.int32)})),
+        f"tensor {NORM} is torch.int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_fit_the_model_is_named(name: str, copy: Path) -> None:
+    damage, message = MISFITS[name]
+    damage(copy)
+    quantized.seal(copy)
+    with pytest.raises(ValueError, match=message) as refusal:
+        lowbit.load(copy)
+    assert str(refusal.value).startswith(str(copy))
+
+
+@pytest.mark.parametrize("name", ["llama, tied, biased", "falcon 40b"])
+def test_a_float_folder(name: str) -> None:
+    """What quantized models are compared with."""
+    model, _ = lowbit.load(quantized.source(name))
+    assert torch.equal(quantized.logits(model), quantized.logits(zoo.make(zoo.ZOO[name])))
+
+
+def test_a_float_folder_that_lacks_a_tensor(tmp_path: Path) -> None:
+    """transformers would warn and draw it at random."""
+    folder = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
+    quantized.edit_shard(folder / "model.safetensors", lambda t: t.pop(f"{LINEAR}.weight"))
+    with pytest.raises(
+        ValueError, match=f"{folder} cannot be loaded: .*{LINEAR}.weight is missing"
+    ):
+        lowbit.load(folder)
+
+
+def test_an_unfinished_folder(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    with pytest.raises(ValueError, match=f"{copy} is unfinished: run the same"):
+        lowbit.load(copy)
+
+
+def test_a_device_that_runs_out_of_memory(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is not the folder's fault."""
+
+    def exhausted(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        lowbit.load(copy)

@@ -1,0 +1,185 @@
+"""What every method must satisfy: a new one adds a line to EXAMPLES, or one for each variant."""
+
+import ast
+import inspect
+import json
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from lowbit.blocks import BlockResult, BlockTask
+from lowbit.blocks.capture import call_block
+from lowbit.formats.base import QuantizedLinear
+from lowbit.methods import GPTQ, METHODS, RTN, Method, OmniQuant
+
+BLOCKS = ["opt", "llama", "qwen3", "falcon 40b", "mixtral"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A quick configuration and what it must not be worse than, at equal bits."""
+
+    method: Method
+    baseline: str
+    misspelt: str  # an option that it does not have
+    meant: str  # the nearest that it has
+
+
+W3: dict[str, Any] = {"bits": 3, "group_size": 16}
+OMNI = W3 | {"epochs": 3, "let": True, "min_tokens": 8}
+EXAMPLES: dict[str, Example] = {
+    "rtn": Example(RTN(**W3), "rtn", "group_sise", "group_size"),
+    "gptq": Example(GPTQ(**W3, min_tokens=8), "rtn", "act_oder", "act_order"),
+    "omniquant": Example(OmniQuant(**OMNI), "rtn", "epoch", "epochs"),
+    "omniquant, gptq": Example(OmniQuant(**OMNI, rounding="gptq"), "rtn", "dampin", "damping"),
+}
+every_method = pytest.mark.parametrize("name", EXAMPLES)
+every_block = pytest.mark.parametrize("block", BLOCKS)
+
+
+def outputs(task: BlockTask, method: Method, result: BlockResult) -> list[Tensor]:
+    """Of the block through which the streams that the method asks for go on."""
+    block = deepcopy(task.block)
+    method.install(block, result, "quantized")
+    with torch.no_grad():
+        return [call_block(block, batch) for batch in task.streams["quantized"]]
+
+
+def output_error(name: str, block: str) -> float:
+    """Mean squared, against the float block on the float stream."""
+    task, result = quantized(name, block)
+    found = outputs(task, EXAMPLES[name].method, result)
+    wanted = [call_block(task.block, batch) for batch in task.streams["float"]]
+    return float((torch.cat(found) - torch.cat(wanted)).square().mean())
+
+
+@cache
+def quantized(name: str, block: str) -> tuple[BlockTask, BlockResult]:
+    """One run for several tests to look at, and what it was given."""
+    task = zoo.task(block)
+    return task, EXAMPLES[name].method.quantize(task)
+
+
+def in_bytes(result: BlockResult) -> dict[str, bytes]:
+    """Everything that a run would write."""
+    written = {name: save(linear.state_dict()) for name, linear in result.linears.items()}
+    entries = {name: linear.entry() for name, linear in result.linears.items()}
+    for part in (result.tensors, result.learned):
+        written |= {f"tensor {name}": save({"": tensor}) for name, tensor in part.items()}
+    return written | {"json": json.dumps([entries, result.attention, result.report]).encode()}
+
+
+def test_every_method_has_an_example() -> None:
+    assert {example.method.name for example in EXAMPLES.values()} == set(METHODS)
+    for name, method in METHODS.items():
+        assert method.name == name and method.__module__ == f"lowbit.methods.{name}"
+
+
+@every_method
+@every_block
+def test_not_worse_than_its_baseline(name: str, block: str) -> None:
+    baseline = EXAMPLES[name].baseline
+    assert output_error(name, block) <= output_error(baseline, block) * (name == baseline or 0.97)
+
+
+@every_method
+@every_block
+def test_same_seed_same_bytes(name: str, block: str) -> None:
+    again = EXAMPLES[name].method.quantize(zoo.task(block))
+    assert in_bytes(again) == in_bytes(quantized(name, block)[1])
+
+
+@every_method
+@every_block
+def test_what_it_is_given_stays_as_it_is(name: str, block: str) -> None:
+    task, untouched = quantized(name, block)[0], zoo.task(block)
+    wanted = untouched.block.state_dict()
+    assert all(torch.equal(p, wanted[n]) for n, p in task.block.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in task.block.parameters())
+    assert not any(module._forward_pre_hooks for module in task.block.modules())
+    for n, stream in task.streams.items():
+        for batch, before in zip(stream, untouched.streams[n], strict=True):
+            assert torch.equal(batch.hidden, before.hidden)
+
+
+@every_method
+@every_block
+def test_the_result_is_complete(name: str, block: str) -> None:
+    task, result = quantized(name, block)
+    assert sorted(result.linears) == sorted(n for group in task.groups for n in group.linears)
+    for n, packed in result.linears.items():
+        linear = task.block.get_submodule(n)
+        assert isinstance(packed, QuantizedLinear) and isinstance(linear, nn.Linear)
+        assert (packed.in_features, packed.out_features) == (
+            linear.in_features,
+            linear.out_features,
+        )
+        assert (packed.bias is None) == (linear.bias is None)
+        assert result.report["linears"][n]["signal_to_noise_db"] > 5
+    parameters = dict(task.block.named_parameters())
+    for n, tensor in result.tensors.items():
+        assert n.rpartition(".")[0] not in result.linears
+        assert tensor.shape == parameters[n].shape and not torch.equal(tensor, parameters[n])
+    for tensor in (*result.tensors.values(), *result.learned.values()):
+        assert tensor.isfinite().all() and not tensor.requires_grad
+    json.dumps([result.report, result.attention], allow_nan=False)
+
+
+@every_method
+def test_options_make_a_round_trip(name: str) -> None:
+    method = EXAMPLES[name].method
+    for options in (method.model_dump(), json.loads(method.model_dump_json())):
+        assert type(method).model_validate(options) == method
+    wanted = {"name": method.name, **method.model_dump()}
+    assert json.loads(json.dumps(method.signature())) == wanted
+    with pytest.raises(ValueError, match="frozen"):
+        method.bits = 2  # type: ignore[attr-defined]
+
+
+@every_method
+def test_a_misspelt_option_names_the_nearest(name: str) -> None:
+    example = EXAMPLES[name]
+    message = f"'{example.misspelt}' is no field of .*did you mean '{example.meant}'"
+    with pytest.raises(ValueError, match=message):
+        type(example.method)(**{example.misspelt: 1})
+
+
+@every_method
+@pytest.mark.parametrize("options", [{"bits": 1}, {"bits": 9}, {"group_size": 0}, {"bits": "x"}])
+def test_options_out_of_range_are_refused(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        type(EXAMPLES[name].method)(**options)
+
+
+def read_in(source: str) -> set[str]:
+    """Names that some expression takes from an object: `self.bits`, `method.bits`."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_option_is_read_in_its_file(method: type[Method]) -> None:
+    module = inspect.getmodule(method)
+    assert module is not None
+    assert not set(method.model_fields) - read_in(inspect.getsource(module))
+
+
+def test_an_option_that_nothing_reads_is_found() -> None:
+    source = "class M:\n    a: int = 1\n    b: int = 2\n    def f(self):\n        self.b = self.a\n"
+    assert read_in(source) == {"a"}
+
+
+@every_method
+def test_the_streams_are_what_a_task_has(name: str) -> None:
+    method = EXAMPLES[name].method
+    assert set(method.streams()) <= {"float", "quantized"} and method.rows() >= 1

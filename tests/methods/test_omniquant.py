@@ -1,0 +1,375 @@
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lowbit.blocks import BlockResult, BlockTask, Event
+from lowbit.blocks.capture import call_block
+from lowbit.blocks.folding import Tensors, load_changed
+from lowbit.blocks.statistics import ChannelStatistics, input_statistics
+from lowbit.methods import RTN, OmniQuant, omniquant
+from lowbit.methods.omniquant import _Learner, _loss, _targets
+from lowbit.solvers.clipping import WIDEST, LearnedClipping, search_clipping
+from lowbit.solvers.equivalence import searched_scale, smooth_scale
+from lowbit.solvers.rounding import Grid, fake_quantize, grid_from_range
+
+every_family = pytest.mark.parametrize("name", zoo.ZOO)
+EXACT = 1e-5
+W3: dict[str, Any] = {"bits": 3, "group_size": 16}
+
+
+def statistics_of(task: BlockTask) -> dict[str, ChannelStatistics]:
+    return input_statistics(task.block, task.groups, task.streams["float"])
+
+
+def learner_for(task: BlockTask, **options: Any) -> _Learner:
+    return _Learner(OmniQuant(**options), task, statistics_of(task), set())
+
+
+def perturb(learner: _Learner) -> None:
+    """Somewhere that training could get to."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for group in learner.parameter_groups():
+            for parameter in group.parameters:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
+
+
+def branches(block: nn.Module, tensors: Tensors, task: BlockTask) -> Tensor:
+    """What the block adds to its input."""
+    batch = task.streams["float"][0]
+    out = functional_call(block, tensors, (batch.hidden,), batch.kwargs)
+    return (out[0] if isinstance(out, tuple) else out) - batch.hidden
+
+
+def as_float_linear(weight: Tensor, bias: Tensor | None, grid: Grid) -> nn.Linear:
+    """Instead of packing: the weight as it is."""
+    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias)
+    return linear
+
+
+@every_family
+@pytest.mark.parametrize("init", ["minmax", "awq"])
+def test_without_rounding_training_form_final_form_and_float_block_are_one(
+    name: str, init: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = zoo.task(name, batches=2)
+    learner = learner_for(task, let=True, init=init)
+    perturb(learner)
+    assert len(learner.folds) == sum(zoo.ZOO[name].folds[0][kind] for kind in ("norm", "rows"))
+    assert all(scale.detach().exp().std() > 0.1 for scale in learner.log_scales.values())
+    monkeypatch.setattr(omniquant, "fake_quantize", lambda weight, grid: weight)
+    monkeypatch.setattr(omniquant, "pack", as_float_linear)
+    monkeypatch.setattr(omniquant, "signal_to_noise", lambda weight, linear: 0.0)
+    wanted = branches(task.block, {}, task)
+    with torch.no_grad():
+        training = branches(task.block, learner.tensors(), task)
+    final = deepcopy(task.block)
+    learner.method.install(final, learner.result({}), "quantized")
+    assert zoo.error(training, wanted) < EXACT
+    assert zoo.error(branches(final, {}, task), wanted) < EXACT
+
+
+@every_family
+def test_a_gradient_reaches_all_that_is_learned(name: str) -> None:
+    task = zoo.task(name)
+    learner = learner_for(task, let=True, **W3)
+    loss = _loss(task, learner.tensors, _targets(task, False))
+    sum(loss(i) for i in range(3)).backward()
+    scales, logits = (group.parameters for group in learner.parameter_groups())
+    assert len(logits) == 2 * len(learner.linears) and len(scales) == len(learner.folds)
+    for parameter in (*scales, *logits):
+        gradient = parameter.grad
+        assert gradient is not None and gradient.isfinite().all()
+        # 1e-3 of the largest entry would be rounding: scales of queries against keys have 1e-7.
+        assert float((gradient.abs() > 1e-3 * gradient.abs().max()).float().mean()) > 0.5
+        assert float(gradient.abs().max()) > 1e-6
+    assert not any(parameter.grad is not None for parameter in task.block.parameters())
+
+
+def codes(weight: Tensor, grid: Grid) -> Tensor:
+    """As the training quantizer has them."""
+    scale = grid.scale.repeat_interleave(grid.group_size or weight.shape[1], 1)
+    zero = 2.0 ** (grid.bits - 1)
+    if grid.zero is not None:
+        zero = grid.zero.repeat_interleave(grid.group_size or weight.shape[1], 1)
+        zero = zero[:, : weight.shape[1]]
+    return (fake_quantize(weight, grid) / scale[:, : weight.shape[1]] + zero).round()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 16), (3, 20), (4, None)])
+@pytest.mark.parametrize("name", ["llama", "opt", "falcon rw", "mixtral"])
+def test_codes_in_training_are_the_codes_that_are_packed(
+    name: str, bits: int, group_size: int | None, symmetric: bool
+) -> None:
+    task = zoo.task(name)
+    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    learner = learner_for(task, let=True, **options)
+    perturb(learner)
+    result, folded, tensors = learner.result({}), learner.folded(), learner.tensors()
+    different = total = 0
+    for linear, packed in result.linears.items():
+        weight = folded[f"{linear}.weight"].detach()
+        grid = learner.grid(linear, weight)
+        wrong = (codes(weight, grid).detach() - packed.codes().float()).abs()
+        assert wrong.max() <= 1
+        different, total = different + int(wrong.sum()), total + wrong.numel()
+        # What ran in training is what is stored, but for the scale's last bit.
+        same, trained = wrong == 0, tensors[f"{linear}.weight"].detach()
+        torch.testing.assert_close(packed.dequantize()[same], trained[same], rtol=2**-10, atol=0)
+        if grid.zero is not None:
+            assert torch.equal(packed.zeros().float(), grid.zero)
+    assert different < 0.005 * total
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"let": True}, {"lwc": False, "let": True}, {"aug_loss": True}]
+)
+@pytest.mark.parametrize("name", ["llama", "opt", "falcon 11b", "qwen3_moe"])
+def test_learning_helps_and_the_report_is_true(name: str, options: dict[str, Any]) -> None:
+    task = zoo.task(name)
+    method = OmniQuant(**W3, epochs=3, min_tokens=8, **options)
+    result = method.quantize(task)
+    report = result.report
+    before, after, curve = (report["training"][key] for key in ("before", "after", "curve"))
+    assert report["loss_before"] == before and len(curve) == 3
+    assert report["loss_after"] == after == min(before, *curve) < report["loss_rtn"]
+    assert "fell_back" not in report and "rounded_to_nearest" not in report
+    for key, made in (("loss_after", result), ("loss_rtn", RTN(**W3).quantize(task))):
+        assert measured(task, made, "aug_loss" in options) == pytest.approx(report[key], rel=0.02)
+    kinds = {kind for n in result.learned for kind in ("fold.", ".clip_") if kind in n}
+    wanted = {"fold."} if "let" in options else set()
+    assert kinds == wanted | ({".clip_"} if options.get("lwc", True) else set())
+
+
+def measured(task: BlockTask, result: BlockResult, aug_loss: bool = False) -> float:
+    """The loss of a packed block."""
+    block = deepcopy(task.block)
+    OmniQuant().install(block, result, "quantized")
+    total = 0.0
+    for straight, noisy in zip(task.streams["float"], task.streams["quantized"], strict=True):
+        out = call_block(block, noisy)
+        total += float((out - call_block(task.block, straight)).square().mean())
+        if aug_loss:
+            total += float((out - call_block(task.block, noisy)).square().mean())
+    return total / len(task.streams["float"])
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "falcon 11b", "qwen3_moe"])
+def test_clipping_is_learned(name: str) -> None:
+    """Training, not only its start, makes the loss smaller."""
+    fit = OmniQuant(**W3, epochs=12, min_tokens=8).quantize(zoo.task(name)).report["training"]
+    assert fit["after"] < 0.99 * fit["before"] and fit["best_epoch"] > 0
+
+
+def test_the_second_target_is_the_float_block_on_the_quantized_stream() -> None:
+    task = zoo.task("llama", noise=0.2)
+    one, both = _targets(task, aug_loss=False), _targets(task, aug_loss=True)
+    assert (len(one), len(both)) == (1, 2)
+    for target, stream in zip(both, ("float", "quantized"), strict=True):
+        for batch, found in zip(task.streams[stream], target, strict=True):
+            assert torch.equal(found.hidden, call_block(task.block, batch))
+    # With the float weights, only the noise on the stream is left; the second target has none.
+    exact = dict(task.block.named_parameters())
+    noise = float(_loss(task, lambda: exact, one)(1))
+    assert noise > 0 and float(_loss(task, lambda: exact, both)(1)) == pytest.approx(noise)
+    assert float(_loss(task, lambda: exact, both[1:])(1)) == 0
+
+
+def test_training_that_blows_up_falls_back_and_says_so() -> None:
+    task = zoo.task("llama")
+    events: list[Event] = []
+    task.log = events.append
+    method = OmniQuant(**W3, let=True, epochs=2, let_lr=1e5)  # exp of three steps of it is infinite
+    report = method.quantize(task).report
+    assert report["training"]["failures"] == [
+        f"non-finite loss in epoch 1 of try {i}" for i in (1, 2, 3)
+    ]
+    assert report["training"]["best_epoch"] == 0
+    assert report["training"]["after"] == report["training"]["before"] == report["loss_before"]
+    assert report["loss_after"] == min(report["loss_before"], report["loss_rtn"])
+    assert [e.kind for e in events].count("warning") >= 3
+
+
+def test_what_is_worse_than_rounding_to_nearest_is_dropped() -> None:
+    """Untrained clipping, at 8 bits."""
+    task = zoo.task("opt")
+    events: list[Event] = []
+    task.log = events.append
+    result = OmniQuant(bits=8, let=True, alpha=0, epochs=0).quantize(task)
+    wanted = RTN(bits=8).quantize(task)
+    assert not result.tensors and not result.learned
+    for name, packed in result.linears.items():
+        assert torch.equal(packed.packed, wanted.linears[name].packed)
+        assert torch.equal(packed.dequantize(), wanted.linears[name].dequantize())
+    assert "better than rounding to nearest" in result.report["fell_back"]
+    assert result.report["loss_before"] > result.report["loss_rtn"] == result.report["loss_after"]
+    assert [event.kind for event in events] == ["warning"]
+    assert "rounding to nearest was better" in events[0].data["text"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"let": True}, {"init": "awq", "let": True}, {"rounding": "gptq"}]
+)
+@pytest.mark.parametrize("unseen", [False, True])
+def test_starved_experts_are_rounded_to_nearest_and_named(
+    unseen: bool, options: dict[str, Any]
+) -> None:
+    task = zoo.task("mixtral", batches=1)
+    if unseen:  # equal logits: all tokens take the same two experts
+        task.block.mlp.gate.weight.zero_()
+    tokens = {n: s.tokens for n, s in statistics_of(task).items() if "experts" in n}
+    least = min(tokens.values()) + 1
+    starved = {
+        linear: tokens[group.name]
+        for group in task.groups
+        for linear in group.linears
+        if tokens.get(group.name, least) < least
+    }
+    assert len(starved) == (6 if unseen else 3) and (min(tokens.values()) == 0) == unseen
+    result = OmniQuant(**W3, epochs=2, min_tokens=least, **options).quantize(task)
+    assert result.report["rounded_to_nearest"] == starved
+    assert {n: t for n, t in result.report["tokens"].items() if "experts" in n} == tokens
+    clipped = {n.removesuffix(".clip_low") for n in result.learned if n.endswith("low")}
+    assert clipped == set(result.linears) - set(starved)
+    # The weights that they were rounded from are those of the transformed block.
+    folded = deepcopy(task.block)
+    if "let" in options:
+        learner = _Learner(
+            OmniQuant(**W3, **options), task, statistics_of(task), set(result.linears)
+        )
+        for name, log_scale in learner.log_scales.items():
+            log_scale.data = result.learned[f"fold.{name}.log_scale"]
+        load_changed(folded, learner.folded())
+    wanted = RTN(**W3).quantize(BlockTask(**vars(task) | {"block": folded}))
+    for name in starved:
+        assert torch.equal(result.linears[name].dequantize(), wanted.linears[name].dequantize())
+
+
+def test_the_first_scales_are_those_of_the_method() -> None:
+    task = zoo.task("llama")
+    seen = {n: s for g in task.groups for n in g.linears for s in [statistics_of(task)[g.name]]}
+    smooth, awq = (
+        learner_for(task, let=True, alpha=0.7, init=init, **W3) for init in ("minmax", "awq")
+    )
+    for name, fold in smooth.folds.items():
+        wanted = smooth_scale(fold, smooth.float_tensors, seen, 0.7)
+        torch.testing.assert_close(smooth.log_scales[name].exp(), wanted)
+        wanted = searched_scale(fold, awq.float_tensors, seen, awq._round_to_nearest)
+        torch.testing.assert_close(awq.log_scales[name].exp(), wanted)
+    assert all((clipping.low == 4).all() for clipping in smooth.clipping.values())
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "falcon 7b", "mixtral"])
+def test_awq_clips_what_the_transformed_block_sees(name: str) -> None:
+    """Its importances are divided by the scales, not measured again: here they are measured."""
+    task = zoo.task(name)
+    learner = learner_for(task, let=True, init="awq", **W3)
+    folded = deepcopy(task.block)
+    load_changed(folded, learner.folded())
+    seen = input_statistics(folded, task.groups, task.streams["float"])
+    for group in task.groups:
+        for linear in group.linears:
+            weight: Any = folded.get_submodule(linear).weight
+            ratios = search_clipping(weight, seen[group.name].square, 3, 16, False)
+            wanted = LearnedClipping.from_ratios(*ratios)
+            for end in ("low", "high"):
+                found = torch.sigmoid(getattr(learner.clipping[linear], end))
+                same = (found - torch.sigmoid(getattr(wanted, end))).abs() < 1e-3
+                assert float(same.float().mean()) > 0.99  # near ties may fall either way
+                assert float(found.detach().max()) <= WIDEST + 1e-6
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "mixtral"])
+def test_awq_starts_better_than_rounding_to_nearest(name: str) -> None:
+    task = zoo.task(name)
+    method = OmniQuant(**W3, let=True, init="awq", epochs=0, min_tokens=8)
+    report = method.quantize(task).report
+    assert report["loss_before"] == report["loss_after"] < 0.95 * report["loss_rtn"]
+
+
+@pytest.mark.parametrize("lwc", [False, True])
+@pytest.mark.parametrize("let", [False, True])
+def test_what_is_switched_off_is_not_learned(lwc: bool, let: bool) -> None:
+    task = zoo.task("llama", batches=1)
+    learner = learner_for(task, lwc=lwc, let=let, lwc_lr=0.25, let_lr=0.125)
+    scales, logits = learner.parameter_groups()
+    assert (bool(scales.parameters), bool(logits.parameters)) == (let, lwc)
+    assert (scales.rate, logits.rate) == (0.125, 0.25)
+    if not lwc and not let:
+        report = OmniQuant(lwc=False, epochs=2).quantize(task).report
+        assert (
+            report["training"]["after"] == report["loss_rtn"] and "curve" not in report["training"]
+        )
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"bits": 4},
+        {"group_size": None},
+        {"symmetric": True},
+        {"lwc": False},
+        {"let": False},
+        {"aug_loss": True},
+        {"epochs": 4},
+        {"lwc_lr": 0.1},
+        {"let_lr": 1e-4},
+        {"weight_decay": 3.0},
+        {"alpha": 0.9},
+        {"init": "awq"},
+        {"rounding": "gptq"},
+        {"min_tokens": 1000},
+    ],
+    ids=str,
+)
+def test_every_option_matters(option: dict[str, Any]) -> None:
+    task = zoo.task("llama")
+    common = W3 | {"epochs": 2, "let": True, "let_lr": 1e-3, "alpha": 0.3}
+    one, other = (OmniQuant(**options).quantize(task) for options in (common, common | option))
+    assert not torch.equal(
+        one.linears["mlp.up_proj"].dequantize(), other.linears["mlp.up_proj"].dequantize()
+    )
+
+
+def test_one_batch_holds_as_many_windows_as_asked_for() -> None:
+    assert OmniQuant(batch=3).rows() == 3 and OmniQuant().streams() == ("float", "quantized")
+
+
+def test_feedback_uses_the_grid_that_was_learned() -> None:
+    task = zoo.task("llama")
+    options = W3 | {"let": True, "epochs": 2}
+    nearest, feedback = (
+        OmniQuant(**options, rounding=rounding).quantize(task) for rounding in ("nearest", "gptq")
+    )
+    for name, packed in feedback.linears.items():
+        assert torch.equal(packed.scale, nearest.linears[name].scale)
+        assert torch.equal(packed.zeros(), nearest.linears[name].zeros())
+        assert not torch.equal(packed.codes(), nearest.linears[name].codes())
+    assert measured(task, feedback) < measured(task, nearest)
+
+
+def test_a_clipped_range_keeps_its_own_zero_point() -> None:
+    """That packing takes the zero of the learned range, not of the whole one."""
+    task = zoo.task("opt", batches=1)
+    learner = learner_for(task, **W3)
+    with torch.no_grad():
+        for clipping in learner.clipping.values():
+            clipping.low -= 5
+    weight = learner.float_tensors["fc1.weight"]
+    clipping = learner.clipping["fc1"]
+    low, high = weight.view(80, 3, 16).amin(-1), weight.view(80, 3, 16).amax(-1)
+    wanted = grid_from_range(
+        torch.sigmoid(clipping.low) * low, torch.sigmoid(clipping.high) * high, 3, 16, False
+    )
+    packed = learner.result({}).linears["fc1"]
+    assert torch.equal(packed.zeros().float(), wanted.zero)
+    torch.testing.assert_close(packed.scale.float(), wanted.scale, rtol=1e-3, atol=0)

@@ -1,0 +1,109 @@
+"""Generation token by token: as transformers' own greedy search, and without global randomness."""
+
+import pytest
+import torch
+import zoo
+
+import lowbit
+from lowbit.models.generation import generate, prompt_tokens
+
+MODEL = zoo.MODELS / "llama-mini"
+
+
+class Numbers:
+    """A tokenizer whose text is the numbers themselves."""
+
+    eos_token_id = None
+
+    def decode(self, ids: list[int], **options: bool) -> str:
+        return "".join(f" {i}" for i in ids)
+
+
+class Bytes:
+    """A tokenizer of bytes; two of them may be one character."""
+
+    eos_token_id = 0
+
+    def decode(self, ids: list[int], **options: bool) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+
+class Script(torch.nn.Module):
+    """Says what is written for it, whatever it reads."""
+
+    def __init__(self, text: bytes, context: int | None = None) -> None:
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.config = type("Config", (), {"max_position_embeddings": context})
+        self.left = list(text)
+
+    def forward(self, input_ids, past_key_values, use_cache):
+        logits = torch.zeros(1, input_ids.shape[1], 256)
+        logits[0, -1, self.left.pop(0)] = 1
+        return type("Out", (), {"logits": logits, "past_key_values": None})
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return lowbit.load(MODEL)
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_every_family_continues_as_without_a_cache(name):
+    model = zoo.make(zoo.ZOO[name])
+    ids = zoo.tokens(rows=1)[0].tolist()
+    text = "".join(generate(model, Numbers(), ids, max_new_tokens=6))
+    wanted = list(ids)
+    for _ in range(6):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([wanted]), use_cache=False).logits
+        wanted.append(int(logits[0, -1].argmax()))
+    ends = model.generation_config.eos_token_id
+    new = wanted[len(ids) :]
+    new = new[: new.index(ends)] if ends in new else new
+    assert text == Numbers().decode(new)
+
+
+def test_greedy_is_transformers_greedy(trained):
+    model, tokenizer = trained
+    ids = prompt_tokens(tokenizer, "Once upon a time", chat=False)
+    text = "".join(generate(model, tokenizer, ids, max_new_tokens=20))
+    out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=20)
+    assert "Once upon a time" + text == tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def test_draws_depend_on_the_seed_alone(trained):
+    model, tokenizer = trained
+    ids = prompt_tokens(tokenizer, "Tom", chat=False)
+
+    def story(seed: int) -> str:
+        return "".join(generate(model, tokenizer, ids, 12, temperature=1.0, seed=seed))
+
+    state = torch.random.get_rng_state()
+    first, other = story(0), story(1)
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.rand(3)
+    assert story(0) == first != other
+
+
+def test_characters_come_whole():
+    text = "a→ü".encode()
+    pieces = list(generate(Script(text + b"\0x"), Bytes(), list(b"> "), max_new_tokens=100))
+    assert [piece for piece in pieces if piece] == ["a", "→", "ü"]
+
+
+def test_a_cut_character_still_comes():
+    pieces = generate(Script("ü".encode()), Bytes(), list(b"> "), max_new_tokens=1)
+    assert "".join(pieces) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_the_context_is_the_end():
+    pieces = generate(Script(b"abcdef", context=5), Bytes(), list(b"12"), max_new_tokens=6)
+    assert "".join(pieces) == "abc"
+    with pytest.raises(ValueError, match="the prompt has 5 tokens, the model's context is 5"):
+        list(generate(Script(b"a", context=5), Bytes(), list(b"12345")))
+
+
+def test_an_empty_prompt():
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        prompt_tokens(lambda text, add_special_tokens: {"input_ids": []}, "", chat=False)

@@ -1,0 +1,155 @@
+"""Every family of the zoo, and what is found by structure: quantized, loaded, run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+import torch
+import zoo
+from torch import Tensor
+
+import lowbit
+from lowbit.blocks import BlockResult
+from lowbit.checkpoint import CheckpointReader, QuantizedFolder
+from lowbit.formats.base import QuantizedLinear
+from lowbit.methods import OmniQuant
+from lowbit.models.source import SourceModel
+from lowbit.pipeline import run
+
+DISCOVERED = [name for name in zoo.STRANGERS if name != "gpt2"]
+STARVING = OmniQuant(bits=3, group_size=16, epochs=1, min_tokens=12)
+
+
+@pytest.mark.parametrize("method", quantized.METHODS)
+@pytest.mark.parametrize("name", [*zoo.ZOO, *DISCOVERED])
+def test_quantized_and_loaded(name: str, method: str) -> None:
+    out, source = quantized.folder(name, method), SourceModel(quantized.source(name))
+    model, tokenizer = lowbit.load(out)
+    logits = quantized.logits(model)
+    assert logits.isfinite().all()
+    assert torch.equal(logits, quantized.logits(lowbit.load(out)[0]))
+    linears = {n for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert linears == {
+        f"{block}.{linear}"
+        for block in source.block_names
+        for group in source.groups(block)
+        for linear in group.linears
+    }
+    entries = QuantizedFolder(out).entries
+    assert set(entries) == {source.disk_name(name) for name in linears}
+    error = zoo.error(logits, quantized.logits(lowbit.load(quantized.source(name))[0]))
+    assert 0.001 < error < 0.9
+
+
+FLOAT32 = [(name, torch.float32) for name in (*zoo.ZOO, "gemma2", "olmoe")]
+HALF = [("opt", torch.float16), ("llama, tied, biased", torch.bfloat16), ("mixtral", torch.float16)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), FLOAT32 + HALF)
+def test_what_is_saved_is_what_ran(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream behind the first block is, bit for bit, what the loaded model computes there."""
+    tokens: list[Tensor] = []
+    streamed: dict[str, list[Tensor]] = {}
+    capture, advance = SourceModel.capture, run._Run._advance
+
+    def spy_capture(self: SourceModel, batches: Any) -> Any:
+        tokens.extend(batches)
+        return capture(self, batches)
+
+    def spy_advance(self: Any, block: Any, result: BlockResult, streams: Any) -> None:
+        advance(self, block, result, streams)
+        streamed.update({n: [batch.hidden.clone() for batch in s] for n, s in streams.items()})
+
+    monkeypatch.setattr(SourceModel, "capture", spy_capture)
+    monkeypatch.setattr(run._Run, "_advance", spy_advance)
+    model = quantized.source(name, dtype)
+    out = quantized.quantize(model, tmp_path / "out", "omniquant")
+    block = SourceModel(model).block_names[0]
+    ran, untouched = outputs(out, block, tokens), outputs(model, block, tokens)
+    assert len(ran) == len(streamed["quantized"]) == quantized.SAMPLES
+    assert all(map(torch.equal, ran, streamed["quantized"]))
+    pairs = zip(untouched, streamed["float"], strict=True)  # its experts are fused, ours are not
+    assert max(zoo.error(a, b) for a, b in pairs) < 1e-6
+
+
+def outputs(folder: Path, block: str, batches: list[Tensor]) -> list[Tensor]:
+    """What a block of the loaded model hands on, for each batch of tokens."""
+    model, _ = lowbit.load(folder)
+    seen: list[Any] = []
+    model.get_submodule(block).register_forward_hook(lambda module, args, out: seen.append(out))
+    for batch in batches:
+        with torch.no_grad():
+            model(batch, use_cache=False)
+    return [out[0] if isinstance(out, tuple) else out for out in seen]
+
+
+def test_names_on_disk_are_those_of_the_family() -> None:
+    tensors = QuantizedFolder(quantized.folder("mixtral")).reader.tensors
+    expert = "model.layers.1.block_sparse_moe.experts.3"
+    parts = ("packed", "scale", "zero")
+    found = {name for name in tensors if name.startswith(f"{expert}.")}
+    assert found == {f"{expert}.{w}.{part}" for w in ("w1", "w2", "w3") for part in parts}
+    assert "model.layers.1.block_sparse_moe.gate.weight" in tensors
+    modules = quantized.section(quantized.folder("mixtral"))["modules"]
+    assert sorted(modules) == [
+        "model.layers.{0-1}.block_sparse_moe.experts.{0-3}.w1",
+        "model.layers.{0-1}.block_sparse_moe.experts.{0-3}.w2",
+        "model.layers.{0-1}.block_sparse_moe.experts.{0-3}.w3",
+        *(f"model.layers.{{0-1}}.self_attn.{p}_proj" for p in "koqv"),
+    ]
+
+
+def test_an_expert_that_saw_too_little_is_named(tmp_path: Path) -> None:
+    out = quantized.quantize(quantized.source("mixtral"), tmp_path / "out", STARVING)
+    report = json.loads((out / "report.json").read_text())
+    wanted = {}
+    for block, facts in report["blocks"].items():
+        assert sum(facts["tokens"][f"mlp.experts.{i}.input"] for i in range(4)) == 64
+        for group, tokens in facts["tokens"].items():
+            parts = {"input": ("w1", "w3"), "output": ("w2",)}[group.rpartition(".")[2]]
+            if tokens < STARVING.min_tokens:
+                names = [f"{block}.{group.rpartition('.')[0]}.{part}" for part in parts]
+                said = f"rounded to nearest: it saw only {tokens} calibration tokens"
+                wanted |= dict.fromkeys(names, said)
+    given_up = {n: t for n, t in report["given_up"].items() if ".experts." in n}
+    assert given_up == wanted != {}
+    assert len(wanted) < 24
+
+
+def test_the_router_stays_float() -> None:
+    for name, routers in {"mixtral": 2, "qwen3_moe": 1, "olmoe": 2, "qwen2_moe": 4}.items():
+        report = json.loads((quantized.folder(name) / "report.json").read_text())
+        assert len(report["left_float"]) == routers
+        assert all("gate" in left for left in report["left_float"])
+
+
+def test_matrices_that_are_not_understood(tmp_path: Path) -> None:
+    """GPT-2's are no nn.Linear: refused by name, or left float by name; all of them is too many."""
+    gpt2, out = quantized.source("gpt2"), tmp_path / "out"
+    with pytest.raises(ValueError, match="(?s)8 matrices.*h.0.attn.c_attn.*--allow-float"):
+        quantized.quantize(gpt2, out)
+    with pytest.raises(ValueError, match="transformer.h.1.mlp.c_fc"):
+        quantized.quantize(gpt2, out, allow_float=("*.attn.*", "*.c_proj"))
+    with pytest.raises(ValueError, match="no linear was quantized"):
+        quantized.quantize(gpt2, out, allow_float=("*",))
+
+
+@pytest.mark.parametrize("method", quantized.METHODS)
+def test_matrices_that_stay_float(method: str, tmp_path: Path) -> None:
+    model, patterns = quantized.source("recurrent_gemma"), ("*.conv_1d", "*.rg_lru.*")
+    out = quantized.quantize(model, tmp_path / "out", method, allow_float=patterns)
+    block = "model.layers.0.temporal_block"
+    gates = [f"rg_lru.{g}_gate_{p}" for g in ("input", "recurrent") for p in ("bias", "weight")]
+    report = json.loads((out / "report.json").read_text())
+    assert report["left_float"] == [f"{block}.{name}" for name in ("conv_1d", *gates)]
+    before, after = CheckpointReader(model), CheckpointReader(out)
+    left = [name for name in before.tensors if name.startswith(tuple(report["left_float"]))]
+    assert len(left) == 6
+    assert all(map(torch.equal, before.read(left).values(), after.read(left).values()))
+    loaded, _ = lowbit.load(out)
+    assert isinstance(loaded.get_submodule(f"{block}.linear_x"), QuantizedLinear)
+    assert zoo.error(quantized.logits(loaded), quantized.logits(lowbit.load(model)[0])) < 0.9

@@ -1,0 +1,287 @@
+"""The run: what it depends on, what it keeps, how much it holds in memory, what it tells."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+import torch
+import zoo
+from safetensors.torch import load_file
+from torch import Tensor
+
+import lowbit
+from lowbit.blocks import Event
+from lowbit.checkpoint import CheckpointReader
+from lowbit.methods import RTN, OmniQuant
+from lowbit.models.source import SourceModel
+from lowbit.pipeline import run
+from lowbit.pipeline.run import choose_device, generator_for
+
+OMNIQUANT = quantized.METHODS["omniquant"]
+OTHER_BITS = OMNIQUANT.model_copy(update={"bits": 2, "lwc_lr": 0.5})
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    return {n: data for n, data in quantized.contents(out).items() if n.endswith(".safetensors")}
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "recipe": ({"method": OTHER_BITS}, "method.bits, method.lwc_lr"),
+    "method": ({"method": RTN(bits=3)}, "calibration, method"),
+    "model": ({"model": 1}, "model"),
+    "text": ({"calibration": quantized.calibration(file=1)}, "calibration"),
+    "samples": ({"calibration": quantized.calibration(samples=3)}, "calibration"),
+    "seed": ({"calibration": quantized.calibration(seed=1)}, "calibration, seed"),
+    "name of the recipe": ({"recipe": "mine"}, "recipe"),
+    "allow_float": ({"allow_float": ("*.odd",)}, "allow_float"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    return Path(shutil.copytree(quantized.folder(method="omniquant"), out))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_run_is_refused_and_named(name: str, finished: Path) -> None:
+    options, named = CHANGES[name]
+    arguments = {"model": 0, "method": "omniquant"} | options
+    model = quantized.source(seed=arguments.pop("model"))
+    before = quantized.contents(finished)
+    with pytest.raises(ValueError, match=f"holds a run that differs in {named}; --restart starts"):
+        quantized.quantize(model, finished, **arguments)
+    assert quantized.contents(finished) == before
+
+
+def test_restart(tmp_path: Path) -> None:
+    out = Path(shutil.copytree(quantized.folder(method="omniquant"), tmp_path / "out"))
+    (out / "learned" / "stray.safetensors").write_bytes(b"stray")
+    quantized.quantize(quantized.source(), out, restart=True)
+    assert quantized.contents(out) == quantized.contents(quantized.folder())
+    events = (out / "events.jsonl").read_text()
+    assert events.count('"kind": "run"') == 1
+
+
+def test_a_finished_run_is_recognised(finished: Path) -> None:
+    times = {path: path.stat().st_mtime_ns for path in finished.rglob("*.*") if path.is_file()}
+    seen: list[Event] = []
+    quantized.quantize(quantized.source(), finished, "omniquant", on_event=seen.append)
+    assert [event.kind for event in seen] == ["complete"]
+    changed = {p.name for p, t in times.items() if p.stat().st_mtime_ns != t}
+    assert changed == {"events.jsonl"}
+
+
+def test_the_seed_is_all_that_is_random(tmp_path: Path) -> None:
+    model = quantized.source()
+    again = quantized.quantize(model, tmp_path / "again", "omniquant")
+    other = quantized.quantize(
+        model, tmp_path / "other", "omniquant", calibration=quantized.calibration(seed=1)
+    )
+    wanted = quantized.contents(quantized.folder(method="omniquant"))
+    assert quantized.contents(again) == wanted
+    assert quantized.contents(other).keys() == wanted.keys()
+    differing = {n for n, data in weights(other).items() if data != wanted[n]}
+    assert len(differing) == 4  # two blocks, and what was learned for them
+
+
+def test_a_generator_depends_on_seed_and_block() -> None:
+    seeds = {generator_for(s, b).initial_seed() for s in (0, 1) for b in ("h.0", "h.1", "h.10")}
+    assert len(seeds) == 6
+    assert generator_for(0, "h.0").initial_seed() in seeds
+
+
+def test_streams_on_disk_are_those_in_memory(tmp_path: Path) -> None:
+    disk = quantized.quantize(quantized.source(), tmp_path / "out", "omniquant", streams="disk")
+    assert quantized.contents(disk) == quantized.contents(quantized.folder(method="omniquant"))
+
+
+def test_streams_that_do_not_fit_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def usage(path: Path) -> Any:
+        return shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(run.shutil, "disk_usage", usage)
+    with pytest.raises(ValueError, match="need 24,576 bytes on the disk.*has 5,000 left"):
+        quantized.quantize(quantized.source(), tmp_path / "out", "omniquant", streams="disk")
+    assert not (tmp_path / "out" / "run" / "streams").exists()
+
+
+def test_large_streams_go_to_disk_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path | None] = []
+    made = run.Stream.__init__
+
+    def spy(self: Any, hidden: Any, kwargs: Any, device: Any, folder: Path | None = None) -> None:
+        folders.append(folder)
+        made(self, hidden, kwargs, device, folder)
+
+    monkeypatch.setattr(run.Stream, "__init__", spy)
+    quantized.quantize(quantized.source(), tmp_path / "small", "omniquant")
+    assert set(folders) == {None}
+    monkeypatch.setattr(run, "physical_memory", lambda: 50_000)
+    quantized.quantize(quantized.source(), tmp_path / "large", "omniquant")
+    assert tmp_path / "large" / "run" / "streams" / "float" in folders
+    assert not (tmp_path / "large" / "run" / "streams").exists()
+
+
+@pytest.mark.parametrize("method", quantized.METHODS)
+def test_never_more_than_one_block_is_read(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never twice for one purpose: each block to quantize it and for what stays as it was."""
+    calls: list[set[str]] = []
+    read = CheckpointReader.read
+
+    def spy(self: CheckpointReader, names: Iterable[str]) -> dict[str, Tensor]:
+        calls.append(set(names))
+        return read(self, calls[-1])
+
+    monkeypatch.setattr(CheckpointReader, "read", spy)
+    model = zoo.write(zoo.ZOO["llama"], tmp_path / "model", max_shard_size="60KB")
+    quantized.add_tokenizer(model)
+    assert len(list(model.glob("*.safetensors"))) > 3
+    source = SourceModel(model)
+    outside = set(source.outside_tensors())
+    blocks = [set(source.block_tensors(name)) for name in source.block_names]
+    quantized.quantize(model, tmp_path / "out", method)
+    assert all(any(call <= part for part in (outside, *blocks)) for call in calls)
+    assert [call for call in calls if call in blocks] == blocks
+    assert len(calls) == (5 if method == "rtn" else 6)  # the streams start from what is outside
+
+
+def test_what_is_captured_does_not_depend_on_shards(tmp_path: Path) -> None:
+    model = zoo.write(zoo.ZOO["llama"], tmp_path / "model", max_shard_size="60KB")
+    quantized.quantize(quantized.add_tokenizer(model), tmp_path / "out", "omniquant")
+    assert weights(tmp_path / "out") == weights(quantized.folder(method="omniquant"))
+
+
+def test_events(tmp_path: Path) -> None:
+    seen: list[Event] = []
+    out = quantized.quantize(
+        quantized.source(), tmp_path / "out", "omniquant", on_event=seen.append
+    )
+    lines = [strict_json(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == [event.kind for event in seen]
+    block = ["block", "epoch", "finished"]
+    kinds = [line["kind"] for line in lines if line["kind"] != "warning"]
+    assert kinds == ["run", "capture", *block, *block, "done"]
+    assert all(line["time"] > 1e9 for line in lines)
+    assert [line["index"] for line in lines if line["kind"] == "finished"] == [0, 1]
+    assert {line["of"] for line in lines if line["kind"] == "epoch"} == {2}
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    """A matrix of zeros is rounded without an error: infinitely many decibels."""
+    model = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
+    name = "model.layers.1.mlp.up_proj"
+    quantized.edit_shard(model / "model.safetensors", lambda t: t[f"{name}.weight"].zero_())
+    out = quantized.quantize(model, tmp_path / "out", "omniquant")
+    report = strict_json((out / "report.json").read_text())
+    block, _, linear = name.rpartition(".mlp.")
+    assert report["blocks"][block]["linears"][f"mlp.{linear}"] == {"signal_to_noise_db": None}
+
+
+def strict_json(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_companions_come_along(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
+    for name in ("LICENSE.txt", "chat_template.jinja", "modeling_x.py", "pytorch_model.bin"):
+        (model / name).write_text(name)
+    (model / "tokenizer_parts").mkdir()
+    out = quantized.quantize(model, tmp_path / "out")
+    kept = {p.name for p in out.iterdir() if p.is_file() and p.suffix != ".safetensors"}
+    companions = {"LICENSE.txt", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+    assert kept == companions | {
+        "config.json",
+        "events.jsonl",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "report.json",
+    }
+
+
+def test_provenance(tmp_path: Path) -> None:
+    out = quantized.quantize(quantized.source(), tmp_path / "out", "omniquant", recipe="mine")
+    made_by = json.loads((out / "config.json").read_text())["quantization_config"]["made_by"]
+    assert made_by["recipe"] == "mine" and made_by["seed"] == 0
+    assert made_by["method"] == OMNIQUANT.signature()
+    assert made_by["versions"] == {"lowbit": lowbit.__version__, "torch": torch.__version__}
+    assert made_by["calibration"]["samples"] == quantized.SAMPLES
+    assert made_by["calibration"]["sources"][0]["name"] == quantized.text()
+    assert made_by["source"] == quantized.source().name
+
+
+DEVICES = {
+    "gpu": "'gpu' is not known: use cpu, cuda:N or auto",
+    "meta": "'meta' is not known",
+    "cuda:99": "'cuda:99' was asked for, but torch finds [0-9]+ CUDA devices",
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(ValueError, match=DEVICES[name]):
+        choose_device(name)
+
+
+def test_a_misspelt_option_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'restart'"):
+        quantized.quantize(quantized.source(), tmp_path / "out", restrat=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_remote_code_runs_only_when_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted: list[bool] = []
+    made: Callable[..., None] = SourceModel.__init__
+
+    def spy(self: SourceModel, folder: Path, allow: Any = (), trust: bool = False) -> None:
+        trusted.append(trust)
+        made(self, folder, allow, trust)
+
+    monkeypatch.setattr(SourceModel, "__init__", spy)
+    quantized.quantize(quantized.source(), tmp_path / "1")
+    quantized.quantize(quantized.source(), tmp_path / "2", trust_remote_code=True)
+    assert trusted == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_not_quantized_keeps_its_dtype(dtype: torch.dtype) -> None:
+    """OPT has it all: norms with biases, linears with biases, matrices outside the blocks."""
+    before = load_file(quantized.source("opt", dtype) / "model.safetensors")
+    for method in quantized.METHODS:
+        out = quantized.folder("opt", method, dtype)
+        reader = CheckpointReader(out)
+        marker = json.loads((out / "config.json").read_text())["quantization_config"]["marker"]
+        after = {n: t for n, t in reader.read(reader.tensors).items() if n in before}
+        after.pop(marker)
+        assert {n for n in before if n not in after} == {
+            n
+            for n in before
+            if n.endswith(("proj.weight", "fc1.weight", "fc2.weight")) and ".layers." in n
+        }
+        assert {tensor.dtype for tensor in after.values()} == {dtype}
+        assert reader.tensors[marker].dtype == dtype
+        moved = {n for n, tensor in after.items() if not torch.equal(tensor, before[n])}
+        assert all(".layers." in n for n in moved)
+        assert bool(moved) == (method == "omniquant")
+
+
+def test_symmetric_and_per_channel(tmp_path: Path) -> None:
+    for i, method in enumerate((RTN(bits=2, symmetric=True), OmniQuant(bits=8, epochs=0))):
+        out = quantized.quantize(quantized.source(), tmp_path / str(i), method)
+        model, _ = lowbit.load(out)
+        assert quantized.logits(model).isfinite().all()

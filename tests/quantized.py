@@ -1,0 +1,153 @@
+"""The zoo's models with a tokenizer and a text, and the folders that lowbit makes of them."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import zoo
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+import lowbit
+from lowbit.calibration import Calibration
+from lowbit.checkpoint import file_sha256
+from lowbit.checkpoint.verify import config_digest
+from lowbit.methods import RTN, Method, OmniQuant
+
+SAMPLES, SEQLEN = 2, 16
+METHODS: dict[str, Method] = {
+    "rtn": RTN(bits=4, group_size=16),
+    "omniquant": OmniQuant(bits=3, group_size=16, let=True, epochs=1, min_tokens=8),
+}
+# Recurrent blocks: a convolution and 3-D parameters, which no group holds.
+RECURRENT = {"block_types": ("recurrent", "attention"), "attention_window_size": 8}
+LINES = (
+    zoo.ZOO
+    | zoo.STRANGERS
+    | {"recurrent_gemma": zoo.Line("recurrent_gemma", zoo.GQA | RECURRENT | {"lru_width": 48})}
+)
+ITS_OWN = ("events.jsonl", "run/lock")  # what may differ between two runs: the times, the lock
+
+_KEPT = TemporaryDirectory(prefix="lowbit-quantized-", ignore_cleanup_errors=True)
+_ROOT = Path(_KEPT.name)
+
+
+@cache
+def text(seed: int = 0) -> str:
+    """A file of random characters, each of which is a token."""
+    path = _ROOT / f"text-{seed}.txt"
+    draw = random.Random(seed)
+    path.write_text("".join(chr(draw.randrange(33, 127)) for _ in range(2000)))
+    return str(path)
+
+
+def calibration(seed: int = 0, samples: int = SAMPLES, file: int = 0) -> Calibration:
+    return Calibration(sources=(text(file),), samples=samples, seqlen=SEQLEN, seed=seed)
+
+
+def add_tokenizer(folder: Path) -> Path:
+    words = {chr(33 + i): i for i in range(94)}
+    words |= {f"<{i}>": i for i in range(94, zoo.VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<94>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<94>", bos_token="<95>", pad_token="<96>"
+    )
+    made.save_pretrained(folder)
+    return folder
+
+
+@cache
+def source(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """A model of the zoo that can be quantized; only to be read."""
+    folder = _ROOT / f"{name}-{str(dtype).removeprefix('torch.')}-{seed}"
+    return add_tokenizer(zoo.write(LINES[name], folder, dtype, seed=seed))
+
+
+def quantize(model: Path, out: Path, method: str | Method = "rtn", **options: Any) -> Path:
+    chosen = METHODS[method] if isinstance(method, str) else method
+    options = {"calibration": calibration(), "device": "cpu"} | options
+    return lowbit.quantize(model, out, chosen, **options)
+
+
+@cache
+def folder(name: str = "llama", method: str = "rtn", dtype: torch.dtype = torch.float32) -> Path:
+    """A quantized model of the zoo; only to be read."""
+    out = _ROOT / f"{name}-{str(dtype).removeprefix('torch.')}-{method}"
+    return quantize(source(name, dtype), out, method)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, but those that differ from run to run."""
+    paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in paths.items() if name not in ITS_OWN}
+
+
+def section(folder: Path) -> dict[str, Any]:
+    """What config.json says about the quantization."""
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def python(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a script in a process of its own, which finds what this one can import."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def logits(model: Any, tokens: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return model(zoo.tokens() if tokens is None else tokens).logits
+
+
+# Damage to a quantized folder, by somebody who may also forge its checksums.
+
+
+def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
+    """`change` edits in place, or returns what takes the whole's place."""
+    value = json.loads(path.read_text())
+    changed = change(value)
+    path.write_text(json.dumps(value if changed is None else changed))
+
+
+def edit_shard(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """`change` edits the dictionary of a shard's tensors in place."""
+    with safe_open(path, framework="pt") as shard:
+        tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def seal(folder: Path) -> None:
+    """Sizes, hashes and digest made to agree with what stands there now."""
+
+    def forge(config: Any) -> None:
+        section = config["quantization_config"]
+        files = section.get("files")
+        for file, facts in files.items() if isinstance(files, dict) else []:
+            if isinstance(facts, dict) and os.path.isfile(folder / file):
+                facts["size"] = (folder / file).stat().st_size
+                facts["sha256"] = file_sha256(folder / file)
+        section["digest"] = config_digest(config)
+
+    edit_json(folder / "config.json", forge)
+
+
+def shard_with(folder: Path, tensor: str) -> Path:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / index["weight_map"][tensor]

@@ -1,0 +1,95 @@
+"""Block LDLQ against its definition, the guard of greedy passes, and what feedback is worth."""
+
+import pytest
+import torch
+
+from lowbit.solvers.feedback import (
+    damped_factor,
+    greedy_pass,
+    proxy_loss,
+    round_with_feedback,
+)
+
+
+def spectrum_hessian(n: int, power: float, seed: int = 0) -> torch.Tensor:
+    """A Hessian with eigenvalues k^-power in a random basis."""
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    values = torch.arange(1, n + 1, dtype=torch.float64) ** -power
+    return ((basis * values) @ basis.T).float()
+
+
+def halves(column: int, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four levels per number: half-integers from -1.5 to 1.5."""
+    codes = (target + 1.5).round().clamp(0, 3)
+    return codes.to(torch.uint8), codes - 1.5
+
+
+def weight_of(rows: int, n: int) -> torch.Tensor:
+    return torch.randn(rows, n, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("block", [1, 4, 8])
+@pytest.mark.parametrize("n", [8, 64, 320])  # 320: slabs of 128 do not divide it
+def test_slabs_equal_the_definition(n: int, block: int) -> None:
+    weight = weight_of(5, n)
+    damped, factor = damped_factor(spectrum_hessian(n, 1.0), 0.01, block)
+    expected = torch.zeros_like(weight)
+    for k in range(n - block, -1, -block):
+        target = (
+            weight[:, k : k + block]
+            + (weight - expected)[:, k + block :] @ factor[k + block :, k : k + block]
+        )
+        expected[:, k : k + block] = halves(k, target)[1]
+    got = round_with_feedback(weight, factor, halves, block)
+    # Sums are taken in another order, which may tip a value that lies between two levels.
+    assert (got.values != expected).float().mean() < 0.01
+    assert torch.equal(got.codes.flatten(1).float() - 1.5, got.values)
+
+
+@pytest.mark.parametrize("block", [1, 4, 8])
+def test_the_factor_is_unit_lower_block_triangular_and_gives_the_hessian_back(block: int) -> None:
+    damped, factor = damped_factor(spectrum_hessian(32, 1.0), 0.01, block)
+    inside = torch.block_diag(*[torch.ones(block, block)] * (32 // block)).bool()
+    assert torch.allclose(factor[inside], torch.eye(32)[inside], atol=1e-5)
+    assert not factor[torch.triu(torch.ones(32, 32), 1).bool() & ~inside].any()
+    inverse = torch.linalg.inv(factor)
+    middle = inverse @ damped @ inverse.T
+    assert middle[~inside].abs().max() < 1e-5
+
+
+def test_without_correlations_feedback_is_plain_rounding() -> None:
+    weight = weight_of(6, 24)
+    _, factor = damped_factor(torch.eye(24), 0.01, 8)
+    assert torch.equal(round_with_feedback(weight, factor, halves, 8).values, halves(0, weight)[1])
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.5, 2.0])
+def test_feedback_helps_and_guarded_passes_never_hurt(power: float) -> None:
+    weight = weight_of(64, 128)
+    damped, factor = damped_factor(spectrum_hessian(128, power), 0.01, 8)
+    plain = proxy_loss(weight, halves(0, weight)[1], damped)
+    rounded = round_with_feedback(weight, factor, halves, 8)
+    losses = [plain, proxy_loss(weight, rounded.values, damped)]
+    for _ in range(2):
+        rounded = greedy_pass(weight, damped, rounded, halves, 8)
+        losses.append(proxy_loss(weight, rounded.values, damped))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[1] < (0.9 if power > 0.5 else 1.0) * losses[0]
+    assert torch.equal(rounded.codes.flatten(1).float() - 1.5, rounded.values)
+
+
+@pytest.mark.parametrize(
+    "hessian",
+    [torch.full((8, 8), float("nan")), torch.zeros(8, 8), -torch.eye(8)],
+    ids=["not finite", "zero", "negative"],
+)
+def test_a_hessian_that_will_not_factor_is_none(hessian: torch.Tensor) -> None:
+    assert damped_factor(hessian, 0.01, 1) is None
+
+
+def test_an_indefinite_hessian_gets_more_damping() -> None:
+    hessian = torch.eye(8)
+    hessian[0, 0] = -0.03
+    damped, _ = damped_factor(hessian, 0.01, 1)
+    assert torch.linalg.eigvalsh(damped).min() > 0

@@ -1,0 +1,135 @@
+"""Recipes, against the table of the OmniQuant scripts that they follow."""
+
+import pytest
+
+from lowbit.calibration import Calibration
+from lowbit.calibration.windows import LONGEST_DEFAULT
+from lowbit.methods import METHODS, RTN, OmniQuant
+from lowbit.models import FAMILIES
+from lowbit.recipes import load_recipe, recipe_names
+
+# The released scripts by (bits, group size): epochs and what is on. Their defaults: epochs 20,
+# alpha 0.5, let_lr 5e-3, lwc_lr 1e-2, batch 1, 128 samples of WikiText-2 of 2,048 tokens.
+LLAMA = {
+    (4, None): (20, "lwc"),
+    (4, 128): (20, "lwc"),
+    (3, None): (20, "lwc"),
+    (3, 128): (20, "lwc"),
+    (2, None): (40, "lwc aug_loss"),
+    (2, 128): (40, "lwc aug_loss"),
+    (2, 64): (40, "lwc aug_loss"),
+}
+PUBLISHED = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "qwen3_moe": LLAMA,
+    "discovered": LLAMA,
+    "mixtral": LLAMA | {(4, 128): (10, "lwc")},
+    "falcon": LLAMA | {(3, 128): (40, "lwc aug_loss")},  # 180B, there in groups of 512
+    "opt": {
+        (4, None): (20, "lwc let"),
+        (4, 128): (20, "lwc let"),
+        (3, None): (20, "lwc let"),
+        (3, 128): (20, "lwc let"),
+        (2, None): (20, "lwc let"),
+        (2, 128): (40, "lwc let"),
+        (2, 64): (40, "lwc let"),
+    },
+}
+ROWS = [(family, *grid, *row) for family, rows in PUBLISHED.items() for grid, row in rows.items()]
+
+
+def name_of(method: str, bits: int, group_size: int | None) -> str:
+    return f"{method}-w{bits}a16" + (f"-g{group_size}" if group_size else "")
+
+
+@pytest.mark.parametrize(("family", "bits", "group_size", "epochs", "flags"), ROWS)
+def test_omniquant_as_published(family, bits, group_size, epochs, flags):
+    recipe = load_recipe(name_of("omniquant", bits, group_size))
+    assert recipe.method == "omniquant"
+    wanted = {
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": False,
+        "epochs": epochs,
+        "batch": 1,
+        "lwc_lr": 1e-2,
+        "let_lr": 5e-3,
+        "weight_decay": 0.0,
+        "alpha": 0.5,
+        "init": "minmax",
+        **{flag: flag in flags.split() for flag in ("lwc", "let", "aug_loss")},
+    }
+    found = OmniQuant(**recipe.settings(family)).model_dump()
+    assert {key: found[key] for key in wanted} == wanted
+    calibration = Calibration(**recipe.calibration.model_dump(exclude_none=True))
+    assert (calibration.sources, calibration.samples) == (("wikitext2",), 128)
+    assert calibration.seqlen is None and LONGEST_DEFAULT == 2048
+
+
+def test_every_family_has_a_row_in_the_table():
+    assert PUBLISHED.keys() == {family.name for family in FAMILIES.values()} | {"discovered"}
+
+
+@pytest.mark.parametrize("grid", [(8, None), *LLAMA])
+def test_rtn(grid):
+    recipe = load_recipe(name_of("rtn", *grid))
+    assert recipe.method == "rtn"
+    assert RTN(**recipe.settings("llama")) == RTN(bits=grid[0], group_size=grid[1])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_builds_its_method_for_every_family(name):
+    recipe = load_recipe(name)
+    assert name.startswith(recipe.method)
+    assert len(f"{name}  {recipe.description}") <= 80
+    assert recipe.families.keys() <= PUBLISHED.keys()
+    for family in PUBLISHED:
+        METHODS[recipe.method](**recipe.settings(family))
+
+
+def test_a_file_of_the_users_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "description: Mine\n"
+        "method: omniquant\n"
+        "fields: {bits: 3, epochs: 5}\n"
+        "calibration: {sources: [a.txt, b.txt=2], samples: 4, seqlen: 64}\n"
+        "families: {opt: {epochs: 7}}\n"
+    )
+    recipe = load_recipe(str(path))
+    assert recipe.settings("llama") == {"bits": 3, "epochs": 5}
+    assert recipe.settings("opt") == {"bits": 3, "epochs": 7}
+    assert recipe.calibration.sources == ("a.txt", "b.txt=2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methd: rtn", "'methd' is no field of Recipe: did you mean 'method'?"),
+        ("description: x\nmethod: rtn\ncalibration: {sample: 3}", "did you mean 'samples'?"),
+        ("description: x\nmethod: rtn\ncalibration: {samples: 0}", "calibration.samples: should"),
+        ("method: rtn", "description: is missing"),
+        ("- rtn", "the whole: should be a valid dictionary"),
+        ("", "the whole: should be a valid dictionary"),
+        ("a: b: c", "is no YAML"),
+        ("description: x\nmethod: !!python/name:os.system", "is no YAML"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load_recipe(str(path))
+    assert str(caught.value).startswith(f"recipe {path}")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value) and "pydantic" not in str(caught.value)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="did you mean 'rtn-w4a16'"):
+        load_recipe("rtn-w4a61")
+    with pytest.raises(ValueError, match=r"no recipe file none\.yaml"):
+        load_recipe("none.yaml")
