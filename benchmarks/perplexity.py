@@ -30,7 +30,7 @@ CALIBRATION = EXAMPLES / "text" / "calibration_stories.txt"
 WIKITEXT = Path("text") / "wikitext2-raw" / "wiki.test.raw"
 GRIDS = [(bits, size) for bits in (4, 3, 2) for size in (None, 128, 64)]
 SEQLEN = 256
-SAMPLES = 32
+SAMPLES = 16
 EPOCHS = 5
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network; read when the hub is imported
+
 NO_GPU = "needs a CUDA device"
 MAY_SKIP = (NO_GPU, "needs a browser")  # how the reason of a permitted skip begins
 ON_CI = os.environ.get("CI") == "true"

@@ -23,7 +23,7 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint import CheckpointReader, QuantizedFolder
 from lowbit.checkpoint.verify import quantization_section, quantized_entries, read_config
 from lowbit.formats import build
 from lowbit.formats.base import QuantizedLinear
@@ -70,6 +70,8 @@ def load_model(
     if isinstance(section, dict) and section.get("quant_method") == "lowbit":
         QuantizedFolder(folder).verify(hashes=verify)
         verified = VerifiedSection(section)
+    else:
+        check_float(folder)
     with _refused(folder):
         config = load_config(folder, trust_remote_code)
         if verified is not None:
@@ -98,6 +100,16 @@ def _refused(folder: Path) -> Iterator[None]:
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{folder} cannot be loaded: {kind}{error}") from error
+
+
+def check_float(folder: Path) -> None:
+    """A folder that claims not to be quantized: whole shards, no pickles, no marker of ours."""
+    for name, info in CheckpointReader(folder).tensors.items():
+        if 0 in info.shape:
+            raise ValueError(
+                f"{folder}: tensor {name} is empty, as where lowbit has quantized, "
+                "but config.json says nothing of it"
+            )
 
 
 class VerifiedSection(dict[str, Any]):

@@ -1,7 +1,7 @@
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lowbit.checkpoint import ranges
@@ -14,6 +14,9 @@ ENTRIES = st.sampled_from([{"bits": 4}, {"bits": 2}, {"bits": 4, "more": [1]}])
 
 
 @given(st.dictionaries(NAMES, ENTRIES, max_size=30))
+@example({"h.0.07": {}, "h.1.07": {}})
+@example({"h.9999999999": {}, "h.9999999998": {}})
+@example({"h.*": {}, "h.0": {}, "h.1": {}})
 def test_expand_undoes_collapse(entries: dict) -> None:
     assert expand(collapse(entries)) == entries
 

@@ -19,8 +19,8 @@ from lowbit.methods import RTN, Method, OmniQuant
 LLAMA = zoo.MODELS / "llama-mini"
 TEXT = zoo.MODELS.parent / "text"
 METHODS: dict[str, Method] = {
-    "rtn": RTN(bits=2, group_size=64),
-    "omniquant": OmniQuant(bits=2, group_size=64, let=True, epochs=1, init="awq"),
+    "rtn": RTN(bits=2),
+    "omniquant": OmniQuant(bits=2, let=True, epochs=1, init="awq"),
 }
 
 _KEPT = TemporaryDirectory(prefix="lowbit-trained-", ignore_cleanup_errors=True)
@@ -63,8 +63,8 @@ def test_learning_pays() -> None:
         loss(lowbit.load(folder)[0])
         for folder in (LLAMA, quantized("llama"), quantized("llama", "omniquant"))
     )
-    assert 1 < whole < learned < rounded - 0.01
-    assert rounded - whole > 0.1
+    assert 1 < whole < learned < rounded - 0.05
+    assert rounded - whole > 0.2
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])

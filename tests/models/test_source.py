@@ -189,6 +189,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "is already quantized",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "an unknown activation": (
+        lambda f: change_config(f, hidden_act="foo"),
+        r"config\.json builds no model: KeyError",
+    ),
+    "a value of another type": (
+        lambda f: change_config(f, rope_parameters=3),
+        "config.json",
+    ),
     "an unknown type": (
         lambda f: change_config(f, model_type="wombat"),
         "wombat",

@@ -188,6 +188,18 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     assert report["blocks"][block]["linears"][f"mlp.{linear}"] == {"signal_to_noise_db": None}
 
 
+def test_what_the_models_config_says_is_kept(tmp_path: Path) -> None:
+    """Mamba's has an Infinity."""
+    model = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
+    extra = {"time_step_limit": [0.0, float("inf")], "note": "é"}
+    quantized.edit_json(model / "config.json", lambda config: config.update(extra))
+    out = quantized.quantize(model, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]
+    assert config == json.loads((model / "config.json").read_text())
+    lowbit.load(out)
+
+
 def strict_json(text: str) -> Any:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")

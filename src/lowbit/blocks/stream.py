@@ -1,5 +1,6 @@
 """A stream: the inputs of one block for every calibration batch, in memory or on disk."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class Stream:
         if self.folder is None:
             return hidden
         shape, path = hidden.shape, str(self.folder / f"{index:05d}.f32")
+        with open(path, "wb") as file:  # a full disk is an error here, but a SIGBUS once mapped
+            os.posix_fallocate(file.fileno(), 0, max(1, hidden.nbytes))
         mapped = torch.from_file(path, shared=True, size=hidden.numel(), dtype=torch.float32)
         return mapped.view(shape).copy_(hidden)
 

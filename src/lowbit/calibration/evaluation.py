@@ -47,8 +47,8 @@ def evaluation_documents(name_or_path: str, tokenizer: Tokenizer) -> list[Tensor
 
     A text file is cut at lines that are "<|endoftext|>" and at "</s><s>"; otherwise a row is a
     document. c4 gives its first 256. Documents of less than 2 tokens are dropped: nothing in them
-    is predicted. Raises ValueError for wikitext2 and ptb, whose rows are parts of documents, for a source that
-    cannot be had, and when no document is left.
+    is predicted. Raises ValueError for wikitext2 and ptb, whose rows are parts of documents, for a
+    source that cannot be had, and when no document is left.
     """
     source = HUB_SOURCES.get(name_or_path)
     if source is not None and source.evaluation and not source.windows_in_rows:

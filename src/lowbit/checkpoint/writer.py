@@ -141,7 +141,7 @@ class CheckpointWriter:
 
     def write_json(self, name: str, value: Any) -> None:
         with explained(self.folder):
-            write_json(self.folder / name, value)
+            write_json(self.folder / name, finite(value))
 
     def copy_file(self, path: Path) -> None:
         """A companion of the weights, under its own name."""
@@ -150,7 +150,7 @@ class CheckpointWriter:
 
     def append_event(self, event: dict[str, Any]) -> None:
         with explained(self.folder), (self.folder / EVENTS).open("a") as file:
-            file.write(as_json(event) + "\n")
+            file.write(json.dumps(finite(event)) + "\n")
 
     def finish(self, config: dict[str, Any]) -> None:
         """Writes the index, then config.json; OUT loads from now on."""
@@ -236,19 +236,15 @@ def aside(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     with aside(path) as part:
-        part.write_text(as_json(value, indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def as_json(value: Any, indent: int | None = None) -> str:
-    """JSON as the standard has it: inf and nan, which a loss can be, become null."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with None for inf and nan: a loss can be either, and JSON knows neither."""
     if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
+        return {key: finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -22,8 +22,9 @@ from lowbit.solvers.rounding import Grid, extremes, grid_from_range, minmax_grid
 class GPTQ(Method):
     """bits, group_size, symmetric: the grid, as in RTN. act_order: the inputs that matter most are
     rounded first. damping: share of the Hessian's mean diagonal that is added to it. clip: search
-    the ranges that lose least under the Hessian's diagonal, instead of taking the whole. min_tokens:
-    an expert that saw fewer calibration tokens is rounded to nearest and named in the report.
+    the ranges that lose least under the Hessian's diagonal, instead of taking the whole.
+    min_tokens: an expert that saw fewer calibration tokens is rounded to nearest and named in the
+    report.
     """
 
     name: ClassVar[str] = "gptq"

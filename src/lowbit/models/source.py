@@ -35,7 +35,11 @@ class SourceModel:
         self.config = load_config(folder, trust_remote_code)
         if getattr(self.config, "quantization_config", None) is not None:
             raise ValueError(f"{folder} is already quantized; quantize the float model instead")
-        self.skeleton = build_skeleton(self.config, trust_remote_code)
+        try:
+            self.skeleton = build_skeleton(self.config, trust_remote_code)
+        except Exception as error:  # whatever transformers makes of a value that it did not expect
+            kind = type(error).__name__
+            raise ValueError(f"{folder}/config.json builds no model: {kind}: {error}") from error
         self.family = family_of(self.config, self.skeleton)
         names = memory_names(self.skeleton, self.reader.tensors)
         known = self.skeleton.state_dict()
@@ -123,10 +127,12 @@ class SourceModel:
             grouped = [linear for group in self.groups(name) for linear in group.linears]
             for matrix in matrices_of(self.skeleton.get_submodule(name)):
                 full = f"{name}.{matrix}"
-                if matrix in self.family.skip or any(fnmatch(full, p) for p in allow_float):
+                allowed = matrix in self.family.skip or any(fnmatch(full, p) for p in allow_float)
+                count = grouped.count(matrix)
+                if count == 0 and allowed:
                     left.append(full)
-                elif grouped.count(matrix) != 1:
-                    problems.append(f"{full} (in {grouped.count(matrix)} groups)")
+                elif count != 1:
+                    problems.append(f"{full} (in {count} groups)")
         if problems:
             shown = "\n  ".join(problems[:8])
             raise ValueError(
@@ -141,8 +147,8 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """config.json through transformers; ValueError when it cannot be understood."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}/config.json cannot be used: {error}") from None
+    except Exception as error:  # transformers and huggingface_hub have many for a bad value
+        raise ValueError(f"{folder}/config.json cannot be used: {error}") from error
 
 
 def load_tensors(

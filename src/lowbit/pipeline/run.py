@@ -17,6 +17,7 @@ from lowbit.blocks.capture import call_block
 from lowbit.calibration import Calibration, TokenWindows, token_windows
 from lowbit.checkpoint import CheckpointWriter, file_sha256
 from lowbit.checkpoint.output import final_config, report_of
+from lowbit.checkpoint.writer import explained
 from lowbit.config import Config
 from lowbit.methods import Method
 from lowbit.models.locate import locate
@@ -80,7 +81,9 @@ def quantize(
     chosen = RunOptions(**options)
     folder = locate(model, chosen.trust_remote_code)
     source = SourceModel(folder, chosen.allow_float, chosen.trust_remote_code)
-    run = _Run(source, method, calibration or Calibration(), chosen, on_event)
+    # Not the path: a folder's name, a hub id as it is (its snapshot is named by a commit).
+    name = folder.name if Path(model).is_dir() else str(model)
+    run = _Run(source, name, method, calibration or Calibration(), chosen, on_event)
     return run.into(Path(out))
 
 
@@ -88,12 +91,14 @@ class _Run:
     def __init__(
         self,
         source: SourceModel,
+        name: str,
         method: Method,
         calibration: Calibration,
         options: RunOptions,
         on_event: Log,
     ) -> None:
         self.source = source
+        self.name = name
         self.method = method
         self.calibration = calibration
         self.options = options
@@ -111,7 +116,8 @@ class _Run:
             start = {"out": str(out), "blocks": shards - 1, "device": str(self.device)}
             self._log(writer, Event("run", start | {"method": self.method.signature()}))
             self._write_outside(writer)
-            self._blocks(writer, windows)
+            with explained(out):
+                self._blocks(writer, windows)
             writer.clear_streams()
             self._finish(writer, windows)
             self._log(writer, Event("done", {"out": str(out)}))
@@ -250,7 +256,7 @@ class _Run:
         writer.write_json("report.json", report_of(records, self.source.left_float))
         made_by = {
             **writer.signature,
-            "source": self.source.folder.name,
+            "source": self.name,
             "calibration": windows
             and {
                 "sources": windows.sources,

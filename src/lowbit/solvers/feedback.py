@@ -80,8 +80,8 @@ def greedy_pass(
     """One coordinate descent over blocks that never makes any row worse.
 
     hessian: (n, n), the damped one. The nearest codeword to the minimiser over a block is taken
-    only by the rows whose loss it lowers: in the metric of H it need not be the best (an unguarded pass
-    doubled the loss on a spectrum k^-1.5).
+    only by the rows whose loss it lowers: in the metric of H it need not be the best (an unguarded
+    pass doubled the loss on a spectrum k^-1.5).
     """
     values, codes = rounded.values.clone(), rounded.codes.clone()
     n = weight.shape[1]

@@ -50,9 +50,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**53)]  # what every reader of JSON holds 
 # Up to this multiple of the harmonic mean of in and out, tokens are rotated; more are multiplied by
 # the restored weight. At 1.0, tokens and weight take equally many products to rotate, but a weight
 # must be transposed twice. Measured (benchmarks/lattice_search.py, 512 x 512 to 4096 x 4096, one
-# thread): rotated tokens take 0.2 to 0.3 of the time of the restored weight for one token, 0.7 to
-# 0.95 at 1.0, 0.98 to 1.06 at 2.0.
-MOST_ROTATED = 2.0
+# thread of a CPU), rotated tokens take 0.1 to 0.3 of the time of the restored weight for one token,
+# 0.8 to 0.95 at 1.0, and 0.85 to 1.3 at 2.0.
+MOST_ROTATED = 1.5
 
 
 class LatticeEntry(Config):
@@ -97,9 +97,6 @@ class LatticeEntry(Config):
                 getattr(self, f"rotation_{side}")
             except ValueError as error:
                 raise ValueError(f"transform_{side}: {error}") from None
-        # torch counts the bytes of a tensor, a meta tensor too, in an int64.
-        if tensor_bytes(**self.model_dump(exclude={"format", "bias"})) >= 2**63:
-            raise ValueError(f"shape is {self.shape}: allowed are layers below 2**63 bytes")
         return self
 
 
@@ -177,11 +174,12 @@ class LatticeLinear(QuantizedLinear):
         rotated: (out, in), what `incoherence.rotate_weight` gives; the others as `from_codes` takes
         them. Rounds block by block without feedback.
         """
+        check_shape("rotated", rotated, torch.Size((rotation_out.size, rotation_in.size)))
         step = _stored_scale(scale).float().to(rotated.device).unsqueeze(-1)
         # A division by infinity is the 0 that a row without a scale should get, and never NaN.
         x = finite("rotated", rotated) / step.masked_fill(step == 0, torch.inf)
         blocks = codebook.blocks(rotation_in.size)
-        x = functional.pad(x, (0, blocks * codebook.dim - x.shape[-1]))
+        x = functional.pad(x, (0, blocks * codebook.dim - rotation_in.size))
         codes, _ = codebook.nearest(x.unflatten(-1, (blocks, codebook.dim)))
         return cls.from_codes(
             codes,

@@ -44,12 +44,12 @@ class Rotation:
     def apply(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
         """B.T S x for every vector x.  x: (..., size)  signs: (size,)  ->  (..., size)"""
         signs = self.signs(x.device) if signs is None else signs
-        return self.transform.inverse(x * signs.to(x.dtype))
+        return self.transform.inverse(x * signs.to(x))
 
     def undo(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
         """S B x for every vector x.  x: (..., size)  signs: (size,)  ->  (..., size)"""
         signs = self.signs(x.device) if signs is None else signs
-        return self.transform(x) * signs.to(x.dtype)
+        return self.transform(x) * signs.to(x)
 
     def signs(self, device: torch.device | str = "cpu") -> Tensor:
         """The diagonal of S, drawn from the seed: (size,) float32"""

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-# Products at a time, as (words, vectors): on a CPU 1 MiB, which stays in the second-level cache;
+# Words at a time, and products at a time: on a CPU 1 MiB, which stays in the second-level cache;
 # elsewhere 1 GiB.
-TILE_ON_CPU = (2**10, 2**8)
-TILE_ELSEWHERE = (2**10, 2**18)
+TILE = 2**10
+PRODUCTS_ON_CPU = 2**18
+PRODUCTS_ELSEWHERE = 2**28
 
 
 def nearest(x: Tensor, words: Tensor) -> Tensor:
@@ -15,24 +16,26 @@ def nearest(x: Tensor, words: Tensor) -> Tensor:
     x: (..., dim)  words: (count, dim) float32  ->  (...) int64
     """
     flat = x.detach().float().reshape(-1, words.shape[1])
-    vectors = (TILE_ON_CPU if x.device.type == "cpu" else TILE_ELSEWHERE)[1]
-    found = [_nearest(part.T, words) for part in flat.split(vectors)]
+    products = PRODUCTS_ON_CPU if x.device.type == "cpu" else PRODUCTS_ELSEWHERE
+    parts = flat.split(products // min(TILE, len(words)))
+    found = [_nearest(part.T, words) for part in parts]
     return torch.cat(found).view(x.shape[:-1])
 
 
 def _nearest(x: Tensor, words: Tensor) -> Tensor:
     """x: (dim, n)  ->  (n,) int64"""
-    count = (TILE_ON_CPU if x.device.type == "cpu" else TILE_ELSEWHERE)[0]
     best = x.new_full((x.shape[1],), -torch.inf)
     found = torch.zeros_like(best, dtype=torch.int64)
-    for start in range(0, len(words), count):
-        tile = words[start : start + count]
+    for start in range(0, len(words), TILE):
+        tile = words[start : start + TILE]
         # |x - word|^2 is least where 2 word.x - |word|^2 is largest.
         score = torch.addmm(-tile.square().sum(1, keepdim=True), tile, x, alpha=2)
         most = score.amax(0)
-        # A maximum and a comparison take a fifth of the time that torch's argmax takes on a CPU.
-        backwards = torch.arange(len(tile), 0, -1, dtype=torch.int16, device=x.device)
-        place = len(tile) - torch.where(score == most, backwards[:, None], 0).amax(0).long()
+        # The first row where nothing is missing; with floats alone, it is found in a fifth of the
+        # time that torch.argmax or a comparison takes on a CPU (1024 x 256, one thread).
+        numbers = torch.arange(len(tile), dtype=torch.float32, device=x.device)
+        missing = (most - score).sign_().mul_(len(tile)).add_(numbers[:, None])
+        place = missing.amin(0).long().clamp(0, len(tile) - 1)
         found = torch.where(most > best, start + place, found)
         best = torch.maximum(best, most)
     return found

@@ -10,6 +10,7 @@ import pytest
 import quantized
 import torch
 import zoo
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -52,6 +53,13 @@ def test_plain_transformers_loads_the_same(dtype: torch.dtype) -> None:
         assert kept == {torch.float32}
         biases = {m.bias.dtype for m in quantized_linears(model).values()}
         assert biases == {dtype}  # part of the format
+
+
+@pytest.mark.parametrize("name", ["opt", "llama, tied, biased", "mixtral"])
+def test_transformers_finds_nothing_to_report(name: str) -> None:
+    """The empty tensor among the rest: it would be called unexpected, with a warning."""
+    _, report = plugin(quantized.folder(name), output_loading_info=True)
+    assert {kind: list(found) for kind, found in report.items() if found} == {}
 
 
 STOCK = """
@@ -363,6 +371,21 @@ def test_a_float_folder_that_lacks_a_tensor(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=f"{folder} cannot be loaded: .*{LINEAR}.weight is missing"
     ):
+        lowbit.load(folder)
+
+
+@pytest.mark.parametrize("load", [plugin, lambda folder: lowbit.load(folder)[0]])
+def test_a_config_that_lost_its_section(load: Callable[[Path], Any], copy: Path) -> None:
+    quantized.edit_json(copy / "config.json", lambda c: c.pop("quantization_config") and None)
+    with pytest.raises((ValueError, RuntimeError), match="q_proj.weight is empty|mismatched"):
+        load(copy)
+
+
+def test_a_float_folder_of_pickles(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="pytorch_model.bin, a pickle"):
         lowbit.load(folder)
 
 

@@ -1,6 +1,7 @@
 """Every family of the zoo, and what is found by structure: quantized, loaded, run."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import lowbit
 from lowbit.blocks import BlockResult
+from lowbit.blocks.capture import call_block
 from lowbit.checkpoint import CheckpointReader, QuantizedFolder
 from lowbit.formats.base import QuantizedLinear
 from lowbit.methods import OmniQuant
@@ -51,40 +53,53 @@ HALF = [("opt", torch.float16), ("llama, tied, biased", torch.bfloat16), ("mixtr
 def test_what_is_saved_is_what_ran(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stream behind the first block is, bit for bit, what the loaded model computes there."""
+    """What entered each block is, bit for bit, what enters it in the loaded model; and each block
+    was called as the float model calls it."""
     tokens: list[Tensor] = []
-    streamed: dict[str, list[Tensor]] = {}
-    capture, advance = SourceModel.capture, run._Run._advance
+    entered: list[Tensor] = []
+    left: list[Tensor] = []
+    capture, quantize_block = SourceModel.capture, run._Run._quantize_block
 
     def spy_capture(self: SourceModel, batches: Any) -> Any:
         tokens.extend(batches)
         return capture(self, batches)
 
-    def spy_advance(self: Any, block: Any, result: BlockResult, streams: Any) -> None:
-        advance(self, block, result, streams)
-        streamed.update({n: [batch.hidden.clone() for batch in s] for n, s in streams.items()})
+    def spy_block(self: Any, writer: Any, index: int, block: Any, streams: Any) -> BlockResult:
+        entered.extend(batch.hidden.clone() for batch in streams["quantized"])
+        with torch.no_grad():
+            left.extend(call_block(block, batch) for batch in streams["float"])
+        return quantize_block(self, writer, index, block, streams)
 
     monkeypatch.setattr(SourceModel, "capture", spy_capture)
-    monkeypatch.setattr(run._Run, "_advance", spy_advance)
+    monkeypatch.setattr(run._Run, "_quantize_block", spy_block)
     model = quantized.source(name, dtype)
     out = quantized.quantize(model, tmp_path / "out", "omniquant")
-    block = SourceModel(model).block_names[0]
-    ran, untouched = outputs(out, block, tokens), outputs(model, block, tokens)
-    assert len(ran) == len(streamed["quantized"]) == quantized.SAMPLES
-    assert all(map(torch.equal, ran, streamed["quantized"]))
-    pairs = zip(untouched, streamed["float"], strict=True)  # its experts are fused, ours are not
+    blocks = SourceModel(model).block_names
+    assert len(tokens) == quantized.SAMPLES and len(entered) == 2 * len(tokens)
+    ran = [before for before, _ in states(out, blocks, tokens)]
+    assert all(map(torch.equal, ran, entered))
+    whole = [after for _, after in states(model, blocks, tokens)]
+    pairs = zip(whole, left, strict=True)  # its experts are fused, ours are not
     assert max(zoo.error(a, b) for a, b in pairs) < 1e-6
 
 
-def outputs(folder: Path, block: str, batches: list[Tensor]) -> list[Tensor]:
-    """What a block of the loaded model hands on, for each batch of tokens."""
+def states(folder: Path, blocks: list[str], batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What goes into a block of the loaded model and what comes out: for each block, each batch."""
     model, _ = lowbit.load(folder)
-    seen: list[Any] = []
-    model.get_submodule(block).register_forward_hook(lambda module, args, out: seen.append(out))
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in blocks}
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: Any, args: tuple[Tensor, ...], out: Any) -> None:
+            seen[name].append((args[0], out[0] if isinstance(out, tuple) else out))
+
+        return see
+
+    for name in blocks:
+        model.get_submodule(name).register_forward_hook(hook(name))
     for batch in batches:
         with torch.no_grad():
             model(batch, use_cache=False)
-    return [out[0] if isinstance(out, tuple) else out for out in seen]
+    return [pair for name in blocks for pair in seen[name]]
 
 
 def test_names_on_disk_are_those_of_the_family() -> None:

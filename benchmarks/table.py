@@ -1,0 +1,43 @@
+"""Print README's table from results.csv.
+
+    python benchmarks/table.py [--text held_back_stories] [--models llama-mini opt-mini]
+
+Takes the newest row of every case of the benchmark "perplexity".
+"""
+
+import argparse
+import csv
+import re
+
+from results import FILE
+
+METHODS = ("rtn", "gptq", "omniquant", "omniquant+gptq")
+GRIDS = ("W4 g128", "W3 g128", "W2 g128", "W2 g64", "W2")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--text", default="held_back_stories")
+    parser.add_argument("--models", nargs="+", default=["llama-mini", "opt-mini"])
+    args = parser.parse_args()
+    with FILE.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["benchmark"] == "perplexity"]
+    found = {tuple(row["case"].split(" | ")): row for row in rows}  # later rows replace earlier
+    print("| grid | bits/weight | whole model |", " | ".join(METHODS), "|")
+    print("| --- " * (3 + len(METHODS)) + "|")
+    for model in args.models:
+        whole = found[(model, "float", args.text)]
+        print(f"| **{model}**, float16 | 16 | 16 | {float(whole['value']):.2f} |" + " |" * 3)
+        for grid in GRIDS:
+            cells = [found[(model, f"{method} {grid}", args.text)] for method in METHODS]
+            bits = re.match(r"([\d.]+) bits linears, ([\d.]+) bits model", cells[0]["notes"])
+            assert bits is not None
+            values = [f"{float(cell['value']):.2f}" for cell in cells]
+            best = min(values, key=float)
+            shown = [f"**{value}**" if value == best else value for value in values]
+            sizes = f"{float(bits[1]):.2f} | {float(bits[2]):.2f}"
+            print(f"| {grid} | {sizes} | {' | '.join(shown)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The examples run, on little text, and print what they promise."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def run(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    environment = os.environ | {"COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_demo(tmp_path: Path) -> None:
+    little = ("--bits", 4, 2, "--samples", 2, "--epochs", 1, "--windows", 4)
+    printed = run("demo.py", "--out", tmp_path / "out", *little)
+    rows = {
+        cells[0]: [float(re.sub(r"[^\d.+-]", "", cell)) for cell in cells[1:5]]
+        for line in printed.splitlines()
+        if len(cells := [cell.strip() for cell in line.split("│")[1:-1]]) == 7 and cells[4]
+        if cells[0] != "method"
+    }
+    assert list(rows) == [
+        "float16",
+        "rtn W4 g64",
+        "omniquant W4 g64",
+        "rtn W2 g64",
+        "omniquant W2 g64",
+    ]
+    linears, model, size, perplexity = zip(*rows.values(), strict=True)
+    assert linears == (16, 4.31, 4.31, 2.28, 2.28)
+    assert model[0] == 16 > model[1] > model[3] > 2.28
+    assert size[0] > size[1] > size[3]
+    assert perplexity[0] < perplexity[1] < perplexity[3]
+    for name in rows:
+        assert f"\n{name}\nOnce upon a time there was a little fox who" in printed
+
+
+def test_train_mini(tmp_path: Path) -> None:
+    stories = tmp_path / "stories.txt"
+    story = "Once there was a fox. It ran and ran until it was home. The end. "
+    stories.write_text("\n<|endoftext|>\n".join([story * 40] * 20))
+    books = tmp_path / "books.txt"
+    books.write_text(story * 400)
+    for kind in ("llama", "opt"):
+        texts = (
+            "--stories",
+            stories,
+            "--books",
+            books,
+            "--tokenizer",
+            EXAMPLES / "models/llama-mini",
+        )
+        printed = run("train_mini.py", kind, tmp_path / kind, *texts, "--steps", 2, "--window", 64)
+        assert "held-back perplexity" in printed
+        assert (tmp_path / kind / "model.safetensors").exists()
