@@ -105,3 +105,7 @@ def test_described_by_width_kind_and_seed() -> None:
     assert orthogonal(24, seed=1) == orthogonal(24, seed=2)
     assert orthogonal(24, "random", 1) != orthogonal(24, "random", 2)
     assert orthogonal(16, "random", 1) == orthogonal(16)
+
+
+def test_a_width_from_a_hostile_file_is_planned_at_once() -> None:
+    assert orthogonal(2**31 - 4).kind == "hartley"  # tries no factor above the largest order

@@ -51,7 +51,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**53)]  # what every reader of JSON holds 
 # the restored weight. At 1.0, tokens and weight take equally many products to rotate, but a weight
 # must be transposed twice. Measured (benchmarks/lattice_search.py, 512 x 512 to 4096 x 4096, one
 # thread of a CPU), rotated tokens take 0.1 to 0.3 of the time of the restored weight for one token,
-# 0.8 to 0.95 at 1.0, and 0.85 to 1.3 at 2.0.
+# 0.75 to 1.1 at 1.0, and 0.9 to 1.15 at 2.0.
 MOST_ROTATED = 1.5
 
 

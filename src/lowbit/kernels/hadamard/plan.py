@@ -67,7 +67,8 @@ def hadamard_orders(odd: int, twos: int) -> tuple[int, ...] | None:
     if single is not None and single <= _DIRECT:
         return (single,)
     best = None
-    for parts in _factorizations(odd, odd):
+    # Every factor takes two twos at least, and no order is above _LARGEST.
+    for parts in _factorizations(odd, min(odd, _LARGEST // 4)):
         orders = tuple(sorted((_order(part, twos) or 0 for part in parts), reverse=True))
         spent = math.prod(orders) // odd
         if all(orders) and spent <= 1 << twos:
