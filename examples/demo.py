@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo-out"))
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--windows", type=int, default=None, help="evaluate on so many only")
+    parser.add_argument("--windows", type=int, default=96, help="of text to evaluate on")
     return parser.parse_args()
 
 
@@ -75,7 +75,7 @@ def main() -> None:
         sources=(str(CALIBRATION),), samples=args.samples, seqlen=SEQLEN
     )
     shutil.rmtree(args.out, ignore_errors=True)
-    table = Table("method", "bits/weight", "whole model", "on disk", "perplexity", "", "seconds")
+    table = Table("method", "bits", "model", "on disk", "perplexity", "", "seconds")
     stories: dict[str, str] = {}
 
     def report(name: str, folder: Path, seconds: float | None, base: float | None) -> float:
@@ -102,8 +102,9 @@ def show(console: Console, table: Table, stories: dict[str, Any], args: argparse
     console.print()
     console.print(table)
     console.print(
-        f"Perplexity on {STORIES.name}, {SEQLEN} tokens of context; models in {args.out}/. "
-        "bits/weight: of the quantized linears, from the bytes on disk.",
+        "bits: per weight of the quantized linears; model: of all parameters; both from the bytes "
+        f"on disk. Perplexity on {args.windows} windows of {SEQLEN} tokens of {STORIES.name}. "
+        f"The models stand in {args.out}/.",
         highlight=False,
     )
 

@@ -513,7 +513,16 @@ def test_bos_stands_at_the_start_only(write: Callable[..., str]) -> None:
         assert (tokens == BOS).nonzero().flatten().tolist() == expected
 
 
-def test_no_warning_of_a_long_text(write: Callable[..., str]) -> None:
+def test_no_warning_of_a_long_text(
+    write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "disabled", False)
+    for name in ("transformers", *logger.manager.loggerDict):  # the command line makes it quiet
+        if name.startswith("transformers"):
+            monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    logger.manager._clear_cache()
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
