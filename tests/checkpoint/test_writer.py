@@ -49,7 +49,7 @@ def test_a_finished_shard_is_kept(begun: Path) -> None:
         assert all(torch.equal(found[n], t) for n, t in TENSORS.items())
         assert out.record(1) is None
         assert not out.complete
-        out.write_shard(1, {"c": torch.ones(1)}, {}, {})
+        out.write_shard(1, {"c": torch.ones(1)}, None, {})
         out.finish({"model_type": "x"})
         assert out.complete
     assert files(begun) == {

@@ -33,6 +33,10 @@ def statistics(seed: int = 1, loud: float = 30.0) -> ChannelStatistics:
     return found
 
 
+def nearest(reader: str, weight: Tensor) -> Tensor:
+    return fake_quantize(weight, minmax_grid(weight, 3, 8, False))
+
+
 def halves(fold: Fold, columns: Tensor) -> Tensor:
     """The maximum of every free channel, one by one."""
     if fold.reader_channels is None:
@@ -75,14 +79,11 @@ def test_dead_channels_do_not_blow_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "scale", [partial(smooth_scale, alpha=0.5), partial(searched_scale, quantize=torch.round)]
+    "scale",
+    [partial(smooth_scale, alpha=0.5), partial(searched_scale, quantize=nearest)],
 )
 def test_queries_against_keys_start_at_1(scale: Callable[..., Tensor]) -> None:
     assert torch.equal(scale(ROTARY, matrices(), {"b": statistics()}), torch.ones(5))
-
-
-def nearest(weight: Tensor) -> Tensor:
-    return fake_quantize(weight, minmax_grid(weight, 3, 8, False))
 
 
 def measure(
@@ -92,7 +93,8 @@ def measure(
     return sum(
         float(
             (
-                (nearest(t[f"{r}.weight"] * columns) / columns - t[f"{r}.weight"]) ** 2 * n.square
+                (nearest(r, t[f"{r}.weight"] * columns) / columns - t[f"{r}.weight"]) ** 2
+                * n.square
             ).sum()
         )
         for r, n in seen.items()

@@ -86,6 +86,8 @@ class BlockTask:
         torch.Generator
     )  # seeded by (seed, block name): a resumed block draws the same numbers
     log: Callable[[Event], None]
+    # What an earlier run learned for this block (its `BlockResult.learned`): where to begin.
+    start: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -28,18 +28,27 @@ def final_config(
         "files": {r["file"]: {"size": r["size"], "sha256": r["sha256"]} for r in records},
         "made_by": made_by,
     }
-    config = {**read_json(source / "config.json"), "quantization_config": section}
+    changed = {key: value for r in records for key, value in r.get("config", {}).items()}
+    config = {**read_json(source / "config.json"), **changed, "quantization_config": section}
     section["digest"] = config_digest(config)
     return config
 
 
 def report_of(records: Sequence[Record], left_float: Sequence[str]) -> dict[str, Any]:
-    """report.json: what each block reported, and by layer name what the run gave up on."""
-    blocks = {r["block"]: r["report"] for r in records if "block" in r}
+    """report.json: what each block reported, and by layer name what the run gave up on.
+
+    All names are those on disk.
+    """
+    blocks = {r["on_disk"]: r["report"] for r in records if "on_disk" in r}
     given_up = {
         f"{block}.{linear}": f"rounded to nearest: it saw only {tokens} calibration tokens"
         for block, report in blocks.items()
         for linear, tokens in report.get("rounded_to_nearest", {}).items()
+    }
+    given_up |= {
+        f"{block}.{linear}": "rounded to nearest: its Hessian would not factor"
+        for block, report in blocks.items()
+        for linear in report.get("without_feedback", ())
     }
     given_up |= {block: r["fell_back"] for block, r in blocks.items() if "fell_back" in r}
     return {"given_up": given_up, "left_float": list(left_float), "blocks": blocks}
@@ -68,9 +77,10 @@ def size_of(folder: Path) -> Size:
         bits = 8 * sum(info.bytes for info in reader.tensors.values()) / weights
         return Size(bits, bits, stored)
     quantized = QuantizedFolder(folder)
-    linear_weights = sum(prod(entry["shape"]) for entry in quantized.entries.values())
-    packed = {n for name in quantized.entries for n in quantized.tensors_of(name)}
-    packed -= {f"{name}.bias" for name in quantized.entries}
+    entries = {n: entry for n, entry in quantized.entries.items() if entry["format"] != "dense"}
+    linear_weights = sum(prod(entry["shape"]) for entry in entries.values())
+    packed = {n for name in entries for n in quantized.tensors_of(name)}
+    packed -= {f"{name}.bias" for name in entries}
     linear_bytes = sum(info.bytes for name, info in reader.tensors.items() if name in packed)
     rest = [info for name, info in reader.tensors.items() if name not in packed]
     rest_weights = sum(prod(info.shape) for info in rest)

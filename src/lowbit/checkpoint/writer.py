@@ -109,14 +109,17 @@ class CheckpointWriter:
         self,
         index: int,
         tensors: dict[str, Tensor],
-        learned: dict[str, Tensor],
+        learned: dict[str, Tensor] | None,
         data: dict[str, Any],
     ) -> None:
-        """Writes one shard, then its record: `data` plus the file's name, size and hash."""
+        """Writes one shard, then its record: `data` plus the file's name, size and hash.
+
+        learned: None for a method that learns nothing; then no file says so.
+        """
         name = self.shard_name(index)
         with explained(self.folder):
             save_tensors(self.folder / name, tensors)
-            if learned:
+            if learned is not None:
                 (self.folder / "learned").mkdir(exist_ok=True)
                 save_tensors(self.folder / "learned" / name, learned)
             path = self.folder / name

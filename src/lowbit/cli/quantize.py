@@ -52,9 +52,24 @@ def quantize(  # noqa: PLR0913 (a command's options)
     streams: Annotated[
         str, Option(metavar="auto|memory|disk", help="Where hidden states are kept.")
     ] = "auto",
+    skip: Annotated[
+        list[str] | None,
+        Option(metavar="PATTERN", help="Linears that stay float: down_proj, layers.0.*."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        Option(metavar="PATTERN", help="All others stay float."),
+    ] = None,
+    lm_head_bits: Annotated[
+        int | None, Option(metavar="2..8", help="Quantize the output layer too; 8 costs little.")
+    ] = None,
+    start_from: Annotated[
+        Path | None,
+        Option(metavar="OUT", help="Begin with what a run learned; --set epochs=0 replays it."),
+    ] = None,
     allow_float: Annotated[
         list[str] | None,
-        Option(metavar="PATTERN", help="Matrices that may stay float; repeatable."),
+        Option(metavar="PATTERN", help="Matrices that no table knows and that may stay float."),
     ] = None,
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -69,6 +84,10 @@ def quantize(  # noqa: PLR0913 (a command's options)
         device=device,
         restart=restart,
         streams=streams,
+        skip=tuple(skip or ()),
+        only=tuple(only or ()),
+        lm_head_bits=lm_head_bits,
+        start_from=start_from,
         allow_float=tuple(allow_float or ()),
         trust_remote_code=trust_remote_code,
         cache=cache_folder(),

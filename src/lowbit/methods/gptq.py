@@ -28,6 +28,7 @@ class GPTQ(Method):
     """
 
     name: ClassVar[str] = "gptq"
+    per_linear: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric", "clip")
 
     bits: int = Field(4, ge=2, le=8)
     group_size: int | None = Field(None, ge=1)
@@ -51,7 +52,8 @@ class GPTQ(Method):
             for name in group.linears:
                 linear = task.block.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
-                result.linears[name], facts = self._linear(linear, hessian, factor)
+                here = self.at(f"{task.name}.{name}")
+                result.linears[name], facts = here._linear(linear, hessian, factor)
                 result.report["linears"][name] = facts
         return result
 

@@ -2,20 +2,56 @@
 
 import math
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+from pydantic import ValidationError, model_validator
 from torch import Tensor, nn
 
 from lowbit.blocks import BlockResult, BlockTask
 from lowbit.blocks.install import install
-from lowbit.config import Config
+from lowbit.blocks.patterns import matches
+from lowbit.config import Config, explain, unknown_name
 from lowbit.formats.base import QuantizedLinear
 
 
 class Method(Config):
-    """A method IS its configuration; `name` is also the name of its file."""
+    """A method IS its configuration; `name` is also the name of its file.
+
+    overrides: fields that differ for some linears, by pattern ({"down_proj": {"bits": 4}}); where
+    several patterns match, the last one wins. per_linear: the fields that may differ so. learns:
+    whether `BlockResult.learned` can be a task's `start`.
+    """
 
     name: ClassVar[str]
+    per_linear: ClassVar[tuple[str, ...]] = ()
+    learns: ClassVar[bool] = False
+
+    overrides: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _check_overrides(self) -> Self:
+        for pattern, fields in self.overrides.items():
+            for field in fields:
+                if field not in self.per_linear:
+                    what = f"field that {self.name} can have per linear"
+                    sentence = unknown_name(field, self.per_linear, what)
+                    raise ValueError(f"overrides.{pattern}: {sentence}")
+            try:
+                self._with(fields)
+            except ValidationError as error:
+                raise ValueError(f"overrides.{pattern}: {explain(error)}") from None
+        return self
+
+    def _with(self, fields: dict[str, Any]) -> Self:
+        return self.model_validate({**self.model_dump(exclude={"overrides"}), **fields})
+
+    def at(self, linear: str) -> Self:
+        """The settings for one linear, by its full name: "model.layers.3.mlp.down_proj"."""
+        fields: dict[str, Any] = {}
+        for pattern, differing in self.overrides.items():
+            if matches(linear, pattern):
+                fields |= differing
+        return self._with(fields) if fields else self
 
     def streams(self) -> tuple[str, ...]:
         """The streams of hidden states that it needs; none: no calibration text."""

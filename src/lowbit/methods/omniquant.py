@@ -21,6 +21,7 @@ from lowbit.blocks import BlockResult, BlockTask, Event, Fold, Stream
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import Tensors, apply_folds, load_changed, tensors_of
 from lowbit.blocks.hessian import input_hessians
+from lowbit.blocks.start import Start
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.blocks.training import Fit, ParameterGroup, fit, mean_loss
 from lowbit.methods.method import Method, signal_to_noise
@@ -43,6 +44,8 @@ class OmniQuant(Method):
     """
 
     name: ClassVar[str] = "omniquant"
+    per_linear: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric")
+    learns: ClassVar[bool] = True
 
     bits: int = Field(4, ge=2, le=8)
     group_size: int | None = Field(None, ge=1)
@@ -120,6 +123,8 @@ class _Learner:
         self.block = task.block
         self.float_tensors = tensors_of(task.block)
         self.linears = [name for group in task.groups for name in group.linears]
+        self.settings = {name: method.at(f"{task.name}.{name}") for name in self.linears}
+        self.start = Start(task)
         by_reader = {name: statistics[g.name] for g in task.groups for name in g.linears}
         seen = {name: s for name, s in by_reader.items() if s.tokens}
         self.folds: dict[str, Fold] = {}
@@ -128,29 +133,38 @@ class _Learner:
             self.folds = {f.name: f for f in task.folds if f.kind in ("norm", "rows")}
         # Learned as logarithms: positive whatever the optimiser does.
         self.log_scales = {
-            name: nn.Parameter(torch.log(self._first_scale(fold, seen)))
+            name: nn.Parameter(self._first_log_scale(fold, seen))
             for name, fold in self.folds.items()
         }
         self.clipping: dict[str, LearnedClipping] = {}
         if method.lwc:
             folded = self.folded()
             self.clipping = {
-                name: self._first_clipping(folded[f"{name}.weight"].detach(), seen[name], name)
+                name: self._first_clipping(folded[f"{name}.weight"].detach(), seen, name)
                 for name in self.linears
-                if name not in starved
+                if name not in starved or f"{name}.clip_low" in self.start
             }
+        self.start.check_used()
 
-    def _first_scale(self, fold: Fold, seen: dict[str, ChannelStatistics]) -> Tensor:
+    def _first_log_scale(self, fold: Fold, seen: dict[str, ChannelStatistics]) -> Tensor:
+        started = self.start.take(f"fold.{fold.name}.log_scale", (fold.size,))
+        if started is not None:
+            return started
         if self.method.init == "awq":
-            return searched_scale(fold, self.float_tensors, seen, self._round_to_nearest)
-        return smooth_scale(fold, self.float_tensors, seen, self.method.alpha)
+            return searched_scale(fold, self.float_tensors, seen, self._round_to_nearest).log()
+        return smooth_scale(fold, self.float_tensors, seen, self.method.alpha).log()
 
     def _first_clipping(
-        self, weight: Tensor, statistics: ChannelStatistics, name: str
+        self, weight: Tensor, seen: dict[str, ChannelStatistics], name: str
     ) -> LearnedClipping:
-        method = self.method
+        method = self.settings[name]
+        first = LearnedClipping.start(weight, method.group_size)
+        low, high = (self.start.take(f"{name}.clip_{e}", first.low.shape) for e in ("low", "high"))
+        if low is not None and high is not None:
+            return LearnedClipping(low, high)
         if method.init == "minmax":
-            return LearnedClipping.start(weight, method.group_size)
+            return first
+        statistics = seen[name]
         square = statistics.square
         for fold_name, fold in self.folds.items():  # folding has divided this linear's input
             if name in fold.readers:
@@ -173,7 +187,7 @@ class _Learner:
         return apply_folds(self.float_tensors, self.folds, scales)
 
     def grid(self, name: str, weight: Tensor) -> Grid:
-        method = self.method
+        method = self.settings[name]
         if name not in self.clipping:
             return minmax_grid(weight, method.bits, method.group_size, method.symmetric)
         return self.clipping[name].grid(weight, method.bits, method.group_size, method.symmetric)
@@ -188,14 +202,16 @@ class _Learner:
 
     def nearest(self) -> Tensors:
         """The same block rounded to nearest: the baseline."""
-        rounded = {f"{n}.weight" for n in self.linears}
-        return {
-            name: self._round_to_nearest(tensor) if name in rounded else tensor
-            for name, tensor in self.float_tensors.items()
-        }
+        tensors = dict(self.float_tensors)
+        for name in self.linears:
+            weight = tensors[f"{name}.weight"]
+            tensors[f"{name}.weight"] = self._round_to_nearest(name, weight)
+        return tensors
 
-    def _round_to_nearest(self, weight: Tensor) -> Tensor:
-        method = self.method
+    def _round_to_nearest(self, name: str, weight: Tensor) -> Tensor:
+        method = self.settings.get(name)
+        if method is None:  # a reader that stays float
+            return weight
         grid = minmax_grid(weight, method.bits, method.group_size, method.symmetric)
         return fake_quantize(weight, grid)
 

@@ -18,6 +18,7 @@ class RTN(Method):
     """
 
     name: ClassVar[str] = "rtn"
+    per_linear: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric")
 
     bits: int = Field(4, ge=2, le=8)
     group_size: int | None = Field(None, ge=1)
@@ -29,7 +30,8 @@ class RTN(Method):
             for name in group.linears:
                 linear = task.block.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
-                grid = minmax_grid(linear.weight, self.bits, self.group_size, self.symmetric)
+                here = self.at(f"{task.name}.{name}")
+                grid = minmax_grid(linear.weight, here.bits, here.group_size, here.symmetric)
                 packed = pack(linear.weight, linear.bias, grid)
                 result.linears[name] = packed
                 error = signal_to_noise(linear.weight, packed)

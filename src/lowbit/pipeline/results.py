@@ -1,6 +1,7 @@
 """A block's result to the tensors and the record of one shard, and back after an interruption."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor
 from lowbit.blocks import BlockResult
 from lowbit.formats import build
 from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.dense import DenseLinear
 from lowbit.models.source import SourceModel
+
+BY_LINEAR = ("linears", "rounded_to_nearest", "without_feedback")  # what a report says of linears
 
 
 def as_stored(result: BlockResult, source: SourceModel, block: str) -> BlockResult:
@@ -20,6 +24,9 @@ def as_stored(result: BlockResult, source: SourceModel, block: str) -> BlockResu
 
     for name, linear in result.linears.items():
         assert isinstance(linear, QuantizedLinear)
+        if isinstance(linear, DenseLinear):
+            weight = linear.values.to(dtype_of(f"{name}.weight"))
+            result.linears[name] = linear = DenseLinear.from_weight(weight, linear.bias)
         if linear.bias is not None:
             bias = linear.bias.detach().to(dtype_of(f"{name}.bias"))
             result.linears[name] = with_bias(linear, bias)
@@ -60,12 +67,44 @@ def shard_of(
         tensors[marker] = torch.empty(0, dtype=source.reader.tensors[marker].dtype)
     record = {
         "block": block,
+        "on_disk": block_on_disk(source, block),
         "modules": modules,
         "changed": list(changed),
         "marker": marker,
-        "report": result.report,
+        "report": _report_on_disk(result.report, source, block),
     }
     return tensors, record
+
+
+def block_on_disk(source: SourceModel, block: str) -> str:
+    """What a block is called on disk: what all its tensors begin with, up to its number."""
+    shared = os.path.commonprefix([name.split(".") for name in source.block_tensors(block)])
+    return ".".join(shared[: shared.index(block.rpartition(".")[2]) + 1])
+
+
+def _report_on_disk(report: dict[str, Any], source: SourceModel, block: str) -> dict[str, Any]:
+    """The report with linears named as on disk, relative to the block."""
+    inside = f"{block_on_disk(source, block)}."
+
+    def renamed(name: str) -> str:
+        return source.disk_name(f"{block}.{name}").removeprefix(inside)
+
+    found = dict(report)
+    for key in BY_LINEAR:
+        if isinstance(value := report.get(key), dict):
+            found[key] = {renamed(name): fact for name, fact in value.items()}
+        elif value is not None:
+            found[key] = [renamed(name) for name in value]
+    return found
+
+
+def left_float(source: SourceModel, skipped: Sequence[str]) -> list[str]:
+    """The matrices that no method gets, as they are called on disk."""
+    names = source.disk_names
+    return [
+        names.get(name) or names[f"{name}.weight"].removesuffix(".weight")
+        for name in (*source.left_float, *skipped)
+    ]
 
 
 def result_of(

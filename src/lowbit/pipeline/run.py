@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,18 @@ from lowbit.blocks import BlockResult, BlockTask, Event, Stream
 from lowbit.blocks.capture import call_block
 from lowbit.calibration import Calibration, TokenWindows, token_windows
 from lowbit.checkpoint import CheckpointWriter, file_sha256
+from lowbit.checkpoint.learned import Learned
 from lowbit.checkpoint.output import final_config, report_of
 from lowbit.checkpoint.writer import explained
-from lowbit.config import Config
 from lowbit.methods import Method
 from lowbit.models.locate import locate
 from lowbit.models.source import SourceModel
 from lowbit.models.tokenizer import load_tokenizer
-from lowbit.pipeline.results import as_stored, result_of, shard_of
+from lowbit.pipeline.head import outside_blocks
+from lowbit.pipeline.memory import PeakMemory
+from lowbit.pipeline.options import RunOptions, choose_device
+from lowbit.pipeline.results import as_stored, left_float, result_of, shard_of
+from lowbit.pipeline.selection import Selection, pack_float_experts
 from lowbit.version import __version__
 
 Log = Callable[[Event], None]
@@ -43,24 +47,6 @@ COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-
-
-class RunOptions(Config):
-    """How a run is done; nothing here but the device, `allow_float` and `recipe` shapes its result.
-
-    device: "cpu", "cuda:0" or "auto". restart: start over in an OUT that holds another run.
-    streams: where hidden states live; "auto" is memory unless they are large. allow_float: patterns
-    of matrices that may stay float although no table groups them. cache: a folder for the windows.
-    recipe: the name that config.json shall give for the method's settings.
-    """
-
-    device: str = "auto"
-    restart: bool = False
-    streams: Literal["auto", "memory", "disk"] = "auto"
-    allow_float: tuple[str, ...] = ()
-    trust_remote_code: bool = False
-    cache: Path | None = None
-    recipe: str | None = None
 
 
 def quantize(
@@ -104,6 +90,9 @@ class _Run:
         self.options = options
         self.on_event = on_event
         self.device = choose_device(options.device)
+        self.selection = Selection(source, options.skip, options.only)
+        self.selection.check_patterns("overrides:", tuple(method.overrides))
+        self.start = self._start()
 
     def into(self, out: Path) -> Path:
         windows = self._windows()
@@ -123,6 +112,15 @@ class _Run:
             self._log(writer, Event("done", {"out": str(out)}))
         return out
 
+    def _start(self) -> Learned | None:
+        if self.options.start_from is None:
+            return None
+        if not self.method.learns:
+            raise ValueError(
+                f"--start-from needs a method that learns; {self.method.name} does not"
+            )
+        return Learned(self.options.start_from, 1 + len(self.source.block_names))
+
     def _windows(self) -> TokenWindows | None:
         if not self.method.streams():
             return None
@@ -140,15 +138,19 @@ class _Run:
             "seed": self.calibration.seed,
             "device": self.device.type,
             "allow_float": list(self.options.allow_float),
+            "skip": list(self.options.skip),
+            "only": list(self.options.only),
+            "lm_head_bits": self.options.lm_head_bits,
+            "start_from": self.start and self.start.digest(),
             "recipe": self.options.recipe,
             "versions": {"lowbit": __version__, "torch": torch.__version__},
         }
 
     def _write_outside(self, writer: CheckpointWriter) -> None:
-        """Embeddings, last norm and lm_head as they were, in shard 0."""
+        """Embeddings, last norm and lm_head, in shard 0."""
         if writer.record(0) is None:
-            tensors = self.source.reader.read(self.source.outside_tensors())
-            writer.write_shard(0, tensors, {}, {})
+            tensors, record = outside_blocks(self.source, self.options.lm_head_bits)
+            writer.write_shard(0, tensors, None, record)
 
     def _blocks(self, writer: CheckpointWriter, windows: TokenWindows | None) -> None:
         names = self.source.block_names
@@ -181,21 +183,26 @@ class _Run:
         task = BlockTask(
             name,
             block,
-            self.source.groups(name),
+            self.selection.groups(name),
             self.source.folds(name),
             streams,
             generator_for(self.calibration.seed, name),
             lambda event: self._log(writer, Event(event.kind, place | event.data)),
+            self.start.of(index + 1) if self.start else {},
         )
-        result = as_stored(self.method.quantize(task), self.source, name)
-        first = not any((writer.record(i + 1) or {}).get("modules") for i in range(index))
-        tensors, record = shard_of(result, self.source, name, first)
-        writer.write_shard(index + 1, tensors, result.learned, record)
+        with PeakMemory(self.device) as peak:
+            result = self.method.quantize(task) if task.groups else BlockResult({})
+            pack_float_experts(block, result)
+            result = as_stored(result, self.source, name)
+            first = not any((writer.record(i) or {}).get("modules") for i in range(index + 1))
+            tensors, record = shard_of(result, self.source, name, first)
+            learned = result.learned if self.method.learns else None
+            writer.write_shard(index + 1, tensors, learned, record)
         facts = {
             key: result.report[key] for key in ("loss_rtn", "loss_after") if key in result.report
         }
         seconds = {"seconds": round(time.perf_counter() - started, 3)}
-        self._log(writer, Event("finished", place | facts | seconds))
+        self._log(writer, Event("finished", place | facts | seconds | peak.found))
         return result
 
     def _first_streams(
@@ -253,7 +260,8 @@ class _Run:
                 if path.is_file():
                     writer.copy_file(path)
         records = [writer.record(i) or {} for i in range(writer.shards)]
-        writer.write_json("report.json", report_of(records, self.source.left_float))
+        names = left_float(self.source, self.selection.left_float)
+        writer.write_json("report.json", report_of(records, names))
         made_by = {
             **writer.signature,
             "source": self.name,
@@ -270,22 +278,6 @@ class _Run:
     def _log(self, writer: CheckpointWriter, event: Event) -> None:
         writer.append_event({"time": round(time.time(), 3), "kind": event.kind, **event.data})
         self.on_event(event)
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device if there is one. ValueError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not known: use cpu, cuda:N or auto")
-    found = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise ValueError(f"device {name!r} was asked for, but torch finds {found} CUDA devices")
-    return device
 
 
 def generator_for(seed: int, block: str) -> torch.Generator:

@@ -35,12 +35,13 @@ def searched_scale(
     fold: Fold,
     tensors: Mapping[str, Tensor],
     statistics: Statistics,
-    quantize: Callable[[Tensor], Tensor],
+    quantize: Callable[[str, Tensor], Tensor],
 ) -> Tensor:
     """AWQ's scale a^alpha, alpha of ALPHAS with the least output error, (fold.size,) float32.
 
     a: the mean |input| per channel; the result is normalised to a geometric mid-range of 1. The
-    error is that of quantize(weight * scale) / scale, weighted by the mean square of the input.
+    error is that of quantize(reader, weight * scale) / scale, weighted by the mean square of the
+    input.
     """
     weights = {r: tensors[f"{r}.weight"] for r in fold.readers if r in statistics}
     if fold.kind == "rotary" or not weights:
@@ -53,7 +54,7 @@ def searched_scale(
         per_column = scale if fold.reader_channels is None else scale[fold.reader_channels]
         error = 0.0
         for reader, weight in weights.items():
-            wrong = quantize(weight * per_column) / per_column - weight
+            wrong = quantize(reader, weight * per_column) / per_column - weight
             error += float((wrong.square() * statistics[reader].square).sum())
         if error < least:
             best, least = scale, error

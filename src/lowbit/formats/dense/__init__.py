@@ -1,0 +1,84 @@
+"""A weight as it was, for a float linear that must stand beside packed ones.
+
+transformers joins the experts of a layer into one tensor when it finds their `weight` on disk.
+Where some of an expert's matrices are packed and others stay float, the float ones are stored under
+another name:
+
+| name     | dtype           | shape     | holds              |
+| -------- | --------------- | --------- | ------------------ |
+| `values` | as `dtype` says | (out, in) | the weight         |
+| `bias`   | as `bias` says  | (out,)    | absent where null  |
+
+The entry in config.json, whose size is out * in * (2 or 4) bytes:
+
+    {"format": "dense", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
+     "dtype": "float32" | "float16" | "bfloat16"}
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+from lowbit.config import Config
+from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.checks import dtype_name
+
+FloatName = Literal["float32", "float16", "bfloat16"]
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+
+
+class DenseEntry(Config):
+    """What config.json says about a layer; it may come from an untrusted file."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal["dense"]
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
+    bias: FloatName | None
+    dtype: FloatName
+
+
+def tensor_bytes(shape: list[int] | tuple[int, int], dtype: FloatName) -> int:
+    """Bytes that stand for the weight, those of `DenseLinear.weight_bytes()`: out * in * (2, 4)."""
+    return shape[0] * shape[1] * getattr(torch, dtype).itemsize
+
+
+class DenseLinear(QuantizedLinear):
+    """A linear layer whose weight is not quantized; the module's docstring gives its bytes."""
+
+    format = "dense"
+
+    values: Tensor
+
+    def __init__(self, spec: DenseEntry) -> None:
+        rows, columns = spec.shape
+        super().__init__(columns, rows, spec.bias and getattr(torch, spec.bias))
+        self.spec = spec
+        self.add_frozen("values", (rows, columns), getattr(torch, spec.dtype))
+
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> Self:
+        return cls(DenseEntry.model_validate(entry))
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        """weight: (out, in) and bias: (out,), kept in their dtypes."""
+        spec = DenseEntry(
+            format="dense",
+            shape=list(weight.shape),
+            bias=None if bias is None else dtype_name(bias.dtype),  # type: ignore[arg-type]
+            dtype=dtype_name(weight.dtype),  # type: ignore[arg-type]
+        )
+        with weight.device:
+            layer = cls(spec)
+        tensors = {"values": weight} if bias is None else {"values": weight, "bias": bias}
+        layer.load_state_dict(tensors)
+        return layer
+
+    def entry(self) -> dict[str, Any]:
+        return {**self.common_entry(), "dtype": self.spec.dtype}
+
+    def dequantize(self) -> Tensor:
+        return self.values.to(torch.float32)

@@ -1,0 +1,49 @@
+"""The output layer, on request: rounded to nearest with a scale per row, no calibration."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.methods.packing import pack
+from lowbit.models.source import SourceModel
+from lowbit.solvers.rounding import minmax_grid
+
+
+def outside_blocks(
+    source: SourceModel, head_bits: int | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything that is in no block, by name on disk, and the record that goes with it.
+
+    head_bits: None leaves the output layer as it was. One that is tied to the embedding gets rows
+    of its own, and the embedding stays as it was. Raises ValueError where it is no plain linear.
+    """
+    tensors = source.reader.read(source.outside_tensors())
+    if head_bits is None:
+        return tensors, {}
+    name = _head_of(source)
+    tied = source.skeleton.all_tied_weights_keys.get(f"{name}.weight")
+    stored = source.disk_names.get(f"{name}.weight")
+    if stored is not None:
+        disk, weight = stored.removesuffix(".weight"), tensors.pop(stored)
+        if tied is not None:
+            tensors.setdefault(source.disk_names.get(tied, tied), weight)
+    else:
+        assert tied is not None  # SourceModel has seen to it that nothing is missing
+        disk, weight = name, tensors[source.disk_names[tied]]
+    bias = tensors.pop(f"{disk}.bias", None)
+    packed = pack(weight.float(), bias, minmax_grid(weight.float(), head_bits, None, False))
+    tensors |= {f"{disk}.{key}": tensor for key, tensor in packed.state_dict().items()}
+    marker = f"{disk}.weight"
+    tensors[marker] = torch.empty(0, dtype=weight.dtype)
+    record = {"modules": {disk: packed.entry()}, "marker": marker}
+    return tensors, record | {"config": {"tie_word_embeddings": False}}
+
+
+def _head_of(source: SourceModel) -> str:
+    head = source.skeleton.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        raise ValueError(
+            f"{type(source.skeleton).__name__} has no linear output layer: leave lm_head_bits out"
+        )
+    return next(name for name, module in source.skeleton.named_modules() if module is head)

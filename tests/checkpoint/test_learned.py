@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.checkpoint.learned import Learned
+from lowbit.checkpoint.writer import save_tensors
+
+BLOCKS = [{"low": torch.ones(2)}, {}]
+
+
+def learned(folder: Path, value: float = 1.0) -> Path:
+    (folder / "learned").mkdir(parents=True)
+    for i, tensors in enumerate(BLOCKS):
+        name = f"model-0000{i + 2}-of-00003.safetensors"
+        scaled = {key: value * tensor for key, tensor in tensors.items()}
+        save_tensors(folder / "learned" / name, scaled)
+    return folder
+
+
+@pytest.mark.parametrize("inside", ["", "learned"])
+def test_every_block_gets_its_own(tmp_path: Path, inside: str) -> None:
+    found = Learned(learned(tmp_path / "out") / inside, 3)
+    assert torch.equal(found.of(1)["low"], BLOCKS[0]["low"]) and found.of(2) == {}
+
+
+def test_the_digest_is_of_the_values(tmp_path: Path) -> None:
+    one, same, other = (
+        Learned(learned(tmp_path / name, value), 3).digest()
+        for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0))
+    )
+    assert one == same != other
+
+
+@pytest.mark.parametrize(
+    ("shards", "gone", "message"),
+    [
+        (3, "model-00003-of-00003.safetensors", "lacks model-00003-of-00003.*there are 1; this"),
+        (4, None, "lacks model-00002-of-00004.*there are 2; this model needs 3"),
+    ],
+)
+def test_what_is_missing_is_named(
+    tmp_path: Path, shards: int, gone: str | None, message: str
+) -> None:
+    out = learned(tmp_path / "out")
+    if gone:
+        (out / "learned" / gone).unlink()
+    with pytest.raises(ValueError, match=message):
+        Learned(out, shards)
+
+
+def test_a_folder_without_any(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is none; this model needs 2.*of a method that le"):
+        Learned(tmp_path, 3)

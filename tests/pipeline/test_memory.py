@@ -1,0 +1,45 @@
+"""Peak memory: what was held and freed again counts, mapped files do not."""
+
+import mmap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.pipeline import memory
+from lowbit.pipeline.memory import EVERY, PeakMemory, memory_now
+
+MEGABYTE = 1 << 20
+CPU = torch.device("cpu")
+
+
+def peak(size: int) -> int:
+    with PeakMemory(CPU) as watched:
+        held = torch.ones(size, dtype=torch.uint8)
+        time.sleep(4 * EVERY)
+        del held
+    return watched.found["memory"]
+
+
+def test_what_was_freed_again_counts() -> None:
+    before = memory_now()
+    assert 60 * MEGABYTE < peak(64 * MEGABYTE) - before < 80 * MEGABYTE
+    assert memory_now() - before < 16 * MEGABYTE
+
+
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="only Linux tells")
+def test_mapped_files_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    path.write_bytes(bytes(64 * MEGABYTE))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        before = memory_now()
+        assert mapped[:: mmap.PAGESIZE].count(b"\0") > 0
+        assert memory_now() - before < 16 * MEGABYTE
+
+
+def test_where_the_system_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    anonymous = memory_now()
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "absent")
+    assert memory_now() > anonymous  # with libraries and the highest so far
+    assert peak(MEGABYTE) >= anonymous
