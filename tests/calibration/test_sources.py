@@ -1,0 +1,237 @@
+"""Named data sets and files, to documents."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from texts import (
+    BOS,
+    C4,
+    C4_REVISION,
+    CHATS,
+    PILE,
+    PTB,
+    WIKITEXT,
+    WIKITEXT_REVISION,
+    contains,
+    draw,
+    ids,
+    make_tokenizer,
+)
+from transformers import PreTrainedTokenizerFast
+
+from lowbit.calibration import (
+    evaluation_text,
+)
+
+CALIBRATION_CALLS = {
+    "wikitext2": (
+        WIKITEXT,
+        "wikitext-2-raw-v1",
+        {"data_files": None, "split": "train", "revision": WIKITEXT_REVISION},
+    ),
+    "ptb": (
+        PTB,
+        None,
+        {
+            "data_files": {"train": "penn_treebank/train/0000.parquet"},
+            "split": "train",
+            "revision": "refs/convert/parquet",
+        },
+    ),
+    "c4": (
+        C4,
+        None,
+        {
+            "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"},
+            "split": "train",
+            "revision": C4_REVISION,
+        },
+    ),
+    "pile": (
+        PILE,
+        None,
+        {
+            "data_files": {"validation": "val.jsonl.zst"},
+            "split": "validation",
+            "revision": "2f5e46ae6a69cf0dce4b12f78241c408936ca0e4",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALIBRATION_CALLS)
+def test_calibration_loads_exactly(
+    name: str, hub: dict, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    windows = draw(tokenizer, name)
+    assert hub["calls"] == [CALIBRATION_CALLS[name]]
+    assert windows.tokens.shape == (4, 8) and windows.tokens.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "options"),
+    [
+        (
+            "wikitext2",
+            "wikitext-2-raw-v1",
+            {"data_files": None, "split": "test", "revision": WIKITEXT_REVISION},
+        ),
+        (
+            "ptb",
+            None,
+            {
+                "data_files": {"test": "penn_treebank/test/0000.parquet"},
+                "split": "test",
+                "revision": "refs/convert/parquet",
+            },
+        ),
+        (
+            "c4",
+            None,
+            {
+                "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
+                "split": "validation",
+                "revision": C4_REVISION,
+            },
+        ),
+    ],
+)
+def test_evaluation_loads_exactly(
+    name: str, config: str | None, options: dict, hub: dict, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    evaluation_text(name, tokenizer, 8)
+    assert hub["calls"] == [(CALIBRATION_CALLS[name][0], config, options)]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("wikitext2", slice(None)), ("ptb", slice(None)), ("pile", slice(1000))]
+)
+def test_joined_sources(
+    name: str, rows: slice, hub: dict, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    documents = hub["rows"][CALIBRATION_CALLS[name][0]][rows]
+    whole = ids(tokenizer, "\n\n".join(documents))
+    windows = draw(tokenizer, name)
+    assert all(contains(whole, window) for window in windows.tokens)
+    source = {"name": name, "windows": 4, "tokens": len(whole), "documents": len(documents)}
+    assert windows.sources == [source]
+
+
+def test_c4_windows_lie_inside_a_document(hub: dict, tokenizer: PreTrainedTokenizerFast) -> None:
+    windows = draw(tokenizer, "c4", samples=12, seqlen=32)
+    long_enough = [ids(tokenizer, row) for row in hub["rows"][C4] if len(row) >= 31]
+    found = [
+        next(i for i, row in enumerate(long_enough) if contains(row, w)) for w in windows.tokens
+    ]
+    # "a" * 31 and its BOS are exactly seqlen tokens: good for one window, which is all of it.
+    assert (
+        sum(window[0] == BOS and len(set(window.tolist())) == 2 for window in windows.tokens) >= 6
+    )
+    assert len(found) == 12
+    assert windows.sources[0]["documents"] == 12
+    with pytest.raises(ValueError, match="c4 has 12 documents of 32 tokens or more: 13 samples"):
+        draw(tokenizer, "c4", samples=13, seqlen=32)
+
+
+def test_c4_tokenises_only_what_it_draws(hub: dict) -> None:
+    tokenizer = make_tokenizer()
+    hub["rows"][C4] = ["abcdefghij" * 5] * 5000
+    calls = []
+
+    class Counting:
+        special_tokens_map = tokenizer.special_tokens_map
+        backend_tokenizer = tokenizer.backend_tokenizer
+
+        def __call__(self, text: str, **options) -> dict:
+            calls.append(text)
+            return tokenizer(text, **options)
+
+    draw(Counting(), "c4", samples=5)
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize(
+    ("samples", "windows"), [(128, [43, 43, 42]), (3, [1, 1, 1]), (2, [1, 1, 0]), (1, [1, 0, 0])]
+)
+def test_mix_gives_exactly_what_is_asked(
+    samples: int, windows: list[int], hub: dict, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    hub["rows"] |= {name: hub["rows"][name] * 10 for name in (WIKITEXT, PTB, C4)}
+    drawn = draw(tokenizer, "mix", samples=samples)
+    assert drawn.tokens.shape == (samples, 8)
+    assert [(s["name"], s["windows"]) for s in drawn.sources] == list(
+        zip(("wikitext2", "ptb", "c4"), windows, strict=True)
+    )
+    # A source without a window is not downloaded.
+    assert len(hub["calls"]) == sum(map(bool, windows))
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (ConnectionError("Couldn't reach it\nsecond line"), "ConnectionError: Couldn't reach it;"),
+        (datasets.exceptions.DatasetNotFoundError("no such set"), "no such set"),
+        (datasets.exceptions.NonMatchingSplitsSizesError("sizes"), "sizes"),
+        (ValueError("BuilderConfig not found"), "BuilderConfig not found"),
+        (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer"),
+        (ImportError("Please pip install zstandard"), "Please pip install zstandard"),
+    ],
+)
+def test_a_data_set_that_cannot_be_had(
+    failure: Exception, reason: str, hub: dict, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    hub["rows"][WIKITEXT] = failure
+    with pytest.raises(ValueError) as caught:
+        draw(tokenizer, "wikitext2")
+    message = str(caught.value)
+    assert reason in message and "\n" not in message
+    assert message.startswith("the data set wikitext2 (Salesforce/wikitext) cannot be had: ")
+    assert message.endswith("use a local file: --calibration FILE")
+    with pytest.raises(ValueError, match="name a local file in its place"):
+        evaluation_text("wikitext2", tokenizer, 8)
+
+
+def test_a_data_set_that_does_not_parse(hub: dict, tokenizer: PreTrainedTokenizerFast) -> None:
+    failure = datasets.exceptions.DatasetGenerationError("An error occurred")
+    failure.__cause__ = ImportError("Please pip install zstandard")
+    hub["rows"][PILE] = failure
+    with pytest.raises(ValueError, match="had: ImportError: Please pip install zstandard;"):
+        draw(tokenizer, "pile")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "fine"}\n\n{"text"}\n', r"a.jsonl, line 3 is not JSON: "),
+        ("a.jsonl", [{"text": "fine"}, {"messages": CHATS[0]}], "row 2 has no text, but messages"),
+        (
+            "a.jsonl",
+            [{"prompt": "x", "answer": "y"}],
+            "row 1 has no text or messages, but prompt, a",
+        ),
+        ("a.jsonl", [{"text": None}], "row 1: text is a NoneType, no string"),
+        ("a.jsonl", [["text"]], "row 1 is a str, not an object"),
+        ("a.jsonl", [{"messages": ["hello"]}], "row 1: messages must be a list, each with a role"),
+        ("a.jsonl", [{"messages": []}], "row 1: messages must be a list, each with a role"),
+        ("a.parquet", [{"prompt": "x"}], "row 1 has no text or messages, but prompt"),
+        ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 text"),
+    ],
+)
+def test_files_that_cannot_be_read(
+    name: str,
+    content: bytes | str | list,
+    message: str,
+    write: Callable[..., str],
+    tokenizer: object,
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(tokenizer, write(name, content))
+
+
+def test_a_parquet_file_that_is_none(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"text")
+    with pytest.raises(ValueError, match="a.parquet is not a parquet file: ArrowInvalid"):
+        draw(tokenizer, str(tmp_path / "a.parquet"))
