@@ -1,0 +1,112 @@
+"""Folder to folder: quantize, dequantize, train, merge. Stopped anywhere, the same call goes on."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowbit.blocks import Event
+from lowbit.calibration import Calibration, TokenWindows, token_windows
+from lowbit.checkpoint import CheckpointReader, CheckpointWriter
+from lowbit.checkpoint.folder import write_folder
+from lowbit.checkpoint.reader import read_json
+from lowbit.convert import dequantize
+from lowbit.load import load_model
+from lowbit.methods import Method
+from lowbit.models.locate import locate
+from lowbit.models.skeleton import memory_names, unfuse_experts
+from lowbit.models.source import SourceModel
+from lowbit.models.tokenizer import load_tokenizer
+from lowbit.pipeline import RunOptions, quantize
+from lowbit.pipeline.options import choose_device
+from lowbit.preprocess.lora import LoRA, train
+from lowbit.version import __version__
+
+Log = Callable[[Event], None]
+MARK = "lowbit_preprocess"  # the key of config.json under which OUT says how it was made
+
+
+def preprocess(
+    model: str | Path,
+    out: str | Path,
+    first_pass: Method,
+    lora: LoRA,
+    calibration: Calibration | None = None,
+    on_event: Log = lambda event: None,
+    **options: Any,
+) -> Path:
+    """Writes the restored float model into the folder `out`, and returns that folder.
+
+    first_pass: how the model is quantized before it is restored; calibration: its text, and the
+    seed of everything. options: fields of `RunOptions`. Work is kept in `OUT.work` until `out` is
+    whole; its config.json says what was done. Raises ValueError for anything that the caller can
+    mend.
+    """
+    chosen, calibration = RunOptions(**options), calibration or Calibration()
+    folder, out = locate(model, chosen.trust_remote_code), Path(out)
+    if out.exists():
+        raise ValueError(f"{out} exists already: choose another folder, or remove it")
+    source = SourceModel(folder, chosen.allow_float, chosen.trust_remote_code)
+    windows = _windows(source, lora, calibration.seed, chosen)
+    made_by = {
+        "model": source.reader.digest(),
+        "first_pass": first_pass.signature(),
+        "calibration": calibration.model_dump(mode="json"),
+        "lora": lora.model_dump(mode="json"),
+        "text": windows.digest,
+        "device": choose_device(chosen.device).type,
+        "versions": {"lowbit": __version__, "torch": torch.__version__},
+    }
+    work = out.with_name(f"{out.name}.work")
+    with CheckpointWriter(work, made_by, 1, chosen.restart):
+        first, dense = work / "first", work / "dense"
+        stage = chosen.model_copy(update={"restart": False})
+        quantize(model, first, first_pass, calibration, on_event, **dict(stage))
+        if not dense.exists():
+            dequantize(first, dense, verify=False)
+        restored = _float_model(dense, chosen)
+        linears = [
+            f"{block}.{linear}"
+            for block in source.block_names
+            for group in source.groups(block)
+            for linear in group.linears
+        ]
+        on_event(Event("training", {"steps": lora.steps, "tokens": windows.tokens.numel()}))
+        state, seed = work / "trainer", calibration.seed
+        report = train(restored, linears, windows.tokens, lora, state, seed, on_event)
+        config = {**read_json(folder / "config.json"), MARK: {**made_by, "training": report}}
+        reader = CheckpointReader(dense)
+        write_folder(out, _shards(restored, reader), len(reader.files), config, folder)
+    shutil.rmtree(work, ignore_errors=True)
+    on_event(Event("done", {"out": str(out)}))
+    return out
+
+
+def _windows(source: SourceModel, lora: LoRA, seed: int, options: RunOptions) -> TokenWindows:
+    text = Calibration(
+        sources=lora.sources, samples=lora.windows, seqlen=lora.seqlen, seed=seed + 1
+    )
+    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
+    context = getattr(source.config, "max_position_embeddings", None)
+    return token_windows(text, tokenizer, context, options.cache)
+
+
+def _float_model(dense: Path, options: RunOptions) -> PreTrainedModel:
+    """Whole, in float32, one linear per matrix."""
+    model = load_model(dense, dtype=torch.float32, trust_remote_code=options.trust_remote_code)
+    unfuse_experts(model)
+    model.config.use_cache = False
+    return model.to(choose_device(options.device))  # type: ignore[arg-type]
+
+
+def _shards(model: PreTrainedModel, reader: CheckpointReader) -> Iterator[dict[str, Tensor]]:
+    """The model's tensors by their stock names, in the shards and dtypes of the dense folder."""
+    tensors = model.state_dict()
+    names = memory_names(model, reader.tensors)
+    for file in reader.files:
+        stored = {disk: info for disk, info in reader.tensors.items() if info.file == file}
+        yield {disk: tensors[names[disk]].to(info.dtype) for disk, info in stored.items()}

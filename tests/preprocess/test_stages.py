@@ -1,0 +1,95 @@
+"""Folder to folder: what comes out, what it says of itself, and a run that is stopped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+import torch
+from transformers import AutoModelForCausalLM
+
+from lowbit.blocks import Event
+from lowbit.checkpoint import CheckpointReader
+from lowbit.convert import dequantize
+from lowbit.methods import RTN
+from lowbit.preprocess import LoRA, preprocess
+
+SMALL: dict[str, Any] = {"rank": 4, "alpha": 8, "seqlen": 16, "batch": 2}
+STEPS = {"steps": 4, "save_every": 2}
+FIRST = RTN(bits=2, group_size=16)
+
+
+def restore(model: Path, out: Path, log: Any = lambda event: None, **changes: Any) -> Path:
+    lora = LoRA(**SMALL | STEPS | {"sources": (quantized.text(),), "learning_rate": 0.01} | changes)
+    return preprocess(model, out, FIRST, lora, quantized.calibration(), log, device="cpu")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(folder)
+    return reader.read(reader.tensors)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral", "falcon 40b"])
+def test_a_float_model_with_its_stock_names_comes_out(tmp_path: Path, name: str) -> None:
+    source = quantized.source(name, torch.bfloat16)
+    events: list[Event] = []
+    out = restore(source, tmp_path / "out", events.append, steps=8, learning_rate=0.02)
+    found, wanted = CheckpointReader(out).tensors, CheckpointReader(source).tensors
+    assert {n: (t.shape, t.dtype) for n, t in found.items()} == {
+        n: (t.shape, t.dtype) for n, t in wanted.items()
+    }
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+    losses = [event.data["loss"] for event in events if event.kind == "step"]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    said = json.loads((out / "config.json").read_text())["lowbit_preprocess"]
+    assert said["first_pass"] == FIRST.signature()
+    assert said["training"]["tokens_seen"] == 8 * 2 * 2 * 16 and said["training"]["packed"]
+    assert not (tmp_path / "out.work").exists()
+    again = quantized.quantize(out, tmp_path / "again")
+    assert json.loads((again / "config.json").read_text())["lowbit_preprocess"] == said
+
+
+def test_only_targets_change(tmp_path: Path) -> None:
+    source = quantized.source()
+    out = weights(restore(source, tmp_path / "out", targets=("q_proj", "mlp.up_proj")))
+    first = quantized.quantize(source, tmp_path / "first", FIRST)
+    for name, tensor in weights(dequantize(first, tmp_path / "dense")).items():
+        target = "q_proj" in name or "up_proj" in name
+        assert torch.equal(out[name], tensor) != target, name
+
+
+@pytest.mark.parametrize("moment", ["block", "training", 1, 3])
+def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(
+    tmp_path: Path, moment: str | int
+) -> None:
+    def stop(event: Event) -> None:
+        if moment in (event.kind, event.data.get("step")):
+            raise KeyboardInterrupt
+
+    source = quantized.source()
+    wanted = restore(source, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        restore(source, tmp_path / "out", stop)
+    assert not (tmp_path / "out").exists()
+    steps: list[int] = []
+    restore(source, tmp_path / "out", lambda e: steps.append(e.data.get("step", 0)))
+    assert weights(tmp_path / "out").keys() == weights(wanted).keys()
+    for name, tensor in weights(wanted).items():
+        assert torch.equal(weights(tmp_path / "out")[name], tensor), name
+    assert (1 in steps) == (moment != 3)
+
+
+def test_a_changed_run_is_refused_and_an_existing_folder_too(tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if event.kind == "training":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        restore(quantized.source(), tmp_path / "out", stop)
+    with pytest.raises(ValueError, match="out.work holds a run that differs in lora"):
+        restore(quantized.source(), tmp_path / "out", rank=2)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="there exists already"):
+        restore(quantized.source(), tmp_path / "there")
