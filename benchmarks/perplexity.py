@@ -3,10 +3,11 @@
     python benchmarks/perplexity.py [--models DIR ...] [--data DIR] [--limit N] [--only NAME]
 
 Every model folder below the given directories (and the carried models) is quantized with rtn, GPTQ
-and OmniQuant at 4, 3 and 2 bits, per channel and in groups of 128 and 64, and measured on held-back
-stories and, with --data, on WikiText-2's test text. OmniQuant has the paper's learning rates and
-starts from searched scales and clips (`init: awq`); LET is learned where the original scripts do so
-(OPT). Calibration is on stories that are in no evaluation text.
+and OmniQuant at 4, 3 and 2 bits, per channel and in groups of 128 and 64, and with every codebook
+of QuIP# (E8P12 also trained after rounding), and measured on held-back stories and, with --data, on
+WikiText-2's test text. OmniQuant has the paper's learning rates and starts from searched scales and
+clips (`init: awq`); LET is learned where the original scripts do so (OPT). Calibration is on
+stories that are in no evaluation text.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from rich.table import Table
 
 import lowbit
 from lowbit.eval import EvalOptions, evaluate
-from lowbit.methods import GPTQ, RTN, Method, OmniQuant
+from lowbit.methods import GPTQ, RTN, Method, OmniQuant, QuIP
 from lowbit.models import family_name
 from lowbit.models.quiet import quiet
 
@@ -28,6 +29,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 STORIES = EXAMPLES / "text" / "held_back_stories.txt"
 CALIBRATION = EXAMPLES / "text" / "calibration_stories.txt"
 WIKITEXT = Path("text") / "wikitext2-raw" / "wiki.test.raw"
+CODEBOOKS = ("E8P12", "D4", "HI", "E8P12RVQ3B", "E8P12RVQ4B")
 GRIDS = [(bits, size) for bits in (4, 3, 2) for size in (None, 128, 64)]
 SEQLEN = 256
 SAMPLES = 16
@@ -48,8 +50,18 @@ def methods_for(bits: int, group_size: int | None, family: str) -> dict[str, Met
     return {f"{method} {name}": settings for method, settings in methods.items()}
 
 
+def all_methods(family: str) -> dict[str, Method]:
+    methods: dict[str, Method] = {}
+    for bits, group_size in GRIDS:
+        methods |= methods_for(bits, group_size, family)
+    for codebook in CODEBOOKS:
+        methods[f"quip {codebook}"] = QuIP(codebook=codebook)
+    methods["quip+tuning E8P12"] = QuIP(finetune_epochs=EPOCHS)
+    return methods
+
+
 def measure(model: Path, texts: list[Path], limit: int | None, only: str) -> list[dict[str, str]]:
-    """The rows of one model for results.csv."""
+    """The rows of one model, each put into results.csv as soon as it is known."""
     options = EvalOptions(texts=tuple(map(str, texts)), seqlen=SEQLEN, limit=limit)
     calibration = lowbit.Calibration(sources=(str(CALIBRATION),), samples=SAMPLES, seqlen=SEQLEN)
     rows: list[dict[str, str]] = []
@@ -66,17 +78,17 @@ def measure(model: Path, texts: list[Path], limit: int | None, only: str) -> lis
             case = f"{model.name} | {name} | {Path(text).stem}"
             row = {"case": case, "metric": "perplexity", "value": f"{value:.4f}", "unit": ""}
             rows.append(row | {"notes": notes})
+            append("perplexity", rows[-1:])
 
     record("float", model, 0.0)
-    for bits, group_size in GRIDS:
-        for name, method in methods_for(bits, group_size, family_name(model)).items():
-            if only not in name:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                started = time.perf_counter()
-                lowbit.quantize(model, folder, method, calibration)
-                record(name, Path(folder), time.perf_counter() - started)
-                print(rows[-1]["case"], rows[-1]["value"], flush=True)
+    for name, method in all_methods(family_name(model)).items():
+        if only not in name:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            lowbit.quantize(model, folder, method, calibration)
+            record(name, Path(folder), time.perf_counter() - started)
+            print(rows[-1]["case"], rows[-1]["value"], flush=True)
     return rows
 
 
@@ -96,7 +108,6 @@ def main() -> None:
     table = Table("case", "perplexity", "notes")
     for model in models:
         rows = measure(model, texts, args.limit, args.only)
-        append("perplexity", rows)
         for row in rows:
             table.add_row(row["case"], row["value"], row["notes"])
     Console(width=160).print(table)

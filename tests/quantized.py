@@ -23,12 +23,15 @@ import lowbit
 from lowbit.calibration import Calibration
 from lowbit.checkpoint import file_sha256
 from lowbit.checkpoint.verify import config_digest
-from lowbit.methods import RTN, Method, OmniQuant
+from lowbit.methods import GPTQ, RTN, MatQuant, Method, OmniQuant, QuIP
 
 SAMPLES, SEQLEN = 2, 16
 METHODS: dict[str, Method] = {
     "rtn": RTN(bits=4, group_size=16),
     "omniquant": OmniQuant(bits=3, group_size=16, let=True, epochs=1, min_tokens=8),
+    "matquant": MatQuant(group_size=16, let=True, epochs=1, min_tokens=8),
+    "gptq": GPTQ(bits=3, group_size=16, min_tokens=8),
+    "quip": QuIP(codebook="HI", scale=2.9, row_scale="always", tune_iters=0, min_tokens=8),
 }
 # Recurrent blocks: a convolution and 3-D parameters, which no group holds.
 RECURRENT = {"block_types": ("recurrent", "attention"), "attention_window_size": 8}

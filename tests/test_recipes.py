@@ -4,7 +4,7 @@ import pytest
 
 from lowbit.calibration import Calibration
 from lowbit.calibration.windows import LONGEST_DEFAULT
-from lowbit.methods import METHODS, RTN, OmniQuant
+from lowbit.methods import METHODS, PTQ161, RTN, OmniQuant
 from lowbit.models import FAMILIES
 from lowbit.recipes import load_recipe, recipe_names
 
@@ -69,6 +69,27 @@ def test_omniquant_as_published(family, bits, group_size, epochs, flags):
     assert calibration.seqlen is None and LONGEST_DEFAULT == 2048
 
 
+# The scripts for activations: (let_lr, alpha) where they are not 5e-3 and 0.5. Of Llama 1 and 2,
+# which differ at 4 bits, those of Llama 2. There are none for 8 bits: as for 6.
+LLAMA_ACTIVATIONS = {4: (1e-3, 0.75), 6: (5e-3, 0.5), 8: (5e-3, 0.5)}
+ACTIVATIONS = dict.fromkeys(PUBLISHED, LLAMA_ACTIVATIONS) | {
+    "opt": LLAMA_ACTIVATIONS | {4: (5e-3, 0.75)}
+}
+
+
+@pytest.mark.parametrize("bits", LLAMA_ACTIVATIONS)
+@pytest.mark.parametrize("family", ACTIVATIONS)
+def test_omniquant_with_activations_as_published(family, bits):
+    recipe = load_recipe(f"omniquant-w{bits}a{bits}")
+    assert recipe.method == "omniquant"
+    let_lr, alpha = ACTIVATIONS[family][bits]
+    wanted = OmniQuant(
+        bits=bits, activation_bits=bits, let=True, epochs=20, let_lr=let_lr, alpha=alpha
+    )
+    assert OmniQuant(**recipe.settings(family)) == wanted
+    assert (recipe.calibration.sources, recipe.calibration.samples) == (("wikitext2",), 128)
+
+
 def test_every_family_has_a_row_in_the_table():
     assert PUBLISHED.keys() == {family.name for family in FAMILIES.values()} | {"discovered"}
 
@@ -78,6 +99,14 @@ def test_rtn(grid):
     recipe = load_recipe(name_of("rtn", *grid))
     assert recipe.method == "rtn"
     assert RTN(**recipe.settings("llama")) == RTN(bits=grid[0], group_size=grid[1])
+
+
+@pytest.mark.parametrize(("name", "init", "epochs"), [("", "reference", 20), ("-fast", "als", 0)])
+def test_ptq161(name, init, epochs):
+    recipe = load_recipe(f"ptq161{name}")
+    found = PTQ161(**recipe.settings("llama"))
+    assert found == PTQ161(salient_ratio=0.2, init=init, epochs=epochs)
+    assert recipe.calibration.samples == 128 and recipe.calibration.sources == ("wikitext2",)
 
 
 @pytest.mark.parametrize("name", recipe_names())

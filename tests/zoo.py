@@ -26,6 +26,7 @@ MODELS = Path(__file__).parents[1] / "examples" / "models"
 VOCABULARY = 101
 TOKENS = 23  # more than WINDOW, and even with no block size
 WINDOW = 8
+WIDTHS = tuple("8765432")  # the streams of what is sliced
 
 SIZES = {
     "hidden_size": 48,
@@ -181,7 +182,7 @@ def tokens(seed: int = 0, rows: int = 2, length: int = TOKENS) -> Tensor:
 def task(
     name: str, block: int = 0, batches: int = 3, length: int = TOKENS, noise: float = 0.02
 ) -> BlockTask:
-    """What a method is given; the quantized stream differs from the float one by some noise."""
+    """What a method is given; the quantized streams differ from the float one by some noise."""
     model = source(name)
     hidden, kwargs = model.capture([tokens(i, length=length) for i in range(batches)])
     block_name = model.block_names[block]
@@ -192,9 +193,11 @@ def task(
         block=model.load_block(block_name),
         groups=model.groups(block_name),
         folds=model.folds(block_name),
-        streams={"float": Stream(hidden, kwargs[block]), "quantized": Stream(noisy, kwargs[block])},
+        streams={"float": Stream(hidden, kwargs[block])}
+        | dict.fromkeys(("quantized", *WIDTHS), Stream(noisy, kwargs[block])),
         generator=torch.Generator().manual_seed(0),
         log=lambda event: None,
+        attentions=model.attentions(block_name),
     )
 
 

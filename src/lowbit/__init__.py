@@ -7,9 +7,20 @@ Importing it also teaches transformers to load what it writes.
 """
 
 from lowbit import methods
+from lowbit.auto_quip import QuipQuantizer, load_quantized_model
 from lowbit.calibration import Calibration
+from lowbit.formats.nested.widths import set_bits
 from lowbit.load import load
 from lowbit.pipeline import quantize
 from lowbit.version import __version__
 
-__all__ = ["Calibration", "__version__", "load", "methods", "quantize"]
+__all__ = [
+    "Calibration",
+    "QuipQuantizer",
+    "__version__",
+    "load",
+    "load_quantized_model",
+    "methods",
+    "quantize",
+    "set_bits",
+]

@@ -7,15 +7,16 @@ device_map. Everything is checked before the first weight is read.
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers import (
     HfQuantizer,
     register_quantization_config,
@@ -24,12 +25,20 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoint import CheckpointReader, QuantizedFolder
-from lowbit.checkpoint.verify import quantization_section, quantized_entries, read_config
-from lowbit.formats import build
+from lowbit.checkpoint.verify import (
+    quantization_section,
+    quantized_entries,
+    read_config,
+    rounded_attentions,
+)
+from lowbit.formats import build, link
 from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.nested import NestedLinear, slice_tensors
+from lowbit.formats.nested.widths import Plan, sliced_entries
+from lowbit.models.attention import round_attentions
 from lowbit.models.locate import locate
 from lowbit.models.skeleton import memory_names, unfuse_experts
-from lowbit.models.source import load_config
+from lowbit.models.streamed import StreamedModel, load_config
 from lowbit.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -42,17 +51,20 @@ def load(
     dtype: torch.dtype | str | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
+    bits: Plan | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer) of a quantized or a float folder, or of a hub id.
 
     device_map: as transformers takes it; None: everything on the CPU. dtype: of all that is not
     quantized; None: float32 on the CPU (half precision there is hundreds of times slower), else the
-    checkpoint's own. verify=False skips the hashes, not the shapes. Raises ValueError that names
-    the file or tensor that is wrong.
+    checkpoint's own. verify=False skips the hashes, not the shapes. bits: of a folder that MatQuant
+    made, only these slices are kept, cut while it is read: one width, {name or pattern: width}, or
+    the path of a YAML file of that; None: the 8-bit codes, for `set_bits`. Raises ValueError that
+    names the file or tensor that is wrong.
     """
     folder = locate(model, trust_remote_code)
     return (
-        load_model(folder, device_map, dtype, verify, trust_remote_code),
+        load_model(folder, device_map, dtype, verify, trust_remote_code, bits),
         load_tokenizer(folder, trust_remote_code),
     )
 
@@ -63,15 +75,23 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
+    bits: Plan | None = None,
 ) -> PreTrainedModel:
     """The model alone; see `load`."""
     section = read_config(folder).get("quantization_config")
     verified = None
     if isinstance(section, dict) and section.get("quant_method") == "lowbit":
         QuantizedFolder(folder).verify(hashes=verify)
-        verified = VerifiedSection(section)
+        verified = VerifiedSection(section, bits)
+    elif bits is not None:
+        raise ValueError(f"{folder} is a float model: bits is for what lowbit has quantized")
     else:
         check_float(folder)
+    if bits is not None and "disk" in _places(device_map):
+        raise ValueError(
+            f"{folder}: slices are cut in memory; to have layers on the disk, write a folder of "
+            "the slice first"
+        )
     with _refused(folder):
         config = load_config(folder, trust_remote_code)
         if verified is not None:
@@ -88,6 +108,26 @@ def load_model(
         if report["missing_keys"]:  # transformers has invented them
             raise ValueError(f"tensor {min(report['missing_keys'])} is missing")
     return model
+
+
+def stream(folder: Path, trust_remote_code: bool = False) -> StreamedModel:
+    """The model of a float or a quantized folder, to be run block by block in float32.
+
+    Raises ValueError that names the file or tensor that is wrong.
+    """
+    section = read_config(folder).get("quantization_config")
+    config = load_config(folder, trust_remote_code)
+    if section is None:
+        check_float(folder)
+        return StreamedModel(folder, config, trust_remote_code)
+    quantized = QuantizedFolder(folder)
+    quantized.verify()
+
+    def prepare(model: PreTrainedModel) -> None:
+        replace_linears(model, quantized.entries)
+        mark_attentions(model, quantized.attention)
+
+    return StreamedModel(folder, config, trust_remote_code, prepare)
 
 
 @contextmanager
@@ -113,7 +153,14 @@ def check_float(folder: Path) -> None:
 
 
 class VerifiedSection(dict[str, Any]):
-    """A quantization_config whose folder `load_model` has verified; no file can claim that."""
+    """A quantization_config whose folder `load_model` has verified; no file can claim that.
+
+    bits: what `load` was told to slice.
+    """
+
+    def __init__(self, section: dict[str, Any], bits: Plan | None = None) -> None:
+        super().__init__(section)
+        self.bits = bits
 
 
 @register_quantization_config("lowbit")
@@ -143,6 +190,7 @@ class LowbitQuantizer(HfQuantizer):
 
     requires_calibration = True  # only checkpoints that lowbit has quantized
     quantization_config: LowbitConfig
+    sliced: dict[str, dict[str, Any]] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.on_cpu = _on_cpu(kwargs.get("device_map"))
@@ -164,15 +212,24 @@ class LowbitQuantizer(HfQuantizer):
             if not isinstance(section, VerifiedSection):
                 folder.verify()
             check_files(files, folder)
-            entries, marker = folder.entries, folder.marker
+            entries, attention, marker = folder.entries, folder.attention, folder.marker
+            self.sliced = slices_of(folder, getattr(section, "bits", None))
+            entries = entries | self.sliced
         else:
             entries, marker = quantized_entries(section, "the model"), section["marker"]
+            attention = rounded_attentions(section, "the model")
         replace_linears(model, entries)
+        mark_attentions(model, attention)
         ignored = re.escape(memory_names(model, [marker])[marker])
         unexpected = model._keys_to_ignore_on_load_unexpected or set()
         model._keys_to_ignore_on_load_unexpected = {*unexpected, f"^{ignored}$"}
         if files:
-            check_complete(model, folder)
+            check_complete(model, folder, self.sliced)
+
+    def get_weight_conversions(self) -> list[WeightTransform]:
+        # On the CPU, so that a GPU never holds more than the slices.
+        cut = WeightConverter([r"\.master$"], [".packed"], [CutSlice()], force_cpu=True)
+        return [cut] if self.sliced else []
 
     def is_serializable(self) -> bool:
         """No: the folder itself is the serialized form, with its hashes."""
@@ -184,11 +241,39 @@ class LowbitQuantizer(HfQuantizer):
         return False
 
 
+class CutSlice(ConversionOps):
+    """Cuts a layer's slice as soon as its master is read, which is then let go."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, list[Tensor]]:
+        ((master,),) = input_dict.values()
+        layer = kwargs["model"].get_submodule(kwargs["full_layer_name"].rpartition(".")[0])
+        assert isinstance(layer, NestedLinear)
+        return {f".{key}": [tensor] for key, tensor in slice_tensors(layer.spec, master).items()}
+
+
+def slices_of(folder: QuantizedFolder, bits: Plan | None) -> dict[str, dict[str, Any]]:
+    """Entries of the slices that are loaded instead of the folder's masters, by name on disk."""
+    if bits is None:
+        return {}
+
+    def master(name: str) -> Tensor:
+        return folder.reader.read([f"{name}.master"])[f"{name}.master"]
+
+    return sliced_entries(folder.entries, bits, master)
+
+
 def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) -> None:
     """Puts an empty QuantizedLinear where each entry says; ValueError where one does not fit."""
     weights = {f"{name}.weight": entry for name, entry in entries.items()}
     unfuse_experts(model, only=memory_names(model, weights).values())
     in_memory = memory_names(model, weights)
+    made: dict[str, QuantizedLinear] = {}
     for weight, entry in weights.items():
         name = in_memory[weight].removesuffix(".weight")
         try:
@@ -198,7 +283,7 @@ def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) 
                 f"config.json quantizes {name}, which this model does not have"
             ) from None
         with torch.device("meta"):
-            new = build(entry)
+            new = made[weight.removesuffix(".weight")] = build(entry)
         _check_fits(name, old, new)
         path, _, attribute = name.rpartition(".")
         parent = model.get_submodule(path)
@@ -206,6 +291,14 @@ def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) 
         if not any(True for _ in parent.buffers(recurse=False)):
             # Every tensor comes from the folder; some initialisers would look for LINEAR.weight.
             parent._is_hf_initialized = True  # type: ignore[assignment]
+    link(made)
+
+
+def mark_attentions(model: PreTrainedModel, attention: dict[str, dict[str, Any]]) -> None:
+    """Makes attentions round what they read, by name on disk; ValueError where one cannot."""
+    inside = memory_names(model, [f"{name}.rounding" for name in attention])
+    by_memory = {inside[f"{name}.rounding"].removesuffix(".rounding"): name for name in attention}
+    round_attentions(model, {memory: attention[name] for memory, name in by_memory.items()})
 
 
 def _check_fits(name: str, old: nn.Module, new: QuantizedLinear) -> None:
@@ -231,12 +324,23 @@ def check_files(files: Sequence[str], folder: QuantizedFolder) -> None:
         )
 
 
-def check_complete(model: PreTrainedModel, folder: QuantizedFolder) -> None:
-    """Every tensor that the model needs is there in its shape; transformers would invent it."""
+def check_complete(
+    model: PreTrainedModel, folder: QuantizedFolder, sliced: Collection[str] = ()
+) -> None:
+    """Every tensor that the model needs is there in its shape; transformers would invent it.
+
+    sliced: layers, by name on disk, of which a slice is made from the master that is there.
+    """
+    model = deepcopy(model)  # on meta
+    unfuse_experts(model)  # those that are all float and that transformers will join
     names = memory_names(model, folder.reader.tensors)
     present = {memory: folder.reader.tensors[disk] for disk, memory in names.items()}
+    masters = [names[f"{name}.master"].removesuffix("master") for name in sliced]
+    cut = {f"{master}{part}" for master in masters for part in ("packed", "overflow")}
     tied = getattr(model, "all_tied_weights_keys", {})
     for name, tensor in model.state_dict().items():
+        if name in cut:
+            continue
         twins = {tied.get(name, name), *(t for t, s in tied.items() if s == tied.get(name, name))}
         if name not in present and not any(twin in present for twin in twins):
             raise ValueError(f"{folder.folder}: tensor {name} is missing")
@@ -252,8 +356,12 @@ def check_complete(model: PreTrainedModel, folder: QuantizedFolder) -> None:
 
 def _on_cpu(device_map: Any) -> bool:
     """Whether a device_map keeps everything on the CPU (or on disk, to be computed there)."""
-    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    places = _places(device_map)
     automatic = ("auto", "balanced", "balanced_low_0", "sequential")
     if any(place in automatic for place in places if isinstance(place, str)):
         return not torch.cuda.is_available()
     return all(place is None or str(place) in ("cpu", "disk") for place in places)
+
+
+def _places(device_map: Any) -> list[Any]:
+    return list(device_map.values()) if isinstance(device_map, dict) else [device_map]

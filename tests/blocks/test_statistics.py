@@ -19,6 +19,8 @@ def assert_equal(found: ChannelStatistics, rows: Tensor) -> None:
     ):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-7)
+    deviation = rows.double().abs().std(0, correction=0)
+    torch.testing.assert_close(found.deviation.double(), deviation, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -29,6 +31,36 @@ def test_pieces_of_any_size_add_up(dtype: torch.dtype) -> None:
     for piece in (rows[:1], rows[1:51], rows[51:51], rows[51:89].view(2, 19, 5), rows[89:]):
         statistics.update(piece)
     assert_equal(statistics, rows.float())
+
+
+def test_extremes_have_their_signs() -> None:
+    statistics = ChannelStatistics.empty(3, torch.device("cpu"))
+    for piece in ([[1.0, -2, 5], [3, -1, 4]], [[2.0, -3, -1]]):
+        statistics.update(torch.tensor(piece))
+    assert statistics.low.tolist() == [1, -3, -1] and statistics.high.tolist() == [3, -1, 5]
+
+
+def test_the_place_of_the_largest() -> None:
+    statistics = ChannelStatistics.empty(3, torch.device("cpu"))
+    rows = torch.zeros(2, 5, 3)
+    rows[1, 3, 0] = -2
+    rows[0, 4, 1] = 1
+    statistics.update(rows)
+    assert statistics.position.tolist() == [3, 4, 0]
+    later = torch.zeros(1, 5, 3)
+    later[0, 1] = torch.tensor([1.0, 3.0, 0.5])
+    statistics.update(later)
+    assert statistics.position.tolist() == [3, 1, 1]
+
+
+def test_divided() -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows, scale = torch.randn(30, 4, generator=draw), torch.tensor([0.5, 1.0, 2.0, 8.0])
+    whole, parts = (ChannelStatistics.empty(4, torch.device("cpu")) for _ in range(2))
+    whole.update(rows)
+    parts.update(rows / scale)
+    assert_equal(whole.divided(scale), rows / scale)
+    assert torch.equal(whole.divided(scale).position, parts.position)
 
 
 def test_nothing_seen() -> None:

@@ -68,3 +68,23 @@ def test_ranges_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["a{b}.0", "{}", "{0}", "a{0-1", "{0-1}{", "{0-1}{b.c}", "{-1-2}"])
 def test_other_braces_mean_nothing(name: str) -> None:
     assert set(expand({name: {}})) == {name.replace("{0-1}", n) for n in "01"}
+
+
+def test_what_layers_share_is_named_once_too() -> None:
+    names = [f"model.layers.{i}.experts.{j}" for i in range(3) for j in range(2)]
+    entries = {f"{name}.w1": {"shares": None} for name in names}
+    entries |= {f"{name}.w3": {"shares": f"{name}.w1"} for name in names}
+    assert collapse(entries) == {
+        "model.layers.{0-2}.experts.{0-1}.w1": {"shares": None},
+        "model.layers.{0-2}.experts.{0-1}.w3": {"shares": "model.layers.{}.experts.{}.w1"},
+    }
+    assert expand(collapse(entries)) == entries
+    entries["model.layers.1.experts.0.w3"] = {"shares": "model.layers.0.experts.0.w1"}
+    assert expand(collapse(entries)) == entries and len(collapse(entries)) == 7
+    blocks = {f"h.{i}.down": {"shares": f"h.{i}.up"} for i in range(3)}
+    assert collapse(blocks) == {"h.{0-2}.down": {"shares": "h.{}.up"}}
+
+
+def test_more_numbers_to_share_than_there_are() -> None:
+    with pytest.raises(ValueError, match=r"'h.1.up' has 1 numbers, but shares 'h.{}.{}.down'"):
+        expand({"h.1.up": {"shares": "h.{}.{}.down"}})

@@ -7,7 +7,6 @@ import pytest
 from zoo import MODELS
 
 from lowbit.checkpoint.output import size_of
-from lowbit.cli.evaluate import short_names
 
 MODEL = MODELS / "llama-mini"
 
@@ -58,6 +57,32 @@ def test_per_document_is_named(lowbit, tmp_path):
     assert row["per_document"] is True and math.isfinite(row["perplexity"][str(text)])
 
 
+def test_reference_and_tasks(lowbit, rtn, story, tmp_path):
+    (tmp_path / "piqa").mkdir()
+    row = {"goal": "warm up", "sol1": "sit by the fire", "sol2": "sit on ice", "label": 0}
+    (tmp_path / "piqa" / "validation.jsonl").write_text(3 * f"{json.dumps(row)}\n")
+    file = tmp_path / "numbers.json"
+    text = ("--text", story, "--seqlen", 64, "--limit", 2, "--reference", MODEL)
+    tasks = ("--tasks-dir", tmp_path, "--tasks", "piqa", "--task-limit", 2, "--json", file)
+    result = lowbit("eval", MODEL, rtn, *text, *tasks)
+    whole, small = json.loads(file.read_text()).values()
+    assert whole["divergence"] == {str(story): {"kl": 0.0, "agreement": 1.0, "tokens": 126}}
+    assert 0 < small["divergence"][str(story)]["kl"] < 1 and small["reference"] == str(MODEL)
+    assert small["tasks"]["local_piqa"]["rows"] == 2 and whole["tasks"].keys() == {"local_piqa"}
+    assert "100.0 %" in result.stdout and "2 of 3" in result.stdout
+    assert f"local rows of {tmp_path}" in result.stdout
+    assert result.stderr == ""
+
+
+def test_tasks_without_a_text(lowbit, tmp_path):
+    (tmp_path / "lambada_openai").mkdir()
+    row = {"context": "Once upon a", "continuation": "time"}
+    (tmp_path / "lambada_openai" / "test.jsonl").write_text(json.dumps(row))
+    lines = lowbit("eval", MODEL, "--text", "none", "--tasks-dir", tmp_path).stdout.splitlines()
+    assert "perplexity" not in "".join(lines)
+    assert "llama-mini  acc" in "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -68,6 +93,12 @@ def test_per_document_is_named(lowbit, tmp_path):
         (("--json", "/nowhere/x.json"), "--json /nowhere/x.json: that is a folder, or in a folder"),
         (("--json", "/"), "--json /: that is a folder"),
         (("--device", "gpu"), "'gpu' is not known"),
+        (("--text", "none"), "there is nothing to measure: name a text or tasks"),
+        (("--text", "none", "--reference", MODEL, "--tasks", "piqa"), "measured on a text"),
+        (("--text", "none", "--text", "c4"), "--text none means no text at all"),
+        (("--task-limit", "3"), "--task-limit and --few-shot are for --tasks"),
+        (("--tasks", ","), "--tasks ',' names no task"),
+        (("--tasks-dir", "nowhere"), "nowhere holds no tasks: it must have TASK/*.jsonl"),
     ],
 )
 def test_mistakes(lowbit, story, options, sentence):
@@ -75,9 +106,3 @@ def test_mistakes(lowbit, story, options, sentence):
     result = lowbit("eval", MODEL, *text, *options, code=1)
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert sentence in result.stderr and result.stdout == ""
-
-
-def test_short_names():
-    assert short_names(["a/m", "b/n", "owner/p"]) == ["m", "n", "p"]
-    assert short_names(["a/m", "b/m"]) == ["a/m", "b/m"]
-    assert short_names([".", ".."]) == [".", ".."]

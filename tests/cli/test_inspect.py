@@ -36,6 +36,19 @@ def test_totals_and_provenance(lowbit, learned, story):
     assert facts["seed"] == "0" and "torch" in text and facts["device"] == "cpu"
 
 
+def test_rounded_activations(lowbit, story, tmp_path):
+    options = ["--set", "activation_bits=6", "--set", "epochs=0"]
+    text = ["--calibration", story, "--samples", "2", "--seqlen", "32"]
+    lowbit("quantize", MODEL, tmp_path / "out", "--method", "omniquant", *options, *text)
+    lines = lowbit("inspect", tmp_path / "out").stdout.splitlines()
+    assert lines[1].split() == ["layer", "format", "bits", "group", "bits", "size", "bits", "dB"]
+    assert {tuple(line.split()[1:5]) for line in lines[HEADER : HEADER + BLOCKS * LINEARS]} == {
+        ("uniform", "4", "row", "6")
+    }
+    said = next(line for line in lines if line.startswith("attention"))
+    assert said.split(maxsplit=1)[1] == f"queries, keys and values of {BLOCKS} at 6 bits"
+
+
 def test_brief(lowbit, rtn):
     full = [line.split() for line in lowbit("inspect", rtn).stdout.splitlines()]
     rows = lowbit("inspect", rtn, "--brief").stdout.splitlines()[HEADER : HEADER + LINEARS]

@@ -76,6 +76,17 @@ def test_an_estimate_counts_the_blocks_of_this_run_only(clock):
     assert file.seen.endswith("about 1 min 00 s left\n")
 
 
+def test_a_rehearsal():
+    file = Flushed()
+    found = {"linears": 4.125, "bytes": 3_370_000, "memory": 1.5e9, "seconds": 4000.0}
+    with RunProgress(Console(file=file)) as drawn:
+        drawn(Event("rehearsal", {"blocks": 12}))
+        assert drawn.bar.tasks[0].description == "rehearsing a block"
+        drawn(Event("rehearsed", found))
+    line = "4.12 bits per weight in the linears, 3.37 MB, 1.5 GB of memory, about 1 h 06 min"
+    assert file.seen == f"rehearsed: {line}\n"
+
+
 def test_warnings_name_their_block():
     file = Flushed()
     with RunProgress(Console(file=file)) as drawn:

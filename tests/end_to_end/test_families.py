@@ -18,7 +18,7 @@ from lowbit.checkpoint import CheckpointReader, QuantizedFolder
 from lowbit.formats.base import QuantizedLinear
 from lowbit.methods import OmniQuant
 from lowbit.models.source import SourceModel
-from lowbit.pipeline import run
+from lowbit.pipeline.job import Job
 
 DISCOVERED = [name for name in zoo.STRANGERS if name != "gpt2"]
 STARVING = OmniQuant(bits=3, group_size=16, epochs=1, min_tokens=12)
@@ -58,20 +58,20 @@ def test_what_is_saved_is_what_ran(
     tokens: list[Tensor] = []
     entered: list[Tensor] = []
     left: list[Tensor] = []
-    capture, quantize_block = SourceModel.capture, run._Run._quantize_block
+    inputs, quantize_block = SourceModel.inputs, Job.quantize_block
 
-    def spy_capture(self: SourceModel, batches: Any) -> Any:
+    def spy_inputs(self: SourceModel, batches: Any) -> Any:
         tokens.extend(batches)
-        return capture(self, batches)
+        return inputs(self, batches)
 
-    def spy_block(self: Any, writer: Any, index: int, block: Any, streams: Any) -> BlockResult:
+    def spy_block(self: Any, w: Any, index: int, block: Any, streams: Any, log: Any) -> BlockResult:
         entered.extend(batch.hidden.clone() for batch in streams["quantized"])
         with torch.no_grad():
             left.extend(call_block(block, batch) for batch in streams["float"])
-        return quantize_block(self, writer, index, block, streams)
+        return quantize_block(self, w, index, block, streams, log)
 
-    monkeypatch.setattr(SourceModel, "capture", spy_capture)
-    monkeypatch.setattr(run._Run, "_quantize_block", spy_block)
+    monkeypatch.setattr(SourceModel, "inputs", spy_inputs)
+    monkeypatch.setattr(Job, "quantize_block", spy_block)
     model = quantized.source(name, dtype)
     out = quantized.quantize(model, tmp_path / "out", "omniquant")
     blocks = SourceModel(model).block_names
@@ -127,7 +127,8 @@ def test_an_expert_that_saw_too_little_is_named(tmp_path: Path) -> None:
         for group, tokens in facts["tokens"].items():
             parts = {"input": ("w1", "w3"), "output": ("w2",)}[group.rpartition(".")[2]]
             if tokens < STARVING.min_tokens:
-                names = [f"{block}.{group.rpartition('.')[0]}.{part}" for part in parts]
+                expert = group.rpartition(".")[0].replace("mlp", "block_sparse_moe")  # on disk
+                names = [f"{block}.{expert}.{part}" for part in parts]
                 said = f"rounded to nearest: it saw only {tokens} calibration tokens"
                 wanted |= dict.fromkeys(names, said)
     given_up = {n: t for n, t in report["given_up"].items() if ".experts." in n}

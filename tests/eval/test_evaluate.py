@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import zoo
+from quantized import source as letters  # its tokens are characters
 
 import lowbit
-from lowbit.eval import EvalOptions, evaluate
+from lowbit.eval import EvalOptions, TaskOptions, evaluate
 
 LLAMA = zoo.MODELS / "llama-mini"
 STORIES = Path(__file__).parents[2] / "examples" / "text" / "held_back_stories.txt"
@@ -52,3 +54,51 @@ def test_models_of_different_contexts_need_one_seqlen(tmp_path: Path) -> None:
     (short / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="name one --seqlen for all"):
         evaluate([LLAMA, short], EvalOptions(texts=(str(STORIES),), limit=1))
+
+
+@pytest.mark.parametrize("per_document", [False, True])
+def test_a_reference_changes_nothing_but_adds_divergence(
+    quantized: Path, per_document: bool, tmp_path: Path
+) -> None:
+    texts = tuple(str(tmp_path / name) for name in ("a.txt", "b.txt"))
+    for text, start in zip(texts, (0, 5000), strict=True):
+        Path(text).write_text(STORIES.read_text()[start : start + 1000])
+    options = EvalOptions(texts=texts, seqlen=48, limit=2, per_document=per_document)
+    streamed = options.model_copy(update={"reference": str(LLAMA)})
+    steps: list[tuple[str, int, int]] = []
+    found = evaluate([quantized, LLAMA], streamed, lambda *step: steps.append(step))
+    for plain, row in zip(evaluate([quantized, LLAMA], options), found, strict=True):
+        assert row.perplexity == pytest.approx(plain.perplexity, rel=1e-5)
+        assert (row.windows, row.method) == (plain.windows, plain.method)
+        assert not plain.divergence and row.divergence.keys() == set(texts)
+    small, whole = (list(row.divergence.values()) for row in found)
+    assert all(0.001 < d.kl < 2 and 0.3 < d.agreement < 1 for d in small)
+    assert small[0].kl != small[1].kl
+    assert all((d.kl, d.agreement) == (0.0, 1.0) for d in whole)
+    # The reference, which is also the second model, went through its blocks once.
+    assert [name for name, done, of in steps if done == of == 6 * sum(row.windows.values())] == [
+        f"{LLAMA.name}: blocks",
+        f"{quantized.name}: blocks",
+    ]
+
+
+def test_references_that_cannot_be(quantized: Path) -> None:
+    options = EvalOptions(texts=(str(STORIES),), seqlen=48, limit=1, reference=str(quantized))
+    with pytest.raises(ValueError, match="is quantized; name the float model"):
+        evaluate([LLAMA], options)
+    other = options.model_copy(update={"reference": str(letters())})
+    with pytest.raises(ValueError, match="llama-mini and .* read the text as different tokens"):
+        evaluate([LLAMA], other)
+    with pytest.raises(ValueError, match="on one device"):
+        evaluate([LLAMA], options.model_copy(update={"reference": str(LLAMA), "device_map": {}}))
+
+
+def test_without_lm_eval_tasks_are_refused_and_all_else_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "lowbit.eval.tasks", raising=False)
+    options = EvalOptions(texts=(str(STORIES),), seqlen=16, limit=1)
+    assert not evaluate([LLAMA], options)[0].tasks
+    with pytest.raises(ValueError, match=r"not installed: pip install 'lowbit\[eval\]'"):
+        evaluate([LLAMA], options.model_copy(update={"tasks": TaskOptions(names=("piqa",))}))

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from lowbit.formats import FORMATS, build
 from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.binary import BinaryLinear, Salient
+from lowbit.formats.dense import DenseLinear
 from lowbit.formats.lattice import LatticeLinear
 from lowbit.formats.lattice.codebooks import codebook
 from lowbit.formats.lattice.incoherence import rotation
+from lowbit.formats.nested import NestedLinear
+from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear
 from lowbit.formats.uniform import UniformLinear
 
 
@@ -58,7 +62,89 @@ def lattice(rows: int, columns: int, book: str, scales: int = 1, **more: Any) ->
     )
 
 
+def sorted_group(
+    rows: int,
+    columns: int,
+    salient: int,
+    group_size: int | None,
+    activation_bits: int | None = 4,
+    permuted: bool = True,
+    bits: int = 4,
+    **more: Any,
+) -> SortedGroupLinear:
+    """The nearest codes to a random weight."""
+    draw = torch.Generator().manual_seed(rows + columns)
+    groups = -(-(columns - salient) // (group_size or columns))
+    permutation = torch.randperm(columns, generator=draw) if permuted else None
+    return SortedGroupLinear.from_grid(
+        torch.randn(rows, columns, generator=draw),
+        torch.rand(rows, groups, generator=draw) * 0.1 + 0.4,
+        InputOrder(permutation, salient, group_size, activation_bits),
+        bits=bits,
+        **more,
+    )
+
+
+def binary(
+    rows: int, columns: int, salient: int, size: float = 0.1, vectors: bool = True, **more: Any
+) -> BinaryLinear:
+    """Random signs and codes; vectors: means of rows and scales of columns."""
+    draw = torch.Generator().manual_seed(rows + columns)
+    weight = torch.randn(rows, columns, generator=draw)
+    row, plain = torch.rand(rows, generator=draw) + 0.1, columns - salient
+    zero = torch.full((rows,), 8)
+    chosen = Salient.nearest(torch.arange(salient) * 2, weight[:, plain:], row * size, zero)
+    return BinaryLinear.from_parts(
+        weight[:, :plain] < 0,
+        row * size,
+        row_mean=weight.mean(1) * size if vectors else None,
+        column_scale=torch.rand(plain, generator=draw) + 0.5 if vectors else None,
+        salient=chosen if salient else None,
+        **more,
+    )
+
+
+def nested(
+    rows: int, columns: int, group_size: int | None, zeros: bool = True, **more: Any
+) -> NestedLinear:
+    """Random codes; without zeros a symmetric layer."""
+    draw = torch.Generator().manual_seed(rows + columns)
+    groups = 1 if group_size is None else -(-columns // group_size)
+    shape = (rows, groups)
+    return NestedLinear.from_codes(
+        torch.randint(0, 256, (rows, columns), generator=draw, dtype=torch.uint8),
+        torch.rand(shape, generator=draw) + 0.1,
+        torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8) if zeros else None,
+        group_size=group_size,
+        **more,
+    )
+
+
 EXAMPLES: dict[str, Callable[[], QuantizedLinear]] = {
+    "binary": lambda: binary(24, 64, 16),
+    "binary, ragged, bfloat16 bias": lambda: binary(5, 37, 7, bias=torch.ones(5).bfloat16()),
+    "binary, signs alone": lambda: binary(7, 33, 0, vectors=False, bias=torch.randn(7)),
+    "binary, float32 scales": lambda: binary(3, 20, 4, size=1e-8),
+    "dense": lambda: DenseLinear.from_weight(torch.randn(5, 7).bfloat16(), None),
+    "dense, bias": lambda: DenseLinear.from_weight(torch.randn(3, 8), torch.ones(3).half()),
+    "nested": lambda: nested(24, 64, 32, trained=(8, 4, 2)),
+    "nested at 3 bits, ragged, bfloat16 bias": lambda: nested(
+        5, 37, 16, bias=torch.ones(5).bfloat16()
+    ).at(3),
+    "nested, slice of 6 bits by rows": lambda: nested(7, 33, None, zeros=False).slice(6),
+    "nested, slice of 2 bits with extra precision": lambda: nested(
+        9, 16, 8, extra_precision=True, bias=torch.randn(9)
+    ).slice(2),
+    "sorted_group w4a4 g16": lambda: sorted_group(12, 64, 8, 16),
+    "sorted_group w3a6, ragged, bfloat16 bias": lambda: sorted_group(
+        5, 37, 3, 16, activation_bits=6, bits=3, bias=torch.ones(5).bfloat16()
+    ),
+    "sorted_group w4a16, int8 beside": lambda: sorted_group(
+        7, 33, 5, 8, activation_bits=None, salient_bits=8
+    ),
+    "sorted_group w8a8 by rows, no permutation, shares": lambda: sorted_group(
+        6, 40, 0, None, activation_bits=8, permuted=False, bits=8, shares="model.q_proj"
+    ),
     "uniform w4 g32": lambda: uniform(24, 64, 4, 32),
     "uniform w3, ragged, bfloat16 bias": lambda: uniform(
         5, 37, 3, 16, bias=torch.ones(5).bfloat16()
@@ -104,17 +190,18 @@ def test_forward_multiplies_by_what_dequantize_shows(
     assert weight.shape == (layer.out_features, layer.in_features)
     assert weight.dtype == torch.float32
     x = torch.randn(2, 3, layer.in_features, dtype=dtype)
-    y = torch.nn.functional.linear(x, weight.to(dtype))
-    if layer.bias is not None:
-        y = torch.nn.functional.linear(x, weight.to(dtype), layer.bias.to(dtype))
-    assert layer(x).dtype == dtype
+    seen = layer.quantized_input(x)  # x itself, unless the format rounds its inputs
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    y = torch.nn.functional.linear(seen.to(dtype), weight.to(dtype), bias)
+    found = layer(x)
+    assert found.dtype == dtype
     if type(layer).forward is QuantizedLinear.forward:
-        assert torch.equal(layer(x), y)
-    exact = x.double() @ weight.double().T
+        assert torch.equal(found, y)
+    exact = seen.double() @ weight.double().T
     exact = exact if layer.bias is None else exact + layer.bias.double()
     # Twice torch's own error, and the rounding of the weight to the float32 that is shown.
-    rounding = 2**-23 * (x.double().abs() @ weight.double().abs().T).max()
-    assert (layer(x) - exact).abs().max() <= 2 * (y - exact).abs().max() + rounding
+    rounding = 2**-23 * (seen.double().abs() @ weight.double().abs().T).max()
+    assert (found - exact).abs().max() <= 2 * (y - exact).abs().max() + rounding
 
 
 @every_example

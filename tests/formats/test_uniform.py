@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowbit.formats import build
 from lowbit.formats.uniform import UniformLinear, reference, tensor_bytes
+from lowbit.kernels.tokens import round_tokens
 
 ENTRY: dict[str, Any] = {
     "format": "uniform",
@@ -250,6 +251,35 @@ def test_bad_weights_are_refused() -> None:
     for name in good:
         with pytest.raises(ValueError, match=f"{name} has values that are not finite in float32"):
             UniformLinear.from_grid(**(good | {name: good[name] / 0}), **options)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_an_entry_that_rounds_inputs(symmetric: bool) -> None:
+    """It has no more bytes, and an entry that does not say so has no word of it."""
+    plain = UniformLinear.from_grid(
+        torch.randn(6, 40, generator=torch.Generator().manual_seed(0)),
+        torch.full((6, 1), 0.3),
+        torch.full((6, 1), 7.0),
+        bits=4,
+        group_size=None,
+        symmetric=False,
+    )
+    assert "activation" not in plain.entry() and plain.activation is None
+    entry = plain.entry() | {"activation": {"bits": 4, "symmetric": symmetric}}
+    layer = build(entry)
+    layer.load_state_dict(plain.state_dict())
+    assert build(layer.entry()).entry() == layer.entry() == entry
+    assert layer.weight_bytes() == plain.weight_bytes() == tensor_bytes(**sizes(plain.entry()))
+    x = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(layer(x), plain(round_tokens(x, 4, symmetric)))
+    assert not torch.equal(layer(x), plain(x))
+    for wrong, message in (({"bits": 2, "symmetric": True}, "bits"), (4, "activation")):
+        with pytest.raises(ValueError, match=message):
+            build(entry | {"activation": wrong})
+
+
+def sizes(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in ("format", "bias")}
 
 
 def test_formula_on_hand_counted_bytes() -> None:

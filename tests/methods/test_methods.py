@@ -4,7 +4,7 @@ import ast
 import inspect
 import json
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from lowbit.blocks import BlockResult, BlockTask
 from lowbit.blocks.capture import call_block
 from lowbit.formats.base import QuantizedLinear
-from lowbit.methods import GPTQ, METHODS, RTN, Method, OmniQuant
+from lowbit.methods import (
+    GPTQ,
+    METHODS,
+    PTQ161,
+    RTN,
+    MatQuant,
+    Method,
+    MixedQuant,
+    OmniQuant,
+    QuIP,
+)
 
 BLOCKS = ["opt", "llama", "qwen3", "falcon 40b", "mixtral"]
 
@@ -30,32 +40,85 @@ class Example:
     baseline: str
     misspelt: str  # an option that it does not have
     meant: str  # the nearest that it has
+    override: dict[str, Any] = field(default_factory=lambda: {"bits": 6})
+    decibels: float = 5  # what every linear must keep
+    stream: str = "quantized"  # the one that both are compared on
 
 
 W3: dict[str, Any] = {"bits": 3, "group_size": 16}
 OMNI = W3 | {"epochs": 3, "let": True, "min_tokens": 8}
+# Scales in groups of 16 take more than a bit for each weight.
+QUIP: dict[str, Any] = {"codebook": "HI", "min_tokens": 8}
+RVQ4 = QUIP | {"codebook": "E8P12RVQ4B"}
+D4 = {"codebook": "D4"}
+MIXED: dict[str, Any] = W3 | {"salient_ratio": 0.1, "alignment": 4, "min_tokens": 8}
+UNSORTED = MIXED | {"sort": "none", "clip": False}
+PTQ: dict[str, Any] = {"epochs": 3, "min_tokens": 8}
+SIGNS = PTQ | {"salient_ratio": 0, "epochs": 0}  # of a row about its mean, one scale for each row
+MORE = {"salient_ratio": 0.4}
+A4 = {"bits": 4, "activation_bits": 4}
+MAT: dict[str, Any] = {"group_size": 16, "epochs": 1, "min_tokens": 8, "init": "awq"}
+INT8 = MatQuant(group_size=16, epochs=0, lwc=False)
+NARROW: dict[str, Any] = {"override": {"group_size": 8}, "stream": "2"}
+NEAREST = W3 | A4 | {"lwc": False, "epochs": 0}
 EXAMPLES: dict[str, Example] = {
     "rtn": Example(RTN(**W3), "rtn", "group_sise", "group_size"),
     "gptq": Example(GPTQ(**W3, min_tokens=8), "rtn", "act_oder", "act_order"),
     "omniquant": Example(OmniQuant(**OMNI), "rtn", "epoch", "epochs"),
     "omniquant, gptq": Example(OmniQuant(**OMNI, rounding="gptq"), "rtn", "dampin", "damping"),
+    "w4a4, nearest": Example(OmniQuant(**NEAREST), "w4a4, nearest", "lwclr", "lwc_lr"),
+    "w4a4": Example(OmniQuant(**OMNI | A4), "w4a4, nearest", "activation_bts", "activation_bits"),
+    "matquant, sliced int8": Example(INT8, "matquant, sliced int8", "width", "widths", **NARROW),
+    "matquant": Example(MatQuant(**MAT), "matquant, sliced int8", "weight", "weights", **NARROW),
+    "matquant, joint, let, extra": Example(
+        MatQuant(**MAT, rounding="joint", let=True, extra_precision=True, distill=["8->2"]),
+        "matquant",
+        "extra_precission",
+        "extra_precision",
+        **NARROW,
+    ),
+    "quip": Example(QuIP(**RVQ4), "rtn", "code_book", "codebook", D4),
+    "quip, merged": Example(QuIP(**QUIP, merge_suv=True), "rtn", "merge_uv", "merge_suv", D4),
+    "quip, tuned": Example(QuIP(**QUIP, finetune_epochs=1), "rtn", "sign_rate", "sign_lr", D4),
+    "mixedquant, unsorted": Example(
+        MixedQuant(**UNSORTED), "mixedquant, unsorted", "salient_ration", "salient_ratio"
+    ),
+    "mixedquant": Example(MixedQuant(**MIXED), "mixedquant, unsorted", "sorted", "sort"),
+    "mixedquant, gptq": Example(
+        MixedQuant(**MIXED, smooth=0.5, rounding="gptq"), "mixedquant, unsorted", "smoot", "smooth"
+    ),
+    "ptq161, signs": Example(
+        PTQ161(**SIGNS), "ptq161, signs", "salience_ratio", "salient_ratio", MORE, 4
+    ),
+    "ptq161, mask": Example(
+        PTQ161(**PTQ | {"epochs": 0}), "ptq161, signs", "allignment", "alignment", MORE
+    ),
+    "ptq161": Example(PTQ161(**PTQ), "ptq161, mask", "rowlr", "row_lr", MORE),
+    "ptq161, als, refit": Example(
+        PTQ161(**PTQ, init="als", refit_salient=True),
+        "ptq161, mask",
+        "refit_salent",
+        "refit_salient",
+        MORE,
+        2,
+    ),
 }
 every_method = pytest.mark.parametrize("name", EXAMPLES)
 every_block = pytest.mark.parametrize("block", BLOCKS)
 
 
-def outputs(task: BlockTask, method: Method, result: BlockResult) -> list[Tensor]:
+def outputs(task: BlockTask, example: Example, result: BlockResult) -> list[Tensor]:
     """Of the block through which the streams that the method asks for go on."""
     block = deepcopy(task.block)
-    method.install(block, result, "quantized")
+    example.method.install(block, result, example.stream)
     with torch.no_grad():
-        return [call_block(block, batch) for batch in task.streams["quantized"]]
+        return [call_block(block, batch) for batch in task.streams[example.stream]]
 
 
 def output_error(name: str, block: str) -> float:
     """Mean squared, against the float block on the float stream."""
     task, result = quantized(name, block)
-    found = outputs(task, EXAMPLES[name].method, result)
+    found = outputs(task, EXAMPLES[name], result)
     wanted = [call_block(task.block, batch) for batch in task.streams["float"]]
     return float((torch.cat(found) - torch.cat(wanted)).square().mean())
 
@@ -122,7 +185,7 @@ def test_the_result_is_complete(name: str, block: str) -> None:
             linear.out_features,
         )
         assert (packed.bias is None) == (linear.bias is None)
-        assert result.report["linears"][n]["signal_to_noise_db"] > 5
+        assert result.report["linears"][n]["signal_to_noise_db"] > EXAMPLES[name].decibels
     parameters = dict(task.block.named_parameters())
     for n, tensor in result.tensors.items():
         assert n.rpartition(".")[0] not in result.linears
@@ -130,6 +193,16 @@ def test_the_result_is_complete(name: str, block: str) -> None:
     for tensor in (*result.tensors.values(), *result.learned.values()):
         assert tensor.isfinite().all() and not tensor.requires_grad
     json.dumps([result.report, result.attention], allow_nan=False)
+
+
+@every_method
+def test_an_override_changes_what_its_pattern_means_and_nothing_else(name: str) -> None:
+    example, (task, plain) = EXAMPLES[name], quantized(name, "llama")
+    fields = example.method.model_dump() | {"overrides": {"down_proj": example.override}}
+    result = type(example.method)(**fields).quantize(task)
+    for n, linear in result.linears.items():
+        changed = linear.entry() != plain.linears[n].entry()  # type: ignore[operator]
+        assert changed == n.endswith("down_proj")
 
 
 @every_method
@@ -171,7 +244,8 @@ def read_in(source: str) -> set[str]:
 def test_every_option_is_read_in_its_file(method: type[Method]) -> None:
     module = inspect.getmodule(method)
     assert module is not None
-    assert not set(method.model_fields) - read_in(inspect.getsource(module))
+    own = set(method.model_fields) - {"overrides"}  # `Method.at` reads them
+    assert not own - read_in(inspect.getsource(module))
 
 
 def test_an_option_that_nothing_reads_is_found() -> None:
@@ -182,4 +256,4 @@ def test_an_option_that_nothing_reads_is_found() -> None:
 @every_method
 def test_the_streams_are_what_a_task_has(name: str) -> None:
     method = EXAMPLES[name].method
-    assert set(method.streams()) <= {"float", "quantized"} and method.rows() >= 1
+    assert set(method.streams()) <= {"float", "quantized", *zoo.WIDTHS} and method.rows() >= 1

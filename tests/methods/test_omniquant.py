@@ -9,9 +9,9 @@ from torch.func import functional_call
 
 from lowbit.blocks import BlockResult, BlockTask, Event
 from lowbit.blocks.capture import call_block
-from lowbit.blocks.folding import Tensors, load_changed
+from lowbit.blocks.folding import Tensors, apply_fold, load_changed, tensors_of
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
-from lowbit.methods import RTN, OmniQuant, omniquant
+from lowbit.methods import RTN, OmniQuant, learned, omniquant
 from lowbit.methods.omniquant import _Learner, _loss, _targets
 from lowbit.solvers.clipping import WIDEST, LearnedClipping, search_clipping
 from lowbit.solvers.equivalence import searched_scale, smooth_scale
@@ -67,7 +67,7 @@ def test_without_rounding_training_form_final_form_and_float_block_are_one(
     assert all(scale.detach().exp().std() > 0.1 for scale in learner.log_scales.values())
     monkeypatch.setattr(omniquant, "fake_quantize", lambda weight, grid: weight)
     monkeypatch.setattr(omniquant, "pack", as_float_linear)
-    monkeypatch.setattr(omniquant, "signal_to_noise", lambda weight, linear: 0.0)
+    monkeypatch.setattr(learned, "signal_to_noise", lambda weight, linear: 0.0)
     wanted = branches(task.block, {}, task)
     with torch.no_grad():
         training = branches(task.block, learner.tensors(), task)
@@ -75,6 +75,82 @@ def test_without_rounding_training_form_final_form_and_float_block_are_one(
     learner.method.install(final, learner.result({}), "quantized")
     assert zoo.error(training, wanted) < EXACT
     assert zoo.error(branches(final, {}, task), wanted) < EXACT
+
+
+@every_family
+def test_with_activations_shifts_and_rotary_scales_are_exact_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is learned of them changes nothing but what rounding sees."""
+    line, task = zoo.ZOO[name], zoo.task(name, batches=2)
+    for place in ("lowbit.solvers.activation", "lowbit.models.attention"):
+        monkeypatch.setattr(f"{place}.round_tokens", lambda x, **rounding: x)
+    monkeypatch.setattr(omniquant, "fake_quantize", lambda weight, grid: weight)
+    monkeypatch.setattr(omniquant, "pack", as_float_linear)
+    monkeypatch.setattr(learned, "signal_to_noise", lambda weight, linear: 0.0)
+    learner = learner_for(task, let=True, activation_bits=4)
+    kinds = ("norm", "rows", "rotary") if task.attentions else ("norm", "rows")
+    assert len(learner.folds) == sum(line.folds[0][kind] for kind in kinds)
+    assert len(learner.shifts) == line.shiftable
+    perturb(learner)
+    wanted = branches(task.block, {}, task)
+    with torch.no_grad():
+        training = branches(learner.rounding_block(task), learner.tensors(), task)
+    final = deepcopy(task.block)
+    learner.method.install(final, learner.result({}), "quantized")
+    assert zoo.error(training, wanted) < EXACT
+    assert zoo.error(branches(final, {}, task), wanted) < EXACT
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "qwen3", "falcon rw", "mixtral"])
+def test_a_gradient_passes_the_rounding_of_activations(name: str) -> None:
+    task = zoo.task(name)
+    learner = learner_for(task, let=True, activation_bits=4, **W3)
+    targets = _targets(task, False)
+    task.block = learner.rounding_block(task)
+    sum(_loss(task, learner.tensors, targets)(i) for i in range(3)).backward()
+    for group in learner.parameter_groups():
+        for parameter in group.parameters:
+            gradient = parameter.grad
+            assert gradient is not None and gradient.isfinite().all()
+            assert float((gradient.abs() > 1e-3 * gradient.abs().max()).float().mean()) > 0.5
+    if task.attentions:  # rounding alone makes these matter
+        rotary = [
+            p.grad for n, p in learner.log_scales.items() if learner.folds[n].kind == "rotary"
+        ]
+        assert rotary and all(float(g.abs().max()) > 1e-6 for g in rotary if g is not None)
+
+
+def test_a_shift_starts_in_the_middle_and_is_off_for_weights_alone() -> None:
+    task = zoo.task("opt")
+    name = "final_layer_norm>fc1"
+    assert not learner_for(task, let=True).shifts
+    assert not learner_for(task, let=True, init="awq", activation_bits=4).shifts[name].any()
+    learner = learner_for(task, let=True, activation_bits=4)
+    seen = statistics_of(task)["mlp.input"]
+    torch.testing.assert_close(learner.shifts[name].detach(), (seen.high + seen.low) / 2)
+    folded = deepcopy(task.block)
+    load_changed(folded, learner.folded())
+    moved = input_statistics(folded, task.groups, task.streams["float"])["mlp.input"]
+    torch.testing.assert_close(moved.high, -moved.low, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="activation_symmetric .* needs activation_bits"):
+        OmniQuant(activation_symmetric=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_transformation_repairs_outliers(name: str) -> None:
+    """A few channels 50 times as loud: the same function, but no 4 bits hold it."""
+    task = zoo.task(name)
+    block = deepcopy(task.block)
+    for fold in (f for f in task.folds if f.kind == "norm"):
+        scale = torch.ones(fold.size)
+        scale[[3, 20]] = 1 / 50
+        load_changed(block, apply_fold(tensors_of(block), fold, scale))
+    task = BlockTask(**vars(task) | {"block": block})
+    w4a4: dict[str, Any] = {"bits": 4, "activation_bits": 4, "epochs": 1}
+    clipped, moved = (OmniQuant(**w4a4, let=let).quantize(task).report for let in (False, True))
+    assert moved["loss_after"] < 0.2 * clipped["loss_after"]
+    assert moved["loss_rtn"] == clipped["loss_rtn"] > 5 * moved["loss_after"]
 
 
 @every_family
@@ -263,7 +339,7 @@ def test_the_first_scales_are_those_of_the_method() -> None:
     for name, fold in smooth.folds.items():
         wanted = smooth_scale(fold, smooth.float_tensors, seen, 0.7)
         torch.testing.assert_close(smooth.log_scales[name].exp(), wanted)
-        wanted = searched_scale(fold, awq.float_tensors, seen, awq._round_to_nearest)
+        wanted = searched_scale(fold, awq.float_tensors, seen, awq.round_to_nearest)
         torch.testing.assert_close(awq.log_scales[name].exp(), wanted)
     assert all((clipping.low == 4).all() for clipping in smooth.clipping.values())
 

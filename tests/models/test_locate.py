@@ -1,11 +1,12 @@
 """Without a network: huggingface_hub is told that it is offline."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 
-from lowbit.models.locate import CODE, FILES, locate
+from lowbit.models.locate import CODE, CONVERSION, CONVERTER, FILES, locate
 
 
 @pytest.fixture(autouse=True)
@@ -44,17 +45,87 @@ def test_offline_is_said_with_advice(name: str) -> None:
     assert "\n" not in str(e.value)
 
 
+class Hub:
+    """What is asked of the hub, and answered: snapshots by revision, pull requests, commits."""
+
+    def __init__(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cache = cache
+        self.files: dict[str | None, str] = {None: "model.safetensors"}  # by revision
+        self.requests: list[SimpleNamespace] = []
+        self.commits: dict[str, list[str]] = {}
+        self.fetched: list[tuple[str, str | None]] = []
+        self.patterns: list[list[str]] = []
+        for name in ("snapshot_download", "get_repo_discussions", "HfApi"):
+            monkeypatch.setattr(f"lowbit.models.locate.{name}", getattr(self, name))
+
+    def snapshot_download(
+        self, name: str, allow_patterns: list[str], revision: str | None = None
+    ) -> str:
+        self.fetched.append((name, revision))
+        self.patterns.append(allow_patterns)
+        folder = self.cache / ("main-commit" if revision is None else revision.replace("/", "-"))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.files[revision]).touch()
+        return str(folder)
+
+    def get_repo_discussions(self, name: str, **filters: str) -> list[SimpleNamespace]:
+        assert filters["discussion_status"] == "open"
+        return self.requests
+
+    def HfApi(self) -> "Hub":  # noqa: N802 (the hub's name)
+        return self
+
+    def list_repo_commits(self, name: str, revision: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(commit_id=commit) for commit in self.commits[revision]]
+
+    def offer(self, number: int, parent: str, **differing: str) -> None:
+        """A pull request on top of a commit."""
+        reference = f"refs/pr/{number}"
+        facts = {"title": CONVERSION, "author": CONVERTER, "git_reference": reference}
+        self.requests.append(SimpleNamespace(**facts | differing))
+        self.commits[reference] = ["converted", parent, "older"]
+        self.files[reference] = "model.safetensors"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    return Hub(tmp_path / "snapshots", monkeypatch)
+
+
 @pytest.mark.parametrize("trusted", [False, True])
-def test_code_is_fetched_only_where_it_is_trusted(
-    trusted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = {}
-
-    def fetch(name: str, allow_patterns: list[str]) -> str:
-        asked[name] = allow_patterns
-        return "/cache/snapshot"
-
-    monkeypatch.setattr("lowbit.models.locate.snapshot_download", fetch)
-    assert locate("owner/name", trust_remote_code=trusted) == Path("/cache/snapshot")
-    assert asked == {"owner/name": FILES + CODE if trusted else FILES}
+def test_code_is_fetched_only_where_it_is_trusted(trusted: bool, hub: Hub) -> None:
+    found = locate("owner/name", trust_remote_code=trusted)
+    assert found.name == "main-commit" and hub.fetched == [("owner/name", None)]
+    assert hub.patterns == [FILES + CODE if trusted else FILES]
     assert not [pattern for pattern in FILES if pattern.endswith((".py", ".bin", ".pt"))]
+
+
+def test_pickles_are_read_as_the_hub_converted_them(hub: Hub) -> None:
+    hub.files[None] = "config.json"
+    hub.offer(3, "older-commit")  # of weights that have changed since
+    hub.offer(4, "main-commit", author="somebody")
+    hub.offer(5, "main-commit", title="Better weights")
+    hub.offer(6, "main-commit")
+    assert locate("owner/name").name == "refs-pr-6"
+    assert hub.fetched == [("owner/name", None), ("owner/name", "refs/pr/6")]
+
+
+def test_pickles_that_nobody_converted(hub: Hub) -> None:
+    hub.files[None] = "config.json"
+    hub.offer(3, "older-commit")
+    with pytest.raises(ValueError, match="^'owner/name' has no safetensors") as error:
+        locate("owner/name")
+    for advice in ("hf download owner/name --local-dir name", "lowbit convert name", "--from-bin"):
+        assert advice in str(error.value)
+
+
+def test_the_hub_does_not_answer_about_conversions(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, **filters: str) -> None:
+        raise ConnectionError("no network")
+
+    hub.files[None] = "config.json"
+    monkeypatch.setattr("lowbit.models.locate.get_repo_discussions", refuse)
+    with pytest.raises(ValueError, match="the hub does not give it \\(no network\\)"):
+        locate("owner/name")

@@ -43,3 +43,20 @@ def test_where_the_system_does_not_tell(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(memory, "STATUS", tmp_path / "absent")
     assert memory_now() > anonymous  # with libraries and the highest so far
     assert peak(MEGABYTE) >= anonymous
+
+
+def test_a_gpu_counts_from_here_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    for name, answer in (("reset_peak_memory_stats", None), ("max_memory_allocated", 7)):
+
+        def tell(device: torch.device, name: str = name, answer: int | None = answer) -> int | None:
+            asked.append(f"{name} {device}")
+            return answer
+
+        monkeypatch.setattr(torch.cuda, name, tell)
+    with PeakMemory(torch.device("cuda:1")) as watched:
+        assert asked == ["reset_peak_memory_stats cuda:1"]
+    assert asked[1:] == ["max_memory_allocated cuda:1"] and watched.found["device_memory"] == 7
+    with PeakMemory(CPU) as watched:
+        pass
+    assert watched.found.keys() == {"memory"}

@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lowbit
-from lowbit.blocks import Event
+from lowbit.blocks import BlockResult, BlockTask, Event
 from lowbit.checkpoint import CheckpointReader
 from lowbit.methods import RTN, OmniQuant
 from lowbit.models.source import SourceModel
-from lowbit.pipeline import run
-from lowbit.pipeline.run import choose_device, generator_for
+from lowbit.pipeline import job, run
 
 OMNIQUANT = quantized.METHODS["omniquant"]
 OTHER_BITS = OMNIQUANT.model_copy(update={"bits": 2, "lwc_lr": 0.5})
@@ -89,12 +88,6 @@ def test_the_seed_is_all_that_is_random(tmp_path: Path) -> None:
     assert len(differing) == 4  # two blocks, and what was learned for them
 
 
-def test_a_generator_depends_on_seed_and_block() -> None:
-    seeds = {generator_for(s, b).initial_seed() for s in (0, 1) for b in ("h.0", "h.1", "h.10")}
-    assert len(seeds) == 6
-    assert generator_for(0, "h.0").initial_seed() in seeds
-
-
 def test_streams_on_disk_are_those_in_memory(tmp_path: Path) -> None:
     disk = quantized.quantize(quantized.source(), tmp_path / "out", "omniquant", streams="disk")
     assert quantized.contents(disk) == quantized.contents(quantized.folder(method="omniquant"))
@@ -116,16 +109,16 @@ def test_large_streams_go_to_disk_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders: list[Path | None] = []
-    made = run.Stream.__init__
+    made = job.Stream.__init__
 
     def spy(self: Any, hidden: Any, kwargs: Any, device: Any, folder: Path | None = None) -> None:
         folders.append(folder)
         made(self, hidden, kwargs, device, folder)
 
-    monkeypatch.setattr(run.Stream, "__init__", spy)
+    monkeypatch.setattr(job.Stream, "__init__", spy)
     quantized.quantize(quantized.source(), tmp_path / "small", "omniquant")
     assert set(folders) == {None}
-    monkeypatch.setattr(run, "physical_memory", lambda: 50_000)
+    monkeypatch.setattr(job, "physical_memory", lambda: 50_000)
     quantized.quantize(quantized.source(), tmp_path / "large", "omniquant")
     assert tmp_path / "large" / "run" / "streams" / "float" in folders
     assert not (tmp_path / "large" / "run" / "streams").exists()
@@ -235,19 +228,6 @@ def test_provenance(tmp_path: Path) -> None:
     assert made_by["source"] == quantized.source().name
 
 
-DEVICES = {
-    "gpu": "'gpu' is not known: use cpu, cuda:N or auto",
-    "meta": "'meta' is not known",
-    "cuda:99": "'cuda:99' was asked for, but torch finds [0-9]+ CUDA devices",
-}
-
-
-@pytest.mark.parametrize("name", DEVICES)
-def test_a_device_that_is_not_there(name: str) -> None:
-    with pytest.raises(ValueError, match=DEVICES[name]):
-        choose_device(name)
-
-
 def test_a_misspelt_option_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="did you mean 'restart'"):
         quantized.quantize(quantized.source(), tmp_path / "out", restrat=True)
@@ -289,7 +269,7 @@ def test_what_is_not_quantized_keeps_its_dtype(dtype: torch.dtype) -> None:
         assert reader.tensors[marker].dtype == dtype
         moved = {n for n, tensor in after.items() if not torch.equal(tensor, before[n])}
         assert all(".layers." in n for n in moved)
-        assert bool(moved) == (method == "omniquant")
+        assert bool(moved) == getattr(quantized.METHODS[method], "let", False)
 
 
 def test_symmetric_and_per_channel(tmp_path: Path) -> None:
@@ -297,3 +277,58 @@ def test_symmetric_and_per_channel(tmp_path: Path) -> None:
         out = quantized.quantize(quantized.source(), tmp_path / str(i), method)
         model, _ = lowbit.load(out)
         assert quantized.logits(model).isfinite().all()
+
+
+class Broken(RTN):
+    def quantize(self, task: BlockTask) -> BlockResult:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+
+REHEARSED: dict[str, tuple[bool | None, float, bool]] = {  # dry_run_block, LONG, whether it is
+    "asked for": (True, 1e9, True),
+    "a long run": (None, 0.0, True),
+    "a short run": (None, 1e9, False),
+    "not wanted": (False, 0.0, False),
+}
+
+
+@pytest.mark.parametrize("name", REHEARSED)
+def test_rehearsed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, long, done = REHEARSED[name]
+    monkeypatch.setattr(run, "LONG", long)
+    seen: list[Event] = []
+    out = tmp_path / "out"
+    arguments = (quantized.source(), out, "omniquant")
+    quantized.quantize(*arguments, dry_run_block=wanted, on_event=seen.append)
+    kinds = [event.kind for event in seen]
+    before = ["rehearsal", "run", "rehearsed"] if done else ["run"]
+    assert kinds[: len(before) + 1] == [*before, "capture"]
+    assert quantized.contents(out) == quantized.contents(quantized.folder(method="omniquant"))
+    lines = [strict_json(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    rehearsed = [line for line in lines if line["kind"] == "rehearsed"]
+    assert [line["basis"]["blocks"] for line in rehearsed] == [["model.layers.0"]] * done
+
+
+def test_what_goes_on_is_not_rehearsed(tmp_path: Path) -> None:
+    out = Path(shutil.copytree(quantized.folder(), tmp_path / "out"))
+    (out / "config.json").unlink()
+    (out / "run" / "model-00003-of-00003.json").unlink()
+    seen: list[Event] = []
+    quantized.quantize(quantized.source(), out, dry_run_block=True, on_event=seen.append)
+    assert not {"rehearsal", "rehearsed"} & {event.kind for event in seen}
+    assert quantized.contents(out) == quantized.contents(quantized.folder())
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_rehearsal_that_fails(restart: bool, tmp_path: Path) -> None:
+    out, model = tmp_path / "out", quantized.source()
+    if restart:
+        shutil.copytree(quantized.folder(), out)
+    before = quantized.contents(out)
+    sentence = "the rehearsal failed, and so would the run.*: tried to allocate 80 GiB"
+    with pytest.raises(ValueError, match=sentence):
+        quantized.quantize(model, out, Broken(), dry_run_block=True, restart=restart)
+    assert quantized.contents(out) == before
+    method = "rtn" if restart else "omniquant"  # another one may be tried at once
+    quantized.quantize(model, out, method)
+    assert quantized.contents(out) == quantized.contents(quantized.folder(method=method))

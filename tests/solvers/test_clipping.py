@@ -114,3 +114,12 @@ def test_channels_count_by_their_importance() -> None:
     deaf[3], loud[3] = 0, 1e4
     assert (search_clipping(matrix, deaf, 3, None, False)[1] <= 0.6).all()
     assert (search_clipping(matrix, loud, 3, None, False)[1] > 0.9).all()
+
+
+def test_clips_are_searched_for_the_rounding_that_is_asked_for() -> None:
+    """A rounding that loses nothing leaves the whole range; the default is that of the grid."""
+    weight, importance = torch.randn(4, 32), torch.ones(32)
+    low, high = search_clipping(weight, importance, 2, 16, False, rounded=lambda w, grid: w)
+    assert (low == 1).all() and (high == 1).all()
+    low, high = search_clipping(weight, importance, 2, 16, False)
+    assert not (low == 1).all() and not (high == 1).all()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit.blocks import Fold
 from lowbit.blocks.statistics import ChannelStatistics
-from lowbit.solvers.equivalence import ALPHAS, FLOOR, searched_scale, smooth_scale
+from lowbit.solvers.equivalence import ALPHAS, FLOOR, middle_shift, searched_scale, smooth_scale
 from lowbit.solvers.rounding import fake_quantize, minmax_grid
 
 NORM = Fold("norm", "n", ("a", "b"), 16)
@@ -54,6 +54,21 @@ def test_smoothquants_formula_over_all_readers(fold: Fold, alpha: float) -> None
     found = smooth_scale(fold, t, seen, alpha)
     assert found.shape == (fold.size,)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("fold", [NORM, ROWS], ids=["norm", "grouped queries"])
+def test_a_shift_is_the_middle_and_the_scale_follows_what_is_left(fold: Fold) -> None:
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(3)) + torch.arange(16)
+    found = ChannelStatistics.empty(16, torch.device("cpu"))
+    found.update(x)
+    seen = dict.fromkeys(fold.readers, found)
+    high, low = halves(fold, x.amax(0)), -halves(fold, -x.amin(0))
+    shift = middle_shift(fold, seen, torch.device("cpu"))
+    torch.testing.assert_close(shift, (high + low) / 2)
+    w = torch.cat([matrices()[f"{r}.weight"] for r in fold.readers]).abs().amax(0)
+    wanted = ((high - low) / 2 / halves(fold, w)) ** 0.5
+    torch.testing.assert_close(smooth_scale(fold, matrices(), seen, 0.5, shift), wanted)
+    assert not middle_shift(fold, {}, torch.device("cpu")).any()
 
 
 def test_a_reader_without_statistics_counts_by_its_weight() -> None:

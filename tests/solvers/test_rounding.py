@@ -13,7 +13,6 @@ from lowbit.solvers.rounding import (
     grid_from_range,
     grouped,
     minmax_grid,
-    round_ste,
     ungrouped,
 )
 
@@ -180,11 +179,3 @@ def test_gradients_of_a_zero_group_are_finite() -> None:
     for symmetric in (False, True):
         fake_quantize(matrix, minmax_grid(matrix, 4, None, symmetric)).sum().backward()
         assert matrix.grad.isfinite().all()
-
-
-def test_round_ste() -> None:
-    x = torch.tensor([-1.5, 0.4, 0.5, 2.6], requires_grad=True)
-    y = round_ste(x)
-    assert y.tolist() == [-2, 0, 0, 3]  # ties to even, as torch.round
-    y.backward(torch.tensor([1.0, 2, 3, 4]))
-    assert x.grad.tolist() == [1, 2, 3, 4]

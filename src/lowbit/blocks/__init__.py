@@ -47,7 +47,7 @@ class Fold:
     ========  ======================  =====================================================
     norm      its weight (and bias)   input columns
     rows      output rows             input columns (v_proj to o_proj)
-    gated     output rows             input columns (up_proj to down_proj); scales positive
+    gated     output rows             input columns (up_proj to down_proj, times the gate)
     rotary    rows, or norm weight    rows, or norm weight (queries against keys)
     ========  ======================  =====================================================
 
@@ -88,6 +88,7 @@ class BlockTask:
     log: Callable[[Event], None]
     # What an earlier run learned for this block (its `BlockResult.learned`): where to begin.
     start: Mapping[str, Tensor] = field(default_factory=dict)
+    attentions: tuple[str, ...] = ()  # modules whose queries, keys and values can be rounded
 
 
 @dataclass
@@ -96,6 +97,7 @@ class BlockResult:
 
     linears: dict[str, nn.Module]  # QuantizedLinear by the name of the linear that it replaces
     tensors: dict[str, Tensor] = field(default_factory=dict)  # EVERYTHING else that changed
-    attention: dict[str, dict[str, Any]] = field(default_factory=dict)  # q, k, v quantized inside
+    # How queries, keys and values are rounded, by attention: {"bits": ..., "symmetric": ...}.
+    attention: dict[str, dict[str, Any]] = field(default_factory=dict)
     learned: dict[str, Tensor] = field(default_factory=dict)  # to OUT/learned/
     report: dict[str, Any] = field(default_factory=dict)

@@ -22,7 +22,7 @@ def tensors_of(block: nn.Module) -> Tensors:
 def apply_fold(tensors: Tensors, fold: Fold, scale: Tensor, shift: Tensor | None = None) -> Tensors:
     """The tensors with one fold applied; the input is left alone.
 
-    scale: (fold.size,) float32, positive for kind "gated"  shift: (fold.size,) float32 or None.
+    scale: (fold.size,) float32, never 0  shift: (fold.size,) float32 or None.
     OmniQuant section 3.3, equations 3 to 5: Y = ((X - shift) / scale) (scale W) + (B + shift W).
     """
     if shift is not None and not fold.shiftable:

@@ -30,9 +30,20 @@ class Hessians(Mapping[str, Hessian]):
     def __init__(self, sums: dict[str, "_Sum"], device: torch.device) -> None:
         self._sums = sums
         self._device = device
+        self._together: dict[tuple[str, ...], Hessian] = {}
 
     def tokens(self, group: str) -> int:
         return self._sums[group].tokens
+
+    def together(self, groups: tuple[str, ...]) -> Hessian:
+        """Of several groups as if they were one: experts that read the same norm. Kept."""
+        if groups not in self._together:
+            tokens = sum(self.tokens(group) for group in groups)
+            total = sum(self._sums[group].total for group in groups)
+            assert isinstance(total, Tensor)
+            mean = (total / max(tokens, 1)).to(self._device, torch.float32)
+            self._together[groups] = Hessian(mean, tokens)
+        return self._together[groups]
 
     def __getitem__(self, group: str) -> Hessian:
         found = self._sums[group]
@@ -108,7 +119,7 @@ def _zeros(channels: int, place: torch.device | Path) -> Tensor:
     if isinstance(place, torch.device):
         return torch.zeros(shape, dtype=torch.float64, device=place)
     with tempfile.NamedTemporaryFile(dir=place, suffix=".f64") as file:
-        # A full disk is an error here, but a SIGBUS once mapped. The file goes when the tensor does.
+        # A full disk is an error here, but a SIGBUS once mapped. The file goes with the tensor.
         os.posix_fallocate(file.fileno(), 0, 8 * channels * channels)
         flat = torch.from_file(file.name, shared=True, size=channels**2, dtype=torch.float64)
     return flat.view(shape)

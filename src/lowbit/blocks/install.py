@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lowbit.blocks import BlockResult
+from lowbit.blocks.attention import round_attention
 
 
 def replace_module(parent: nn.Module, name: str, module: nn.Module) -> None:
@@ -13,10 +14,12 @@ def replace_module(parent: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def install(block: nn.Module, result: BlockResult) -> None:
-    """Replaces the quantized linears and writes everything else that changed, in place."""
+    """Replaces the quantized linears, writes everything else that changed and marks attentions."""
     for name, linear in result.linears.items():
         old = block.get_submodule(name)
         replace_module(block, name, linear.to(next(old.parameters()).device))
     with torch.no_grad():
         for name, tensor in result.tensors.items():
             block.get_parameter(name).copy_(tensor)
+    for name, rounding in result.attention.items():
+        round_attention(block.get_submodule(name), rounding)

@@ -15,27 +15,56 @@ class ChannelStatistics:
     """What a group's input looks like, channel by channel.
 
     absmax, absmean, square: (channels,) float32, maximum and mean of |x| and mean of x^2 over
-    tokens. tokens: how many were seen; 0 leaves all of them zero.
+    tokens. low, high: (channels,) float32, the extremes of x. position: (channels,) int64, the
+    first token with that maximum, by its place in its sequence (for experts: among the tokens that
+    came with it). tokens: how many were seen; 0 leaves all of them zero.
     """
 
     absmax: Tensor
     absmean: Tensor
     square: Tensor
+    low: Tensor
+    high: Tensor
+    position: Tensor
     tokens: int = 0
 
     @classmethod
     def empty(cls, channels: int, device: torch.device) -> "ChannelStatistics":
-        absmax, absmean, square = torch.zeros(3, channels, device=device)
-        return cls(absmax, absmean, square)
+        absmax, absmean, square, low, high = torch.zeros(5, channels, device=device)
+        position = torch.zeros(channels, dtype=torch.int64, device=device)
+        return cls(absmax, absmean, square, low, high, position)
+
+    @property
+    def deviation(self) -> Tensor:
+        """The standard deviation of |x| over tokens: (channels,) float32."""
+        return (self.square - self.absmean.square()).clamp(min=0).sqrt()
+
+    def divided(self, scale: Tensor) -> "ChannelStatistics":
+        """Those of x / scale.  scale: (channels,) positive."""
+        return ChannelStatistics(
+            self.absmax / scale,
+            self.absmean / scale,
+            self.square / scale.square(),
+            self.low / scale,
+            self.high / scale,
+            self.position,
+            self.tokens,
+        )
 
     def update(self, x: Tensor) -> None:
-        """x: (..., channels)."""
+        """x: (..., tokens of a sequence, channels)."""
         rows = x.reshape(-1, x.shape[-1]).float()
         if not len(rows):
             return
+        low, high = rows.amin(0), rows.amax(0)
+        self.low = torch.minimum(self.low, low) if self.tokens else low
+        self.high = torch.maximum(self.high, high) if self.tokens else high
         self.tokens += len(rows)
         share = len(rows) / self.tokens
-        self.absmax = torch.maximum(self.absmax, rows.abs().amax(0))
+        largest, token = rows.abs().max(0)
+        place = token % x.shape[-2]
+        self.position = torch.where(largest > self.absmax, place, self.position)
+        self.absmax = torch.maximum(self.absmax, largest)
         self.absmean = self.absmean.lerp(rows.abs().mean(0), share)
         self.square = self.square.lerp(rows.square().mean(0), share)
 

@@ -1,7 +1,7 @@
 """A stream: the inputs of one block for every calibration batch, in memory or on disk."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -31,19 +31,21 @@ class Stream:
 
     def __init__(
         self,
-        hidden: Sequence[Tensor],
+        hidden: Iterable[Tensor],
         kwargs: Sequence[dict[str, Any]],
         device: torch.device | str = "cpu",
         folder: Path | None = None,
     ) -> None:
-        if len(hidden) != len(kwargs):
-            raise ValueError(f"{len(hidden)} batches, but keyword arguments for {len(kwargs)}")
         self.kwargs = list(kwargs)
         self.device = torch.device(device)
         self.folder = folder
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self._hidden = [self._keep(i, h) for i, h in enumerate(hidden)]
+        if len(self._hidden) != len(kwargs):
+            raise ValueError(
+                f"{len(self._hidden)} batches, but keyword arguments for {len(kwargs)}"
+            )
 
     def _keep(self, index: int, hidden: Tensor) -> Tensor:
         hidden = hidden.detach().to("cpu", torch.float32)

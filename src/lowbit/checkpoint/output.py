@@ -20,11 +20,13 @@ def final_config(
     modules = {name: entry for r in records for name, entry in r.get("modules", {}).items()}
     if not modules:
         raise ValueError("no linear was quantized: every one is skipped or left float")
+    attention = {name: how for r in records for name, how in r.get("attention", {}).items()}
     section = {
         "quant_method": "lowbit",
         "version": VERSION,
         "marker": next(r["marker"] for r in records if r.get("marker")),
         "modules": collapse(modules),
+        **({"attention": collapse(attention)} if attention else {}),
         "files": {r["file"]: {"size": r["size"], "sha256": r["sha256"]} for r in records},
         "made_by": made_by,
     }
@@ -50,7 +52,15 @@ def report_of(records: Sequence[Record], left_float: Sequence[str]) -> dict[str,
         for block, report in blocks.items()
         for linear in report.get("without_feedback", ())
     }
-    given_up |= {block: r["fell_back"] for block, r in blocks.items() if "fell_back" in r}
+    given_up |= {
+        f"{block}.{linear}": f"took the Hessian of all experts: it saw only {tokens} tokens"
+        for block, report in blocks.items()
+        for linear, tokens in report.get("shared_hessian", {}).items()
+    }
+    for block, report in blocks.items():
+        reasons = [report[key] for key in ("fell_back", "attention") if key in report]
+        if reasons:
+            given_up[block] = "; ".join(reasons)
     return {"given_up": given_up, "left_float": list(left_float), "blocks": blocks}
 
 

@@ -1,6 +1,8 @@
 """Write equal entries of many layers once: model.layers.{0-31}.self_attn.q_proj.
 
 Qwen3-30B-A3B has 18,624 quantized matrices; spelt out they would make config.json 3 MB long.
+In an entry for many layers, `shares` names each layer's own neighbour: "{}" in the place of a
+number stands for the number at that place, counted from the left, of the layer's name.
 """
 
 import re
@@ -22,9 +24,9 @@ def collapse(entries: dict[str, Any]) -> dict[str, Any]:
     collapsed: dict[str, Any] = {}
     for names in by_template.values():
         ranged = _ranged(names)
-        same = all(entries[name] == entries[names[0]] for name in names)
-        if ranged is not None and same:
-            collapsed[ranged] = entries[names[0]]
+        first = _for_many(names[0], entries[names[0]])
+        if ranged is not None and all(_for_many(n, entries[n]) == first for n in names):
+            collapsed[ranged] = first
         else:
             collapsed.update({name: entries[name] for name in names})
     return collapsed
@@ -48,8 +50,32 @@ def expand(collapsed: dict[str, Any]) -> dict[str, Any]:
             name = start + "".join(f"{n}{text}" for n, text in zip(numbers, behind, strict=True))
             if name in entries:
                 raise ValueError(f"{name!r} is named twice, once by {pattern!r}")
-            entries[name] = entry
+            entries[name] = _for_one(name, entry)
     return entries
+
+
+def _for_many(name: str, entry: Any) -> Any:
+    """The entry of a layer with what it shares in a form that its like in other blocks have too."""
+    shares = entry.get("shares") if isinstance(entry, dict) else None
+    if not isinstance(shares, str):
+        return entry
+    numbers = NUMBER.findall(shares)
+    if numbers != NUMBER.findall(name)[: len(numbers)]:
+        return entry
+    return entry | {"shares": NUMBER.sub("{}", shares)}
+
+
+def _for_one(name: str, entry: Any) -> Any:
+    """The inverse of `_for_many`. Raises ValueError where the name has too few numbers."""
+    shares = entry.get("shares") if isinstance(entry, dict) else None
+    if not isinstance(shares, str) or "{}" not in shares:
+        return entry
+    numbers = NUMBER.findall(name)
+    if shares.count("{}") > len(numbers):
+        raise ValueError(f"{name!r} has {len(numbers)} numbers, but shares {shares!r}")
+    for number in numbers:
+        shares = shares.replace("{}", number, 1)
+    return entry | {"shares": shares}
 
 
 def _ranged(names: list[str]) -> str | None:

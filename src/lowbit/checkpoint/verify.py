@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from lowbit.checkpoint.ranges import expand
 from lowbit.checkpoint.reader import INDEX, CheckpointReader, file_sha256, read_json
 from lowbit.config import explain
-from lowbit.formats import build
+from lowbit.formats import build, link
+from lowbit.formats.activation import Activation
 
 VERSION = 1  # of the checkpoint layout
 
@@ -24,8 +25,9 @@ class QuantizedFolder:
     """A folder that `lowbit quantize` wrote.
 
     config: config.json as a dictionary. entries: what it says of every quantized linear, by its
-    name on disk. reader: its tensors. marker: the one empty tensor that makes transformers refuse
-    the folder where lowbit is not imported.
+    name on disk. attention: how attentions round what they read, likewise. reader: its tensors.
+    marker: the one empty tensor that makes transformers refuse the folder where lowbit is not
+    imported.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,6 +35,7 @@ class QuantizedFolder:
         self.config = read_config(folder)
         self.quantization = quantization_section(self.config, folder)
         self.entries = quantized_entries(self.quantization, folder)
+        self.attention = rounded_attentions(self.quantization, folder)
         self.marker = marker_of(self.quantization, self.entries, folder)
         self.reader = CheckpointReader(folder)
 
@@ -153,9 +156,46 @@ def quantized_entries(section: dict[str, Any], folder: Path | str) -> dict[str, 
         except ValueError as error:
             raise ValueError(f"{folder}: layer {name}: {error}") from None
     try:
-        return expand(modules)
+        entries = expand(modules)
     except ValueError as error:
         raise ValueError(f"{folder}: quantization_config.modules: {error}") from None
+    _check_shared(entries, folder)
+    return entries
+
+
+def rounded_attentions(section: dict[str, Any], folder: Path | str) -> dict[str, dict[str, Any]]:
+    """How the queries, keys and values of attentions are rounded, by name on disk, checked."""
+    attention = section.get("attention", {})
+    if not isinstance(attention, dict):
+        raise ValueError(f"{folder}: quantization_config.attention must map attentions to settings")
+    for name, rounding in attention.items():
+        try:
+            Activation.model_validate(rounding)
+        except ValidationError as error:
+            raise ValueError(f"{folder}: attention {name}: {explain(error)}") from None
+    try:
+        return expand(attention)
+    except ValueError as error:
+        raise ValueError(f"{folder}: quantization_config.attention: {error}") from None
+
+
+def _check_shared(entries: dict[str, dict[str, Any]], folder: Path | str) -> None:
+    """What a layer shares another one must hold, and so that it fits."""
+    checked: set[str] = set()
+    for name, entry in entries.items():
+        owner = entry.get("shares")
+        if owner is None:
+            continue
+        pair = json.dumps([{**entry, "shares": None}, entries.get(owner)], sort_keys=True)
+        if pair in checked:  # as in most blocks
+            continue
+        checked.add(pair)
+        with torch.device("meta"):
+            layers = {n: build(entries[n]) for n in (name, owner) if n in entries}
+        try:
+            link(layers)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
 
 
 def marker_of(section: dict[str, Any], entries: dict[str, Any], folder: Path | str) -> str:

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -36,17 +36,25 @@ RUN, SIGNATURE, EVENTS = "run", "signature.json", "events.jsonl"
 class CheckpointWriter:
     """OUT while one process writes it; a context manager that holds the lock.
 
-    `signature` is what must be equal for a run to go on. Raises ValueError when OUT belongs to a
-    run with another signature (and says what differs), is not ours, or is being written.
+    `signature` is what must be equal for a run to go on. `before`: called ahead of a run that does
+    not go on, when nothing in OUT has changed yet; what it raises leaves OUT so. Raises ValueError
+    when OUT belongs to a run with another signature (and says what differs), is not ours, or is
+    being written.
     """
 
     def __init__(
-        self, folder: Path, signature: dict[str, Any], shards: int, restart: bool = False
+        self,
+        folder: Path,
+        signature: dict[str, Any],
+        shards: int,
+        restart: bool = False,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self.signature = json.loads(json.dumps(signature))
         self.shards = shards
         self.restart = restart
+        self.before = before
 
     def __enter__(self) -> Self:
         self._refuse_strangers()
@@ -61,6 +69,8 @@ class CheckpointWriter:
                 f"another process is writing {self.folder}: wait for it, or choose another folder"
             ) from None
         try:
+            if self.restart or not (self.folder / RUN / SIGNATURE).exists():
+                self.before()
             with explained(self.folder):
                 if self.restart:
                     self._clear()

@@ -8,11 +8,16 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
+from lowbit.cli.convert import convert
+from lowbit.cli.dequantize import dequantize
 from lowbit.cli.evaluate import evaluate
 from lowbit.cli.generate import generate
 from lowbit.cli.inspect import inspect
+from lowbit.cli.plan import plan
+from lowbit.cli.preprocess import preprocess
 from lowbit.cli.quantize import quantize
 from lowbit.cli.recipes import recipes
+from lowbit.cli.report import report
 from lowbit.cli.screen import console
 from lowbit.config import explain
 from lowbit.models.quiet import quiet
@@ -32,10 +37,15 @@ class Commands(TyperGroup):
         except MISTAKES as error:
             if ctx.params["debug"]:
                 raise
-            screen = console(stderr=True)
-            screen.print("error: ", style="bold red", end="")
-            screen.print(_sentence(error), soft_wrap=True)
+            tell(error)
             raise typer.Exit(1) from error
+
+
+def tell(error: BaseException) -> None:
+    """One sentence on stderr."""
+    screen = console(stderr=True)
+    screen.print("error: ", style="bold red", end="")
+    screen.print(_sentence(error), soft_wrap=True)
 
 
 def _sentence(error: BaseException) -> str:
@@ -55,7 +65,7 @@ app = typer.Typer(
 )
 app.command()(quantize)
 app.command("eval")(evaluate)
-for command in (generate, inspect, recipes):
+for command in (plan, generate, inspect, report, preprocess, dequantize, convert, recipes):
     app.command()(command)
 
 

@@ -3,15 +3,14 @@
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from typer import Argument, Option
 
 from lowbit.checkpoint.writer import write_json
 from lowbit.cli.device import device_map
-from lowbit.cli.screen import change, console, size
-from lowbit.eval import EvalOptions, Evaluation
+from lowbit.cli.eval_tables import show_tasks, show_texts
+from lowbit.cli.screen import console
+from lowbit.eval import EvalOptions, Evaluation, TaskOptions
 from lowbit.eval import evaluate as measure
 
 
@@ -22,25 +21,40 @@ def evaluate(  # noqa: PLR0913 (a command's options)
     ] = None,
     text: Annotated[
         list[str] | None,
-        Option(metavar="NAME|FILE", help="wikitext2, c4, ptb or a file; repeatable."),
+        Option(
+            metavar="NAME|FILE", help="wikitext2, c4, ptb or a file; repeatable. none: no text."
+        ),
     ] = None,
     seqlen: Annotated[int | None, Option(help="Tokens in a window.")] = None,
     per_document: Annotated[
         bool, Option("--per-document", help="Score each document by itself, from its BOS.")
     ] = False,
     limit: Annotated[int | None, Option(help="Windows (or documents) of each text.")] = None,
+    reference: Annotated[
+        str | None, Option(metavar="MODEL", help="Measure the KL divergence from this float model.")
+    ] = None,
+    tasks: Annotated[
+        str | None, Option(metavar="NAME,...", help="Zero-shot tasks of lm-eval, as piqa,arc_easy.")
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, Option(metavar="DIR", help="Take tasks from DIR/NAME/*.jsonl, not the hub.")
+    ] = None,
+    task_limit: Annotated[int | None, Option(help="Rows of each task.")] = None,
+    few_shot: Annotated[int | None, Option(help="Solved examples before a row.  [0]")] = None,
     json: Annotated[Path | None, Option(metavar="FILE", help="Write the numbers here too.")] = None,
     device: Annotated[str, Option(metavar="cpu|cuda:N|auto")] = "auto",
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
 ) -> None:
-    """Measure perplexity and real bits per weight, and compare."""
+    """Measure perplexity, divergence, tasks and real bits per weight, and compare."""
     options = EvalOptions(
-        texts=tuple(text or ("wikitext2",)),
+        texts=_texts(text or []),
         seqlen=seqlen,
         per_document=per_document,
         limit=limit,
+        reference=reference,
+        tasks=_tasks(tasks, tasks_dir, task_limit, few_shot),
         device_map=device_map(device),
         trust_remote_code=trust_remote_code,
     )
@@ -49,7 +63,30 @@ def evaluate(  # noqa: PLR0913 (a command's options)
     found = _measure(list(dict.fromkeys([model, *(others or [])])), options)
     if json is not None:
         write_json(json, {row.model: row.to_json() for row in found})
-    _show(console(), found)
+    screen = console()
+    show_texts(screen, found)
+    if found[0].tasks:
+        screen.print()
+        show_tasks(screen, found, tasks_dir)
+
+
+def _texts(given: list[str]) -> tuple[str, ...]:
+    if "none" in given and len(given) > 1:
+        raise ValueError("--text none means no text at all: name no other beside it")
+    return () if given == ["none"] else tuple(given or ("wikitext2",))
+
+
+def _tasks(
+    names: str | None, folder: Path | None, limit: int | None, few_shot: int | None
+) -> TaskOptions | None:
+    if names is None and folder is None:
+        if limit is not None or few_shot is not None:
+            raise ValueError("--task-limit and --few-shot are for --tasks or --tasks-dir")
+        return None
+    listed = tuple(name.strip() for name in (names or "").split(",") if name.strip())
+    if names is not None and not listed:
+        raise ValueError(f"--tasks {names!r} names no task")
+    return TaskOptions(names=listed, folder=folder, limit=limit, few_shot=few_shot or 0)
 
 
 def _measure(models: list[str], options: EvalOptions) -> list[Evaluation]:
@@ -68,44 +105,3 @@ def _measure(models: list[str], options: EvalOptions) -> list[Evaluation]:
             bar.update(task, description=name, completed=done, total=of)
 
         return measure(models, options, on_progress)
-
-
-def _show(screen: Console, rows: list[Evaluation]) -> None:
-    first = rows[0]
-    names = short_names([row.model for row in rows])
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("\nmodel", overflow="fold")
-    for column in ("bits\n(linears)", "bits\n(model)", "\nsize"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for text in first.perplexity:
-        table.add_column(
-            f"perplexity\n{Path(text).name}", justify="right", overflow="fold", min_width=10
-        )
-        if len(rows) > 1:
-            table.add_column("\nchange", justify="right", no_wrap=True)
-    for row, name in zip(rows, names, strict=True):
-        cells = [name, *(f"{row.bits_per_weight[part]:.2f}" for part in ("linears", "model"))]
-        cells.append(size(row.size_bytes))
-        for text, value in row.perplexity.items():
-            cells.append(f"{value:.3f}" if value < 1000 else f"{value:.3g}")
-            if len(rows) > 1:
-                cells.append("" if row is first else change(value, first.perplexity[text]))
-        table.add_row(*cells)
-    screen.print(table)
-    screen.print(_conditions(first), style="dim", soft_wrap=True)
-
-
-def _conditions(row: Evaluation) -> str:
-    """What the numbers depend on, and must be equal where they are compared."""
-    counts = ", ".join(f"{count:,} of {Path(text).name}" for text, count in row.windows.items())
-    if row.per_document:
-        return (
-            f"perplexity per document, each from its BOS, of up to {row.seqlen:,} tokens: {counts}"
-        )
-    return f"perplexity over non-overlapping windows of {row.seqlen:,} tokens: {counts}"
-
-
-def short_names(models: list[str]) -> list[str]:
-    """Without the folders before them, where that tells them apart."""
-    short = [Path(model).name or model for model in models]
-    return short if len(set(short)) == len(short) else models

@@ -1,7 +1,7 @@
 """lowbit inspect: every layer's format, bits, size and error, and where a folder came from."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any
@@ -15,18 +15,23 @@ from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.ranges import expand
 from lowbit.checkpoint.reader import read_json
 from lowbit.checkpoint.verify import read_config
+from lowbit.cli.integrity import check_files
 from lowbit.cli.screen import console, shortened, size
 from lowbit.models.locate import locate
-from lowbit.models.skeleton import build_skeleton, memory_names
-from lowbit.models.source import load_config
 
 
 def inspect(
     model: Annotated[str, Argument(metavar="OUT", help="A quantized folder.")],
     brief: Annotated[bool, Option("--brief", help="Equal layers of many blocks as one.")] = False,
+    verify: Annotated[
+        bool, Option("--verify", help="Only check every file against its hash.")
+    ] = False,
 ) -> None:
     """Show format, bits, size and error of every layer, and how a folder was made."""
     folder, screen = locate(model), console()
+    if verify:
+        check_files(folder, screen)
+        return
     if "quantization_config" not in read_config(folder):
         found = size_of(folder)
         screen.print(
@@ -39,17 +44,18 @@ def inspect(
     quantized.verify(hashes=False)
     report = read_json(folder / "report.json") if (folder / "report.json").exists() else {}
     try:
-        errors = _errors(quantized, report)
+        errors = _errors(report)
         origin = _provenance(quantized.quantization.get("made_by") or {})
         given_up, left = report.get("given_up", {}), report.get("left_float", [])
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder}: report.json or made_by in config.json was edited") from None
-    screen.print(_table(_layers(quantized, errors, brief), brief))
+    screen.print(_table(list(_layers(quantized, errors, brief)), brief))
     found = size_of(folder)
     facts = {
         "linears": f"{len(quantized.entries):,} of {found.linears:.2f} bits per weight",
         "model": f"{found.model:.2f} bits per parameter, {size(found.bytes)} in "
         f"{len(quantized.reader.files)} files",
+        "attention": _attention(quantized),
         **origin,
         "gave up": _named(given_up),
         "left float": _named(left),
@@ -92,19 +98,22 @@ def _place(name: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", name)]
 
 
-def _table(layers: Iterator[_Layer], brief: bool) -> Table:
+def _table(layers: Sequence[_Layer], brief: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("\nlayer", overflow="fold")
     table.add_column("\nformat", no_wrap=True)
     decibels = "worst\ndB" if brief else "\ndB"
-    for name in ("\nbits", "\ngroup", "\nsize", "real\nbits", decibels):
+    inputs = ["input\nbits"] if any(layer.entry.get("activation") for layer in layers) else []
+    for name in ("\nbits", "\ngroup", *inputs, "\nsize", "real\nbits", decibels):
         table.add_column(name, justify="right", no_wrap=True)
     for layer in layers:
+        rounding = layer.entry.get("activation") or {}
         table.add_row(
             layer.name,
             layer.entry["format"],
             str(layer.entry.get("bits", "")),
             str(layer.entry.get("group_size") or "row"),
+            *[str(rounding.get("bits", "")) for _ in inputs],
             size(layer.bytes),
             f"{8 * layer.bytes / layer.weights:.2f}",
             f"{min(layer.errors):.1f}" if layer.errors else "",
@@ -112,23 +121,20 @@ def _table(layers: Iterator[_Layer], brief: bool) -> Table:
     return table
 
 
-def _errors(quantized: QuantizedFolder, report: dict[str, Any]) -> dict[str, float]:
-    """Signal to noise in decibels by name on disk; report.json has the names in memory."""
-    by_memory = {
+def _attention(quantized: QuantizedFolder) -> str:
+    bits = sorted({str(rounding["bits"]) for rounding in quantized.attention.values()})
+    count = len(quantized.attention)
+    return f"queries, keys and values of {count} at {' and '.join(bits)} bits" if bits else ""
+
+
+def _errors(report: dict[str, Any]) -> dict[str, float]:
+    """Signal to noise in decibels by name on disk."""
+    return {
         f"{block}.{linear}": facts["signal_to_noise_db"]
         for block, found in report.get("blocks", {}).items()
         for linear, facts in found.get("linears", {}).items()
+        if facts.get("signal_to_noise_db") is not None
     }
-    names = {name: name for name in quantized.entries}
-    if (
-        by_memory and not by_memory.keys() >= names.keys()
-    ):  # experts, for one, are renamed by transformers
-        weights = [f"{name}.weight" for name in names]
-        found = memory_names(build_skeleton(load_config(quantized.folder)), weights)
-        names = {
-            disk.removesuffix(".weight"): m.removesuffix(".weight") for disk, m in found.items()
-        }
-    return {disk: by_memory[memory] for disk, memory in names.items() if memory in by_memory}
 
 
 def _provenance(made_by: dict[str, Any]) -> dict[str, str]:
@@ -137,10 +143,11 @@ def _provenance(made_by: dict[str, Any]) -> dict[str, str]:
     sources = ", ".join(source["name"] for source in text.get("sources", []))
     versions = made_by.get("versions") or {}
     name = method.pop("name", "")
+    fields = ", ".join(f"{field}={value}" for field, value in method.items() if value != {})
     return {
         "source": made_by.get("source", ""),
         "recipe": made_by.get("recipe") or "",
-        "method": f"{name} ({', '.join(f'{k}={v}' for k, v in method.items())})" if name else "",
+        "method": f"{name} ({fields})" if name else "",
         "calibration": f"{text['samples']} windows of {text['seqlen']} tokens of {sources}"
         if text
         else "",

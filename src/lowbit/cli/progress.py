@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.text import Text
 
 from lowbit.blocks import Event
-from lowbit.cli.screen import change, duration
+from lowbit.cli.screen import change, duration, size
 
 
 class RunProgress:
@@ -35,6 +35,8 @@ class RunProgress:
         self.before = 0  # blocks that an earlier run had finished
         self.draw: dict[str, Callable[[dict[str, Any]], None]] = {
             "run": self._run,
+            "rehearsal": self._rehearsal,
+            "rehearsed": self._rehearsed,
             "capture": self._capture,
             "block": self._block,
             "epoch": self._epoch,
@@ -42,6 +44,8 @@ class RunProgress:
             "resumed": self._resumed,
             "finished": self._finished,
             "complete": self._complete,
+            "training": self._training,
+            "step": self._step,
         }
 
     def __enter__(self) -> Self:
@@ -68,6 +72,18 @@ class RunProgress:
         self.epochs = data["method"].get("epochs", 0)
         self.bar.update(self.task, total=data["blocks"])
         self._line(f"{data['blocks']} blocks on {data['device']}")
+
+    def _rehearsal(self, data: dict[str, Any]) -> None:
+        self.bar.update(self.task, description="rehearsing a block")
+
+    def _rehearsed(self, data: dict[str, Any]) -> None:
+        facts = (
+            f"{data['linears']:.2f} bits per weight in the linears",
+            size(data["bytes"]),
+            f"{size(data['memory'])} of memory",
+            f"about {duration(data['seconds'])}",
+        )
+        self._line(f"rehearsed: {', '.join(facts)}")
 
     def _capture(self, data: dict[str, Any]) -> None:
         self._line(f"calibration: {data['samples']} windows of {data['seqlen']} tokens")
@@ -96,7 +112,7 @@ class RunProgress:
         done = data["index"] + 1
         count = f"{done:{len(str(data['of']))}}/{data['of']}"
         parts: list[str | tuple[str, str]] = [f"block {count}"]
-        if "loss_after" in data:
+        if "loss_rtn" in data and "loss_after" in data:
             before, after = data["loss_rtn"], data["loss_after"]
             parts += [
                 f"  rtn loss {before:#8.3g} → {after:#8.3g}",
@@ -106,6 +122,18 @@ class RunProgress:
         left = self._left(done, data["of"])
         self._line(*parts, (f"  {left}", "dim") if left else "")
         self._move(done, data["of"], f"block {done}/{data['of']}")
+
+    def _training(self, data: dict[str, Any]) -> None:
+        self.started = time.monotonic()
+        self.before = 0
+        self._line(f"training: {data['steps']:,} steps, {data['tokens']:,} tokens")
+        self.bar.update(self.task, total=data["steps"])
+
+    def _step(self, data: dict[str, Any]) -> None:
+        place = f"step {data['step']:,}/{data['of']:,}, loss {data['loss']:.3f}"
+        self._move(data["step"], data["of"], place)
+        if not self.console.is_terminal:
+            self._line(place)
 
     def _complete(self, data: dict[str, Any]) -> None:
         self.finished_before = True

@@ -1,6 +1,12 @@
 """Directory to directory: a quantized folder to a float one, foreign checkpoints in."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 from lowbit.convert.dequantize import dequantize
 from lowbit.convert.from_bin import from_bin
 
-__all__ = ["dequantize", "from_bin"]
+# What other folders can be read as: a function of that folder and of the one to write.
+READERS: dict[str, Callable[[Path, Path], Path]] = {"bin": from_bin}
+
+__all__ = ["READERS", "dequantize", "from_bin"]

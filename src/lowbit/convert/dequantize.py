@@ -1,5 +1,6 @@
 """A quantized folder to a plain float one, which stock transformers loads."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,20 +9,29 @@ from torch import Tensor
 
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.folder import write_folder
-from lowbit.formats import build
+from lowbit.formats import build, link
+from lowbit.formats.base import QuantizedLinear
+
+logger = logging.getLogger(__name__)
 
 
 def dequantize(folder: Path, out: Path, verify: bool = True) -> Path:
     """Writes every quantized linear as the weight that it multiplies by, in the source's dtype.
 
-    One shard is in memory at a time. Raises ValueError for a folder that is damaged, or an `out`
-    that exists.
+    A float folder cannot say how inputs are rounded when it runs: where layers or attentions do so,
+    the log says that `out` does not. One shard is in memory at a time. Raises ValueError for a
+    folder that is damaged, or an `out` that exists.
     """
     quantized = QuantizedFolder(folder)
     quantized.verify(hashes=verify)
     dtype = quantized.reader.tensors[quantized.marker].dtype  # of the weight that it stands for
     config = {k: v for k, v in quantized.config.items() if k != "quantization_config"}
     files = quantized.reader.files
+    if quantized.attention or any(e.get("activation") for e in quantized.entries.values()):
+        logger.warning(
+            f"{folder} rounds activations when it runs; {out}, a float folder, has its weights but "
+            "will not round activations, and so computes something else"
+        )
     write_folder(out, _float_shards(quantized, dtype), len(files), config, folder)
     return out
 
@@ -43,10 +53,17 @@ def _float_shards(quantized: QuantizedFolder, dtype: torch.dtype) -> Iterator[di
 
 
 def _float_linear(quantized: QuantizedFolder, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    layer = build(quantized.entries[name])
-    stored = quantized.reader.read(quantized.tensors_of(name))
-    layer.load_state_dict({key.removeprefix(f"{name}."): value for key, value in stored.items()})
+    layer = _read(quantized, name)
+    if layer.shares is not None:
+        link({name: layer, layer.shares: _read(quantized, layer.shares)})
     made = {f"{name}.weight": layer.dequantize().to(dtype)}
     if layer.bias is not None:
         made[f"{name}.bias"] = layer.bias.detach()
     return made
+
+
+def _read(quantized: QuantizedFolder, name: str) -> QuantizedLinear:
+    layer = build(quantized.entries[name])
+    stored = quantized.reader.read(quantized.tensors_of(name))
+    layer.load_state_dict({key.removeprefix(f"{name}."): value for key, value in stored.items()})
+    return layer

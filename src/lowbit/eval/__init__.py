@@ -1,12 +1,17 @@
-"""What quantization cost: perplexity beside honest bits, for float and quantized models alike."""
+"""What quantization cost: perplexity, divergence and tasks beside honest bits."""
 
+from lowbit.eval.divergence import Divergence
 from lowbit.eval.evaluate import EvalOptions, Evaluation, evaluate
 from lowbit.eval.perplexity import Perplexity, perplexity, perplexity_per_document
+from lowbit.eval.scores import TaskOptions, TaskScore
 
 __all__ = [
+    "Divergence",
     "EvalOptions",
     "Evaluation",
     "Perplexity",
+    "TaskOptions",
+    "TaskScore",
     "evaluate",
     "perplexity",
     "perplexity_per_document",

@@ -1,42 +1,70 @@
-"""Several models, one table: perplexity, bits and bytes of each."""
+"""Several models, one table: perplexity, divergence, tasks, bits and bytes of each."""
 
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from torch import Tensor
 
 from lowbit.calibration import evaluation_documents, evaluation_text
 from lowbit.checkpoint.output import size_of
+from lowbit.checkpoint.verify import read_config
 from lowbit.config import Config
-from lowbit.eval.perplexity import Perplexity, perplexity, perplexity_per_document
-from lowbit.load import load, locate
+from lowbit.eval.divergence import Divergence, StreamedLogits, divergence
+from lowbit.eval.perplexity import (
+    Perplexity,
+    beginnings_of,
+    losses_of,
+    over_documents,
+    over_windows,
+    windows_of,
+)
+from lowbit.eval.scores import TaskOptions, TaskScore
+from lowbit.load import load, load_config, load_tokenizer, locate
+
+if TYPE_CHECKING:
+    from lowbit.eval.tasks import Tasks
 
 LONGEST_DEFAULT = 2048  # tokens; the papers' context
 
-Progress = Callable[[str, int, int], None]  # model, windows done, windows of
+Progress = Callable[[str, int, int], None]  # what is measured, steps done, steps of
 
 
 class EvalOptions(Config):
-    """texts: wikitext2, c4, ptb or files. seqlen: tokens in a window; None: the smaller of 2,048
-    and the model's context. per_document: every document from its BOS. limit: windows per text.
+    """texts: wikitext2, c4, ptb or files; empty: no perplexity. seqlen: tokens in a window; None:
+    the smaller of 2,048 and the model's context. per_document: every document from its BOS. limit:
+    windows per text. reference: a float model, from which every model's divergence is measured.
+    tasks: None: none.
     """
 
-    texts: tuple[str, ...] = Field(default=("wikitext2",), min_length=1)
+    texts: tuple[str, ...] = ("wikitext2",)
     seqlen: int | None = Field(default=None, ge=2)
     per_document: bool = False
     limit: int | None = Field(default=None, ge=1)
+    reference: str | None = None
+    tasks: TaskOptions | None = None
     device_map: Any = None
     trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _something_is_measured(self) -> "EvalOptions":
+        if not self.texts and self.tasks is None:
+            raise ValueError("there is nothing to measure: name a text or tasks")
+        if not self.texts and self.reference is not None:
+            raise ValueError("the divergence from a reference is measured on a text: name one")
+        return self
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's row. perplexity and windows: by text. bits_per_weight: linears and model.
+    """One model's row. perplexity, windows and divergence: by text. bits_per_weight: linears and
+    model. divergence: from `reference`; then text was streamed through the model in float32.
+    tasks: by name; local ones are called local_NAME.
 
     A perplexity may be infinite or not a number: then the model is broken, which is worth a row.
     """
@@ -50,6 +78,9 @@ class Evaluation:
     windows: dict[str, int]
     per_document: bool
     seconds: float
+    reference: str | None = None
+    divergence: dict[str, Divergence] = field(default_factory=dict)
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,17 +89,19 @@ class Evaluation:
 def evaluate(
     models: Sequence[str | Path],
     options: EvalOptions,
-    on_progress: Progress = lambda model, done, of: None,
+    on_progress: Progress = lambda what, done, of: None,
 ) -> list[Evaluation]:
     """Evaluates float and quantized models one after another; at most one is in memory.
 
-    Raises ValueError for a model or text that cannot be had, and for models whose default contexts
+    With a reference, and without tasks, none is: they are streamed block by block. Raises
+    ValueError for a model, text or task that cannot be had, and for models whose default contexts
     differ (never compare across: say --seqlen).
     """
+    session = _Session(options, on_progress)
     rows: list[Evaluation] = []
     for name in models:
-        rows.append(_evaluate_one(str(name), options, on_progress))
-        if rows[-1].seqlen != rows[0].seqlen:
+        rows.append(session.row(str(name)))
+        if options.texts and rows[-1].seqlen != rows[0].seqlen:
             raise ValueError(
                 f"{name} would be measured with {rows[-1].seqlen} tokens of context, "
                 f"{rows[0].model} with {rows[0].seqlen}: name one --seqlen for all"
@@ -77,46 +110,162 @@ def evaluate(
     return rows
 
 
-def _evaluate_one(name: str, options: EvalOptions, on_progress: Progress) -> Evaluation:
-    started = time.perf_counter()
-    folder = locate(name, options.trust_remote_code)
-    model, tokenizer = load(
-        folder, device_map=options.device_map, trust_remote_code=options.trust_remote_code
-    )
-    context = getattr(model.config, "max_position_embeddings", None)
-    seqlen = options.seqlen or min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
-    if context is not None and seqlen > context:
-        raise ValueError(f"{name} has a context of {context} tokens; --seqlen {seqlen} is longer")
+class _Session:
+    """What the models of one call share: the tasks' rows, the reference's predictions."""
 
-    def measure(text: str) -> Perplexity:
-        def progress(done: int, of: int) -> None:
-            on_progress(name, done, of)
+    def __init__(self, options: EvalOptions, on_progress: Progress) -> None:
+        self.options = options
+        self.on_progress = on_progress
+        self.tasks = None if options.tasks is None else _open_tasks(options.tasks)
+        self.reference: StreamedLogits | None = None
+        self.reference_folder: Path | None = None
+        if options.reference is not None:
+            self.reference_folder = locate(options.reference, options.trust_remote_code)
 
-        if options.per_document:
-            documents = evaluation_documents(text, tokenizer)
-            return perplexity_per_document(model, documents, seqlen, options.limit, progress)
-        tokens = evaluation_text(text, tokenizer, seqlen)
-        return perplexity(model, tokens, seqlen, options.limit, progress)
+    def row(self, name: str) -> Evaluation:
+        started = time.perf_counter()
+        options = self.options
+        folder = locate(name, options.trust_remote_code)
+        seqlen = self._seqlen(name, folder)
+        found: dict[str, Perplexity] = {}
+        distance: dict[str, Divergence] = {}
+        scores: dict[str, TaskScore] = {}
+        if self.reference_folder is not None:
+            found, distance = self._stream(name, folder, seqlen)
+        if self.tasks is not None or (options.texts and self.reference_folder is None):
+            model, tokenizer = load(
+                folder, device_map=options.device_map, trust_remote_code=options.trust_remote_code
+            )
+            if self.reference_folder is None:
+                for text, rows in self._rows(tokenizer, seqlen).items():
+                    losses = losses_of(model, rows, self._progress(name))
+                    found[text] = self._perplexity(losses, seqlen)
+            if self.tasks is not None:
+                scores = self.tasks.score(model, tokenizer, self._progress(f"{name}: tasks"))
+        size = size_of(folder)
+        return Evaluation(
+            model=name,
+            method=_method(folder),
+            perplexity={text: p.value for text, p in found.items()},
+            bits_per_weight={"linears": size.linears, "model": size.model},
+            size_bytes=size.bytes,
+            seqlen=seqlen,
+            windows={text: p.windows for text, p in found.items()},
+            per_document=options.per_document,
+            seconds=round(time.perf_counter() - started, 3),
+            reference=options.reference,
+            divergence=distance,
+            tasks=scores,
+        )
 
-    found = {text: measure(text) for text in options.texts}
-    size = size_of(folder)
-    return Evaluation(
-        model=name,
-        method=_method(model),
-        perplexity={text: p.value for text, p in found.items()},
-        bits_per_weight={"linears": size.linears, "model": size.model},
-        size_bytes=size.bytes,
-        seqlen=seqlen,
-        windows={text: p.windows for text, p in found.items()},
-        per_document=options.per_document,
-        seconds=round(time.perf_counter() - started, 3),
-    )
+    def _seqlen(self, name: str, folder: Path) -> int:
+        config = load_config(folder, self.options.trust_remote_code)
+        context = getattr(config, "max_position_embeddings", None)
+        asked = self.options.seqlen
+        if context is not None and asked is not None and asked > context:
+            raise ValueError(
+                f"{name} has a context of {context} tokens; --seqlen {asked} is longer"
+            )
+        return asked or min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
+
+    def _rows(self, tokenizer: Any, seqlen: int) -> dict[str, list[Tensor]]:
+        """Of every text the windows, or the documents: (tokens,) int64 each."""
+        limit = self.options.limit
+        if self.options.per_document:
+            return {
+                text: beginnings_of(evaluation_documents(text, tokenizer), seqlen, limit)
+                for text in self.options.texts
+            }
+        return {
+            text: windows_of(evaluation_text(text, tokenizer, seqlen), seqlen, limit)
+            for text in self.options.texts
+        }
+
+    def _perplexity(self, losses: list[Tensor], seqlen: int) -> Perplexity:
+        over = over_documents if self.options.per_document else over_windows
+        return over(losses, seqlen)
+
+    def _stream(
+        self, name: str, folder: Path, seqlen: int
+    ) -> tuple[dict[str, Perplexity], dict[str, Divergence]]:
+        """Perplexity and divergence by text, from one pass over the blocks."""
+        rows = self._rows(load_tokenizer(folder, self.options.trust_remote_code), seqlen)
+        reference = self._reference(name, rows, seqlen)
+        same = folder.samefile(reference.folder)
+        model = reference if same else self._logits(folder, rows)
+        found: dict[str, Perplexity] = {}
+        distance: dict[str, Divergence] = {}
+        first = 0
+        for text, of_text in rows.items():
+            span = range(first, first + len(of_text))
+            distance[text], losses = divergence(reference, model, span, self._progress(name))
+            found[text] = self._perplexity(losses, seqlen)
+            first += len(of_text)
+        return found, distance
+
+    def _reference(self, name: str, rows: dict[str, list[Tensor]], seqlen: int) -> StreamedLogits:
+        """The reference on its own tokens, which must be those of every model."""
+        folder, asked = self.reference_folder, str(self.options.reference)
+        assert folder is not None
+        if self.reference is None:
+            if "quantization_config" in read_config(folder):
+                raise ValueError(f"--reference {asked} is quantized; name the float model")
+            self._seqlen(asked, folder)
+            tokenizer = load_tokenizer(folder, self.options.trust_remote_code)
+            self.reference = self._logits(folder, self._rows(tokenizer, seqlen))
+        mine = [row for of_text in rows.values() for row in of_text]
+        theirs = self.reference.rows
+        if len(mine) != len(theirs) or not all(map(torch.equal, mine, theirs)):
+            raise ValueError(
+                f"{name} and {asked} read the text as different tokens: only models of one "
+                "tokenizer and one context have a divergence"
+            )
+        return self.reference
+
+    def _logits(self, folder: Path, rows: dict[str, list[Tensor]]) -> StreamedLogits:
+        return StreamedLogits(
+            folder,
+            [row for of_text in rows.values() for row in of_text],
+            _one_device(self.options.device_map),
+            self.options.trust_remote_code,
+            self.on_progress,
+        )
+
+    def _progress(self, what: str) -> Callable[[int, int], None]:
+        return lambda done, of: self.on_progress(what, done, of)
 
 
-def _method(model: torch.nn.Module) -> str:
-    """The recipe or method that made a quantized model; "float" for others."""
-    config = getattr(model.config, "quantization_config", None)
-    if config is None:
-        return "float"
-    made_by = config.to_dict().get("made_by") or {}
-    return made_by.get("recipe") or (made_by.get("method") or {}).get("name", "quantized")
+def _open_tasks(options: TaskOptions) -> "Tasks":
+    try:
+        from lowbit.eval.tasks import Tasks
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise ValueError(
+            "tasks are scored by lm-eval, which is not installed: pip install 'lowbit[eval]'"
+        ) from None
+    return Tasks(options)
+
+
+def _one_device(device_map: Any) -> torch.device | str:
+    """Where blocks are run, one at a time."""
+    if device_map is None or device_map == "auto":
+        return "cuda:0" if device_map == "auto" and torch.cuda.is_available() else "cpu"
+    if isinstance(device_map, dict):
+        raise ValueError("a model is compared with a reference on one device: name that one")
+    return torch.device(device_map)
+
+
+def _method(folder: Path) -> str:
+    """The recipe or method that made a quantized model; "float" for others.
+
+    What was trained before says so: that is more than calibration.
+    """
+    config = read_config(folder)
+    section = config.get("quantization_config")
+    trained = " after LoRA" if "lowbit_preprocess" in config else ""
+    if section is None:
+        return f"float{trained}"
+    made_by = section.get("made_by") or {}
+    name: str = made_by.get("recipe") or (made_by.get("method") or {}).get("name", "quantized")
+    return f"{name}{trained}"

@@ -35,19 +35,7 @@ def perplexity(
     the first is predicted (GPTQ's and OmniQuant's evaluation). limit: at most so many windows.
     Raises ValueError when there is not one window.
     """
-    windows = len(tokens) // seqlen
-    if windows == 0:
-        raise ValueError(
-            f"the text has {len(tokens):,} tokens, less than one window of {seqlen:,}: "
-            "use a longer text or a smaller --seqlen"
-        )
-    rows = tokens[: windows * seqlen].view(windows, seqlen)[:limit]
-    losses = []
-    for i, row in enumerate(rows):
-        losses.append(_losses(model, row).mean().item())
-        progress(i + 1, len(rows))
-    value = _exp(sum(losses) / len(losses))
-    return Perplexity(value, len(rows), seqlen, len(rows) * (seqlen - 1))
+    return over_windows(losses_of(model, windows_of(tokens, seqlen, limit), progress), seqlen)
 
 
 def perplexity_per_document(
@@ -62,14 +50,54 @@ def perplexity_per_document(
     documents: (count,) int64 each, cut to `seqlen` tokens. Not comparable with `perplexity`: no
     document is read across a boundary, and long documents weigh more.
     """
-    rows = [document[:seqlen] for document in documents][:limit]
-    total, predicted = 0.0, 0
+    rows = beginnings_of(documents, seqlen, limit)
+    return over_documents(losses_of(model, rows, progress), seqlen)
+
+
+def windows_of(tokens: Tensor, seqlen: int, limit: int | None = None) -> list[Tensor]:
+    """The windows that `perplexity` is measured on: (seqlen,) int64 each."""
+    windows = len(tokens) // seqlen
+    if windows == 0:
+        raise ValueError(
+            f"the text has {len(tokens):,} tokens, less than one window of {seqlen:,}: "
+            "use a longer text or a smaller --seqlen"
+        )
+    return list(tokens[: windows * seqlen].view(windows, seqlen)[:limit])
+
+
+def beginnings_of(
+    documents: Sequence[Tensor], seqlen: int, limit: int | None = None
+) -> list[Tensor]:
+    """What `perplexity_per_document` is measured on: (up to seqlen,) int64 each."""
+    return [document[:seqlen] for document in documents][:limit]
+
+
+def losses_of(
+    model: nn.Module, rows: Sequence[Tensor], progress: Progress = lambda done, of: None
+) -> list[Tensor]:
+    """The cross-entropy of every token but the first of each row, (tokens - 1,) float32 each."""
+    losses = []
     for i, row in enumerate(rows):
-        losses = _losses(model, row)
-        total += losses.double().sum().item()
-        predicted += len(losses)
+        losses.append(_losses(model, row))
         progress(i + 1, len(rows))
-    return Perplexity(_exp(total / predicted), len(rows), seqlen, predicted)
+    return losses
+
+
+def over_windows(losses: Sequence[Tensor], seqlen: int) -> Perplexity:
+    """Every window counts the same."""
+    means = [row.mean().item() for row in losses]
+    return Perplexity(_exp(sum(means) / len(means)), len(losses), seqlen, _count(losses))
+
+
+def over_documents(losses: Sequence[Tensor], seqlen: int) -> Perplexity:
+    """Every token counts the same."""
+    total = sum(row.double().sum().item() for row in losses)
+    predicted = _count(losses)
+    return Perplexity(_exp(total / predicted), len(losses), seqlen, predicted)
+
+
+def _count(losses: Sequence[Tensor]) -> int:
+    return sum(len(row) for row in losses)
 
 
 def _exp(loss: float) -> float:
@@ -78,7 +106,6 @@ def _exp(loss: float) -> float:
 
 
 def _losses(model: nn.Module, row: Tensor) -> Tensor:
-    """The cross-entropy of every token but the first, (tokens - 1,) float32."""
     device = next(model.parameters()).device
     row = row.to(device)
     with torch.no_grad():

@@ -5,11 +5,19 @@ from typing import Any
 
 from lowbit.config import unknown_name
 from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.binary import BinaryLinear
+from lowbit.formats.dense import DenseLinear
 from lowbit.formats.lattice import LatticeLinear
+from lowbit.formats.nested import NestedLinear
+from lowbit.formats.sorted_group import SortedGroupLinear
 from lowbit.formats.uniform import UniformLinear
 
 FORMATS: dict[str, type[QuantizedLinear]] = {
+    "binary": BinaryLinear,
+    "dense": DenseLinear,
     "lattice": LatticeLinear,
+    "nested": NestedLinear,
+    "sorted_group": SortedGroupLinear,
     "uniform": UniformLinear,
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowbit.formats.activation import Activation
 from lowbit.formats.sharing import LastInput
 
 
@@ -22,12 +23,17 @@ class QuantizedLinear(nn.Module):
     Linears that read the same input may share what that input meets first (a rotation, a
     permutation, a mask). The first of them, the owner, holds its tensors; an entry of the others
     has its name as "shares", and `lowbit.formats.link` finds it. A format that shares overrides
-    `shares` and `prepare`, and calls `prepared` in `forward`.
+    `shares` and `prepare`, calls `prepared` in `forward`, and has a `forward` that stops after
+    `prepare` when it is asked to with `prepare_only`.
+
+    Where a format supports it, `activation` says how `forward` rounds its input first; the entry
+    has it then, and is silent otherwise.
 
     bias: (out_features,) in the checkpoint's dtype, or None.
     """
 
     format: ClassVar[str]
+    activation: Activation | None = None
 
     def __init__(
         self, in_features: int, out_features: int, bias_dtype: torch.dtype | None = None
@@ -59,6 +65,10 @@ class QuantizedLinear(nn.Module):
     @abstractmethod
     def dequantize(self) -> Tensor:
         """The weight that `forward` multiplies by: (out_features, in_features) float32."""
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """What `forward` multiplies the weight by: x, unless this layer rounds what it reads."""
+        return x if self.activation is None else self.activation.round(x)
 
     @property
     def shares(self) -> str | None:
@@ -92,17 +102,37 @@ class QuantizedLinear(nn.Module):
         """The work on an input that is the same for all who share it; done by their owner."""
         return x
 
+    def shared_tensors(self) -> list[Tensor]:
+        """The tensors that `prepare` reads."""
+        return list(self.parameters(recurse=False))
+
+    def is_offloaded(self) -> bool:
+        """Whether accelerate has put away what `prepare` reads, until the layer is called."""
+        return any(tensor.is_meta for tensor in self.shared_tensors())
+
     def prepared(self, x: Tensor) -> Tensor:
         """What the owner's `prepare` makes of x, once for all who share it; never write to it."""
         owner = self.owner
+        if owner.is_offloaded():
+            result: Tensor = owner(x, prepare_only=True)
+            return result
         return owner._last_input.prepared(x, owner)
 
     def common_entry(self) -> dict[str, Any]:
         bias = None if self.bias is None else str(self.bias.dtype).removeprefix("torch.")
-        return {"format": self.format, "shape": [self.out_features, self.in_features], "bias": bias}
+        entry: dict[str, Any] = {
+            "format": self.format,
+            "shape": [self.out_features, self.in_features],
+            "bias": bias,
+        }
+        if self.activation is not None:
+            entry["activation"] = self.activation.model_dump()
+        return entry
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features), in the dtype of x."""
+        if self.activation is not None:
+            x = self.activation.round(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.dequantize().to(x.dtype), bias)
 

@@ -44,7 +44,7 @@ class LastInput:
 
 def _state(x: Tensor, owner: "QuantizedLinear") -> tuple[Any, ...] | None:
     """All that the result depends on beside the identity of x; None if that cannot be told."""
-    parameters = list(owner.parameters(recurse=False))
+    parameters = owner.shared_tensors()
     if torch.compiler.is_compiling() or any(t.is_inference() for t in (x, *parameters)):
         return None
     if any(parameter.requires_grad for parameter in parameters):

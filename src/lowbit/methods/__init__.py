@@ -1,10 +1,26 @@
 """One file per algorithm: chooses the numbers."""
 
 from lowbit.methods.gptq import GPTQ
+from lowbit.methods.matquant import MatQuant
 from lowbit.methods.method import Method
+from lowbit.methods.mixedquant import MixedQuant
 from lowbit.methods.omniquant import OmniQuant
+from lowbit.methods.ptq161 import PTQ161
+from lowbit.methods.quip import QuIP
 from lowbit.methods.rtn import RTN
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, OmniQuant)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (RTN, GPTQ, OmniQuant, MatQuant, QuIP, PTQ161, MixedQuant)
+}
 
-__all__ = ["GPTQ", "METHODS", "Method", "OmniQuant", "RTN"]
+__all__ = [
+    "GPTQ",
+    "METHODS",
+    "MatQuant",
+    "Method",
+    "MixedQuant",
+    "OmniQuant",
+    "PTQ161",
+    "QuIP",
+    "RTN",
+]

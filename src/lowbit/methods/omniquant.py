@@ -1,55 +1,77 @@
-"""OmniQuant (Shao et al., ICLR 2024, arXiv 2308.13137), weight-only.
+"""OmniQuant (Shao et al., ICLR 2024, arXiv 2308.13137), weight-only or with activations.
 
 Per block, two sets of parameters are learned by gradient descent through the rounding: how far each
 group's range is clipped (LWC, section 3.2) and by how much channels are scaled between a layer and
 the one before it (LET, section 3.3). The loss is the mean squared error between the float block fed
 by the float stream and the quantized block fed by the quantized stream (equation 1). Nothing is
 left at run time: scales are folded into norms and linears, ranges into the stored grid.
+
+With `activation_bits` each quantized linear rounds its input as it comes, and attention its
+queries, keys and values, token by token (section 4.1). LET then has more to do: it shifts channels
+where biases can take that up (equation 3) and scales queries against keys (equation 5).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from lowbit.blocks import BlockResult, BlockTask, Event, Fold, Stream
+from lowbit.blocks import BlockResult, BlockTask, Stream
 from lowbit.blocks.capture import call_block
-from lowbit.blocks.folding import Tensors, apply_folds, load_changed, tensors_of
+from lowbit.blocks.folding import Tensors, load_changed
 from lowbit.blocks.hessian import input_hessians
-from lowbit.blocks.start import Start
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
-from lowbit.blocks.training import Fit, ParameterGroup, fit, mean_loss
-from lowbit.methods.method import Method, signal_to_noise
+from lowbit.blocks.training import fit, mean_loss
+from lowbit.formats.activation import Activation
+from lowbit.formats.uniform import UniformLinear
+from lowbit.methods.learned import keep_if_better, packed_block, training_report
+from lowbit.methods.method import Method
 from lowbit.methods.packing import pack, pack_with_feedback
-from lowbit.solvers.clipping import LearnedClipping, search_clipping
-from lowbit.solvers.equivalence import searched_scale, smooth_scale
+from lowbit.solvers.activation import rounding_twin
+from lowbit.solvers.block_learner import BlockLearner, Learning, starved_linears
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
-from lowbit.solvers.rounding import Grid, fake_quantize, minmax_grid
+from lowbit.solvers.rounding import Grid, GridShape, fake_quantize
+
+FLOAT_ATTENTION = (
+    "queries, keys and values are not quantized, only the inputs of linears: this model does not "
+    "call transformers' attention interface"
+)
 
 
 class OmniQuant(Method):
     """bits, group_size, symmetric: the grid, as in RTN. lwc, let: what is learned.
 
-    aug_loss: adds the error against the float block on the quantized stream. epochs over all
-    samples; batch: samples per step; lwc_lr, let_lr: AdamW's rates for logits and for logarithms of
-    scales. alpha: of the initial scales. init: "minmax" as published, or "awq", a search for
-    scales and clips so that a quarter of the epochs does. min_tokens: an expert that saw fewer
-    calibration tokens is rounded to nearest and named in the report. rounding: "nearest" as
-    published, or "gptq": with grid and scales learned, codes are chosen with feedback.
+    activation_bits: of what these linears read, and attentions that hold some of them; None leaves
+    it as it is. activation_symmetric: around 0, without a zero point for each token. aug_loss: adds
+    the error against the float block on the quantized stream. epochs over all samples; batch:
+    samples per step; lwc_lr, let_lr: AdamW's rates for logits, and for logarithms of scales and
+    shifts. alpha: of the initial scales. init: "minmax" as published, or "awq", a search for scales
+    and clips so that a quarter of the epochs does. min_tokens: an expert that saw fewer calibration
+    tokens is rounded to nearest and named in the report. rounding: "nearest" as published, or
+    "gptq": with grid and scales learned, codes are chosen with feedback.
     """
 
     name: ClassVar[str] = "omniquant"
-    per_linear: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric")
+    per_linear: ClassVar[tuple[str, ...]] = (
+        "bits",
+        "group_size",
+        "symmetric",
+        "activation_bits",
+        "activation_symmetric",
+    )
     learns: ClassVar[bool] = True
 
     bits: int = Field(4, ge=2, le=8)
     group_size: int | None = Field(None, ge=1)
     symmetric: bool = False
+    activation_bits: int | None = Field(None, ge=3, le=8)
+    activation_symmetric: bool = False
     lwc: bool = True
     let: bool = False
     aug_loss: bool = False
@@ -64,6 +86,21 @@ class OmniQuant(Method):
     damping: float = Field(0.01, gt=0)
     min_tokens: int = Field(64, ge=1)
 
+    @model_validator(mode="after")
+    def _check_activation(self) -> Self:
+        if self.activation_symmetric and self.activation_bits is None:
+            raise ValueError(
+                "activation_symmetric says how to round activations: it needs activation_bits"
+            )
+        return self
+
+    @property
+    def activation(self) -> Activation | None:
+        """How an input is rounded."""
+        if self.activation_bits is None:
+            return None
+        return Activation(bits=self.activation_bits, symmetric=self.activation_symmetric)
+
     def streams(self) -> tuple[str, ...]:
         return ("float", "quantized")
 
@@ -72,9 +109,10 @@ class OmniQuant(Method):
 
     def quantize(self, task: BlockTask) -> BlockResult:
         statistics = input_statistics(task.block, task.groups, task.streams["float"])
-        starved = _starved(task, statistics, self.min_tokens)
+        starved = starved_linears(task, statistics, self.min_tokens)
         learner = _Learner(self, task, statistics, set(starved))
         targets = _targets(task, self.aug_loss)
+        task = replace(task, block=learner.rounding_block(task))
         fitted = fit(
             learner.parameter_groups(),
             _loss(task, learner.tensors, targets),
@@ -84,12 +122,11 @@ class OmniQuant(Method):
             self.weight_decay,
         )
         nearest = mean_loss(_loss(task, learner.nearest, targets), len(targets[0]))
-        keep = fitted.after <= nearest
-        if not keep:
-            task.log(Event("warning", {"text": f"{task.name}: rounding to nearest was better"}))
-            learner.forget()
+        keep = keep_if_better(learner, task, fitted.after, nearest)
         result = learner.result(self._factors(task, learner))
-        result.report |= _report(fitted, nearest, keep, starved, statistics, task)
+        result.report |= training_report(fitted, nearest, keep, starved, statistics)
+        if self.activation is not None and not task.attentions:
+            result.report["attention"] = FLOAT_ATTENTION
         return result
 
     def _factors(self, task: BlockTask, learner: "_Learner") -> dict[str, OrderedFactor]:
@@ -109,8 +146,8 @@ class OmniQuant(Method):
         return found
 
 
-class _Learner:
-    """The parameters of one block, and the block's tensors as functions of them."""
+class _Learner(BlockLearner):
+    """What is learned of one block, and the block's tensors on the grids that follow from it."""
 
     def __init__(
         self,
@@ -120,77 +157,34 @@ class _Learner:
         starved: set[str],
     ) -> None:
         self.method = method
-        self.block = task.block
-        self.float_tensors = tensors_of(task.block)
-        self.linears = [name for group in task.groups for name in group.linears]
-        self.settings = {name: method.at(f"{task.name}.{name}") for name in self.linears}
-        self.start = Start(task)
-        by_reader = {name: statistics[g.name] for g in task.groups for name in g.linears}
-        seen = {name: s for name, s in by_reader.items() if s.tokens}
-        self.folds: dict[str, Fold] = {}
-        if method.let:
-            # Not "rotary": a grid follows the scale of its row, so rounding sees nothing of it.
-            self.folds = {f.name: f for f in task.folds if f.kind in ("norm", "rows")}
-        # Learned as logarithms: positive whatever the optimiser does.
-        self.log_scales = {
-            name: nn.Parameter(self._first_log_scale(fold, seen))
-            for name, fold in self.folds.items()
+        names = [name for group in task.groups for name in group.linears]
+        settings = {name: method.at(f"{task.name}.{name}") for name in names}
+        found = {name: s.activation for name, s in settings.items()}
+        self.activations = {name: a for name, a in found.items() if a is not None}
+        whole = method.activation
+        self.attention = {
+            attention: whole.model_dump()
+            for attention in task.attentions
+            if whole and any(name.startswith(f"{attention}.") for name in names)
         }
-        self.clipping: dict[str, LearnedClipping] = {}
-        if method.lwc:
-            folded = self.folded()
-            self.clipping = {
-                name: self._first_clipping(folded[f"{name}.weight"].detach(), seen, name)
-                for name in self.linears
-                if name not in starved or f"{name}.clip_low" in self.start
-            }
-        self.start.check_used()
+        shapes = {n: GridShape(s.bits, s.group_size, s.symmetric) for n, s in settings.items()}
+        learning = Learning(
+            method.lwc,
+            method.let,
+            method.lwc_lr,
+            method.let_lr,
+            method.alpha,
+            method.init,
+            inputs=bool(self.activations),
+        )
+        super().__init__(task, statistics, starved, learning, shapes)
 
-    def _first_log_scale(self, fold: Fold, seen: dict[str, ChannelStatistics]) -> Tensor:
-        started = self.start.take(f"fold.{fold.name}.log_scale", (fold.size,))
-        if started is not None:
-            return started
-        if self.method.init == "awq":
-            return searched_scale(fold, self.float_tensors, seen, self._round_to_nearest).log()
-        return smooth_scale(fold, self.float_tensors, seen, self.method.alpha).log()
-
-    def _first_clipping(
-        self, weight: Tensor, seen: dict[str, ChannelStatistics], name: str
-    ) -> LearnedClipping:
-        method = self.settings[name]
-        first = LearnedClipping.start(weight, method.group_size)
-        low, high = (self.start.take(f"{name}.clip_{e}", first.low.shape) for e in ("low", "high"))
-        if low is not None and high is not None:
-            return LearnedClipping(low, high)
-        if method.init == "minmax":
-            return first
-        statistics = seen[name]
-        square = statistics.square
-        for fold_name, fold in self.folds.items():  # folding has divided this linear's input
-            if name in fold.readers:
-                scale = self.log_scales[fold_name].detach().exp()
-                per_column = scale if fold.reader_channels is None else scale[fold.reader_channels]
-                square = square / per_column.square()
-        ratios = search_clipping(weight, square, method.bits, method.group_size, method.symmetric)
-        return LearnedClipping.from_ratios(*ratios)
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        logits = [p for clipping in self.clipping.values() for p in clipping.parameters()]
-        return [
-            ParameterGroup(list(self.log_scales.values()), self.method.let_lr),
-            ParameterGroup(logits, self.method.lwc_lr),
-        ]
-
-    def folded(self) -> Tensors:
-        """The block's float tensors after the transformation."""
-        scales = {name: log_scale.exp() for name, log_scale in self.log_scales.items()}
-        return apply_folds(self.float_tensors, self.folds, scales)
-
-    def grid(self, name: str, weight: Tensor) -> Grid:
-        method = self.settings[name]
-        if name not in self.clipping:
-            return minmax_grid(weight, method.bits, method.group_size, method.symmetric)
-        return self.clipping[name].grid(weight, method.bits, method.group_size, method.symmetric)
+    def rounding_block(self, task: BlockTask) -> nn.Module:
+        """The block, or one with its parameters that rounds inputs."""
+        if not self.activations and not self.attention:
+            return task.block
+        linears = {name: found.model_dump() for name, found in self.activations.items()}
+        return rounding_twin(task.block, linears, self.attention)
 
     def tensors(self) -> Tensors:
         """What the quantized block runs with, differentiable in all parameters."""
@@ -205,46 +199,23 @@ class _Learner:
         tensors = dict(self.float_tensors)
         for name in self.linears:
             weight = tensors[f"{name}.weight"]
-            tensors[f"{name}.weight"] = self._round_to_nearest(name, weight)
+            tensors[f"{name}.weight"] = self.round_to_nearest(name, weight)
         return tensors
 
-    def _round_to_nearest(self, name: str, weight: Tensor) -> Tensor:
-        method = self.settings.get(name)
-        if method is None:  # a reader that stays float
-            return weight
-        grid = minmax_grid(weight, method.bits, method.group_size, method.symmetric)
-        return fake_quantize(weight, grid)
-
-    def forget(self) -> None:
-        """Back to rounding to nearest."""
-        self.clipping, self.log_scales, self.folds = {}, {}, {}
-
-    @torch.no_grad()
     def result(self, factors: Mapping[str, OrderedFactor]) -> BlockResult:
         """The packed block; linears in `factors` are rounded with feedback."""
-        tensors = self.folded()
-        result = BlockResult({}, learned=self._learned(), report={"linears": {}})
-        for name in self.linears:
-            weight = tensors.pop(f"{name}.weight")
-            bias, grid = tensors.pop(f"{name}.bias", None), self.grid(name, weight)
-            if name in factors:
-                packed, _ = pack_with_feedback(weight, bias, grid, factors[name])
-            else:
-                packed = pack(weight, bias, grid)
-            result.linears[name] = packed
-            error = signal_to_noise(weight, packed)
-            result.report["linears"][name] = {"signal_to_noise_db": round(error, 2)}
-        for name, tensor in tensors.items():
-            if not torch.equal(tensor, self.float_tensors[name]):
-                result.tensors[name] = tensor
-        return result
 
-    def _learned(self) -> Tensors:
-        learned = {f"fold.{name}.log_scale": p.detach() for name, p in self.log_scales.items()}
-        for name, clipping in self.clipping.items():
-            learned[f"{name}.clip_low"] = clipping.low.detach()
-            learned[f"{name}.clip_high"] = clipping.high.detach()
-        return learned
+        def packed(name: str, weight: Tensor, bias: Tensor | None, grid: Grid) -> UniformLinear:
+            if name in factors:
+                layer, _ = pack_with_feedback(weight, bias, grid, factors[name])
+            else:
+                layer = pack(weight, bias, grid)
+            layer.activation = self.activations.get(name)
+            return layer
+
+        result = packed_block(self, packed)
+        result.attention = self.attention
+        return result
 
 
 def _targets(task: BlockTask, aug_loss: bool) -> list[Stream]:
@@ -267,36 +238,3 @@ def _loss(
         return torch.stack(errors).sum()
 
     return loss
-
-
-def _starved(
-    task: BlockTask, statistics: dict[str, ChannelStatistics], min_tokens: int
-) -> dict[str, int]:
-    """Linears of experts that saw too few tokens, with how many they saw."""
-    return {
-        linear: statistics[group.name].tokens
-        for group in task.groups
-        for linear in group.linears
-        if statistics[group.name].tokens < min_tokens
-    }
-
-
-def _report(
-    fitted: Fit,
-    nearest: float,
-    keep: bool,
-    starved: dict[str, int],
-    statistics: dict[str, ChannelStatistics],
-    task: BlockTask,
-) -> dict[str, Any]:
-    report: dict[str, Any] = {"training": fitted.report(), "loss_rtn": nearest}
-    report["loss_before"], report["loss_after"] = fitted.before, fitted.after
-    tokens = {group.name: statistics[group.name].tokens for group in task.groups}
-    if len(set(tokens.values())) > 1:
-        report["tokens"] = tokens
-    if starved:
-        report["rounded_to_nearest"] = starved
-    if not keep:
-        report["loss_after"] = nearest
-        report["fell_back"] = "nothing learned was better than rounding to nearest"
-    return report

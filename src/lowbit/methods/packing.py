@@ -1,9 +1,14 @@
-"""From a grid to a layer of the uniform format: what the methods that use it share."""
+"""From a grid to a layer of the uniform or the nested format."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
+from lowbit.formats.nested import NestedLinear
 from lowbit.formats.uniform import UniformLinear
 from lowbit.solvers.gptq import OrderedFactor, gptq_codes
+from lowbit.solvers.nested import joint_codes
 from lowbit.solvers.rounding import Grid
 
 
@@ -38,3 +43,32 @@ def pack_with_feedback(
         bias=bias,
     )
     return layer, loss
+
+
+def pack_nested(
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: Grid,
+    hessian: OrderedFactor | None,
+    weights: Mapping[int, float],
+    extra_precision: bool,
+) -> NestedLinear:
+    """weight (out, in) as a master: the nearest codes, or with a Hessian those of `joint_codes`.
+
+    weights: what the error of each width counts; the layer is made for these widths.
+    """
+    facts: dict[str, Any] = {
+        "group_size": grid.group_size,
+        "extra_precision": extra_precision,
+        "trained": tuple(weights),
+        "bias": bias,
+    }
+    stored = NestedLinear.from_grid(weight, grid.scale, grid.zero, **facts)
+    if hessian is None:
+        return stored
+    zero = None if grid.zero is None else stored.zeros()
+    rounded_grid = Grid(
+        stored.scale.float(), None if zero is None else zero.float(), grid.bits, grid.group_size
+    )
+    codes = joint_codes(weight, rounded_grid, hessian, weights, extra_precision)
+    return NestedLinear.from_codes(codes, stored.scale.data, zero, **facts)

@@ -18,6 +18,7 @@ class RunOptions(Config):
     skip: patterns of linears that stay float. only: the others stay float. lm_head_bits: quantizes
     the output layer, rounded to nearest with a scale per row. start_from: an OUT whose learned
     parameters this run begins with; with `epochs=0` it replays them.
+    dry_run_block: whether a block is rehearsed before the run; None: before a long run.
     recipe: the name that config.json shall give for the method's settings.
     """
 
@@ -29,6 +30,7 @@ class RunOptions(Config):
     only: tuple[str, ...] = ()
     lm_head_bits: int | None = Field(None, ge=2, le=8)
     start_from: Path | None = None
+    dry_run_block: bool | None = None
     trust_remote_code: bool = False
     cache: Path | None = None
     recipe: str | None = None

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from lowbit.blocks import BlockResult
-from lowbit.formats import build
+from lowbit.formats import build, link
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.dense import DenseLinear
 from lowbit.models.source import SourceModel
 
-BY_LINEAR = ("linears", "rounded_to_nearest", "without_feedback")  # what a report says of linears
+BY_LINEAR = (
+    "linears",
+    "rounded_to_nearest",
+    "without_feedback",
+    "shared_hessian",
+)  # what a report says of linears
 
 
 def as_stored(result: BlockResult, source: SourceModel, block: str) -> BlockResult:
@@ -30,6 +35,7 @@ def as_stored(result: BlockResult, source: SourceModel, block: str) -> BlockResu
         if linear.bias is not None:
             bias = linear.bias.detach().to(dtype_of(f"{name}.bias"))
             result.linears[name] = with_bias(linear, bias)
+    link({n: x for n, x in result.linears.items() if isinstance(x, QuantizedLinear)})
     result.tensors = {name: t.detach().to(dtype_of(name)) for name, t in result.tensors.items()}
     return result
 
@@ -57,6 +63,8 @@ def shard_of(
         assert isinstance(linear, QuantizedLinear)
         disk = source.disk_name(f"{block}.{name}")
         modules[disk] = linear.entry()
+        if linear.shares is not None:
+            modules[disk]["shares"] = source.disk_name(f"{block}.{linear.shares}")
         tensors |= {f"{disk}.{key}": tensor for key, tensor in linear.state_dict().items()}
     changed = {source.disk_names[f"{block}.{name}"]: t for name, t in result.tensors.items()}
     replaced = {f"{disk}.weight" for disk in modules} | {f"{disk}.bias" for disk in modules}
@@ -69,6 +77,10 @@ def shard_of(
         "block": block,
         "on_disk": block_on_disk(source, block),
         "modules": modules,
+        "attention": {
+            source.disk_path(f"{block}.{name}"): rounding
+            for name, rounding in result.attention.items()
+        },
         "changed": list(changed),
         "marker": marker,
         "report": _report_on_disk(result.report, source, block),
@@ -114,11 +126,18 @@ def result_of(
     block = record["block"]
     memory = {disk: name for name, disk in source.disk_names.items()}
     result = BlockResult({})
+    by_disk: dict[str, QuantizedLinear] = {}
     for disk, entry in record["modules"].items():
         name = memory[f"{disk}.weight"].removeprefix(f"{block}.").removesuffix(".weight")
         linear = build(entry)
         linear.load_state_dict({key: tensors[f"{disk}.{key}"] for key in linear.state_dict()})
-        result.linears[name] = linear
+        result.linears[name] = by_disk[disk] = linear
+    link(by_disk)
+    result.attention = {
+        name: record["attention"][disk]
+        for name in source.attentions(block)
+        if (disk := source.disk_path(f"{block}.{name}")) in record["attention"]
+    }
     for disk in record["changed"]:
         result.tensors[memory[disk].removeprefix(f"{block}.")] = tensors[disk]
     return result

@@ -39,7 +39,7 @@ class LoRA(Config):
     """
 
     rank: int = Field(64, ge=1)
-    alpha: float = Field(16, gt=0)
+    alpha: int = Field(16, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)
     targets: tuple[str, ...] = Field(("*",), min_length=1)
     sources: tuple[str, ...] = Field(("c4",), min_length=1)

@@ -25,13 +25,17 @@ class RecipeCalibration(Config):
 
 
 class Recipe(Config):
-    """description: one line. fields: of the method. families: fields that differ, by family."""
+    """description: one line. fields: of the method. families: fields that differ, by family.
+
+    lora: makes it a recipe for `lowbit preprocess`: what is trained after that method's pass.
+    """
 
     description: str = Field(min_length=1, pattern=r"^[^\n]+$")
     method: str
     fields: dict[str, Any] = {}
     calibration: RecipeCalibration = RecipeCalibration()
     families: dict[str, dict[str, Any]] = {}
+    lora: dict[str, Any] | None = None
 
     def settings(self, family: str) -> dict[str, Any]:
         """The method's fields for a family of models."""

@@ -1,6 +1,6 @@
 """Clipping of weight ranges: learned (OmniQuant section 3.2) or searched (as AWQ does)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,13 @@ def search_clipping(
     group_size: int | None,
     symmetric: bool,
     ratios: Sequence[float] = RATIOS,
+    rounded: Callable[[Tensor, Grid], Tensor] = fake_quantize,
 ) -> tuple[Tensor, Tensor]:
     """The ratios (low, high), (out, groups), with the least weighted squared error.
 
     importance: (in,) mean square of each input channel, so that the error is that of the output if
     channels were uncorrelated. Both ends are searched together, then each alone around the best.
+    rounded: the weight that a grid leaves of it.
     """
     low, high = extremes(weight, group_size)
     best_low, best_high = torch.ones_like(low), torch.ones_like(high)
@@ -67,7 +69,7 @@ def search_clipping(
     def attempt(try_low: Tensor, try_high: Tensor) -> None:
         nonlocal best_low, best_high, least
         grid = grid_from_range(try_low * low, try_high * high, bits, group_size, symmetric)
-        wrong = (fake_quantize(weight, grid) - weight).square() * importance
+        wrong = (rounded(weight, grid) - weight).square() * importance
         error = _group_sums(wrong, group_size)
         better = error < least
         best_low = torch.where(better, try_low, best_low)

@@ -13,20 +13,43 @@ ALPHAS = tuple(i / 20 for i in range(21))
 Statistics = Mapping[str, ChannelStatistics]  # by the name of a linear that reads them
 
 
+def middle_shift(fold: Fold, statistics: Statistics, device: torch.device) -> Tensor:
+    """(high + low) / 2 of the inputs per free channel, (fold.size,) float32; 0 where none is known.
+
+    What stays has a range around 0, half as wide as it was high where it lay to one side.
+    """
+    seen = [statistics[reader] for reader in fold.readers if reader in statistics]
+    if not seen:
+        return torch.zeros(fold.size, device=device)
+    high = _by_free_channel([s.high for s in seen], fold)
+    low = -_by_free_channel([-s.low for s in seen], fold)
+    return (high + low) / 2
+
+
 def smooth_scale(
-    fold: Fold, tensors: Mapping[str, Tensor], statistics: Statistics, alpha: float
+    fold: Fold,
+    tensors: Mapping[str, Tensor],
+    statistics: Statistics,
+    alpha: float,
+    shift: Tensor | float = 0.0,
 ) -> Tensor:
     """a^alpha / w^(1 - alpha) per free channel, (fold.size,) float32.
 
-    a: the largest |input|, w: the largest |weight|, over all readers (SmoothQuant, equation 4;
-    OmniQuant's code takes one reader). A rotary fold starts at 1.
+    a: the largest |input - shift|, w: the largest |weight|, over all readers (SmoothQuant, equation
+    4; OmniQuant's code takes one reader and the input as it was). shift: (fold.size,). A rotary
+    fold starts at 1.
     """
     weights = [tensors[f"{reader}.weight"] for reader in fold.readers]
     if fold.kind == "rotary":
         return torch.ones(fold.size, device=weights[0].device)
-    seen = [statistics[reader].absmax for reader in fold.readers if reader in statistics]
+    seen = [statistics[reader] for reader in fold.readers if reader in statistics]
     largest = _by_free_channel([w.abs().amax(0) for w in weights], fold)
-    a = _by_free_channel(seen, fold) if seen else torch.ones_like(largest)
+    if seen:
+        above = _by_free_channel([s.high for s in seen], fold) - shift
+        below = shift + _by_free_channel([-s.low for s in seen], fold)
+        a = torch.maximum(above, below)
+    else:
+        a = torch.ones_like(largest)
     scale = a.clamp(min=FLOOR) ** alpha / largest.clamp(min=FLOOR) ** (1 - alpha)
     return scale.clamp(min=FLOOR)
 
@@ -66,6 +89,6 @@ def _by_free_channel(columns: Sequence[Tensor], fold: Fold) -> Tensor:
     largest = torch.stack(list(columns)).amax(0)
     if fold.reader_channels is None:
         return largest
-    reduced = torch.zeros(fold.size, device=largest.device)
+    reduced = torch.full((fold.size,), -torch.inf, device=largest.device)
     channels = fold.reader_channels.to(largest.device)
     return reduced.scatter_reduce(0, channels, largest, "amax")

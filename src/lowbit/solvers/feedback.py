@@ -81,26 +81,44 @@ def greedy_pass(
 
     hessian: (n, n), the damped one. The nearest codeword to the minimiser over a block is taken
     only by the rows whose loss it lowers: in the metric of H it need not be the best (an unguarded
-    pass doubled the loss on a spectrum k^-1.5).
+    pass doubled the loss on a spectrum k^-1.5). Slabs gather the gradients, as they do feedback.
     """
     values, codes = rounded.values.clone(), rounded.codes.clone()
     n = weight.shape[1]
     diagonal = torch.stack([hessian[k : k + block, k : k + block] for k in range(0, n, block)])
     inverses = torch.linalg.inv(diagonal)
-    for i, k in enumerate(range(0, n, block)):
-        here = slice(k, k + block)
-        gradient = (weight - values) @ hessian[:, here]
-        new_codes, new = quantize(k, values[:, here] + gradient @ inverses[i])
-        step = values[:, here] - new
-        change = 2 * (step * gradient).sum(1) + ((step @ diagonal[i]) * step).sum(1)
-        better = change < 0
-        values[better, k : k + block] = new[better]
-        codes[better, i] = new_codes[better]
+    for start in range(0, n, SLAB):
+        stop = min(start + SLAB, n)
+        before = values[:, start:stop].clone()
+        gradients = (weight - values) @ hessian[:, start:stop]
+        for k in range(start, stop, block):
+            here, i = slice(k, k + block), k // block
+            moved = before[:, : k - start] - values[:, start:k]
+            gradient = gradients[:, k - start : k - start + block] + moved @ hessian[start:k, here]
+            new_codes, new = quantize(k, values[:, here] + gradient @ inverses[i])
+            step = values[:, here] - new
+            change = 2 * (step * gradient).sum(1) + ((step @ diagonal[i]) * step).sum(1)
+            better = change < 0
+            values[:, here] = torch.where(better[:, None], new, values[:, here])
+            codes[:, i] = torch.where(_like(better, new_codes), new_codes, codes[:, i])
     return Rounded(values, codes)
 
 
+def _like(rows: Tensor, codes: Tensor) -> Tensor:
+    """A flag for each row in the shape of its codes, (rows,) or (rows, ...)."""
+    return rows.view(-1, *[1] * (codes.dim() - 1))
+
+
+def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
+    """The diagonal of E H E^T: what each row loses.  error: (rows, n)  ->  (rows,)"""
+    return ((error @ hessian) * error).sum(1)
+
+
 def proxy_loss(weight: Tensor, values: Tensor, hessian: Tensor) -> float:
-    """tr((W - Q) H (W - Q)^T) / tr(W H W^T): the share of the output's energy that is lost."""
-    error = weight - values
-    lost = ((error @ hessian) * error).sum()
-    return float(lost / ((weight @ hessian) * weight).sum())
+    """tr((W - Q) H (W - Q)^T) / tr(W H W^T): the share of the output's energy that is lost.
+
+    0 for a weight that puts nothing out.
+    """
+    lost = float(row_losses(weight - values, hessian).sum())
+    energy = float(row_losses(weight, hessian).sum())
+    return lost / energy if energy > 0 else 0.0

@@ -6,9 +6,20 @@ the corrections that the range always includes 0 and that zero points stay withi
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lowbit.kernels.straight_through import round_ste
+
+
+class GridShape(NamedTuple):
+    """What of a grid is chosen beforehand: the last arguments of the functions that make one."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
 
 
 @dataclass(frozen=True)
@@ -74,22 +85,6 @@ def minmax_grid(weight: Tensor, bits: int, group_size: int | None, symmetric: bo
 def _positive(scale: Tensor, reach: Tensor) -> Tensor:
     """An all-zero group gets the scale 1: its codes are the zero point."""
     return torch.where(reach > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
-
-
-class _RoundStraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        return torch.round(x)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-def round_ste(x: Tensor) -> Tensor:
-    """torch.round with the gradient of the identity."""
-    result: Tensor = _RoundStraightThrough.apply(x)
-    return result
 
 
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:

@@ -20,12 +20,13 @@ bytes = ceil(blocks * bits of a code / 8). What stands in a code and what it mea
     {"format": "lattice", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
      "codebook": "E8P12" | "E8P12RVQ3B" | "E8P12RVQ4B" | "D4" | "HI", "residual_scale": x | null,
      "scale": "tensor" | "row", "scale_dtype": "float16" | "float32", (for a tensor: float32)
-     "seed_in": n, "seed_out": n, "transform_in": KIND, "transform_out": KIND,
+     "seed_in": n | null, "seed_out": n | null, "transform_in": KIND, "transform_out": KIND,
      "signs": "seed" | "float16" | "float32", "shares": NAME | null}
 
 KIND is "hadamard", "hartley" or "random". With signs "seed" the two vectors are drawn from
-`seed_in` and `seed_out` as `incoherence.py` says and not stored; otherwise (they were trained) they
-are stored in that dtype, and the seeds serve random transforms only. `shares` names another layer
+`seed_in` and `seed_out` as `incoherence.py` says and not stored, and null stands for no signs: they
+are in the model's other tensors. Otherwise (they were trained) they are stored in that dtype, and
+the seeds serve random transforms only, for which null is 0. `shares` names another layer
 of this format that reads the same input through the same S_in and B_in; then `sign_in` is stored
 there alone. `residual_scale` is null where the codebook has one stage.
 """
@@ -67,8 +68,8 @@ class LatticeEntry(Config):
     residual_scale: Annotated[float, Field(gt=0, le=1)] | None
     scale: Literal["tensor", "row"]
     scale_dtype: Literal["float16", "float32"]
-    seed_in: Seed
-    seed_out: Seed
+    seed_in: Seed | None
+    seed_out: Seed | None
     transform_in: Kind
     transform_out: Kind
     signs: Literal["seed", "float16", "float32"]
@@ -175,7 +176,7 @@ class LatticeLinear(QuantizedLinear):
         them. Rounds block by block without feedback.
         """
         check_shape("rotated", rotated, torch.Size((rotation_out.size, rotation_in.size)))
-        step = _stored_scale(scale).float().to(rotated.device).unsqueeze(-1)
+        step = stored_scale(scale).float().to(rotated.device).unsqueeze(-1)
         # A division by infinity is the 0 that a row without a scale should get, and never NaN.
         x = finite("rotated", rotated) / step.masked_fill(step == 0, torch.inf)
         blocks = codebook.blocks(rotation_in.size)
@@ -211,7 +212,7 @@ class LatticeLinear(QuantizedLinear):
         one is None in a layer that shares. shares: the name of the layer that has the input side;
         `lowbit.formats.link` must find it there.
         """
-        scale = _stored_scale(scale)
+        scale = stored_scale(scale)
         entry = {
             "format": cls.format,
             "shape": [rotation_out.size, rotation_in.size],
@@ -245,6 +246,27 @@ class LatticeLinear(QuantizedLinear):
             if place is not None and tensor is not None:
                 check_shape(name, tensor, place.shape)
                 place.copy_(tensor.detach() if name in ("packed", "bias") else finite(name, tensor))
+
+    def with_signs(self, dtype: torch.dtype) -> "LatticeLinear":
+        """The same layer with its signs stored, as they are or as the seeds draw them; not linked.
+
+        dtype: float16 or float32.
+        """
+        inner, outer = self.sign_in, self.sign_out
+        if outer is None:
+            inner, outer = (side.signs() for side in (self.rotation_in, self.rotation_out))
+        device = self.packed.device
+        kept = None if self.shares or inner is None else inner.to(device, dtype)
+        return type(self).from_codes(
+            self.codes(),
+            self.scale,
+            self.rotation_in,
+            self.rotation_out,
+            codebook=self.codebook,
+            signs=(kept, outer.to(device, dtype)),
+            shares=self.shares,
+            bias=self.bias,
+        )
 
     @property
     def shares(self) -> str | None:
@@ -288,11 +310,17 @@ class LatticeLinear(QuantizedLinear):
         """x: (..., in)  ->  B_in.T S_in x for each token, (..., in) float32"""
         return self.rotation_in.apply(x.float(), self.sign_in)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def shared_tensors(self) -> list[Tensor]:
+        return [] if self.sign_in is None else [self.sign_in]
+
+    def forward(self, x: Tensor, prepare_only: bool = False) -> Tensor:
         """x: (..., in_features) -> (..., out_features), in the dtype of x."""
+        if prepare_only:
+            return self.prepare(x)
         tokens = x.numel() // self.in_features
         mean = 2 / (1 / self.in_features + 1 / self.out_features)
-        if tokens > MOST_ROTATED * mean or x.dtype == torch.float64:
+        many = tokens > MOST_ROTATED * mean or x.dtype == torch.float64
+        if many and not self.owner.is_offloaded():
             return super().forward(x)
         # Half precision is slower than float32 on a CPU. The scale is in the weight, not in the
         # product, which has then the range of the result.
@@ -302,7 +330,7 @@ class LatticeLinear(QuantizedLinear):
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
 
-def _stored_scale(scale: Tensor) -> Tensor:
+def stored_scale(scale: Tensor) -> Tensor:
     """One scale in float32, or one for each row in float16 where that loses no range."""
     if scale.dim() != 1:
         raise ValueError(f"scale is {tuple(scale.shape)}: allowed are (1,) and (out,)")

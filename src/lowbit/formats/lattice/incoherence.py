@@ -7,7 +7,8 @@ with W: (out, in) a weight, H: (in, in) the Hessian of its inputs and S the diag
 signs, so that tr(W H W.T) = tr(W' H' W'.T). The entries of W' look as if they were drawn from one
 Gaussian. QuIP# (arXiv 2402.04396), section 3.
 
-Signs come from a seed, the same ones everywhere: sign i is 1 - 2 * bit i of the SHAKE-256 (FIPS
+Signs come from a seed, the same ones everywhere, or there are none (a neighbour in the model has
+them in its weight). Sign i is 1 - 2 * bit i of the SHAKE-256 (FIPS
 202) of "lowbit signs SEED" in ASCII, SEED in decimal; bit i of the digest is bit i % 8 of byte
 i // 8, low bits first.
 """
@@ -25,13 +26,13 @@ from lowbit.kernels.bits import unpack
 
 @dataclass(frozen=True)
 class Rotation:
-    """One side of a weight, made by `rotation`: B, and the seed of the signs.
+    """One side of a weight, made by `rotation`: B, and the seed of the signs; None: no signs.
 
     Where the signs were trained they are passed in, and `apply` and `undo` need not be inverse.
     """
 
     transform: hadamard.Transform
-    seed: int
+    seed: int | None
 
     @property
     def size(self) -> int:
@@ -43,25 +44,30 @@ class Rotation:
 
     def apply(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
         """B.T S x for every vector x.  x: (..., size)  signs: (size,)  ->  (..., size)"""
-        signs = self.signs(x.device) if signs is None else signs
-        return self.transform.inverse(x * signs.to(x))
+        return self.transform.inverse(self._signed(x, signs))
 
     def undo(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
         """S B x for every vector x.  x: (..., size)  signs: (size,)  ->  (..., size)"""
-        signs = self.signs(x.device) if signs is None else signs
-        return self.transform(x) * signs.to(x)
+        return self._signed(self.transform(x), signs)
 
     def signs(self, device: torch.device | str = "cpu") -> Tensor:
         """The diagonal of S, drawn from the seed: (size,) float32"""
+        if self.seed is None:
+            return torch.ones(self.size, device=device)
         return draw_signs(self.size, self.seed, torch.device(device))
 
+    def _signed(self, x: Tensor, signs: Tensor | None) -> Tensor:
+        if signs is None and self.seed is None:
+            return x
+        return x * (self.signs(x.device) if signs is None else signs).to(x)
 
-def rotation(size: int, seed: int, kind: str = "auto") -> Rotation:
-    """One side of a weight, `size` wide. The seed is also that of a random transform.
+
+def rotation(size: int, seed: int | None, kind: str = "auto") -> Rotation:
+    """One side of a weight, `size` wide. The seed is also that of a random transform, None is 0.
 
     kind: auto, hadamard, hartley or random, as `lowbit.kernels.hadamard.orthogonal` takes it.
     """
-    return Rotation(hadamard.orthogonal(size, kind, seed), seed)
+    return Rotation(hadamard.orthogonal(size, kind, seed or 0), seed)
 
 
 def rotate_weight(weight: Tensor, rotation_in: Rotation, rotation_out: Rotation) -> Tensor:

@@ -25,6 +25,9 @@ above 65504); the layer's are then all float32. The entry in config.json:
     {"format": "uniform", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
      "bits": 2..8, "group_size": int | null, "symmetric": bool, "zero_shift": 0..6,
      "scale_dtype": "float16" | "float32"}
+
+and, in a layer that rounds what it reads when it runs, `"activation": {"bits": 3..8, "symmetric":
+bool}`: each token on 2**bits values that span its range and 0, as `kernels/tokens.py` says.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -34,6 +37,7 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from lowbit.config import Config
+from lowbit.formats.activation import Activation
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
 from lowbit.formats.uniform import reference
@@ -55,6 +59,7 @@ class UniformEntry(Config):
     symmetric: bool
     zero_shift: Annotated[int, Field(ge=0, le=6)]
     scale_dtype: Literal["float16", "float32"]
+    activation: Activation | None = None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -65,7 +70,7 @@ class UniformEntry(Config):
                 f"symmetric {self.symmetric} are 0 to {most}"
             )
         # torch counts the bytes of a tensor, a meta tensor too, in an int64.
-        if tensor_bytes(**self.model_dump(exclude={"format", "bias"})) >= 2**63:
+        if tensor_bytes(**self.model_dump(exclude={"format", "bias", "activation"})) >= 2**63:
             raise ValueError(f"shape is {self.shape}: allowed are layers below 2**63 bytes")
         return self
 
@@ -104,6 +109,7 @@ class UniformLinear(QuantizedLinear):
         rows, columns = spec.shape
         super().__init__(columns, rows, spec.bias and getattr(torch, spec.bias))
         self.spec = spec
+        self.activation = spec.activation
         groups = reference.group_count(columns, spec.group_size)
         self.add_frozen("packed", (rows, packed_bytes(columns, spec.bits)), torch.uint8)
         self.add_frozen("scale", (rows, groups), getattr(torch, spec.scale_dtype))
@@ -118,7 +124,7 @@ class UniformLinear(QuantizedLinear):
         return cls(UniformEntry.model_validate(entry))
 
     def entry(self) -> dict[str, Any]:
-        return self.spec.model_dump() | self.common_entry()
+        return self.spec.model_dump(exclude={"activation"}) | self.common_entry()
 
     @classmethod
     def from_grid(

@@ -1,0 +1,220 @@
+"""The interface of AutoQuIP and QuIP-for-all, as a thin door to `quantize`, `load` and QuIP.
+
+    quantizer = QuipQuantizer(codebook="E8P12", dataset="wikitext2", nsamples=512)
+    quantized = quantizer.quantize_model(model, tokenizer)
+    quantizer.save(quantized, "out")
+    model = load_quantized_model("out")
+
+What differs: folders are safetensors in lowbit's own layout, no remote code runs unless asked for,
+a CPU will do, and an argument that is not known is an error.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from transformers import PreTrainedModel
+
+from lowbit.blocks import Event
+from lowbit.calibration import Calibration
+from lowbit.checkpoint import QuantizedFolder
+from lowbit.config import Config
+from lowbit.load import load_model
+from lowbit.methods import QuIP
+from lowbit.models.locate import locate
+from lowbit.models.source import SourceModel
+from lowbit.pipeline import quantize
+
+UNSET = -1  # of a scale: chosen by the method
+REFUSED = {
+    "rescale_WH": "rescaling weights against Hessians is not offered; the rotation does that work",
+    "sequential": "Hessians are always those of the float model",
+    "inference": "load_quantized_model loads",
+    "cache_on_gpu": "hidden states live in memory or on disk",
+    "block_name_to_quantize": "blocks are found from config.json",
+    "module_name_preceding_first_block": "blocks are found from config.json",
+}
+
+
+class QuipQuantizer(Config):
+    """codebook: E8P12, E8P12RVQ3B, E8P12RVQ4B, D4 or HI. dataset: wikitext2, c4, ptb, pile, mix, a
+    file, or a list of texts. nsamples windows of model_seqlen tokens (None: 2,048, or the
+    model's context if that is shorter), batch_size at a time.
+    quip_tune_iters: greedy passes, none of which makes anything worse. sigma_reg: damping of the
+    Hessian. scale_override, opt_resid_scale: -1 lets the method choose; the latter is a share, or
+    a divisor where it is above 1. per_channel: a scale for every output row; False where it pays.
+    modules_to_not_convert: parts of names, a list or with commas between them. merge_suv: signs go
+    into norms and neighbours. use_rand, pad_token_id: accepted, and of no effect: widths without a
+    Hadamard matrix get a Hartley transform, and windows are not padded. ft_epochs: of training
+    after rounding, at ft_susv_lr for signs and ft_lr for the rest. seed: of the text's windows.
+    """
+
+    codebook: str = "E8P12"
+    dataset: str | list[str] = "wikitext2"
+    nsamples: int = Field(4096, ge=1)
+    model_seqlen: int | None = Field(None, ge=2)
+    quip_tune_iters: int = Field(10, ge=0)
+    sigma_reg: float = Field(0.01, gt=0)
+    rescale_WH: bool = False
+    use_rand: bool = True
+    scale_override: float = UNSET
+    opt_resid_scale: float = UNSET
+    per_channel: bool = False
+    block_name_to_quantize: str | None = None
+    module_name_preceding_first_block: list[str] | None = None
+    batch_size: int = Field(1, ge=1)
+    inference: bool = False
+    cache_on_gpu: bool = False
+    modules_to_not_convert: tuple[str, ...] = ()
+    merge_suv: bool = False
+    sequential: bool = False
+    pad_token_id: int | None = None
+    ft_epochs: int = Field(0, ge=0)
+    ft_lr: float = Field(5e-5, gt=0)
+    ft_susv_lr: float = Field(5e-4, gt=0)
+    seed: int = Field(0, ge=0)
+
+    @field_validator("modules_to_not_convert", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if value is None:
+            return ()
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> "QuipQuantizer":
+        for name, instead in REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r}: {instead}; leave it out")
+        self.method()
+        return self
+
+    def method(self) -> QuIP:
+        """The same settings as lowbit has them."""
+        resid = self.opt_resid_scale
+        return QuIP(
+            codebook=self.codebook,
+            tune_iters=self.quip_tune_iters,
+            damping=self.sigma_reg,
+            scale="auto" if self.scale_override == UNSET else self.scale_override,
+            resid_scale=None if resid == UNSET else (1 / resid if resid > 1 else resid),
+            row_scale="always" if self.per_channel else "auto",
+            merge_suv=self.merge_suv,
+            finetune_epochs=self.ft_epochs,
+            norm_lr=self.ft_lr,
+            sign_lr=self.ft_susv_lr,
+            batch=self.batch_size,
+        )
+
+    def quantize_model(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        save_dir: str | Path | None = None,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> PreTrainedModel:
+        """A quantized model that can generate at once; the one given stays as it was.
+
+        It is saved to a temporary directory and streamed from there. save_dir: where the result is
+        written too, so that `save` is not needed. Raises ValueError as `lowbit.quantize` does.
+        """
+        kept = None if save_dir else TemporaryDirectory(prefix="lowbit-quantized-")
+        out = Path(save_dir or Path(kept.name) / "out")  # type: ignore[union-attr]
+        with TemporaryDirectory(prefix="lowbit-float-") as saved:
+            model.save_pretrained(saved)
+            tokenizer.save_pretrained(saved)
+            self.quantize_folder(saved, out, on_event)
+        quantized = load_model(out)
+        quantized._lowbit_folder = kept or out  # type: ignore[assignment]
+        return quantized
+
+    def quantize_folder(
+        self,
+        model: str | Path,
+        out: str | Path,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> Path:
+        """The same for a folder or a hub id; writes the folder `out` and returns it."""
+        skip = self._skip(locate(model))
+        with TemporaryDirectory(prefix="lowbit-text-") as place:
+            text = Calibration(
+                sources=(self._source(Path(place)),),
+                samples=self.nsamples,
+                seqlen=self.model_seqlen,
+                seed=self.seed,
+            )
+            return quantize(model, out, self.method(), text, on_event, skip=skip)
+
+    def _source(self, place: Path) -> str:
+        if isinstance(self.dataset, str):
+            return self.dataset
+        file = place / "texts.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in self.dataset))
+        return str(file)
+
+    def _skip(self, folder: Path) -> tuple[str, ...]:
+        """Patterns for the linears that stay float; ValueError for a name that is nowhere."""
+        source = SourceModel(folder)
+        modules = [name for name, _ in source.skeleton.named_modules()]
+        blocks = tuple(f"{name}." for name in source.block_names)
+        for part in self.modules_to_not_convert:
+            if not any(part in name for name in modules):
+                raise ValueError(f"modules_to_not_convert: no module has {part!r} in its name")
+        return tuple(
+            f"*{part}*"
+            for part in self.modules_to_not_convert
+            if any(part in name for name in modules if name.startswith(blocks))
+        )
+
+    def save(
+        self,
+        model: PreTrainedModel,
+        save_dir: str | Path,
+        max_shard_size: str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Copies the folder of a model from `quantize_model`, one shard per block as it is."""
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False: only safetensors are written")
+        kept: Any = getattr(model, "_lowbit_folder", None)
+        if kept is None:
+            raise ValueError("save takes a model that quantize_model returned")
+        folder = Path(kept.name) / "out" if isinstance(kept, TemporaryDirectory) else kept
+        if Path(save_dir).resolve() == folder.resolve():
+            return
+        if Path(save_dir).exists() and any(Path(save_dir).iterdir()):
+            raise ValueError(f"{save_dir} is not empty: choose another folder")
+        ignored = shutil.ignore_patterns("run")
+        shutil.copytree(folder, save_dir, dirs_exist_ok=True, ignore=ignored)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "QuipQuantizer":
+        return cls(**settings)
+
+
+def load_quantized_model(
+    save_folder: str | Path,
+    revision: str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+    use_safetensors: bool = True,
+    device_map: Any = None,
+) -> PreTrainedModel:
+    """The model of a folder or hub id that lowbit quantized; see `lowbit.load`."""
+    if not use_safetensors:
+        raise ValueError("use_safetensors=False: pickles are never read")
+    if revision is not None and not Path(save_folder).is_dir():
+        raise ValueError("revision: download that revision and name its folder")
+    folder = locate(save_folder, trust_remote_code)
+    QuantizedFolder(folder)  # says so where it is none
+    return load_model(folder, device_map, torch_dtype, trust_remote_code=trust_remote_code)

@@ -1,0 +1,136 @@
+"""The tables of lowbit eval."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lowbit.cli.screen import change, size
+from lowbit.eval import Evaluation, TaskScore
+
+GAP = 2  # blanks between columns
+
+
+def show_texts(screen: Console, rows: list[Evaluation]) -> None:
+    """A line per model: bits, size, and of every text perplexity and divergence."""
+    first = rows[0]
+    table = _table()
+    for column in ("bits\n(linears)", "bits\n(model)", "\nsize"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for text in first.perplexity:
+        table.add_column(
+            f"perplexity\n{Path(text).name}", justify="right", overflow="fold", min_width=10
+        )
+        if len(rows) > 1:
+            table.add_column("\nchange", justify="right", no_wrap=True)
+        if text in first.divergence:
+            table.add_column("\nKL", justify="right", no_wrap=True)
+            table.add_column("same\ntop token", justify="right", no_wrap=True)
+    for row, name in zip(rows, short_names([row.model for row in rows]), strict=True):
+        cells = [name, *(f"{row.bits_per_weight[part]:.2f}" for part in ("linears", "model"))]
+        cells.append(size(row.size_bytes))
+        for text, value in row.perplexity.items():
+            cells.append(f"{value:.3f}" if value < 1000 else f"{value:.3g}")
+            if len(rows) > 1:
+                cells.append("" if row is first else change(value, first.perplexity[text]))
+            if text in row.divergence:
+                found = row.divergence[text]
+                cells += [_nats(found.kl), f"{100 * found.agreement:.1f} %"]
+        table.add_row(*cells)
+    screen.print(table)
+    for line in _conditions(first):
+        screen.print(line, style="dim", soft_wrap=True)
+
+
+def show_tasks(screen: Console, rows: list[Evaluation], folder: Path | None = None) -> None:
+    """A line per model and metric, a column per task; folder: where local tasks came from."""
+    tasks = {name: score for name, score in rows[0].tasks.items() if score.part_of is None}
+    names = short_names([row.model for row in rows])
+    metrics = list(dict.fromkeys(metric for score in tasks.values() for metric in score.metrics))
+    used = sum(max(map(len, texts)) + GAP for texts in (("model", *names), ("metric", *metrics)))
+    for shown in _fitting(tasks, screen.width - used):
+        table = _table()
+        table.add_column("\nmetric", no_wrap=True)
+        for task in shown:
+            table.add_column(f"{task}\n{_count(tasks[task])}", justify="right", no_wrap=True)
+        for row, name in zip(rows, names, strict=True):
+            for i, metric in enumerate(metrics):
+                cells = [_share(row.tasks[task], metric) for task in shown]
+                table.add_row("" if i else name, metric, *cells)
+        screen.print(table)
+    for line in _task_conditions(tasks, folder):
+        screen.print(line, style="dim", soft_wrap=True)
+
+
+def _fitting(tasks: dict[str, TaskScore], width: int) -> list[list[str]]:
+    """The tasks in as many tables as the screen makes necessary."""
+    tables: list[list[str]] = [[]]
+    left = width
+    for name, score in tasks.items():
+        needed = max(len(name), len(_count(score)), len("100.0 ± 10.0")) + GAP
+        if needed > left and tables[-1]:
+            tables.append([])
+            left = width
+        tables[-1].append(name)
+        left -= needed
+    return tables
+
+
+def short_names(models: list[str]) -> list[str]:
+    """Without the folders before them, where that tells them apart."""
+    short = [Path(model).name or model for model in models]
+    return short if len(set(short)) == len(short) else models
+
+
+def _table() -> Table:
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("\nmodel", overflow="fold")
+    return table
+
+
+def _nats(value: float) -> str:
+    return f"{value:.2g}" if 0 < abs(value) < 0.001 else f"{value:.4f}"
+
+
+def _count(score: TaskScore) -> str:
+    if score.rows == score.available:
+        return f"{score.rows:,}"
+    return f"{score.rows:,} of {score.available:,}"
+
+
+def _share(score: TaskScore, metric: str) -> str:
+    """A share of 1 in percent; what is none, such as a perplexity, as it is."""
+    if metric not in score.metrics:
+        return ""
+    value, error = score.metrics[metric], score.stderr.get(metric)
+    if error is None:
+        return f"{value:.4g}"
+    return f"{100 * value:.1f} ± {100 * error:.1f}"
+
+
+def _conditions(row: Evaluation) -> list[str]:
+    """What the numbers depend on, and must be equal where they are compared."""
+    if not row.windows:
+        return []
+    counts = ", ".join(f"{count:,} of {Path(text).name}" for text, count in row.windows.items())
+    over = f"perplexity over non-overlapping windows of {row.seqlen:,} tokens: {counts}"
+    if row.per_document:
+        over = (
+            f"perplexity per document, each from its BOS, of up to {row.seqlen:,} tokens: {counts}"
+        )
+    if row.reference is None:
+        return [over]
+    name = Path(row.reference).name or row.reference
+    return [over, f"KL({name} || model) in nats a token, on the same tokens; all in float32"]
+
+
+def _task_conditions(tasks: dict[str, TaskScore], folder: Path | None) -> list[str]:
+    shots = sorted({score.few_shot for score in tasks.values()})
+    lines = [
+        f"tasks in % ± standard error, {' and '.join(f'{n}-shot' for n in shots)}, "
+        + ("by lm-eval" if folder is None else f"local rows of {folder}, not lm-eval's data sets")
+    ]
+    cut = ", ".join(f"{score.cut:,} of {name}" for name, score in tasks.items() if score.cut)
+    if cut:
+        lines.append(f"rows longer than the context, whose beginning was left out: {cut}")
+    return lines

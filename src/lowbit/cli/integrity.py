@@ -1,0 +1,61 @@
+"""lowbit inspect --verify: file by file, whether a folder is what was written."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from lowbit.checkpoint import QuantizedFolder, file_sha256
+from lowbit.checkpoint.verify import config_digest, quantization_section, read_config
+from lowbit.cli.screen import console, size
+
+
+def check_files(folder: Path, screen: Console) -> None:
+    """Names every file, with ok or with what is wrong; exit status 1 if anything is."""
+    config = read_config(folder)
+    section = quantization_section(config, folder)
+    stated = section.get("files")
+    if not isinstance(stated, dict) or not stated:
+        raise ValueError(f"{folder}/config.json: 'files' must map shards to size and hash")
+    wrong = 0 if _said(screen, "config.json", _config_problem(config, section)) else 1
+    for name, facts in sorted(stated.items()):
+        wrong += not _said(screen, name, _problem(folder, name, facts))
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in stated:
+            wrong += not _said(screen, path.name, "is not listed in config.json")
+    if wrong:
+        text = f"files that are not what lowbit wrote: {wrong}; get them again from their source"
+        console(stderr=True).print(text, style="red", soft_wrap=True)
+        raise typer.Exit(1)
+    quantized = QuantizedFolder(folder)
+    quantized.verify(hashes=False)  # that files and config.json also agree with each other
+    total = size(sum((folder / name).stat().st_size for name in stated))
+    linears = f"{len(quantized.entries):,} quantized linears"
+    screen.print(f"{folder} is whole: {linears}, {total} of weights", style="bold", soft_wrap=True)
+
+
+def _said(screen: Console, name: str, problem: str | None) -> bool:
+    outcome = (problem, "red") if problem else ("ok", "green")
+    screen.print(Text.assemble(name, "  ", outcome), soft_wrap=True)
+    return problem is None
+
+
+def _config_problem(config: dict[str, Any], section: dict[str, Any]) -> str | None:
+    stated = section.get("digest")
+    if stated is None:
+        return "has no digest, so nobody can tell whether it was edited"
+    return None if stated == config_digest(config) else "was edited after quantization"
+
+
+def _problem(folder: Path, name: str, facts: Any) -> str | None:
+    path = folder / name
+    if path.name != name or not path.is_file():
+        return "is missing"
+    if not isinstance(facts, dict):
+        return "has no size and hash in config.json"
+    found = path.stat().st_size
+    if found != facts.get("size"):
+        return f"has {found:,} bytes, not {facts.get('size')}"
+    return None if file_sha256(path) == facts.get("sha256") else "is damaged: another sha256"

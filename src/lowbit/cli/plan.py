@@ -1,0 +1,71 @@
+"""lowbit plan: what `lowbit quantize` would take and give, from a rehearsal of one block."""
+
+from pathlib import Path
+from typing import Annotated
+
+from rich.table import Table
+from typer import Argument, Option
+
+from lowbit.checkpoint.output import size_of
+from lowbit.checkpoint.writer import write_json
+from lowbit.cli.options import JobOptions, with_job
+from lowbit.cli.screen import console, duration, shortened, size
+from lowbit.models.locate import locate
+from lowbit.pipeline.job import physical_memory
+from lowbit.pipeline.plan import Plan
+from lowbit.pipeline.plan import plan as reckon
+
+
+@with_job
+def plan(
+    model: Annotated[str, Argument(metavar="MODEL", help="A folder or a hub id.")],
+    job: JobOptions,
+    json: Annotated[Path | None, Option(metavar="FILE", help="Write the numbers here too.")] = None,
+) -> None:
+    """Say what quantizing would take and give: size, memory, time. Writes no model."""
+    if json is not None and (json.is_dir() or not json.parent.is_dir()):
+        raise ValueError(f"--json {json}: that is a folder, or in a folder that does not exist")
+    source = locate(model, job.trust_remote_code)
+    chosen = job.chosen(source)
+    screen = console()
+    chosen.warn(screen)
+    with screen.status("rehearsing a block"):
+        found = reckon(model, chosen.method, chosen.calibration, **dict(chosen.options))
+    if json is not None:
+        write_json(json, found.to_json())
+    screen.print(_table(f"{model}: {chosen.label}", found, size_of(source).bytes))
+
+
+def _table(title: str, found: Plan, before: int) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    table.title, table.title_justify, table.title_style = title, "left", "bold"
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    basis, streams = found.basis, found.basis["streams"]
+    memory = f"{size(found.memory)} of {size(physical_memory())}"
+    if streams:
+        each = f"{streams['held']} times {size(streams['bytes'])}"
+        memory += f", hidden states ({each}) {'on' if streams['place'] == 'disk' else 'in'} "
+        memory += streams["place"]
+    seconds = f"{duration(found.seconds)}, {duration(found.seconds_per_block)} a block"
+    rows = {
+        "bits per weight": f"{found.linears:.2f} in the linears, {found.model:.2f} in the model",
+        "size": f"{size(found.bytes)} (was {size(before)})",
+        "learned": size(found.learned) if found.learned else "",
+        "peak memory": memory,
+        "peak GPU memory": size(found.device_memory) if found.device_memory else "",
+        "time": f"{seconds}, on {basis['device']}",
+        "derived from": _derived(found),
+    }
+    for name, fact in rows.items():
+        if fact:
+            table.add_row(name, fact)
+    return table
+
+
+def _derived(found: Plan) -> str:
+    basis = found.basis
+    text = f"{shortened(basis['blocks'])} of {basis['of']} blocks"
+    if basis["batches_of"]:
+        text += f", {basis['batches']} of {basis['batches_of']} batches"
+    return f"{text}, rehearsed in {duration(basis['seconds'])}"

@@ -1,0 +1,64 @@
+"""lowbit preprocess: train a model to where it quantizes well, folder to folder."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from lowbit.cli.options import JobOptions, parse_settings, with_job
+from lowbit.cli.progress import RunProgress
+from lowbit.cli.quantize import INTERRUPTED
+from lowbit.cli.screen import console
+from lowbit.models.locate import locate
+from lowbit.recipes import load_recipe
+
+PREFIX = "lora."  # of a field of the training, in --set
+
+
+@with_job
+def preprocess(
+    model: Annotated[str, Argument(metavar="MODEL", help="A folder or a hub id.")],
+    out: Annotated[Path, Argument(metavar="OUT", help="The float folder to write.")],
+    job: JobOptions,
+    restart: Annotated[bool, Option("--restart", help="Start over if work is there.")] = False,
+) -> None:
+    """Restorative LoRA: quantize, train adapters on what is left, merge. Then quantize OUT.
+
+    Needs the whole model in memory. This is training: say so beside every result. --set takes
+    fields of the first pass, and lora.steps, lora.rank, lora.sources ... of the training.
+    """
+    try:
+        from lowbit.preprocess import LoRA
+        from lowbit.preprocess import preprocess as run
+    except ImportError as error:
+        raise ValueError(f"{error}; it is installed with: pip install 'lowbit[train]'") from error
+    settings = parse_settings(job.settings or [])
+    trained = {name: value for name, value in settings.items() if name.startswith(PREFIX)}
+    rest = [pair for pair in job.settings or [] if not pair.strip().startswith(PREFIX)]
+    of_recipe = load_recipe(job.recipe).lora if job.recipe else None
+    own: dict[str, Any] = {name.removeprefix(PREFIX): value for name, value in trained.items()}
+    lora = LoRA(**(of_recipe or {}) | own)
+    chosen = replace(job, settings=rest).chosen(
+        locate(model, job.trust_remote_code), preprocessing=True, restart=restart
+    )
+    screen = console()
+    screen.print(f"{model} → {out}: {chosen.label}, {lora.steps:,} steps", soft_wrap=True)
+    chosen.warn(screen)
+    try:
+        with RunProgress(screen) as progress:
+            run(
+                model,
+                out,
+                chosen.method,
+                lora,
+                chosen.calibration,
+                progress,
+                **dict(chosen.options),
+            )
+    except KeyboardInterrupt:
+        screen.print("stopped: the same command continues")
+        raise typer.Exit(INTERRUPTED) from None
+    screen.print(f"next:\n  lowbit quantize {shlex.quote(str(out))} OUT --recipe ptq161")

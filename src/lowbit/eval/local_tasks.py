@@ -1,0 +1,186 @@
+"""Zero-shot tasks from local files: FOLDER/TASK/*.jsonl.
+
+The questions are put as lm-eval puts those of its tasks of the same names, but the rows are the
+folder's own, which may be a part of the set or another split: results are called local_TASK. Where
+there are files of several splits, test*.jsonl is scored, else validation*.jsonl; solved examples
+come from train*.jsonl, else validation*.jsonl, else from the scored rows themselves.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.config import unknown_name
+
+PREFIX = "local_"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """fields: of a row of its files. read: such a row to what `config`, for lm-eval, speaks of."""
+
+    fields: str
+    read: Callable[[Row], Row]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """The rows of one task, as its `read` made them."""
+
+    task: str
+    scored: list[Row]
+    examples: list[Row]  # `scored` itself, where there is no other split
+
+    def check(self, few_shot: int) -> None:
+        """Raises ValueError when there are too few examples."""
+        others = len(self.examples) - (self.examples is self.scored)
+        if few_shot > others:
+            raise ValueError(f"{self.task} has {others} examples, less than --few-shot {few_shot}")
+
+
+def find_rows(folder: Path, names: Iterable[str]) -> list[LocalRows]:
+    """The rows of the named tasks (with or without "local_"), or of all that the folder has.
+
+    Raises ValueError for a task that is not there or not known, and for a row that is no row of
+    its task, by file and line.
+    """
+    there = [name for name in LOCAL_TASKS if any((folder / name).glob("*.jsonl"))]
+    if not there:
+        raise ValueError(
+            f"{folder} holds no tasks: it must have TASK/*.jsonl, where TASK is one of "
+            + ", ".join(LOCAL_TASKS)
+        )
+    wanted = [name.removeprefix(PREFIX) for name in names] or there
+    for name in wanted:
+        if name not in LOCAL_TASKS:
+            raise ValueError(unknown_name(name, there, "local task"))
+        if name not in there:
+            raise ValueError(f"{folder / name} has no .jsonl file; {folder} has {', '.join(there)}")
+    return [_rows_of(name, folder / name) for name in dict.fromkeys(wanted)]
+
+
+def _rows_of(name: str, folder: Path) -> LocalRows:
+    files = sorted(folder.glob("*.jsonl"))
+    splits = {
+        s: [f for f in files if f.name.startswith(s)] for s in ("train", "validation", "test")
+    }
+    scored = (
+        splits["test"] or splits["validation"] or [f for f in files if f not in splits["train"]]
+    )
+    if not scored:
+        raise ValueError(f"{folder} has only training rows: add test.jsonl or validation.jsonl")
+    examples = splits["train"] or splits["validation"] or scored
+    rows = _read(name, scored)
+    return LocalRows(name, rows, rows if examples == scored else _read(name, examples))
+
+
+def _read(name: str, files: Iterable[Path]) -> list[Row]:
+    task = LOCAL_TASKS[name]
+    rows = []
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(task.read(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+                raise ValueError(
+                    f"{file}, line {number} is no row of {name}: it must be an object with "
+                    + task.fields
+                ) from None
+    if not rows:
+        raise ValueError(f"{name} has no rows in {', '.join(str(file) for file in files)}")
+    return rows
+
+
+def _question(query: str, choices: list[str], gold: int) -> Row:
+    """A question, its answers, and which of them is right."""
+    if not choices or not all(isinstance(text, str) and text for text in (query, *choices)):
+        raise ValueError("empty")
+    if gold not in range(len(choices)):
+        raise ValueError("no such choice")
+    return {"query": query, "choices": choices, "gold": int(gold)}
+
+
+def _arc(row: Row) -> Row:
+    if "query" in row:
+        return _question(row["query"], row["choices"], row["gold"])
+    gold = row["choices"]["label"].index(row["answerKey"])
+    return _question(f"Question: {row['question']}\nAnswer:", row["choices"]["text"], gold)
+
+
+def _boolq(row: Row) -> Row:
+    query = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+    return _question(query, ["no", "yes"], (False, True).index(row["answer"]))
+
+
+def _hellaswag(row: Row) -> Row:
+    return _question(row["query"], row["choices"], row["gold"])
+
+
+def _piqa(row: Row) -> Row:
+    query = f"Question: {row['goal']}\nAnswer:"
+    return _question(query, [row["sol1"], row["sol2"]], row["label"])
+
+
+def _winogrande(row: Row) -> Row:
+    """The same end of a sentence after two beginnings."""
+    before, _, behind = row["sentence"].partition("_")
+    beginnings = [before + row["option1"], before + row["option2"]]
+    made = _question(behind.strip(), beginnings, ("1", "2").index(row["answer"]))
+    return {"choices": made["choices"], "gold": made["gold"], "continuation": made["query"]}
+
+
+def _lambada(row: Row) -> Row:
+    if not row["context"].strip() or not row["continuation"].strip():
+        raise ValueError("empty")
+    return {"context": row["context"], "continuation": f" {row['continuation'].strip()}"}
+
+
+def _means(*metrics: str) -> list[dict[str, Any]]:
+    return [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics]
+
+
+CHOICE = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "query",
+    "doc_to_choice": "choices",
+    "doc_to_target": "gold",
+    "metric_list": _means("acc", "acc_norm"),
+}
+BOOLQ = CHOICE | {"metric_list": _means("acc")}
+WINOGRANDE = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "gold",  # an index makes lm-eval vary the beginning instead of the end
+    "doc_to_choice": "choices",
+    "doc_to_target": "continuation",
+    "metric_list": _means("acc"),
+}
+LAMBADA = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "context",
+    "doc_to_target": "continuation",
+    "target_delimiter": "",  # the blank is part of the continuation
+    "metric_list": _means("acc"),
+}
+
+ARC = "question, choices {text, label} and answerKey, or query, choices and gold"
+LOCAL_TASKS = {
+    "arc_challenge": LocalTask(ARC, _arc, CHOICE),
+    "arc_easy": LocalTask(ARC, _arc, CHOICE),
+    "boolq": LocalTask("question, passage and answer (true or false)", _boolq, BOOLQ),
+    "hellaswag": LocalTask("query, choices and gold", _hellaswag, CHOICE),
+    "lambada_openai": LocalTask("context and continuation", _lambada, LAMBADA),
+    "piqa": LocalTask("goal, sol1, sol2 and label (0 or 1)", _piqa, CHOICE),
+    "winogrande": LocalTask(
+        'sentence (with a "_"), option1, option2 and answer ("1" or "2")', _winogrande, WINOGRANDE
+    ),
+}

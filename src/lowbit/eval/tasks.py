@@ -1,0 +1,205 @@
+"""Zero-shot tasks through lm-eval: those that it brings, and local ones.
+
+Importing this takes seconds: only where tasks are asked for.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+import datasets
+from lm_eval import evaluator, evaluator_utils
+from lm_eval.api import task as task_module
+from lm_eval.api.metrics import mean, mean_stderr
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from lowbit.eval.local_tasks import LOCAL_TASKS, PREFIX, LocalRows, find_rows
+from lowbit.eval.scores import TaskOptions, TaskScore
+
+Progress = Callable[[int, int], None]  # requests done, requests of
+EXAMPLES_SEED = 1234  # lm-eval's own choice of the solved examples
+
+
+class Tasks:
+    """Tasks whose rows are loaded once and scored for one model after another.
+
+    Raises ValueError for a task that is not known, or whose rows cannot be had.
+    """
+
+    def __init__(self, options: TaskOptions) -> None:
+        self.options = options
+        with _quiet():
+            self.loaded = _from_hub(options) if options.folder is None else _from_folder(options)
+
+    def score(
+        self, model: Any, tokenizer: Any, progress: Progress = lambda done, of: None
+    ) -> dict[str, TaskScore]:
+        """By task: those that were asked for, in that order, then the members of groups."""
+        with _quiet():
+            for task in self.loaded["tasks"].values():
+                if task.get_config("num_fewshot") != 0:  # where lm-eval says 0, it means it
+                    task.set_config(key="num_fewshot", value=self.options.few_shot)
+                task.set_fewshot_seed(seed=EXAMPLES_SEED)
+            scorer = _Scorer(model, tokenizer, self.options.batch, progress)
+            found = evaluator.evaluate(
+                lm=scorer, task_dict=self.loaded, limit=self.options.limit, log_samples=False
+            )
+        return self._scores(found, scorer.cut)
+
+    def _scores(self, found: Any, cut: set[tuple[str, int]]) -> dict[str, TaskScore]:
+        groups: dict[str, TaskScore] = {}
+        alone: dict[str, TaskScore] = {}
+        members: dict[str, TaskScore] = {}
+        part_of: dict[str, str] = {}
+        for name, numbers in found.get("groups", {}).items():
+            group = self.loaded["groups"][name]
+            inside = [task.task_name for task in group.get_all_tasks()]
+            if name in self.options.names:
+                groups[name] = _score(numbers, found, inside, cut)
+                part_of |= {task: name for task in inside if task not in self.options.names}
+        for name in self.loaded["tasks"]:
+            place = members if name in part_of else alone
+            place[name] = _score(found["results"][name], found, [name], cut, part_of.get(name))
+        order = {name.removeprefix(PREFIX): i for i, name in enumerate(self.options.names)}
+        asked = groups | alone
+        ranked = sorted(asked, key=lambda name: order.get(name.removeprefix(PREFIX), len(order)))
+        return {name: asked[name] for name in ranked} | members
+
+
+class _Scorer(HFLM):  # type: ignore[misc, unused-ignore]
+    """A loaded model as lm-eval wants it; tells how far it is, and which rows it had to cut."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch: int, progress: Progress) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        self.cut: set[tuple[str, int]] = set()
+        self.progress = progress
+        self.of: list[Any] = []
+        self.done = 0
+        self.set_cache_hook(self)
+
+    def add_partial(self, *args: Any) -> None:
+        """lm-eval tells its cache, which we stand in for, of every finished request."""
+        self.done += 1
+        self.progress(min(self.done, len(self.of)), len(self.of))
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+        self.of, self.done = requests, 0
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+        self.of, self.done = requests, 0
+        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+        self.of, self.done = requests, 0
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> Any:
+        if len(requests) == len(self.of):  # not the windows of a rolling likelihood
+            for (_, before, behind), asked in zip(requests, self.of, strict=True):
+                if len(before) + len(behind) > self.max_length + 1:
+                    self.cut.add((asked.task_name, asked.doc_id))
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+
+def _score(
+    numbers: Any,
+    found: Any,
+    tasks: list[str],
+    cut: set[tuple[str, int]],
+    part_of: str | None = None,
+) -> TaskScore:
+    """numbers: {"acc,none": 0.5, "acc_stderr,none": "N/A", ...}; tasks: whose rows these are."""
+    metrics: dict[str, float] = {}
+    stderr: dict[str, float] = {}
+    for key, value in numbers.items():
+        metric, comma, chosen = key.partition(",")
+        if not comma or not isinstance(value, int | float):
+            continue
+        kept = stderr if metric.endswith("_stderr") else metrics
+        metric = metric.removesuffix("_stderr")
+        kept[metric if chosen == "none" else f"{metric} ({chosen})"] = float(value)
+    counts = [found["n-samples"][task] for task in tasks]
+    return TaskScore(
+        metrics,
+        stderr,
+        rows=sum(count["effective"] for count in counts),
+        available=sum(count["original"] for count in counts),
+        few_shot=found["n-shot"][tasks[0]],
+        cut=sum(task in tasks for task, _ in cut),
+        part_of=part_of,
+    )
+
+
+def _from_hub(options: TaskOptions) -> Any:
+    manager = TaskManager()
+    for name in options.names:
+        if name not in manager.task_index:
+            near = get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{name!r} is no task of lm-eval: {hint}see: lm-eval ls tasks")
+    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
+    for name in options.names:
+        try:
+            one = manager.load([name])
+        except Exception as error:  # lm-eval's, datasets', the hub's, and each task's own
+            reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+            if isinstance(error, OSError):
+                reason += "; without the hub, score local files: --tasks-dir DIR"
+            raise ValueError(f"the rows of task {name} cannot be had: {reason}") from error
+        for kind, things in loaded.items():
+            things.update(one.get(kind, {}))
+    return loaded
+
+
+def _from_folder(options: TaskOptions) -> Any:
+    assert options.folder is not None
+    tasks = {}
+    for rows in find_rows(options.folder, options.names):
+        rows.check(options.few_shot)
+        tasks[f"{PREFIX}{rows.task}"] = _local_task(rows)
+    return {"tasks": tasks, "groups": {}}
+
+
+def _local_task(rows: LocalRows) -> Any:
+    scored = datasets.Dataset.from_list(rows.scored)
+    splits = {"test": scored, "train": scored}
+    if rows.examples is not rows.scored:
+        splits["train"] = datasets.Dataset.from_list(rows.examples)
+    return task_module.ConfigurableTask(
+        config={
+            "task": f"{PREFIX}{rows.task}",
+            "custom_dataset": lambda **_: splits,
+            "test_split": "test",
+            # The same name as test_split makes lm-eval leave out the row that is asked.
+            "fewshot_split": "test" if rows.examples is rows.scored else "train",
+            **LOCAL_TASKS[rows.task].config,
+        }
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No advice and no bars of lm-eval's own, and no resampling.
+
+    Standard errors stand beside means only, where they are a formula: for other metrics lm-eval
+    would draw 100,000 samples in forked processes.
+    """
+    logger, bars = logging.getLogger("lm_eval"), not datasets.are_progress_bars_disabled()
+    before = logger.level, task_module.tqdm, evaluator_utils.stderr_for_metric
+    logger.setLevel(logging.ERROR)
+    task_module.tqdm = lambda rows, **_: rows
+    evaluator_utils.stderr_for_metric = lambda metric, **_: mean_stderr if metric is mean else None
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        level, task_module.tqdm, evaluator_utils.stderr_for_metric = before
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,351 @@
+"""One sign bit for most input channels, and four bits for a few salient ones (PTQ1.61).
+
+    plain channel:    weight = column_scale * (row_mean + row_scale)   where the bit is 0
+                      weight = column_scale * (row_mean - row_scale)   where the bit is 1
+    salient channel:  weight = salient_scale * (code - zero)
+
+A mask has one bit for each input channel, which is set for `salient` of them; the others are
+plain = in - salient. Both kinds keep their order. The tensors, row-major:
+
+| name            | dtype            | shape                    | holds                        |
+| --------------- | ---------------- | ------------------------ | ---------------------------- |
+| `sign`          | uint8            | (out, ceil(plain / 8))   | a row's bits                 |
+| `row_scale`     | as `scale_dtype` | (out,)                   |                              |
+| `row_mean`      | as `scale_dtype` | (out,)                   | absent if false below        |
+| `column_scale`  | as `scale_dtype` | (plain,)                 | absent if false below        |
+| `salient`       | uint8            | (out, ceil(salient / 2)) | a row's codes, 0 to 15       |
+| `salient_scale` | as `scale_dtype` | (out,)                   |                              |
+| `salient_zero`  | uint8            | (ceil(out / 2),)         | the rows' zeros, 0 to 15     |
+| `mask`          | uint8            | (ceil(in / 8),)          | absent if `shares` is a name |
+| `bias`          | as `bias`        | (out,)                   | absent if `bias` is null     |
+
+An absent row mean is 0, absent column scales are 1. `salient`, `salient_scale`, `salient_zero` and
+`mask` are absent where there are 0 salient channels. Bits and codes stand in little-endian bit
+streams: number j of a row is in the bits [j * width, (j + 1) * width) of that row, low bits first,
+where bit i is bit i % 8 of byte i // 8; each row (zeros and mask are one) starts on a byte, and its
+last byte is filled up with zero bits. Float numbers are little-endian; they are float16 unless one
+of the three scales would lose range there (a non-zero magnitude below 2**-14 or above 65504) or a
+mean would be infinite: the layer's are then all float32. The entry in config.json:
+
+    {"format": "binary", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
+     "salient": n, "row_mean": bool, "column_scale": bool, "scale_dtype": "float16" | "float32",
+     "shares": NAME | null}
+
+`shares` names another layer of this format that reads the same input and has as many salient
+channels; the mask is then stored there alone.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import ConfigDict, Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from lowbit.config import Config
+from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.binary import reference
+from lowbit.formats.binary.lookup import signed_sums, weighted_sums
+from lowbit.formats.checks import check_shape, dtype_name, finite, storable
+from lowbit.kernels.bits import pack, packed_bytes, unpack
+
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+
+# Up to so many tokens, sums are looked up; for more, bits are unpacked once. On one thread of a CPU
+# looking up takes, for each token, 0.15 (4096 x 4096), 0.3 (2048 x 2048) or all (1024 x 1024) of
+# the time of unpacking, which hardly grows up to 8. Making the whole weight takes three times that.
+MOST_LOOKED_UP = 4
+
+
+class BinaryEntry(Config):
+    """What config.json says about a layer; it may come from an untrusted file."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal["binary"]
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
+    bias: Literal["float32", "float16", "bfloat16"] | None
+    salient: Annotated[int, Field(ge=0)]
+    row_mean: bool
+    column_scale: bool
+    scale_dtype: Literal["float16", "float32"]
+    shares: Annotated[str, Field(min_length=1)] | None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.salient >= self.shape[1]:
+            raise ValueError(
+                f"salient is {self.salient}: allowed with {self.shape[1]} inputs are 0 to "
+                f"{self.shape[1] - 1}"
+            )
+        if self.shares is not None and not self.salient:
+            raise ValueError(f"shares is {self.shares!r}: without salient channels it is null")
+        return self
+
+
+def tensor_bytes(
+    shape: list[int] | tuple[int, int],
+    salient: int,
+    row_mean: bool,
+    column_scale: bool,
+    scale_dtype: str,
+    shares: str | None,
+) -> int:
+    """Bytes that stand for the weight, those of `BinaryLinear.weight_bytes()`:
+
+    out * (ceil(plain / 8) + ceil(salient / 2)) + (2 or 4) * scales + ceil(out / 2) + ceil(in / 8)
+
+    that is bits and codes; the scales (2 for float16), of which there are out, and out for the
+    means, plain for the columns, out for the salient channels; their zeros; and the mask. Without
+    salient channels the last three are missing, and the mask is where another layer has it.
+    """
+    rows, columns = shape
+    plain = columns - salient
+    scales = rows * (1 + row_mean + bool(salient)) + plain * column_scale
+    codes = rows * (packed_bytes(plain, 1) + packed_bytes(salient, 4))
+    zeros = packed_bytes(rows, 4) if salient else 0
+    mask = packed_bytes(columns, 1) if salient and shares is None else 0
+    return codes + scales * getattr(torch, scale_dtype).itemsize + zeros + mask
+
+
+@dataclass(frozen=True)
+class Salient:
+    """channels: (salient,) int64, ascending  codes: (out, salient) uint8, below 16
+    scale: (out,)  zero: (out,) of an integer dtype, 0 to 15"""
+
+    channels: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    @classmethod
+    def nearest(cls, channels: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Self:
+        """The nearest codes to a float weight, counted from the scale as it will be stored.
+
+        weight: (out, salient), of the salient channels alone; zero: rounded and clamped to a code
+        """
+        scale = storable(scale)
+        zero = finite("salient zero", zero).round().clamp(0, 15).to(torch.uint8)
+        codes = reference.round_salient(finite("salient weight", weight), scale, zero)
+        return cls(channels, codes, scale, zero)
+
+    def dequantize(self) -> Tensor:
+        """(out, salient) float32"""
+        return reference.salient_weight(self.codes, self.scale, self.zero)
+
+
+class BinaryLinear(QuantizedLinear):
+    """A linear layer of signs and some codes of 4 bits; the module's docstring gives its bytes."""
+
+    format = "binary"
+
+    sign: Tensor
+    row_scale: Tensor
+    row_mean: Tensor | None
+    column_scale: Tensor | None
+    salient: Tensor | None
+    salient_scale: Tensor | None
+    salient_zero: Tensor | None
+    mask: Tensor | None
+
+    def __init__(self, spec: BinaryEntry) -> None:
+        rows, columns = spec.shape
+        super().__init__(columns, rows, spec.bias and getattr(torch, spec.bias))
+        self.spec = spec
+        self.plain = columns - spec.salient
+        dtype = getattr(torch, spec.scale_dtype)
+        self._add("sign", (rows, packed_bytes(self.plain, 1)), torch.uint8)
+        self._add("row_scale", (rows,), dtype)
+        self._add("row_mean", (rows,), dtype, spec.row_mean)
+        self._add("column_scale", (self.plain,), dtype, spec.column_scale)
+        some = spec.salient > 0
+        self._add("salient", (rows, packed_bytes(spec.salient, 4)), torch.uint8, some)
+        self._add("salient_scale", (rows,), dtype, some)
+        self._add("salient_zero", (packed_bytes(rows, 4),), torch.uint8, some)
+        owned = some and spec.shares is None
+        self._add("mask", (packed_bytes(columns, 1),), torch.uint8, owned)
+
+    def _add(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, there: bool = True
+    ) -> None:
+        if there:
+            self.add_frozen(name, shape, dtype)
+        else:
+            self.register_parameter(name, None)
+
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> Self:
+        return cls(BinaryEntry.model_validate(entry))
+
+    def entry(self) -> dict[str, Any]:
+        return self.spec.model_dump() | self.common_entry()
+
+    @classmethod
+    def from_parts(
+        cls,
+        negative: Tensor,
+        row_scale: Tensor,
+        *,
+        row_mean: Tensor | None = None,
+        column_scale: Tensor | None = None,
+        salient: Salient | None = None,
+        shares: str | None = None,
+        bias: Tensor | None = None,
+    ) -> Self:
+        """negative: (out, plain) bool  row_scale, row_mean: (out,)  column_scale: (plain,)
+        bias: (out,)
+
+        shares: the name of the layer that holds the mask; `lowbit.formats.link` must find it there.
+        """
+        scales = {"row_scale": row_scale, "column_scale": column_scale}
+        scales["salient_scale"] = None if salient is None else salient.scale
+        given = [finite(n, t).flatten() for n, t in scales.items() if t is not None]
+        means = [] if row_mean is None else [finite("row_mean", row_mean).flatten()]
+        dtype = storable(torch.cat(given)).dtype
+        # A mean need not keep its range: what it loses is nothing beside the row's scale.
+        if means and float(means[0].abs().max()) > torch.finfo(torch.float16).max:
+            dtype = torch.float32
+        count = 0 if salient is None else salient.codes.shape[1]
+        entry = {
+            "format": cls.format,
+            "shape": [negative.shape[0], negative.shape[1] + count],
+            "bias": None if bias is None else dtype_name(bias.dtype),
+            "salient": count,
+            "row_mean": row_mean is not None,
+            "column_scale": column_scale is not None,
+            "scale_dtype": dtype_name(dtype),
+            "shares": shares,
+        }
+        with negative.device:
+            layer = cls.from_entry(entry)
+        stored = {**scales, "row_mean": row_mean, "bias": bias}
+        stored["sign"] = pack(negative.to(torch.uint8), 1)
+        if salient is not None:
+            stored |= layer._packed(salient)
+        layer._store(stored)
+        return layer
+
+    def _packed(self, salient: Salient) -> dict[str, Tensor]:
+        zero = salient.zero
+        check_shape("salient zero", zero, torch.Size((self.out_features,)))
+        packed = {"salient": pack(salient.codes, 4), "salient_zero": pack(zero.to(torch.uint8), 4)}
+        if self.mask is None:
+            return packed
+        mask = torch.zeros(self.in_features, dtype=torch.uint8, device=zero.device)
+        mask[salient.channels] = 1
+        if int(mask.sum()) != self.spec.salient:
+            raise ValueError(
+                f"salient channels are {len(salient.channels)}, of which {int(mask.sum())} differ: "
+                f"these codes take {self.spec.salient}"
+            )
+        return packed | {"mask": pack(mask, 1)}
+
+    def _store(self, tensors: dict[str, Tensor | None]) -> None:
+        for name, tensor in tensors.items():
+            place = getattr(self, name)
+            if place is not None and tensor is not None:
+                check_shape(name, tensor, place.shape)
+                place.copy_(tensor.detach())
+
+    @property
+    def shares(self) -> str | None:
+        return self.spec.shares
+
+    def link(self, owner: QuantizedLinear) -> None:
+        super().link(owner)
+        assert isinstance(owner, BinaryLinear)
+        if owner.spec.salient != self.spec.salient:
+            self._owner = ()
+            raise ValueError(
+                f"salient is {self.spec.salient}, but {owner.spec.salient} in {self.shares}, with "
+                "which it shares"
+            )
+
+    def order(self) -> Tensor | None:
+        """The plain channels, then the salient ones: (in,) int64; None: all are plain."""
+        if not self.spec.salient:
+            return None
+        owner = self.owner
+        assert isinstance(owner, BinaryLinear)
+        return reference.channel_order(owner.mask, self.in_features)
+
+    def dequantize(self) -> Tensor:
+        ordered = self.ordered()
+        order = self.order()
+        if order is None:
+            return ordered
+        owner = self.owner
+        assert isinstance(owner, BinaryLinear) and owner.mask is not None
+        marked = int(unpack(owner.mask, 1, self.in_features).sum())
+        if marked != self.spec.salient:
+            raise ValueError(f"mask has {marked} salient channels: allowed is {self.spec.salient}")
+        return torch.empty_like(ordered).index_copy_(1, order, ordered)
+
+    def ordered(self) -> Tensor:
+        """The weight with its plain channels first: (out, in) float32"""
+        plain = reference.plain_weight(
+            self.sign, self.row_scale, self.row_mean, self.column_scale, self.plain
+        )
+        if not self.spec.salient:
+            return plain
+        assert self.salient is not None and self.salient_scale is not None
+        codes = unpack(self.salient, 4, self.spec.salient)
+        salient = reference.salient_weight(codes, self.salient_scale, self._zeros())
+        return torch.cat([plain, salient], 1)
+
+    def _zeros(self) -> Tensor:
+        """(out,) uint8"""
+        assert self.salient_zero is not None
+        return unpack(self.salient_zero, 4, self.out_features)
+
+    def shared_tensors(self) -> list[Tensor]:
+        return [] if self.mask is None else [self.mask]
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """x with its plain channels first: (..., in), same dtype"""
+        order = self.order()
+        return x if order is None else x.index_select(-1, order)
+
+    def forward(self, x: Tensor, prepare_only: bool = False) -> Tensor:
+        """x: (..., in_features) -> (..., out_features), in the dtype of x.
+
+        With u = column_scale * x over the plain channels, the signed sums of u for each row are
+        scaled, and sums of u and of the salient x stand for means and zeros: no weight is made.
+        """
+        if prepare_only:
+            return self.prepare(x)
+        x = self.prepared(x) if self.spec.salient else x
+        looked_up = x.numel() // self.in_features <= MOST_LOOKED_UP
+        # Elsewhere a weight is made in no time, and half precision might not hold the sums.
+        if x.dtype == torch.float64 or not (looked_up or x.device.type == "cpu"):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return functional.linear(x, self.ordered().to(x.dtype), bias)
+        flat = x.float().reshape(-1, self.in_features)
+        y = self._of_plain(flat[:, : self.plain], looked_up)
+        if self.spec.salient:
+            y += self._of_salient(flat[:, self.plain :], looked_up)
+        if self.bias is not None:
+            y += self.bias.float()
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def _of_plain(self, x: Tensor, looked_up: bool) -> Tensor:
+        """x: (tokens, plain) float32  ->  (tokens, out) float32"""
+        u = x if self.column_scale is None else x * self.column_scale.float()
+        total = u.sum(1, keepdim=True)
+        if looked_up:
+            sums = signed_sums(self.sign, u)
+        else:  # of those with the bit set, taken from the total: bits unpack to 0 and 1
+            minus = functional.linear(u, unpack(self.sign, 1, self.plain).float())
+            sums = total - 2 * minus
+        y = sums * self.row_scale.float()
+        return y if self.row_mean is None else y + total * self.row_mean.float()
+
+    def _of_salient(self, x: Tensor, looked_up: bool) -> Tensor:
+        """x: (tokens, salient) float32  ->  (tokens, out) float32"""
+        assert self.salient is not None and self.salient_scale is not None
+        if looked_up:
+            sums = weighted_sums(self.salient, x)
+        else:
+            sums = functional.linear(x, unpack(self.salient, 4, self.spec.salient).float())
+        return (sums - x.sum(1, keepdim=True) * self._zeros()) * self.salient_scale.float()

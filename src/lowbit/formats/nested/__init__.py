@@ -1,0 +1,325 @@
+"""8-bit codes whose upper bits are good models of 2 to 7 bits (MatQuant, arXiv 2502.06786).
+
+    weight = scale * (slice(code, bits) - zero),   slice(code, bits) = step * sliced,
+    step = 2**(8 - bits),   sliced = floor(code / step + 1/2), at most 2**bits - 1
+
+`scale` and `zero` are the same at every width: a slice keeps those of the 8-bit codes. With
+`extra_precision` the bound is 2**bits, one code more. A row of the weight is cut into groups as in
+the uniform format: groups = ceil(in / group_size), or 1 when it is null. The tensors, row-major:
+
+| name       | dtype              | shape                      | holds                             |
+| ---------- | ------------------ | -------------------------- | --------------------------------- |
+| `master`   | uint8              | (out, in)                  | the codes; resident "master"      |
+| `packed`   | uint8              | (out, ceil(in * bits / 8)) | `sliced`; resident "slice"        |
+| `overflow` | uint8              | (ceil(top_codes / 8),)     | see below; absent: top_codes null |
+| `scale`    | float16 or float32 | (out, groups)              | as `scale_dtype` says             |
+| `zero`     | uint8              | (groups, out)              | absent where symmetric: all 128   |
+| `bias`     | as `bias` says     | (out,)                     | absent where `bias` is null       |
+
+A folder holds the master, which runs at any width, or one slice in its own bits. `packed` is a
+little-endian bit stream for each row, as in the uniform format, of min(sliced, 2**bits - 1). A
+slice with extra precision below 8 bits has `overflow`: one bit, low bits first, for each code of
+2**bits - 1 in row-major order, 1 where `sliced` is 2**bits. There are `top_codes` of them.
+
+Scales are float16 unless one of them would lose range there. The entry in config.json, where
+`bits` is the width at which the layer runs and `trained` says which ones it was made for:
+
+    {"format": "nested", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
+     "bits": 2..8, "group_size": int | null, "symmetric": bool, "extra_precision": bool,
+     "trained": [2..8, ...], "resident": "master" | "slice", "top_codes": int | null,
+     "scale_dtype": "float16" | "float32"}
+"""
+
+from copy import copy
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import ConfigDict, Field, model_validator
+from torch import Tensor
+
+from lowbit.config import Config
+from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.checks import check_shape, dtype_name, finite, storable
+from lowbit.formats.nested import reference
+from lowbit.formats.uniform import UniformLinear
+from lowbit.formats.uniform.reference import group_count, quantize
+from lowbit.kernels.bits import pack, packed_bytes
+from lowbit.kernels.slicing import MASTER_BITS, slice_codes, step
+
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+Width = Annotated[int, Field(ge=2, le=MASTER_BITS)]
+SYMMETRIC_ZERO = 128  # a multiple of every step: a zero of the master is one of each slice
+
+
+class NestedEntry(Config):
+    """What config.json says about a layer; it may come from an untrusted file."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal["nested"]
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
+    bias: Literal["float32", "float16", "bfloat16"] | None
+    bits: Width
+    group_size: Size | None
+    symmetric: bool
+    extra_precision: bool
+    trained: list[Width]
+    resident: Literal["master", "slice"]
+    top_codes: Annotated[int, Field(ge=0)] | None
+    scale_dtype: Literal["float16", "float32"]
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        overflows = self.resident == "slice" and self.extra_precision and self.bits < MASTER_BITS
+        if (self.top_codes is not None) != overflows:
+            raise ValueError(
+                f"top_codes is {self.top_codes}: a number belongs to slices below 8 bits with "
+                "extra precision, null to all else"
+            )
+        rows, columns = self.shape
+        if (self.top_codes or 0) > rows * columns:
+            raise ValueError(f"top_codes is {self.top_codes}: there are {rows * columns} codes")
+        # torch counts the bytes of a tensor, a meta tensor too, in an int64.
+        if tensor_bytes(**self.model_dump(exclude={"format", "bias"})) >= 2**63:
+            raise ValueError(f"shape is {self.shape}: allowed are layers below 2**63 bytes")
+        return self
+
+
+def tensor_bytes(
+    shape: list[int] | tuple[int, int],
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    resident: str,
+    top_codes: int | None,
+    scale_dtype: str,
+    **free: Any,
+) -> int:
+    """Bytes that stand for the weight, those of `NestedLinear.weight_bytes()`:
+
+    out * ceil(in * b / 8) + ceil(top_codes / 8) + out * groups * (2 or 4) + groups * out
+
+    that is codes (b = 8 for a master, else bits), the overflow where there is one, scales (2 for
+    float16) and, unless symmetric, zeros. free: what else an entry holds takes no bytes.
+    """
+    rows, columns = shape
+    groups = group_count(columns, group_size)
+    codes = rows * packed_bytes(columns, MASTER_BITS if resident == "master" else bits)
+    scales = rows * groups * getattr(torch, scale_dtype).itemsize
+    zeros = 0 if symmetric else groups * rows
+    return codes + packed_bytes(top_codes or 0, 1) + scales + zeros
+
+
+class NestedLinear(QuantizedLinear):
+    """A linear layer that runs at one of several widths; the module's docstring gives its bytes."""
+
+    format = "nested"
+
+    master: Tensor
+    packed: Tensor
+    overflow: Tensor | None
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(self, spec: NestedEntry) -> None:
+        rows, columns = spec.shape
+        super().__init__(columns, rows, spec.bias and getattr(torch, spec.bias))
+        self.spec = spec
+        groups = group_count(columns, spec.group_size)
+        if spec.resident == "master":
+            self.add_frozen("master", (rows, columns), torch.uint8)
+        else:
+            self.add_frozen("packed", (rows, packed_bytes(columns, spec.bits)), torch.uint8)
+        if spec.top_codes is None:
+            self.overflow = None
+        else:
+            self.add_frozen("overflow", (packed_bytes(spec.top_codes, 1),), torch.uint8)
+        self.add_frozen("scale", (rows, groups), getattr(torch, spec.scale_dtype))
+        if spec.symmetric:
+            self.zero = None
+        else:
+            self.add_frozen("zero", (groups, rows), torch.uint8)
+
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> Self:
+        return cls(NestedEntry.model_validate(entry))
+
+    def entry(self) -> dict[str, Any]:
+        return self.spec.model_dump() | self.common_entry()
+
+    @classmethod
+    def from_grid(cls, weight: Tensor, scale: Tensor, zero: Tensor | None, **grid: Any) -> Self:
+        """The nearest master codes to a float weight, counted from the scale as it is stored.
+
+        weight: (out, in); the rest as `from_codes` takes it, but that zero may be float.
+        """
+        scale = storable(scale)
+        if zero is None:
+            points = torch.full_like(scale, SYMMETRIC_ZERO, dtype=torch.uint8)
+        else:
+            points = finite("zero", zero).round().clamp(0, 255).to(torch.uint8)
+        codes = quantize(
+            finite("weight", weight), scale, points, MASTER_BITS, grid.get("group_size")
+        )
+        return cls.from_codes(codes, scale, None if zero is None else points, **grid)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        *,
+        group_size: int | None,
+        extra_precision: bool = False,
+        trained: tuple[int, ...] = (),
+        bias: Tensor | None = None,
+    ) -> Self:
+        """A master that runs at 8 bits.
+
+        codes: (out, in) uint8  scale: (out, groups)  bias: (out,)
+        zero: (out, groups) uint8; None makes it symmetric, with all zeros at 128
+        """
+        scale = storable(scale)
+        spec = NestedEntry(
+            format="nested",
+            shape=list(codes.shape),
+            bias=None if bias is None else dtype_name(bias.dtype),  # type: ignore[arg-type]
+            bits=MASTER_BITS,
+            group_size=group_size,
+            symmetric=zero is None,
+            extra_precision=extra_precision,
+            trained=list(trained),
+            resident="master",
+            top_codes=None,
+            scale_dtype=dtype_name(scale.dtype),  # type: ignore[arg-type]
+        )
+        with codes.device:
+            layer = cls(spec)
+        check_shape("scale", scale, layer.scale.shape)
+        state = {"master": codes, "scale": scale}
+        if zero is not None:
+            check_shape("zero", zero, layer.scale.shape)
+            state["zero"] = zero.T
+        if bias is not None:
+            state["bias"] = bias
+        for name, tensor in state.items():
+            if tensor.dtype != (wanted := layer.get_parameter(name).dtype):
+                raise ValueError(f"{name} is {tensor.dtype}: allowed is {wanted}")
+        layer.load_state_dict(state)
+        return layer
+
+    @property
+    def bits(self) -> int:
+        """The width at which it runs."""
+        return self.spec.bits
+
+    def set_bits(self, bits: int) -> None:
+        """Runs at another width from now on. ValueError for a slice, which has one width only."""
+        step(bits)
+        if bits != self.bits and self.spec.resident != "master":
+            raise ValueError(
+                f"this layer holds a slice of {self.bits} bits: allowed is {self.bits}; to run at "
+                f"{bits} bits, load the master again"
+            )
+        self.spec = self.spec.model_copy(update={"bits": bits})
+
+    def at(self, bits: int) -> "NestedLinear":
+        """The same layer, its tensors too, at a width of its own."""
+        twin = copy(self)
+        twin._parameters = dict(self._parameters)
+        twin.set_bits(bits)
+        return twin
+
+    def slice(self, bits: int) -> "NestedLinear":
+        """A layer that holds this slice of a master alone, in its own bits."""
+        entry = sliced_entry(self.entry(), bits, getattr(self, "master", None))
+        with torch.device("meta"):
+            made = NestedLinear.from_entry(entry)
+        state = self.state_dict()
+        state |= slice_tensors(made.spec, state.pop("master"))
+        made.load_state_dict(state, assign=True)
+        return made
+
+    def codes(self) -> Tensor:
+        """(out, in) uint8, in units of `step(bits)`, up to 2**bits with extra precision"""
+        spec = self.spec
+        if spec.resident == "master":
+            return slice_codes(self.master, spec.bits, spec.extra_precision)
+        return reference.unpack_slice(
+            self.packed, self.overflow, spec.bits, self.in_features, spec.top_codes or 0
+        )
+
+    def zeros(self) -> Tensor:
+        """(out, groups) uint8, in units of the master's codes"""
+        if self.zero is None:
+            return torch.full_like(self.scale, SYMMETRIC_ZERO, dtype=torch.uint8)
+        return self.zero.T.contiguous()
+
+    def dequantize(self) -> Tensor:
+        spec = self.spec
+        return reference.dequantize(
+            self.codes(), self.scale, self.zeros(), spec.bits, spec.group_size
+        )
+
+
+def sliced_entry(entry: dict[str, Any], bits: int, master: Tensor | None = None) -> dict[str, Any]:
+    """The entry of a master, as that of its slice. ValueError for what is no master.
+
+    master: its codes, (out, in) uint8; needed where the slice has extra precision.
+    """
+    spec = NestedEntry.model_validate(entry)
+    if spec.resident != "master":
+        raise ValueError(
+            f"it is a slice of {spec.bits} bits: another, of {bits} bits, can only be cut from the "
+            "master"
+        )
+    top_codes = None
+    if spec.extra_precision and step(bits) > 1:
+        if master is None:
+            raise ValueError("a slice with extra precision cannot be described without the codes")
+        top_codes = reference.count_top_codes(master, bits)
+    return {**entry, "bits": bits, "resident": "slice", "top_codes": top_codes}
+
+
+def slice_tensors(spec: NestedEntry, master: Tensor) -> dict[str, Tensor]:
+    """What takes the place of `master` in the slice that `spec` describes."""
+    packed, overflow = reference.pack_slice(master, spec.bits, spec.extra_precision)
+    return (
+        {"packed": packed} if spec.top_codes is None else {"packed": packed, "overflow": overflow}
+    )
+
+
+def to_uniform(layer: NestedLinear, bits: int) -> UniformLinear:
+    """The slice in the uniform format, whose weight is the same to the last bit.
+
+    Its zero points are those of the master, in units of its own code's 2**-(8 - bits). Raises
+    ValueError for a slice that uses its extra code, which a code of `bits` bits cannot hold.
+    """
+    layer = layer.at(bits)
+    codes, spec = layer.codes(), layer.spec
+    above = int((codes == 2**bits).sum()) if bits < MASTER_BITS else 0
+    if above:
+        raise ValueError(
+            f"{above} weights have the code {2**bits} that extra precision adds: the uniform "
+            f"format holds 0 to {2**bits - 1} at {bits} bits"
+        )
+    # float32 scales stay so: float16 would round them, where it could hold their range.
+    scale = layer.scale.float() * step(bits)
+    half = (
+        spec.scale_dtype == "float16" and float(scale.abs().max()) <= torch.finfo(torch.float16).max
+    )
+    entry = {
+        **layer.common_entry(),
+        "format": "uniform",
+        "bits": bits,
+        "group_size": spec.group_size,
+        "symmetric": spec.symmetric,
+        "zero_shift": 0 if spec.symmetric else MASTER_BITS - bits,
+        "scale_dtype": "float16" if half else "float32",
+    }
+    state = {"packed": pack(codes, bits), "scale": scale, "zero": layer.zero, "bias": layer.bias}
+    with codes.device:
+        uniform = UniformLinear.from_entry(entry)
+    uniform.load_state_dict({name: t for name, t in state.items() if t is not None})
+    return uniform

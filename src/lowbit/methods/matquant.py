@@ -1,0 +1,318 @@
+"""MatQuant (Nair et al., ICML 2025, arXiv 2502.06786), weight-only, on the base of OmniQuant.
+
+One model of 8-bit codes is made so that the upper bits of the codes are good models too: each width
+of `widths` has its own squared error of the block's output, and their weighted sum is minimised
+(equation 7) over the clips (and scales) of one 8-bit grid, by gradient descent straight through
+rounding and slicing. Any other width from 2 to 8 can be sliced as well (section 4.2). With
+extra precision slices have one level more (equation 8); with `distill` a width also learns from a
+higher one (section 4.3).
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from lowbit.blocks import BlockResult, BlockTask, Stream
+from lowbit.blocks.capture import call_block
+from lowbit.blocks.folding import Tensors, load_changed
+from lowbit.blocks.hessian import input_hessians
+from lowbit.blocks.install import install
+from lowbit.blocks.parts import sum_of_parts
+from lowbit.blocks.statistics import ChannelStatistics, input_statistics
+from lowbit.blocks.training import fit, mean_loss
+from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.nested import NestedLinear
+from lowbit.kernels.slicing import MASTER_BITS
+from lowbit.methods.learned import keep_if_better, packed_block, training_report
+from lowbit.methods.method import Method, signal_to_noise
+from lowbit.methods.packing import pack, pack_nested
+from lowbit.solvers.block_learner import BlockLearner, Learning, starved_linears
+from lowbit.solvers.gptq import OrderedFactor, ordered_factor
+from lowbit.solvers.nested import fake_slice, master_codes
+from lowbit.solvers.rounding import Grid, GridShape, fake_quantize
+
+ATTENTION = ("attn", "attention")  # what transformers calls it in the names of linears
+
+
+class MatQuant(Method):
+    """widths, weights: the slices that are made good, and what the error of each counts.
+
+    group_size, symmetric: of the 8-bit grid; symmetric ones have their zero at 128, so that 0 stays
+    0 in every slice. extra_precision: a slice has one level more, at the cost of a bit for each
+    weight of its top code. distill: "8->2" adds the 8-bit slice's output to the targets of the
+    2-bit slice, which are then averaged; distill_alone: it is the only target. scope: "ffn" as in
+    the paper's tables; linears of attention are then rounded to nearest at 8 bits, and have no
+    other width. inputs: a slice learns on what slices of its own width hand on ("per_bit"), or all
+    on the 8-bit or the float model's. rounding: "nearest" as published, or "joint": codes are
+    chosen with feedback for all widths together, which favours those that count most at the cost of
+    the others; with epochs 0 it needs no gradient. Other fields are those of OmniQuant.
+    """
+
+    name: ClassVar[str] = "matquant"
+    per_linear: ClassVar[tuple[str, ...]] = ("group_size", "symmetric", "extra_precision")
+    learns: ClassVar[bool] = True
+
+    widths: list[int] = Field([8, 4, 2], min_length=1)
+    weights: list[float] = [0.1, 0.1, 1.0]
+    group_size: int | None = Field(None, ge=1)
+    symmetric: bool = False
+    extra_precision: bool = False
+    distill: list[str] = []
+    distill_alone: bool = False
+    scope: Literal["all", "ffn"] = "all"
+    inputs: Literal["per_bit", "shared_8", "shared_float"] = "per_bit"
+    lwc: bool = True
+    let: bool = False
+    aug_loss: bool = False
+    epochs: int = Field(20, ge=0)
+    batch: int = Field(1, ge=1)
+    lwc_lr: float = Field(1e-2, gt=0)
+    let_lr: float = Field(5e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    alpha: float = Field(0.5, ge=0, le=1)
+    init: Literal["minmax", "awq"] = "minmax"
+    rounding: Literal["nearest", "joint"] = "nearest"
+    damping: float = Field(0.01, gt=0)
+    min_tokens: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _check_widths(self) -> Self:
+        if not all(2 <= width <= MASTER_BITS for width in self.widths):
+            raise ValueError(f"widths is {self.widths}: allowed are 2 to {MASTER_BITS}")
+        if sorted(set(self.widths), reverse=True) != self.widths:
+            raise ValueError(f"widths is {self.widths}: allowed is each once, from high to low")
+        if len(self.weights) != len(self.widths) or not all(w > 0 for w in self.weights):
+            raise ValueError(
+                f"weights is {self.weights}: allowed is one above 0 for each of widths "
+                f"{self.widths}; leave out a width that shall not count"
+            )
+        for lesson in self.distill:
+            if not re.fullmatch("[2-8]->[2-8]", lesson):
+                raise ValueError(f"distill has {lesson!r}: allowed are lessons such as '8->2'")
+            teacher, student = _lesson(lesson)
+            if not {teacher, student} <= set(self.widths) or teacher <= student:
+                raise ValueError(
+                    f"distill has {lesson!r}: allowed is a higher to a lower one of {self.widths}"
+                )
+        return self
+
+    def streams(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(("float", *map(self.stream_of, self.widths))))
+
+    def stream_of(self, width: int) -> str:
+        """The stream that a slice learns on."""
+        shared = {"per_bit": str(width), "shared_8": str(MASTER_BITS), "shared_float": "float"}
+        return shared[self.inputs]
+
+    def rows(self) -> int:
+        return self.batch
+
+    def install(self, block: nn.Module, result: BlockResult, stream: str) -> None:
+        """The stream "4" passes through the layers at 4 bits."""
+        if stream == "float":
+            return
+        linears = {
+            name: layer.at(int(stream)) if isinstance(layer, NestedLinear) else layer
+            for name, layer in result.linears.items()
+        }
+        install(block, replace(result, linears=linears))
+
+    def quantize(self, task: BlockTask) -> BlockResult:
+        statistics = input_statistics(task.block, task.groups, task.streams["float"])
+        starved = starved_linears(task, statistics, self.min_tokens)
+        learner = _Learner(self, task, statistics, set(starved))
+        loss = _Loss(self, task)
+        fitted = fit(
+            learner.parameter_groups(),
+            lambda index: loss(index, learner.master()),
+            loss.batches,
+            self.epochs,
+            task.log,
+            self.weight_decay,
+        )
+        nearest = learner.nearest()
+        loss_nearest = mean_loss(lambda index: loss(index, nearest), loss.batches)
+        keep = keep_if_better(learner, task, fitted.after, loss_nearest)
+        result = learner.result(self._factors(task, learner))
+        result.report |= training_report(fitted, loss_nearest, keep, starved, statistics)
+        return result
+
+    def _factors(self, task: BlockTask, learner: "_Learner") -> dict[str, OrderedFactor]:
+        """What joint rounding needs, by linear: Hessians of the transformed block's inputs.
+
+        One for all widths: the mean over their streams, weighted as their errors are.
+        """
+        if self.rounding == "nearest":
+            return {}
+        folded = deepcopy(task.block)
+        load_changed(folded, learner.folded())
+        shares: dict[str, float] = {}
+        for width, weight in zip(self.widths, self.weights, strict=True):
+            stream = self.stream_of(width)
+            shares[stream] = shares.get(stream, 0.0) + weight / sum(self.weights)
+        mean: dict[str, Tensor] = {}
+        tokens: dict[str, int] = {}
+        for stream, share in shares.items():
+            for group, found in input_hessians(folded, task.groups, task.streams[stream]).items():
+                mean[group] = mean.get(group, 0.0) + share * found.matrix
+                tokens[group] = min(tokens.get(group, found.tokens), found.tokens)
+        factors: dict[str, OrderedFactor] = {}
+        for name, linears in ((g.name, g.linears) for g in task.groups):
+            if tokens[name] >= self.min_tokens:
+                factor = ordered_factor(mean[name], self.damping, True)
+                factors |= {} if factor is None else dict.fromkeys(linears, factor)
+        return factors
+
+
+@dataclass(frozen=True)
+class _Master:
+    """A block on 8-bit grids. tensors: float, after folding. grids, codes: by linear."""
+
+    tensors: Tensors
+    grids: Mapping[str, Grid]
+    codes: Mapping[str, Tensor]
+    settings: Mapping[str, MatQuant]  # of the linears that are sliced; the others keep 8 bits
+
+    def parts(self) -> Tensors:
+        """All that gradients go through."""
+        return self.tensors | {f"{name} scale": grid.scale for name, grid in self.grids.items()}
+
+    def at(self, width: int, parts: Mapping[str, Tensor]) -> Tensors:
+        """What the block runs with at one width; `parts` in place of its own."""
+        tensors = {name: parts[name] for name in self.tensors}
+        for name, grid in self.grids.items():
+            weight, grid = parts[f"{name}.weight"], replace(grid, scale=parts[f"{name} scale"])
+            if name in self.settings:
+                extra = self.settings[name].extra_precision
+                rounded = fake_slice(weight, grid, self.codes[name], width, extra)
+            else:
+                rounded = fake_quantize(weight, grid)
+            tensors[f"{name}.weight"] = rounded
+        return tensors
+
+
+class _Learner(BlockLearner):
+    """What is learned of one block, and the master that follows from it."""
+
+    def __init__(
+        self,
+        method: MatQuant,
+        task: BlockTask,
+        statistics: dict[str, ChannelStatistics],
+        starved: set[str],
+    ) -> None:
+        self.method = method
+        names = [name for group in task.groups for name in group.linears]
+        settings = {name: method.at(f"{task.name}.{name}") for name in names}
+        shapes = {
+            name: GridShape(MASTER_BITS, s.group_size, s.symmetric) for name, s in settings.items()
+        }
+        self.settings = {n: s for n, s in settings.items() if method.scope == "all" or _is_ffn(n)}
+        if not self.settings:
+            raise ValueError(f"{task.name} has no linear outside attention: use scope all")
+        outside = set(settings) - set(self.settings)
+        learning = Learning(
+            method.lwc, method.let, method.lwc_lr, method.let_lr, method.alpha, method.init
+        )
+        super().__init__(task, statistics, starved | outside, learning, shapes)
+
+    def rounded(self, name: str, weight: Tensor, grid: Grid) -> Tensor:
+        """At the width whose error counts most."""
+        if name not in self.settings:
+            return fake_quantize(weight, grid)
+        _, width = max(zip(self.method.weights, self.method.widths, strict=True))
+        extra = self.settings[name].extra_precision
+        return fake_slice(weight, grid, master_codes(weight, grid), width, extra)
+
+    def master(self) -> _Master:
+        """Differentiable in all parameters."""
+        return self._master(self.folded(), self.grid)
+
+    def nearest(self) -> _Master:
+        """The same block rounded to nearest at 8 bits: the slices of this are the baseline."""
+        return self._master(self.float_tensors, self.whole_grid)
+
+    def _master(self, tensors: Tensors, grid: Callable[[str, Tensor], Grid]) -> _Master:
+        grids = {name: grid(name, tensors[f"{name}.weight"]) for name in self.linears}
+        codes = {
+            name: master_codes(tensors[f"{name}.weight"], grids[name]) for name in self.settings
+        }
+        return _Master(tensors, grids, codes, self.settings)
+
+    def result(self, factors: Mapping[str, OrderedFactor]) -> BlockResult:
+        """The packed block; linears in `factors` are rounded jointly, with feedback."""
+        weights = dict(zip(self.method.widths, self.method.weights, strict=True))
+        slices: dict[str, dict[str, float]] = {}
+
+        def packed(name: str, weight: Tensor, bias: Tensor | None, grid: Grid) -> QuantizedLinear:
+            if name not in self.settings:
+                return pack(weight, bias, grid)
+            extra = self.settings[name].extra_precision
+            layer = pack_nested(weight, bias, grid, factors.get(name), weights, extra)
+            slices[name] = {
+                str(width): round(signal_to_noise(weight, layer.at(width)), 2) for width in weights
+            }
+            return layer
+
+        result = packed_block(self, packed)
+        for name, found in slices.items():
+            result.report["linears"][name]["slices_db"] = found
+        return result
+
+
+class _Loss:
+    """The weighted sum over widths of the mean squared errors of a block's output, per batch."""
+
+    def __init__(self, method: MatQuant, task: BlockTask) -> None:
+        self.method = method
+        self.block = task.block
+        self.streams = task.streams
+        self.target = self._float_output("float")
+        self.seen: dict[str, Stream] = {}
+        if method.aug_loss:
+            used = {method.stream_of(width) for width in method.widths}
+            self.seen = {name: self._float_output(name) for name in sorted(used - {"float"})}
+        self.batches = len(self.target)
+
+    def _float_output(self, stream: str) -> Stream:
+        return self.streams[stream].map(lambda batch: call_block(self.block, batch))
+
+    def __call__(self, index: int, master: _Master) -> Tensor:
+        return sum_of_parts(master.parts(), lambda parts: self._terms(index, master, parts))
+
+    def _terms(self, index: int, master: _Master, parts: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """The term of each width; teachers come first, as they are the higher widths."""
+        outputs: dict[int, Tensor] = {}
+        for width, weight in zip(self.method.widths, self.method.weights, strict=True):
+            stream = self.method.stream_of(width)
+            batch = self.streams[stream][index]
+            tensors = master.at(width, parts)
+            out = functional_call(self.block, tensors, (batch.hidden,), dict(batch.kwargs))
+            out = out[0] if isinstance(out, tuple) else out
+            lessons = map(_lesson, self.method.distill)
+            targets = [outputs[teacher] for teacher, student in lessons if student == width]
+            outputs[width] = out.detach()
+            if not targets or not self.method.distill_alone:
+                targets.append(self.target[index].hidden)
+            error = torch.stack([functional.mse_loss(out, target) for target in targets]).mean()
+            if stream in self.seen:
+                error = error + functional.mse_loss(out, self.seen[stream][index].hidden)
+            yield weight * error
+
+
+def _lesson(text: str) -> tuple[int, int]:
+    """(8, 2) of "8->2"."""
+    teacher, student = text.split("->")
+    return int(teacher), int(student)
+
+
+def _is_ffn(linear: str) -> bool:
+    return not any(name in part for part in linear.split(".") for name in ATTENTION)

@@ -1,0 +1,334 @@
+"""PTQ1.61 (Zhao et al., ACL 2025, arXiv 2502.13179), without its preprocessing.
+
+A fifth of the input channels, those where activations are large (equation 4), is kept at four bits
+and the rest at one: a sign, with scales for rows and columns that are learned block by block
+(equation 9). The loss has two targets, the float block on the float stream and the float block on
+the quantized stream; for each, the squared error and the negative logarithm of the cosine count.
+
+Where this differs from the reference code: there, the range of the four bits is that of the whole
+row, a weight that equals its row's mean has a third level, mean |W| scales what was centred by the
+mean, and the cosine's absolute value rewards opposite outputs. Here scales are learned as
+logarithms, so that rates are shares of a scale.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowbit.blocks import BlockResult, BlockTask, Event, LinearGroup, Stream
+from lowbit.blocks.capture import call_block
+from lowbit.blocks.hessian import Hessian, Hessians, input_hessians
+from lowbit.blocks.install import replace_module
+from lowbit.blocks.start import Start
+from lowbit.blocks.statistics import ChannelStatistics, input_statistics
+from lowbit.blocks.training import ParameterGroup, fit, mean_loss
+from lowbit.formats import link
+from lowbit.formats.binary import BinaryLinear, Salient
+from lowbit.methods.method import Method, signal_to_noise
+from lowbit.solvers.binary import (
+    alternated,
+    binarized,
+    refit_gain,
+    salient_count,
+    salient_mask,
+)
+from lowbit.solvers.factored import FactoredLinear
+from lowbit.solvers.gptq import OrderedFactor, gptq_codes, ordered_factor
+from lowbit.solvers.rounding import Grid, minmax_grid
+
+SALIENT_BITS = 4
+LEAST_COSINE = 1e-3  # what a smaller one counts as: the logarithm stays finite
+TARGETS = ("float", "quantized")
+
+
+class PTQ161(Method):
+    """salient_ratio: share of the input channels at four bits; 0: signs alone. salience: which
+    statistic of a channel's activations ranks it. alignment: the count of salient channels is a
+    multiple of it, or of the largest smaller power of two that keeps within a tenth of the ratio.
+    row_mean: rows have a mean besides their scale.
+
+    init: where scales begin, "reference" as published, or "als", alternating least squares weighted
+    by activations. refit_salient: salient weights take up the error of the others and are rounded
+    with feedback; damping: share of the Hessian's mean diagonal that is added to it then. epochs
+    over all samples; 0: nothing is learned. row_lr, column_lr: AdamW's rates for the logarithms of
+    scales; as shares of a scale, those published for OPT and Llama-2 are 0.015 and 0.009. angular:
+    what -log(cosine) counts beside the squared error. min_tokens: an expert that saw fewer
+    calibration tokens is binarised by its weights alone and named in the report.
+    """
+
+    name: ClassVar[str] = "ptq161"
+    per_linear: ClassVar[tuple[str, ...]] = ("salient_ratio", "alignment", "row_mean")
+    learns: ClassVar[bool] = True
+
+    salient_ratio: float = Field(0.2, ge=0, lt=1)
+    salience: Literal["absmax", "absmean", "rms"] = "absmax"
+    alignment: Literal[1, 2, 4, 8, 16, 32, 64, 128] = 64
+    row_mean: bool = True
+    init: Literal["reference", "als"] = "reference"
+    refit_salient: bool = False
+    damping: float = Field(0.01, gt=0)
+    epochs: int = Field(20, ge=0)
+    row_lr: float = Field(1e-2, gt=0)
+    column_lr: float = Field(1e-2, gt=0)
+    angular: float = Field(1.0, ge=0)
+    min_tokens: int = Field(64, ge=1)
+
+    def streams(self) -> tuple[str, ...]:
+        return TARGETS
+
+    @torch.no_grad()
+    def quantize(self, task: BlockTask) -> BlockResult:
+        statistics = input_statistics(task.block, task.groups, task.streams["float"])
+        targets = [
+            task.streams[name].map(lambda batch: call_block(task.block, batch)) for name in TARGETS
+        ]
+
+        def learner_of(method: PTQ161, start: Mapping[str, Tensor]) -> _Learner:
+            return _Learner(method, replace(task, start=start), statistics)
+
+        def loss_of(learner: _Learner) -> Callable[[int], Tensor]:
+            return self._loss(learner.block, task.streams["quantized"], targets)
+
+        plain = self.model_copy(update={"init": "reference", "refit_salient": False})
+        nearest = mean_loss(loss_of(learner_of(plain, {})), len(targets[0]))
+        learner = learner_of(self, task.start)
+        with torch.enable_grad():
+            groups = learner.parameter_groups()
+            fitted = fit(groups, loss_of(learner), len(targets[0]), self.epochs, task.log)
+        keep = fitted.after <= nearest
+        result = (learner if keep else learner_of(plain, {})).result()
+        result.report |= {"training": fitted.report(), "loss_rtn": nearest}
+        result.report |= {"loss_before": fitted.before, "loss_after": fitted.after}
+        if not keep:
+            text = "signs with mean scales were better than what was learned"
+            task.log(Event("warning", {"text": f"{task.name}: {text}"}))
+            result.report |= {"loss_after": nearest, "fell_back": text}
+        return result
+
+    def _loss(
+        self, block: nn.Module, stream: Stream, targets: Sequence[Stream]
+    ) -> Callable[[int], Tensor]:
+        """The loss of one batch as a function of its number."""
+
+        def loss(index: int) -> Tensor:
+            out = call_block(block, stream[index])
+            return torch.stack([self._distance(out, t[index].hidden) for t in targets]).sum()
+
+        return loss
+
+    def _distance(self, out: Tensor, target: Tensor) -> Tensor:
+        """Squared error and angle."""
+        cosine = functional.cosine_similarity(out, target, dim=-1).mean()
+        angle = -cosine.clamp(min=LEAST_COSINE).log()
+        return functional.mse_loss(out, target) + self.angular * angle
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What linears of one group with equally many salient channels have in common.
+
+    owner: the first of them, which holds the mask. mask: (in,) bool. square: (in,), mean squares of
+    the inputs, None where too few were seen. gain, factor: what `refit_salient` needs, or None.
+    """
+
+    owner: str
+    mask: Tensor
+    square: Tensor | None
+    gain: Tensor | None = None
+    factor: OrderedFactor | None = None
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """salient: None where no channel is. learns: whether its scales are learned."""
+
+    factored: FactoredLinear
+    salient: Salient | None
+    shared: _Shared
+    learns: bool
+
+
+class _Learner:
+    """A block whose linears are binary, and what is learned of them."""
+
+    def __init__(
+        self, method: PTQ161, task: BlockTask, statistics: Mapping[str, ChannelStatistics]
+    ) -> None:
+        self.method = method
+        self.task = task
+        self.statistics = statistics
+        self.start = Start(task)
+        # A copy that shares its parameters: those of the linears are then replaced.
+        self.block = deepcopy(task.block, {id(p): p for p in task.block.parameters()})
+        self.linears: dict[str, _Linear] = {}
+        hessians = None
+        if method.refit_salient:
+            hessians = input_hessians(task.block, task.groups, task.streams["quantized"])
+        for group in task.groups:
+            self._add_group(group, hessians)
+        self.start.check_used()
+
+    def _add_group(self, group: LinearGroup, hessians: Hessians | None) -> None:
+        seen = self.statistics[group.name]
+        enough = seen.tokens >= self.method.min_tokens
+        known = None
+        if enough and hessians is not None:
+            known = hessians[group.name]
+            known = known if known.tokens >= self.method.min_tokens else None
+        salience = self._salience(group, seen if enough else None)
+        kinds: dict[int, _Shared] = {}
+        for name in group.linears:
+            here = self.method.at(f"{self.task.name}.{name}")
+            count = salient_count(len(salience), here.salient_ratio, here.alignment)
+            if count not in kinds:
+                mask = self._started_mask(name, salience, count)
+                shared = _Shared(name, mask, seen.square if enough else None)
+                kinds[count] = shared if known is None else self._with_feedback(shared, known)
+            self._add(name, kinds[count], here.row_mean)
+
+    def _started_mask(self, name: str, salience: Tensor, count: int) -> Tensor:
+        """(in,) bool: that of the earlier run, whose column scales belong to its channels."""
+        started = self.start.take(f"{name}.mask", salience.shape)
+        if started is None:
+            return salient_mask(salience, count)
+        if int(started.sum()) != count:
+            raise ValueError(
+                f"{self.task.name}: the earlier run had {int(started.sum())} salient channels for "
+                f"{name}, these settings need {count}: use the salient_ratio of the earlier run"
+            )
+        return started.bool()
+
+    def _salience(self, group: LinearGroup, seen: ChannelStatistics | None) -> Tensor:
+        """(in,) float32; without statistics the largest weight of each channel."""
+        if seen is None:
+            return torch.stack([self._weight(n).abs().amax(0) for n in group.linears]).amax(0)
+        kinds = {"absmax": seen.absmax, "absmean": seen.absmean, "rms": seen.square}
+        return kinds[self.method.salience]
+
+    def _with_feedback(self, shared: _Shared, hessian: Hessian) -> _Shared:
+        """As it is if there is nothing to refit or the Hessian cannot be used."""
+        if not shared.mask.any():
+            return shared
+        gain = refit_gain(hessian.matrix, shared.mask, self.method.damping)
+        inner = hessian.matrix[shared.mask][:, shared.mask]
+        factor = ordered_factor(inner, self.method.damping, act_order=True)
+        return replace(shared, gain=gain, factor=factor)
+
+    def _weight(self, name: str) -> Tensor:
+        """(out, in) float32, of the float block"""
+        return self.task.block.get_parameter(f"{name}.weight").detach().float()
+
+    def _add(self, name: str, shared: _Shared, row_mean: bool) -> None:
+        weight, mask, square = self._weight(name), shared.mask, shared.square
+        if square is None or self.method.init == "reference":
+            binary = binarized(weight[:, ~mask], row_mean)
+        else:
+            binary = alternated(weight[:, ~mask], square[~mask], row_mean)
+        salient = None
+        if mask.any():
+            salient = _rounded(weight[:, mask], weight[:, ~mask] - binary.weight(), shared)
+        values = weight[:, mask] if salient is None else salient.dequantize()
+        linear = self.task.block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        factored = FactoredLinear(binary, values, mask, linear.bias)
+        learns = square is not None
+        for part in ("row_log", "column_log"):
+            parameter = factored.get_parameter(part)
+            started = self.start.take(f"{name}.{part}", parameter.shape)
+            if started is not None:
+                parameter.copy_(started)
+                learns = True
+        replace_module(self.block, name, factored)
+        self.linears[name] = _Linear(factored, salient, shared, learns)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        learning = [linear.factored for linear in self.linears.values() if linear.learns]
+        return [
+            ParameterGroup([f.row_log for f in learning], self.method.row_lr),
+            ParameterGroup([f.column_log for f in learning], self.method.column_lr),
+        ]
+
+    def result(self) -> BlockResult:
+        result = BlockResult({}, report={"linears": {}})
+        layers = {name: _packed(name, linear) for name, linear in self.linears.items()}
+        link(layers)
+        for name, linear in self.linears.items():
+            result.linears[name] = layers[name]
+            if linear.learns:
+                result.learned |= _learned(name, linear)
+            result.report["linears"][name] = {
+                "signal_to_noise_db": round(signal_to_noise(self._weight(name), layers[name]), 2),
+                "salient_ratio": round(float(linear.shared.mask.float().mean()), 4),
+            }
+        result.report |= self._given_up()
+        return result
+
+    def _given_up(self) -> dict[str, Any]:
+        tokens = {name: seen.tokens for name, seen in self.statistics.items()}
+        report: dict[str, Any] = {"tokens": tokens} if len(set(tokens.values())) > 1 else {}
+        starved = {
+            name: tokens[group.name]
+            for group in self.task.groups
+            for name in group.linears
+            if self.linears[name].shared.square is None
+        }
+        if starved:
+            report["rounded_to_nearest"] = starved
+        unrefitted = [
+            name
+            for name, linear in self.linears.items()
+            if self.method.refit_salient
+            and linear.salient is not None
+            and name not in starved
+            and (linear.shared.gain is None or linear.shared.factor is None)
+        ]
+        return report | ({"without_feedback": unrefitted} if unrefitted else {})
+
+
+def _rounded(weight: Tensor, error: Tensor, shared: _Shared) -> Salient:
+    """The salient weights at four bits, with their range over these columns alone.
+
+    weight: (out, salient)  error: (out, plain), what signs and scales miss
+    """
+    feedback = shared.gain is not None and shared.factor is not None
+    if shared.gain is not None and feedback:
+        weight = weight + error @ shared.gain
+    grid = minmax_grid(weight, SALIENT_BITS, None, symmetric=False)
+    assert grid.zero is not None
+    channels = shared.mask.nonzero().squeeze(1)
+    nearest = Salient.nearest(channels, weight, grid.scale.squeeze(1), grid.zero.squeeze(1))
+    if shared.factor is None or not feedback:
+        return nearest
+    stored = Grid(nearest.scale.float().unsqueeze(1), grid.zero, SALIENT_BITS, None)
+    codes, _ = gptq_codes(weight, stored, shared.factor)
+    return replace(nearest, codes=codes)
+
+
+def _packed(name: str, linear: _Linear) -> BinaryLinear:
+    factored, shared = linear.factored, linear.shared
+    mean, column = factored.binary.mean, factored.column().detach()
+    return BinaryLinear.from_parts(
+        factored.binary.negative,
+        factored.row().detach(),
+        row_mean=mean if mean.any() else None,
+        column_scale=None if bool((column == 1).all()) else column,
+        salient=linear.salient,
+        shares=None if name == shared.owner or linear.salient is None else shared.owner,
+        bias=factored.bias,
+    )
+
+
+def _learned(name: str, linear: _Linear) -> dict[str, Tensor]:
+    """What a later run can start from."""
+    factored = linear.factored
+    learned = {f"{name}.row_log": factored.row_log.detach()}
+    learned[f"{name}.column_log"] = factored.column_log.detach()
+    if name == linear.shared.owner:
+        learned[f"{name}.mask"] = linear.shared.mask.to(torch.uint8)
+    return learned

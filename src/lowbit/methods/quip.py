@@ -1,0 +1,334 @@
+"""QuIP# (Tseng et al., arXiv 2402.04396): rotated weights, rounded to words of a lattice.
+
+Weights and Hessians are rotated by random signs and a Hadamard transform on both sides (section 3),
+rounded with feedback in blocks of columns to words of E8P or another codebook (section 4), and
+improved by greedy passes that are never for the worse. Then signs, scales, norms and biases of the
+block can be trained (section 5; of its two stages the one inside a block). Hessians are those of
+the float model, as in the paper.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from lowbit.blocks import BlockResult, BlockTask, Event, LinearGroup
+from lowbit.blocks.capture import call_block
+from lowbit.blocks.folding import tensors_of
+from lowbit.blocks.hessian import Hessians, input_hessians
+from lowbit.blocks.install import install
+from lowbit.blocks.training import ParameterGroup, fit, mean_loss
+from lowbit.formats import link
+from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.lattice import LatticeLinear, stored_scale, tensor_bytes
+from lowbit.formats.lattice.codebooks import Codebook, codebook
+from lowbit.formats.lattice.incoherence import (
+    Rotation,
+    draw_signs,
+    rotate_hessian,
+    rotate_weight,
+    rotation,
+)
+from lowbit.methods.method import Method, signal_to_noise
+from lowbit.solvers.signs import Merged, merge_signs
+from lowbit.solvers.words import Rounder, RowScale, Spread, Words, spread
+
+# Of a codebook's own scale, which is best without feedback: what is fed back adds to the weight.
+RATIOS = (0.8, 0.86, 0.92, 0.98, 1.04)
+
+
+class QuIP(Method):
+    """codebook: E8P12 or D4 (2 bits), E8P12RVQ3B, E8P12RVQ4B or HI (4 bits). resid_scale: of the
+    second stage, None for the codebook's own. scale: the root mean square that weights are rounded
+    at, or "auto", the best of RATIOS. row_scale: whether each output row has its own; "auto" where
+    that gains 6 decibels for each bit that it takes. tune_iters: greedy passes. damping: share of
+    the Hessian's mean diagonal that is added to it. transform: "auto" is Hadamard where there is
+    one. seed: of the random signs, the same for all layers. merge_suv: signs go into norms and
+    neighbours wherever that leaves the block's function as it is. min_tokens: an expert that saw
+    fewer calibration tokens gets the Hessian of all experts, or none, and is named in the report.
+    finetune_epochs: of training after rounding, in steps of `batch` samples; sign_lr, norm_lr: its
+    rates for signs, and for norms, scales and biases.
+    """
+
+    name: ClassVar[str] = "quip"
+    per_linear: ClassVar[tuple[str, ...]] = (
+        "codebook",
+        "resid_scale",
+        "scale",
+        "row_scale",
+        "tune_iters",
+    )
+
+    codebook: str = "E8P12"
+    resid_scale: float | None = Field(None, gt=0, le=1)
+    scale: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    row_scale: RowScale = "auto"
+    tune_iters: int = Field(2, ge=0)
+    damping: float = Field(0.01, gt=0)
+    transform: Literal["auto", "hadamard", "hartley", "random"] = "auto"
+    seed: int = Field(0, ge=0, lt=2**52)
+    merge_suv: bool = False
+    min_tokens: int = Field(64, ge=1)
+    finetune_epochs: int = Field(0, ge=0)
+    batch: int = Field(1, ge=1)
+    sign_lr: float = Field(5e-4, gt=0)
+    norm_lr: float = Field(5e-5, gt=0)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        codebook(self.codebook, self.resid_scale)
+        if self.merge_suv and self.finetune_epochs:
+            raise ValueError(
+                "merge_suv leaves no signs to train: set finetune_epochs to 0 or merge_suv to false"
+            )
+        return self
+
+    def streams(self) -> tuple[str, ...]:
+        return ("float",)
+
+    def rows(self) -> int:
+        return self.batch
+
+    def quantize(self, task: BlockTask) -> BlockResult:
+        merged = self._merged(task)
+        hessians = input_hessians(task.block, task.groups, task.streams["float"])
+        result = BlockResult({}, report={"linears": {}})
+        for group in task.groups:
+            hessian = self._hessian(task, group, hessians, result.report)
+            inputs = self._inputs(task, group, merged, hessian)
+            for name in group.linears:
+                layer, facts = self._linear(task, name, inputs, merged)
+                result.linears[name], result.report["linears"][name] = layer, facts
+            _report_factors(task, group, inputs, result.report)
+        link(_layers(result))
+        quantized = {f"{name}.{part}" for name in result.linears for part in ("weight", "bias")}
+        before = tensors_of(task.block)
+        result.tensors = {
+            name: tensor
+            for name, tensor in merged.tensors.items()
+            if name not in quantized and not torch.equal(tensor, before[name])
+        }
+        if self.finetune_epochs:
+            _finetune(self, task, result)
+        return result
+
+    def _merged(self, task: BlockTask) -> Merged:
+        """The block's tensors, with signs inside if they shall be."""
+        tensors, device = tensors_of(task.block), next(task.block.parameters()).device
+        if not self.merge_suv:
+            return Merged(tensors, {}, frozenset())
+        if not task.folds:
+            text = f"{task.name}: no norm is known that could take signs; none was merged"
+            task.log(Event("warning", {"text": text}))
+        return merge_signs(tensors, task.folds, lambda n: draw_signs(n, self._seed_in, device))
+
+    @property
+    def _seed_in(self) -> int:
+        return 2 * self.seed
+
+    @property
+    def _seed_out(self) -> int:
+        """Not that of the input: a weight near the identity would stay as it is."""
+        return 2 * self.seed + 1
+
+    def _hessian(
+        self, task: BlockTask, group: LinearGroup, hessians: Hessians, report: dict[str, Any]
+    ) -> Tensor | None:
+        """Of the group's input, or of all that read the same norm; None: it is not known."""
+        tokens = hessians.tokens(group.name)
+        if tokens >= self.min_tokens:
+            return hessians[group.name].matrix
+        starved = dict.fromkeys(group.linears, tokens)
+        together = _reading_the_same(task, group)
+        if sum(map(hessians.tokens, together)) >= self.min_tokens:
+            report.setdefault("shared_hessian", {}).update(starved)
+            return hessians.together(together).matrix
+        report.setdefault("rounded_to_nearest", {}).update(starved)
+        return None
+
+    def _inputs(
+        self, task: BlockTask, group: LinearGroup, merged: Merged, hessian: Tensor | None
+    ) -> "_Inputs":
+        """The group's input side."""
+        columns = merged.tensors[f"{group.linears[0]}.weight"].shape[1]
+        signs = merged.columns.get(group.linears[0])
+        seed = self._seed_in if signs is None else None
+        side = self._rotation(f"{task.name}.{group.linears[0]}", columns, seed)
+        if hessian is not None:
+            merged_in = hessian if signs is None else hessian * signs * signs[:, None]
+            hessian = rotate_hessian(merged_in, side)
+        device = next(task.block.parameters()).device
+        return _Inputs(side, hessian, self.damping, device)
+
+    def _rotation(self, linear: str, width: int, seed: int | None) -> Rotation:
+        try:
+            return rotation(width, seed, self.transform)
+        except ValueError as error:
+            raise ValueError(f"transform, at {linear}: {error}") from None
+
+    def _linear(
+        self, task: BlockTask, name: str, inputs: "_Inputs", merged: Merged
+    ) -> tuple[LatticeLinear, dict[str, Any]]:
+        here = self.at(f"{task.name}.{name}")
+        book = codebook(here.codebook, here.resid_scale)
+        weight, bias = merged.tensors[f"{name}.weight"], merged.tensors.get(f"{name}.bias")
+        seed = None if name in merged.rows else self._seed_out
+        side = self._rotation(f"{task.name}.{name}", len(weight), seed)
+        rotated = rotate_weight(weight, inputs.side, side)
+        rounder = inputs.rounder(book.dim)
+        words = spread(rotated, rounder, book.nearest, here._spread(book, weight), task.generator)
+        layer = LatticeLinear.from_codes(
+            words.codes,
+            words.scale,
+            inputs.side,
+            side,
+            codebook=book,
+            shares=inputs.owner,
+            bias=bias,
+        )
+        inputs.owner = inputs.owner or name
+        return layer, _facts(weight, layer, rotated, words, rounder)
+
+    def _spread(self, book: Codebook, weight: Tensor) -> Spread:
+        auto = self.scale == "auto"
+        rows, columns = weight.shape
+        single, each = (
+            tensor_bytes((rows, columns), book.name, scale, dtype, "seed", None)
+            for scale, dtype in (("tensor", "float32"), ("row", "float16"))
+        )
+        return Spread(
+            size=book.scale if self.scale == "auto" else self.scale,
+            ratios=RATIOS if auto else (1.0,),
+            rows=self.row_scale,
+            row_bits=8 * (each - single) / (rows * columns),
+            stored=lambda scale: stored_scale(scale).float(),
+            passes=self.tune_iters,
+        )
+
+
+@dataclass
+class _Inputs:
+    """What linears with the same input share.
+
+    side: the rotation of their input. hessian: rotated, None if it is not known. owner: the first
+    of them, which holds what they share, once there is one.
+    """
+
+    side: Rotation
+    hessian: Tensor | None
+    damping: float
+    device: torch.device
+    owner: str | None = None
+    rounders: dict[int, Rounder] = field(default_factory=dict)
+
+    def rounder(self, dim: int) -> Rounder:
+        """For words of so many weights."""
+        if dim not in self.rounders:
+            made = Rounder(self.hessian, self.side.size, dim, self.damping, self.device)
+            self.rounders[dim] = made
+        return self.rounders[dim]
+
+
+def _reading_the_same(task: BlockTask, group: LinearGroup) -> tuple[str, ...]:
+    """The groups of all experts that read the norm which this group reads."""
+    for fold in task.folds:
+        if fold.kind == "norm" and group.linears[0] in fold.readers:
+            return tuple(g.name for g in task.groups if g.linears[0] in fold.readers)
+    return ()
+
+
+def _facts(
+    weight: Tensor, layer: LatticeLinear, rotated: Tensor, words: Words, rounder: Rounder
+) -> dict[str, Any]:
+    energy = rounder.energy(rotated)
+    return {
+        "signal_to_noise_db": round(signal_to_noise(weight, layer), 2),
+        "proxy_loss": float(words.loss.sum()) / energy if energy > 0 else 0.0,
+        "scale": layer.spec.scale,
+    }
+
+
+def _report_factors(
+    task: BlockTask, group: LinearGroup, inputs: _Inputs, report: dict[str, Any]
+) -> None:
+    if inputs.hessian is None or all(rounder.factored for rounder in inputs.rounders.values()):
+        return
+    text = f"{', '.join(group.linears)}: the Hessian would not factor; rounded to nearest"
+    report.setdefault("without_feedback", []).extend(group.linears)
+    task.log(Event("warning", {"text": text}))
+
+
+def _layers(result: BlockResult) -> dict[str, LatticeLinear]:
+    return {n: x for n, x in result.linears.items() if isinstance(x, LatticeLinear)}
+
+
+def _finetune(method: QuIP, task: BlockTask, result: BlockResult) -> None:
+    """Trains all of the block but its codes against the float block; keeps what is better."""
+    stream = task.streams["float"]
+    targets = stream.map(lambda batch: call_block(task.block, batch))
+    energy = sum(float(batch.hidden.square().mean()) for batch in targets) / len(targets)
+    block = deepcopy(task.block)
+
+    def put(dtype: torch.dtype, layers: Mapping[str, LatticeLinear]) -> BlockResult:
+        made: dict[str, QuantizedLinear] = {n: x.with_signs(dtype) for n, x in layers.items()}
+        link(made)
+        changed = BlockResult(dict(made), result.tensors)
+        install(block, changed)
+        return changed
+
+    def loss(index: int) -> Tensor:
+        wanted = targets[index].hidden
+        return functional.mse_loss(call_block(block, stream[index]), wanted) / max(energy, 1e-30)
+
+    trained = _layers(put(torch.float32, _layers(result)))
+    inside = tuple(f"{name}." for name in trained)
+    outside = {
+        name: parameter
+        for name, parameter in block.named_parameters()
+        if parameter.dim() == 1 and not name.startswith(inside)
+    }
+    groups = [
+        ParameterGroup(_signs(trained), method.sign_lr),
+        ParameterGroup([*_scales_and_biases(trained), *outside.values()], method.norm_lr),
+    ]
+    for parameter in (p for group in groups for p in group.parameters):
+        parameter.requires_grad_()
+    fitted = fit(
+        groups,
+        loss,
+        len(stream),
+        method.finetune_epochs,
+        task.log,
+    )
+    tuned = put(torch.float16, trained)
+    after = mean_loss(loss, len(stream))
+    result.report |= {"training": fitted.report(), "loss_before": fitted.before}
+    result.report["loss_after"] = min(after, fitted.before)
+    if not after < fitted.before:
+        result.report["fell_back"] = "fine-tuning made nothing better"
+        return
+    before = tensors_of(task.block)
+    result.linears = tuned.linears
+    result.tensors = {
+        name: parameter.detach()
+        for name, parameter in outside.items()
+        if not torch.equal(parameter, before[name])
+    }
+
+
+def _signs(layers: Mapping[str, LatticeLinear]) -> list[Tensor]:
+    return [s for x in layers.values() for s in (x.sign_in, x.sign_out) if s is not None]
+
+
+def _scales_and_biases(layers: Mapping[str, LatticeLinear]) -> list[Tensor]:
+    """In float32 while they are trained; what is stored is rounded again."""
+    for layer in layers.values():
+        for part in (layer.scale, layer.bias):
+            if part is not None:
+                part.data = part.data.float()
+    return [part for x in layers.values() for part in (x.scale, x.bias) if part is not None]

@@ -1,0 +1,272 @@
+"""A model that is never whole in memory: read from its folder and run block by block."""
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from lowbit.blocks.capture import Stub, call_block, same
+from lowbit.blocks.stream import Batch, Stream
+from lowbit.checkpoint import CheckpointReader
+from lowbit.models import family_of
+from lowbit.models.skeleton import build_skeleton, memory_names
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+Progress = Callable[[int, int], None]  # steps done, steps of
+
+
+class StreamedModel:
+    """A model folder, streamed.
+
+    config: the folder's, from `load_config`. prepare: called with the model while its parameters
+    are on meta, to put other layers in the places of linears; such layers keep the dtypes of what
+    they hold (their `_apply` sees to it), everything else is computed in float32.
+
+    Raises ValueError when config.json builds no model, or the folder lacks a tensor that the model
+    needs, or holds it in another shape or as something else than a float.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,
+        trust_remote_code: bool = False,
+        prepare: Callable[[PreTrainedModel], None] = lambda model: None,
+    ) -> None:
+        self.folder = folder
+        self.reader = CheckpointReader(folder)
+        self.config = config
+        try:
+            self.skeleton = build_skeleton(self.config, trust_remote_code)
+        except Exception as error:  # whatever transformers makes of a value that it did not expect
+            kind = type(error).__name__
+            raise ValueError(f"{folder}/config.json builds no model: {kind}: {error}") from error
+        prepare(self.skeleton)
+        self.family = family_of(self.config, self.skeleton)
+        names = memory_names(self.skeleton, self.reader.tensors)
+        known = self.skeleton.state_dict()
+        self.disk_names = {memory: disk for disk, memory in names.items() if memory in known}
+        blocks = self.skeleton.get_submodule(self.family.blocks)
+        self.block_names = [
+            f"{self.family.blocks}.{i}" for i in range(len(list(blocks.children())))
+        ]
+        self._check_complete()
+
+    def load_block(self, name: str, device: torch.device | str = "cpu") -> nn.Module:
+        """A block with its weights in float32."""
+        block = deepcopy(self.skeleton.get_submodule(name))
+        load_tensors(block, name, self.disk_names, self.reader)
+        return block.to(device)
+
+    def surroundings(self, device: torch.device | str = "cpu", head: bool = True) -> "Surroundings":
+        """What is in no block, with its weights in float32; `head=False`: no output layer."""
+        model: Any = deepcopy(self.skeleton)
+        if not head and not model.all_tied_weights_keys and model.get_output_embeddings():
+            model.set_output_embeddings(nn.Identity())
+        found = Surroundings(model, self.family.blocks, self.family.tuple_output)
+        load_tensors(model, "", self.disk_names, self.reader)
+        _share_tied(model)
+        model.to(device)
+        return found
+
+    def capture(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+        """Inputs of the first block, and the keyword arguments of every block, per batch.
+
+        batches: (batch, tokens) int64 each
+        -> ([(batch, tokens, channels) float32], kwargs[block][batch])
+        """
+        inputs = self.inputs(batches)
+        return list(inputs), inputs.kwargs
+
+    def inputs(self, batches: Sequence[Tensor], device: torch.device | str = "cpu") -> "Inputs":
+        """What goes into the first block; holds the embeddings as long as it lives."""
+        return Inputs(self.surroundings(device, head=False), batches, len(self.block_names))
+
+    def run(
+        self,
+        batches: Sequence[Tensor],
+        device: torch.device | str = "cpu",
+        folder: Path | None = None,
+        progress: Progress = lambda done, of: None,
+    ) -> Stream:
+        """What comes out of the last block: (batch, tokens, channels) float32 per batch.
+
+        batches: (batch, tokens) int64 each, of any lengths. folder: where hidden states are kept;
+        None: in memory. progress: called after each batch in each block.
+        """
+        inputs = self.inputs(batches, device)
+        stream = Stream(inputs, [{} for _ in batches], device, folder)
+        kwargs, steps = inputs.kwargs, len(self.block_names) * len(batches)
+        del inputs
+        for i, name in enumerate(self.block_names):
+            block = self.load_block(name, device)
+            stream.kwargs = kwargs[i]
+            with torch.no_grad():
+                for number, batch in enumerate(stream):
+                    stream.replace(number, call_block(block, batch))
+                    progress(i * len(batches) + number + 1, steps)
+        stream.kwargs = [{} for _ in batches]
+        return stream
+
+    def _check_complete(self) -> None:
+        tied = self.skeleton.all_tied_weights_keys
+        needed = self.skeleton.state_dict()
+        absent = [name for name in needed if name not in self.disk_names]
+        absent = [name for name in absent if not _tied_to_present(name, tied, self.disk_names)]
+        if absent:
+            shown = ", ".join(absent[:5])
+            raise ValueError(
+                f"{self.folder} lacks {len(absent)} tensors that the model needs: {shown}"
+            )
+        for memory, disk in self.disk_names.items():
+            info, wanted = self.reader.tensors[disk], needed[memory]
+            if info.shape != tuple(wanted.shape):
+                raise ValueError(
+                    f"{self.folder}: tensor {disk} has shape {list(info.shape)}, "
+                    f"config.json asks for {list(wanted.shape)}"
+                )
+            if info.dtype not in FLOATS and info.dtype != wanted.dtype:
+                raise ValueError(
+                    f"{self.folder}: tensor {disk} is {info.dtype}; float32, float16 and bfloat16 "
+                    "can be used"
+                )
+
+
+class Surroundings:
+    """A model's own forward without its blocks: embeddings and masks before, norm and head behind.
+
+    model: parameters of its blocks may be on meta; stubs take their places.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: str, tuple_output: bool) -> None:
+        self.model = model
+        children = list(model.get_submodule(blocks).children())
+        self.stubs = [Stub(block, tuple_output) for block in children[:-1]]
+        self.last = _Outlet(children[-1], tuple_output)
+        self.stubs.append(self.last)
+        parent, _, attribute = blocks.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, nn.ModuleList(self.stubs))
+
+    def calls(self, tokens: Tensor) -> list[Batch]:
+        """What every block is called with; the hidden states are always the first block's.
+
+        tokens: (batch, tokens) int64
+        """
+        with torch.no_grad():
+            self.model.base_model(input_ids=tokens.to(self._device), use_cache=False)
+        return [stub.calls.pop() for stub in self.stubs]
+
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The model's output where its last block's is `hidden`.
+
+        tokens: (batch, tokens) int64  hidden: (batch, tokens, channels) float32
+        -> (batch, tokens, vocabulary) float32. Each token is worked on by itself, so that a long
+        text may come in pieces.
+        """
+        self.last.hidden = hidden.to(self._device)
+        try:
+            with torch.no_grad():
+                found: Tensor = self.model(
+                    input_ids=tokens.to(self._device), use_cache=False
+                ).logits
+        finally:
+            self.last.hidden = None
+            for stub in self.stubs:
+                stub.calls.clear()
+        return found
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+class _Outlet(Stub):
+    """The stub of the last block: hands on `hidden`, where there is any, not what it was given."""
+
+    hidden: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = super().forward(*args, **kwargs)
+        if self.hidden is None:
+            return given
+        return (self.hidden,) if self.tuple_output else self.hidden
+
+
+class Inputs(Sequence[Tensor]):
+    """What goes into the first block, made batch by batch when it is read.
+
+    kwargs: of every block and batch that was read; what equals the first batch's is kept only once.
+    """
+
+    def __init__(self, around: Surroundings, batches: Sequence[Tensor], blocks: int) -> None:
+        self.around = around
+        self.batches = batches
+        self.kwargs: list[list[dict[str, Any]]] = [[] for _ in range(blocks)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        # Not Sequence's own, which would take a token beyond the vocabulary, an IndexError of
+        # torch, for the end.
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: Any) -> Any:
+        calls = self.around.calls(self.batches[index])
+        for kept, call in zip(self.kwargs, calls, strict=True):
+            first = kept[0] if kept else call.kwargs
+            kept.append(
+                {
+                    key: first[key] if key in first and same(first[key], value) else value
+                    for key, value in call.kwargs.items()
+                }
+            )
+        return calls[0].hidden.float()
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """config.json through transformers; ValueError when it cannot be understood."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and huggingface_hub have many for a bad value
+        raise ValueError(f"{folder}/config.json cannot be used: {error}") from error
+
+
+def load_tensors(
+    module: nn.Module, prefix: str, disk_names: dict[str, str], reader: CheckpointReader
+) -> None:
+    """Fills a meta module with its tensors in float32; those that the folder lacks stay on meta.
+
+    Packed layers keep the dtypes that they are stored in: they refuse to be converted.
+    """
+    dot = f"{prefix}." if prefix else ""
+    wanted = {
+        name: disk_names[dot + name] for name in module.state_dict() if dot + name in disk_names
+    }
+    found = reader.read(wanted.values())
+    state = {name: found[disk] for name, disk in wanted.items()}
+    module.load_state_dict(state, strict=False, assign=True)
+    module.requires_grad_(False)
+    module.float()
+
+
+def _share_tied(model: nn.Module) -> None:
+    """Gives a tied parameter that the folder lacks the tensor of its twin."""
+    for target, source in model.all_tied_weights_keys.items():  # type: ignore[union-attr, operator]
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        if target not in parameters or source not in parameters:
+            continue
+        for missing, present in ((target, source), (source, target)):
+            if parameters[missing].is_meta and not parameters[present].is_meta:
+                parent, _, attribute = missing.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, parameters[present])
+
+
+def _tied_to_present(name: str, tied: dict[str, str], present: dict[str, str]) -> bool:
+    source = tied.get(name, name)
+    family = {source, *(t for t, s in tied.items() if s == source)}
+    return any(member in present for member in family)

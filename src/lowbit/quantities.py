@@ -1,0 +1,31 @@
+"""How quantities read: on the screen and in reports."""
+
+MINUTE, HOUR = 60, 3600  # seconds
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < MINUTE:
+        return f"{whole} s"
+    if whole < HOUR:
+        return f"{whole // MINUTE} min {whole % MINUTE:02} s"
+    return f"{whole // HOUR} h {whole % HOUR // MINUTE:02} min"
+
+
+def size(count: float) -> str:
+    """12.3 MB, in steps of 1,000 as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def change(value: float, reference: float) -> str:
+    """+3.2 %, or nothing where that has no meaning."""
+    if not reference:
+        return ""
+    return f"{100 * (value / reference - 1):+.1f} %"

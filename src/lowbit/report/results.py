@@ -1,0 +1,169 @@
+"""Measured results as tables: one row for each model, one column for whatever was measured."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.quantities import change, size
+from lowbit.report.records import ResultRecord, TaskRecord
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """marked: this is the folder that the report is about."""
+
+    model: str
+    method: str
+    marked: bool
+    cells: list[str]
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """head: (measure, of what) of each column. conditions: what the numbers depend on."""
+
+    head: list[tuple[str, str]]
+    rows: list[ResultRow]
+    conditions: list[str]
+
+
+def result_tables(results: Sequence[ResultRecord], folder: Path) -> list[ResultTable]:
+    """Texts and sizes, then tasks where there are any.
+
+    results: the first is what the others are compared with. folder: whose rows are marked.
+    """
+    tables = [_texts(results, folder)] if results else []
+    if any(row.tasks for row in results):
+        tables.append(_tasks(results, folder))
+    return tables
+
+
+def _texts(results: Sequence[ResultRecord], folder: Path) -> ResultTable:
+    first = results[0]
+    found = [flatten(row.others) for row in results]
+    others = _keys(found)
+    head: list[tuple[str, str]] = []
+    cells: list[list[str]] = [[] for _ in results]
+    for text in _keys(row.perplexity for row in results):
+        name, diverged = Path(text).name, any(text in row.divergence for row in results)
+        head += [("perplexity", name), ("change", "")]
+        head += [("KL", name), ("same top token", name)] if diverged else []
+        for row, mine in zip(results, cells, strict=True):
+            value = row.perplexity.get(text)
+            against = "" if row is first else _change(value, first.perplexity.get(text))
+            mine += [_fixed(value, 3), against]
+            mine += _divergence(row, text) if diverged else []
+    head += [(path[0].replace("_", " "), " ".join(path[1:])) for path in others]
+    head += [("bits", "linears"), ("bits", "model"), ("size", "")]
+    for row, mine, measured in zip(results, cells, found, strict=True):
+        mine += [_digits(measured.get(path)) for path in others]
+        mine += [_fixed(row.bits_per_weight.get(part), 2) for part in ("linears", "model")]
+        mine.append("" if row.size_bytes is None else size(row.size_bytes))
+    return ResultTable(head, _rows(results, cells, folder), _conditions(first))
+
+
+def _divergence(row: ResultRecord, text: str) -> list[str]:
+    found = row.divergence.get(text)
+    if found is None:
+        return ["", ""]
+    share = "" if found.agreement is None else f"{100 * found.agreement:.1f} %"
+    small = found.kl is not None and 0 < abs(found.kl) < 0.001
+    return [_digits(found.kl) if small else _fixed(found.kl, 4), share]
+
+
+def _tasks(results: Sequence[ResultRecord], folder: Path) -> ResultTable:
+    asked: dict[str, TaskRecord] = {}
+    for row in results:
+        asked |= {name: task for name, task in row.tasks.items() if task.part_of is None}
+    columns = [(name, metric) for name, task in asked.items() for metric in task.metrics]
+    cells = [
+        [_score(row.tasks[name], metric) if name in row.tasks else "" for name, metric in columns]
+        for row in results
+    ]
+    shots = sorted({task.few_shot for task in asked.values() if task.few_shot is not None})
+    counts = ", ".join(_count(name, task) for name, task in asked.items())
+    shot = " and ".join(f"{n}-shot" for n in shots)
+    conditions = [f"Tasks in % ± standard error{', ' if shot else ''}{shot}: {counts}."]
+    cut = ", ".join(f"{task.cut:,} of {name}" for name, task in asked.items() if task.cut)
+    if cut:
+        conditions.append(f"Rows that lost their beginning, being longer than the context: {cut}.")
+    return ResultTable(columns, _rows(results, cells, folder), conditions)
+
+
+def _score(task: TaskRecord, metric: str) -> str:
+    """A share of 1 in percent; what has no standard error, such as a perplexity, as it is."""
+    value, error = task.metrics.get(metric), task.stderr.get(metric)
+    if value is None or error is None:
+        return _digits(value)
+    return f"{100 * value:.1f} ± {100 * error:.1f}"
+
+
+def _count(name: str, task: TaskRecord) -> str:
+    if task.rows is None:
+        return name
+    whole = task.available is None or task.rows == task.available
+    return f"{name} {task.rows:,} rows" + ("" if whole else f" of {task.available:,}")
+
+
+def flatten(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], float]:
+    """The numbers in nested dictionaries, by the keys that lead to them."""
+    if isinstance(value, dict):
+        parts = [flatten(inner, (*path, str(key))) for key, inner in value.items()]
+        return {key: number for part in parts for key, number in part.items()}
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {path: float(value)} if number and path else {}
+
+
+def _rows(
+    results: Sequence[ResultRecord], cells: Iterable[list[str]], folder: Path
+) -> list[ResultRow]:
+    here = folder.resolve()
+    return [
+        ResultRow(Path(r.model).name or r.model, r.method, Path(r.model).resolve() == here, mine)
+        for r, mine in zip(results, cells, strict=True)
+    ]
+
+
+def _keys(rows: Iterable[Iterable[Any]]) -> list[Any]:
+    """Of all rows, in order of their first appearance."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    if value is None or not math.isfinite(value) or value >= 1000:
+        return _digits(value)
+    return f"{value:.{digits}f}"
+
+
+def _digits(value: float | None) -> str:
+    """Four digits; nothing where nothing was measured."""
+    if value is None:
+        return ""
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if math.isnan(value):
+        return "not a number"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def _change(value: float | None, reference: float | None) -> str:
+    if value is None or reference is None or not math.isfinite(value - reference):
+        return ""
+    return change(value, reference)
+
+
+def _conditions(row: ResultRecord) -> list[str]:
+    counts = ", ".join(f"{count:,} of {Path(text).name}" for text, count in row.windows.items())
+    if not counts or row.seqlen is None:
+        return []
+    over = f"Perplexity over non-overlapping windows of {row.seqlen:,} tokens: {counts}."
+    if row.per_document:
+        over = (
+            f"Perplexity per document, each from its BOS, of up to {row.seqlen:,} tokens: {counts}."
+        )
+    if row.reference is None:
+        return [over]
+    name = Path(row.reference).name or row.reference
+    return [over, f"KL({name} || model) in nats a token, on the same tokens."]

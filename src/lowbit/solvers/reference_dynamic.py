@@ -1,0 +1,86 @@
+"""MixedQuant as its original code computes it, which no checkpoint can hold: for comparison only.
+
+The order of the inputs is found anew for every call, from all its tokens: a token changes what
+earlier ones gave, and token by token gives something else than all at once. Weights are sorted by
+an order of their own, so that there is no integer product; and salient columns take part in their
+groups before they are put back. github.com/adithyab100/smoothquant-mixedprecision, fake_quant.py.
+"""
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+SORTS = ("none", "max", "mean3std", "argmax")
+LEAST = 1e-5  # of a group's largest value, as the original has it
+
+
+def fake_quantize_sorted(values: Tensor, sort: str, bits: int, group_size: int | None) -> Tensor:
+    """values rounded in groups of columns that are sorted by what these very values are.
+
+    values: (rows, columns) -> the same shape. bits: symmetric, without the lowest code.
+    """
+    rows, columns = values.shape
+    order = _key(values, sort).argsort(stable=True)
+    size = min(group_size or columns, columns)
+    groups = functional.pad(values[:, order], (0, -columns % size)).view(rows, -1, size)
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=LEAST) / (2 ** (bits - 1) - 1)
+    rounded = (torch.round(groups / scale) * scale).flatten(1)[:, :columns]
+    return torch.empty_like(values).index_copy_(1, order, rounded)
+
+
+def _key(values: Tensor, sort: str) -> Tensor:
+    size = values.abs()
+    if sort == "max":
+        return size.amax(0)
+    if sort == "mean3std":
+        return size.mean(0) + 3 * size.std(0, correction=0)
+    return size.argmax(0) if sort == "argmax" else torch.zeros(values.shape[1])
+
+
+class ReferenceDynamicLinear(nn.Module):
+    """A linear layer that rounds its input as the original code does; it refuses to be saved."""
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        salient: Tensor,
+        *,
+        sort: str,
+        bits: int,
+        activation_bits: int,
+        group_size: int | None,
+    ) -> None:
+        """salient: (count,) int64, the inputs that stay float."""
+        super().__init__()
+        if sort not in SORTS:
+            raise ValueError(
+                f"sort is {sort}: the original code sorts weights and inputs each by its own "
+                f"values; allowed are {', '.join(SORTS)}"
+            )
+        self.sort, self.bits, self.group_size = sort, activation_bits, group_size
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach().float()
+        self.weight = fake_quantize_sorted(weight, sort, bits, group_size)
+        self.weight[:, salient] = weight[:, salient]
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        everything = torch.ones(linear.in_features, dtype=torch.bool, device=weight.device)
+        everything[salient] = False
+        self.ordinary = everything.nonzero().squeeze(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features) -> (..., out_features)"""
+        rows = x.reshape(-1, self.in_features).float()
+        rounded = fake_quantize_sorted(
+            rows[:, self.ordinary], self.sort, self.bits, self.group_size
+        )
+        rows = rows.index_copy(1, self.ordinary, rounded)
+        y = functional.linear(rows, self.weight, self.bias)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def state_dict(self, *args: object, **kwargs: object) -> NoReturn:
+        raise ValueError(
+            "reference_dynamic is for comparison only: what it computes depends on the other "
+            "tokens of a call, and cannot be saved; quantize with MixedQuant instead"
+        )

@@ -1,0 +1,55 @@
+"""lowbit convert."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from zoo import MODELS
+
+from lowbit.convert import READERS
+
+MODEL = MODELS / "llama-mini"
+
+
+@pytest.fixture
+def pickled(tmp_path):
+    folder = shutil.copytree(MODEL, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (folder / "examples").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("options", [["--from-bin"], ["--from", "bin"]])
+def test_from_bin(options, lowbit, pickled, tmp_path):
+    out = tmp_path / "out"
+    lines = lowbit("convert", pickled, out, *options).stdout.splitlines()
+    assert lines[0].startswith(f"{pickled}: 9.9") and lines[0].endswith("in pytorch_model.bin")
+    assert lines[1] == f"{out}: 9.91 MB of weights in model-00001-of-00001.safetensors"
+    assert lines[2] == "left behind: examples"
+    assert "is a float model: 16.00 bits" in lowbit("inspect", out).stdout
+
+
+def test_every_reader_is_named(lowbit):
+    text = " ".join(lowbit("convert", "--help").stdout.split())
+    assert READERS and all(name in text for name in READERS)
+
+
+MISTAKES = {
+    "say once what": [],
+    "did you mean 'bin'": ["--from", "bim"],
+    "say once": ["--from", "bin", "--from-bin"],
+}
+
+
+@pytest.mark.parametrize("said", MISTAKES)
+def test_mistakes(said, lowbit, pickled, tmp_path):
+    assert said in lowbit("convert", pickled, tmp_path / "out", *MISTAKES[said], code=1).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_there_or_holds_no_pickle(lowbit, tmp_path):
+    said = lowbit("convert", "owner/name", tmp_path / "out", "--from-bin", code=1).stderr
+    assert "owner/name: there is no such folder" in said and "hf download NAME" in said
+    assert "has neither" in lowbit("convert", MODEL, tmp_path / "out", "--from-bin", code=1).stderr

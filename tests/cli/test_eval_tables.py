@@ -1,0 +1,92 @@
+"""What the tables of lowbit eval show, and where they break."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from lowbit.cli.eval_tables import short_names, show_tasks, show_texts
+from lowbit.eval import Divergence, Evaluation, TaskScore
+
+NAMES = ("local_arc_challenge", "local_piqa")
+
+
+def row(model: str, kl: float, **tasks: TaskScore) -> Evaluation:
+    return Evaluation(
+        model=model,
+        method="float",
+        perplexity={"a/b.txt": 12.0},
+        bits_per_weight={"linears": 4.25, "model": 5.5},
+        size_bytes=3_400_000,
+        seqlen=64,
+        windows={"a/b.txt": 3},
+        per_document=False,
+        seconds=1.0,
+        reference="models/base",
+        divergence={"a/b.txt": Divergence(kl, 0.9375, 189)},
+        tasks=tasks,
+    )
+
+
+def score(acc: float, **more: object) -> TaskScore:
+    both = {"acc": acc, "acc_norm": acc / 2}
+    return TaskScore(both, {"acc": 0.05, "acc_norm": 0.03}, 50, 1172, 0, **more)
+
+
+def shown(show: object, *args: object, width: int = 120) -> list[str]:
+    file = io.StringIO()
+    show(Console(file=file, width=width), *args)
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def test_divergence_stands_beside_perplexity() -> None:
+    lines = shown(show_texts, [row("x/base", 0.0), row("x/w4", 0.00079)])
+    assert lines[1].split() == ["model", "(linears)", "(model)", "size", "b.txt", "change"] + [
+        "KL",
+        "top",
+        "token",
+    ]
+    assert lines[2].split() == [
+        "base",
+        "4.25",
+        "5.50",
+        "3.4",
+        "MB",
+        "12.000",
+        "0.0000",
+        "93.8",
+        "%",
+    ]
+    assert lines[3].split()[-6:] == ["12.000", "+0.0", "%", "0.00079", "93.8", "%"]
+    assert lines[5] == "KL(base || model) in nats a token, on the same tokens; all in float32"
+
+
+def test_a_line_per_metric_and_a_column_per_task() -> None:
+    tasks = {NAMES[0]: score(0.5, cut=2), NAMES[1]: TaskScore({"acc": 0.75}, {"acc": 0.1}, 8, 8, 0)}
+    tasks["member"] = score(0.1, part_of=NAMES[1])
+    lines = shown(show_tasks, [row("x/base", 0.0, **tasks)])
+    assert lines[0].split() == list(NAMES)
+    assert lines[1].split() == ["model", "metric", "50", "of", "1,172", "8"]
+    assert lines[2].split() == ["base", "acc", "50.0", "±", "5.0", "75.0", "±", "10.0"]
+    assert lines[3].split() == ["acc_norm", "25.0", "±", "3.0"]
+    assert lines[4] == "tasks in % ± standard error, 0-shot, by lm-eval"
+    assert lines[5].endswith("whose beginning was left out: 2 of local_arc_challenge")
+
+
+@pytest.mark.parametrize(("width", "tables"), [(120, 1), (45, 2)])
+def test_a_narrow_screen_gets_several_tables(width: int, tables: int) -> None:
+    tasks = dict.fromkeys(NAMES, score(0.5))
+    lines = shown(show_tasks, [row("base", 0.0, **tasks)], width=width)
+    assert sum(line.startswith("model  metric") for line in lines) == tables
+    assert " ".join(lines).count("50.0 ± 5.0") == len(NAMES)
+
+
+def test_a_metric_without_standard_error_is_no_percentage() -> None:
+    lines = shown(show_tasks, [row("m", 0.0, t=TaskScore({"perplexity": 12.345}, {}, 9, 9, 5))])
+    assert lines[2].split() == ["m", "perplexity", "12.35"] and "5-shot" in lines[3]
+
+
+def test_short_names() -> None:
+    assert short_names(["a/m", "b/n", "owner/p"]) == ["m", "n", "p"]
+    assert short_names(["a/m", "b/m"]) == ["a/m", "b/m"]
+    assert short_names([".", ".."]) == [".", ".."]

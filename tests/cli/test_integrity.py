@@ -1,0 +1,97 @@
+"""lowbit inspect --verify."""
+
+import json
+import shutil
+
+import pytest
+from quantized import edit_json, seal
+
+SHARD = "model-00003-of-00007.safetensors"
+
+
+@pytest.fixture
+def copy(rtn, tmp_path):
+    return shutil.copytree(rtn, tmp_path / "copy")
+
+
+def test_every_file_is_named(lowbit, rtn):
+    *lines, last = lowbit("inspect", rtn, "--verify").stdout.splitlines()
+    names = ["config.json", *sorted(path.name for path in rtn.glob("*.safetensors"))]
+    assert [line.split() for line in lines] == [[name, "ok"] for name in names]
+    assert last.startswith(f"{rtn} is whole: 42 quantized linears, ")
+
+
+def flip(folder):
+    data = bytearray((folder / SHARD).read_bytes())
+    data[-1] ^= 1
+    (folder / SHARD).write_bytes(data)
+
+
+def cut(folder):
+    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-7])
+
+
+def edit(folder):
+    edit_json(folder / "config.json", lambda config: config.update(hidden_size=1))
+
+
+def undigested(folder):
+    edit_json(folder / "config.json", lambda c: c["quantization_config"].pop("digest") and None)
+
+
+def escape(folder):
+    """A hostile name leads out of the folder."""
+
+    def rename(config):
+        files = config["quantization_config"]["files"]
+        files[f"../{folder.name}/{SHARD}"] = files.pop(SHARD)
+
+    edit_json(folder / "config.json", rename)
+
+
+DAMAGE = {
+    "is damaged: another sha256": flip,
+    "bytes, not": cut,
+    "is missing": lambda folder: (folder / SHARD).unlink(),
+    "was edited after quantization": edit,
+    "has no digest": undigested,
+    "is not listed in config.json": lambda folder: shutil.copy(
+        folder / SHARD, folder / "x.safetensors"
+    ),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGE)
+def test_what_is_wrong_is_said_and_the_rest_is_checked(said, lowbit, copy):
+    DAMAGE[said](copy)
+    result = lowbit("inspect", copy, "--verify", code=1)
+    wrong = [line for line in result.stdout.splitlines() if not line.endswith("  ok")]
+    assert len(wrong) == 1 and said in wrong[0]
+    assert "files that are not what lowbit wrote: 1;" in result.stderr
+
+
+def test_names_that_lead_elsewhere(lowbit, copy):
+    escape(copy)
+    seal(copy)
+    said = lowbit("inspect", copy, "--verify", code=1).stdout
+    assert f"../copy/{SHARD}  is missing" in said and f"{SHARD}  is not listed" in said
+
+
+def test_files_that_do_not_fit_together(lowbit, copy):
+    """Each as its hash says, and yet not a model."""
+
+    def drop(config):
+        modules = config["quantization_config"]["modules"]
+        modules["model.layers.{0-5}.mlp.up_proj"]["bits"] = 3
+
+    edit_json(copy / "config.json", drop)
+    seal(copy)
+    result = lowbit("inspect", copy, "--verify", code=1)
+    assert "up_proj" in result.stderr and "is whole" not in result.stdout
+
+
+def test_folders_without_hashes(lowbit, rtn, copy):
+    config = json.loads((rtn / "config.json").read_text())
+    del config["quantization_config"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "was not quantized by lowbit" in lowbit("inspect", copy, "--verify", code=1).stderr

@@ -1,0 +1,85 @@
+"""What quantize and plan are told alike."""
+
+import inspect
+from dataclasses import fields
+
+import pytest
+
+from lowbit.cli import app
+from lowbit.cli.options import JobOptions, cache_folder, choose_method, parse_settings, with_job
+from lowbit.methods import OmniQuant
+
+
+def test_a_home_that_cannot_be_written(monkeypatch):
+    monkeypatch.setenv("HOME", "/dev/null")
+    assert cache_folder() is None
+
+
+@pytest.mark.parametrize(
+    ("pair", "value"),
+    [
+        ("x=3", 3),
+        ("x = 3", 3),
+        ("x=0.5", 0.5),
+        ("x=true", True),
+        ("x=awq", "awq"),
+        ("x=none", None),
+        ("x=None", None),
+        ("x=null", None),
+        ("x=a=b", "a=b"),
+        ("x=[1, 2]", [1, 2]),
+    ],
+)
+def test_settings(pair, value):
+    assert parse_settings([pair]) == {"x": value}
+
+
+def test_settings_reach_the_method():
+    pairs = ["lwc_lr=1e-2", "group_size=none", "let=true", "bits=2", "bits=3"]
+    found = OmniQuant(**parse_settings(pairs))
+    assert found == OmniQuant(lwc_lr=0.01, group_size=None, let=True, bits=3)
+
+
+def test_a_recipe_knows_families(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["OPTForCausalLM"]}')
+    method, text, label = choose_method(tmp_path, "omniquant-w2a16", None, {"alpha": 0.7})
+    assert method == OmniQuant(bits=2, let=True, epochs=20, alpha=0.7)
+    assert text == {"sources": ("wikitext2",), "samples": 128}
+    assert label == "omniquant-w2a16 with alpha=0.7"
+
+
+def test_both_commands_have_every_option(lowbit):
+    help_of = {name: lowbit(name, "--help").stdout for name in ("quantize", "plan")}
+    given = {command.callback.__name__: command.callback for command in app.registered_commands}
+    for name, text in help_of.items():
+        parameters = inspect.signature(given[name]).parameters
+        assert "--allow-float" in text
+        assert "job" not in parameters
+        assert {field.name for field in fields(JobOptions)} < parameters.keys()
+
+
+def test_a_command_gets_them_as_one():
+    seen = {}
+
+    @with_job
+    def command(model: str, job: JobOptions, last: int = 3) -> None:
+        seen.update(model=model, job=job, last=last)
+
+    parameters = inspect.signature(command).parameters
+    names = [field.name for field in fields(JobOptions)]
+    assert list(parameters) == ["model", *names, "last"]
+    assert parameters["device"].default == "auto"
+    given = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    command(model="m", **given | {"seed": 7})
+    assert seen == {"model": "m", "job": JobOptions(seed=7), "last": 3}
+
+
+def test_what_becomes_of_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/dev/null")
+    (tmp_path / "config.json").write_text("{}")
+    options = JobOptions(method="rtn", settings=["bits=3"], calibration=["c4"], skip=["q_proj"])
+    chosen = options.chosen(tmp_path, restart=True)
+    assert chosen.method.signature()["bits"] == 3 and chosen.label == "rtn"
+    assert chosen.calibration.sources == ("c4",) and chosen.unread
+    assert chosen.options.skip == ("q_proj",) and chosen.options.only == ()
+    assert chosen.options.restart and chosen.options.cache is None

@@ -1,0 +1,48 @@
+"""lowbit plan: one table, and the same numbers in a file."""
+
+import json
+
+import pytest
+from zoo import MODELS
+
+MODEL = MODELS / "llama-mini"
+
+
+def rows(text: str) -> dict[str, str]:
+    """The table below its title, by the first column."""
+    lines = text.splitlines()[1:]
+    return {line[:17].strip(): line[17:].strip() for line in lines}
+
+
+def test_learned(lowbit, learning, tmp_path):
+    file = tmp_path / "plan.json"
+    text = lowbit("plan", MODEL, *learning, "--json", file).stdout
+    found = json.loads(file.read_text())
+    assert text.splitlines()[0].strip() == f"{MODEL}: omniquant-w2a16-g64 with epochs=1"
+    shown = rows(text)
+    assert shown["bits per weight"] == "2.28 in the linears, 3.74 in the model"
+    assert shown["size"] == "2.33 MB (was 9.91 MB)"
+    assert "hidden states (" in shown["peak memory"] and "in memory" in shown["peak memory"]
+    assert shown["time"].endswith("a block, on cpu")
+    assert "model.layers.0 of 6 blocks, 2 of 2 batches" in shown["derived from"]
+    assert "peak GPU memory" not in shown
+    assert round(found["linears"], 2) == 2.28 and found["learned"] > 0
+
+
+def test_without_text(lowbit):
+    text = lowbit("plan", MODEL, "--recipe", "rtn-w4a16-g128", "--calibration", "c4").stdout
+    assert "rtn needs no calibration text: it is not read" in text
+    assert "4.16 in the linears" in text and "hidden states" not in text and "learned" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--method", "rtm"), "'rtm' is no method: did you mean 'rtn'?"),
+        (("--method", "rtn", "--json", "/nowhere/x.json"), "--json /nowhere/x.json: that is"),
+        (("--method", "rtn", "--only", "none"), "none"),
+    ],
+)
+def test_mistakes(lowbit, options, sentence):
+    result = lowbit("plan", MODEL, *options, code=1)
+    assert result.stderr.startswith("error: ") and sentence in result.stderr

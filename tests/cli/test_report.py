@@ -1,0 +1,32 @@
+"""lowbit report."""
+
+import json
+import shutil
+
+
+def test_into_the_folder_or_a_file(lowbit, learned, tmp_path):
+    folder = shutil.copytree(learned, tmp_path / "out")
+    assert lowbit("report", folder).stdout.startswith(f"{folder}/report.html: ")
+    page = (folder / "report.html").read_text()
+    assert "omniquant-w2a16-g64 with epochs=1" in page and "Results" not in page
+    lowbit("report", folder, "-o", tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text() == page
+    lowbit("inspect", folder, "--verify")  # the page does not disturb the folder
+
+
+def test_with_results(lowbit, rtn, tmp_path):
+    row = {"model": str(rtn), "method": "rtn", "perplexity": {"a/story.txt": 12.345}}
+    (tmp_path / "results.json").write_text(json.dumps({str(rtn): row}))
+    lowbit("report", rtn, "--results", tmp_path / "results.json", "-o", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "12.345" in page and "story.txt" in page and 'class="here"' in page
+
+
+def test_mistakes(lowbit, rtn, tmp_path):
+    for wrong in (tmp_path, tmp_path / "no" / "page.html"):
+        said = lowbit("report", rtn, "-o", wrong, code=1).stderr
+        assert f"-o {wrong}: that is a folder, or in a folder that does not exist" in said
+    (tmp_path / "results.json").write_text("[1]")
+    said = lowbit("report", rtn, "--results", tmp_path / "results.json", code=1).stderr
+    assert "results.json was not written by lowbit eval --json" in said
+    assert not (rtn / "report.html").exists()

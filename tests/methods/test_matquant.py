@@ -1,0 +1,354 @@
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+from lowbit.blocks import BlockResult, BlockTask, Event, Stream
+from lowbit.blocks.capture import call_block
+from lowbit.blocks.statistics import input_statistics
+from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.nested import NestedLinear
+from lowbit.formats.uniform import UniformLinear
+from lowbit.methods import MatQuant
+from lowbit.methods.matquant import _Learner, _Loss
+
+G16: dict[str, Any] = {"group_size": 16, "min_tokens": 8}
+INT8 = MatQuant(**G16, lwc=False, epochs=0)  # slices of plain 8 bits
+SINGLE: dict[str, Any] = {"widths": [2], "weights": [1.0]}
+
+
+def learner_for(task: BlockTask, method: MatQuant) -> _Learner:
+    statistics = input_statistics(task.block, task.groups, task.streams["float"])
+    return _Learner(method, task, statistics, set())
+
+
+def mse(a: Tensor, b: Tensor) -> float:
+    return float((a - b).square().mean())
+
+
+def errors(task: BlockTask, method: MatQuant, result: BlockResult) -> dict[int, float]:
+    """Of the packed block at every width, against the float block on the float stream."""
+    found = {}
+    for bits in (8, 6, 4, 3, 2):
+        block = deepcopy(task.block)
+        method.install(block, result, str(bits))
+        found[bits] = sum(
+            mse(call_block(block, noisy), call_block(task.block, straight))
+            for noisy, straight in zip(task.streams["2"], task.streams["float"], strict=True)
+        ) / len(task.streams["2"])
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"let": True}, {"symmetric": True}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+def test_fewer_bits_are_worse_and_every_width_is_another(
+    name: str, options: dict[str, Any]
+) -> None:
+    task = zoo.task(name)
+    method = MatQuant(**G16, **options, epochs=1)
+    found = list(errors(task, method, method.quantize(task)).values())
+    assert all(less < 0.8 * more for less, more in zip(found, found[1:], strict=False))
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+@pytest.mark.parametrize("extra_precision", [False, True])
+def test_what_runs_in_training_is_what_is_packed(name: str, extra_precision: bool) -> None:
+    task = zoo.task(name)
+    method = MatQuant(**G16, let=True, init="awq", extra_precision=extra_precision)
+    learner = learner_for(task, method)
+    with torch.no_grad():
+        master = learner.master()
+        result = learner.result({})
+        for bits in (8, 4, 3, 2):
+            tensors = master.at(bits, master.parts())
+            for linear, packed in result.linears.items():
+                assert isinstance(packed, NestedLinear)
+                found, wanted = packed.at(bits).dequantize(), tensors[f"{linear}.weight"]
+                # The scale is stored in float16; a weight between two codes may take either.
+                same = (found - wanted).abs() <= 2**-10 * wanted.abs() + 1e-6
+                assert float(same.float().mean()) > 0.98
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen3_moe"])
+def test_the_loss_of_each_width_teaches_all_that_is_learned(name: str, bits: int) -> None:
+    task = zoo.task(name)
+    method = MatQuant(**G16, let=True, widths=[bits], weights=[1.0])
+    learner, loss = learner_for(task, method), _Loss(method, task)
+    for index in range(loss.batches):
+        loss(index, learner.master()).backward()
+    for group in learner.parameter_groups():
+        assert group.parameters
+        for parameter in group.parameters:
+            assert parameter.grad is not None and parameter.grad.isfinite().all()
+            share = (parameter.grad.abs() > 1e-3 * parameter.grad.abs().max()).float().mean()
+            assert float(share) > 0.4
+    assert not any(parameter.grad is not None for parameter in task.block.parameters())
+
+
+def test_the_gradient_is_that_of_the_weighted_sum() -> None:
+    """Width by width, through one master: as if every width had been trained alone, and added."""
+    task = zoo.task("llama", batches=1)
+    gradients = []
+    for widths, weights in (([8, 4, 2], [0.3, 0.7, 2.0]), ([8], [0.3]), ([4], [0.7]), ([2], [2.0])):
+        method = MatQuant(**G16, let=True, widths=widths, weights=weights)
+        learner = learner_for(task, method)
+        value = _Loss(method, task)(0, learner.master())
+        value.backward()
+        found = [p.grad for group in learner.parameter_groups() for p in group.parameters]
+        gradients.append([value.detach(), *found])
+    for together, *alone in zip(*gradients, strict=True):
+        assert together is not None
+        torch.testing.assert_close(together, torch.stack(alone).sum(0), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_made_for_2_bits_it_is_better_there_than_sliced_int8(name: str) -> None:
+    task = zoo.task(name)
+    method = MatQuant(group_size=None, **SINGLE, epochs=15, lwc_lr=0.1)
+    found = errors(task, method, method.quantize(task))
+    wanted = errors(task, INT8, MatQuant(lwc=False, epochs=0).quantize(task))
+    assert found[2] < 0.95 * wanted[2] and found[8] > wanted[8]
+
+
+@pytest.mark.parametrize("options", [{}, {"let": True}, {"aug_loss": True}], ids=str)
+def test_the_report_is_true(options: dict[str, Any]) -> None:
+    task = zoo.task("llama")
+    method = MatQuant(**G16, **options, epochs=2, init="awq")
+    result = method.quantize(task)
+    report = result.report
+    assert report["loss_after"] == min(report["loss_before"], *report["training"]["curve"])
+    assert report["loss_after"] < report["loss_rtn"] and "fell_back" not in report
+    if "aug_loss" not in options:
+        for key, made in (("loss_after", result), ("loss_rtn", INT8.quantize(task))):
+            found = errors(task, method, made)
+            total = 0.1 * found[8] + 0.1 * found[4] + found[2]
+            assert total == pytest.approx(report[key], rel=0.02)
+    facts = report["linears"]["mlp.up_proj"]
+    assert facts["slices_db"]["8"] == facts["signal_to_noise_db"]
+    assert facts["slices_db"]["8"] > facts["slices_db"]["4"] > facts["slices_db"]["2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, ("float", "8", "4", "2")),
+        (SINGLE, ("float", "2")),
+        ({"inputs": "shared_8"}, ("float", "8")),
+        ({"inputs": "shared_float"}, ("float",)),
+    ],
+    ids=str,
+)
+def test_streams(options: dict[str, Any], wanted: tuple[str, ...]) -> None:
+    method = MatQuant(**options, batch=3)
+    assert method.streams() == wanted and method.rows() == 3
+
+
+def test_each_width_learns_on_its_own_stream() -> None:
+    task = zoo.task("llama", batches=1)
+    master = learner_for(task, INT8).nearest()
+    with torch.no_grad():
+        before = float(_Loss(INT8, task)(0, master))
+        for name in ("4", "8", "3"):
+            streams = dict(task.streams)
+            batch = streams[name][0]
+            streams[name] = Stream([batch.hidden * 1.5], [batch.kwargs])
+            other = BlockTask(**vars(task) | {"streams": streams})
+            changed = float(_Loss(INT8, other)(0, master)) != before
+            assert changed == (name != "3")
+
+
+def test_a_stream_passes_through_the_layers_at_its_width() -> None:
+    task = zoo.task("llama")
+    result = INT8.quantize(task)
+    batch = task.streams["float"][0]
+    outputs = {}
+    for stream in ("float", "8", "4", "2"):
+        block = deepcopy(task.block)
+        INT8.install(block, result, stream)
+        outputs[stream] = call_block(block, batch)
+        layer: Any = block.get_submodule("mlp.up_proj")
+        assert isinstance(layer, NestedLinear) == (stream != "float")
+        assert stream == "float" or layer.bits == int(stream)
+    assert torch.equal(outputs["float"], call_block(task.block, batch))
+    found = [mse(outputs[stream], outputs["float"]) for stream in ("8", "4", "2")]
+    assert found[0] < 0.2 * found[1] < 0.2 * found[2]
+    assert all(layer.bits == 8 for layer in result.linears.values())  # what is saved
+
+
+def by_hand(task: BlockTask, method: MatQuant) -> tuple[float, dict[int, Tensor], Tensor]:
+    """The loss of a method on the first batch, the outputs of its widths, and the float output."""
+    master = learner_for(task, INT8).nearest()
+    result = INT8.quantize(task)
+    outputs = {}
+    for bits in (8, 4, 2):
+        block = deepcopy(task.block)
+        INT8.install(block, result, str(bits))
+        outputs[bits] = call_block(block, task.streams[str(bits)][0])
+    with torch.no_grad():
+        loss = float(_Loss(method, task)(0, master))
+    return loss, outputs, call_block(task.block, task.streams["float"][0])
+
+
+def test_a_lower_width_also_learns_from_a_higher_one() -> None:
+    task = zoo.task("llama", batches=1)
+    method = MatQuant(**G16, distill=["8->2", "4->2"])
+    loss, out, target = by_hand(task, method)
+    taught = (mse(out[2], target) + mse(out[2], out[8]) + mse(out[2], out[4])) / 3
+    plain = 0.1 * mse(out[8], target) + 0.1 * mse(out[4], target)
+    assert loss == pytest.approx(plain + taught, rel=0.01)
+    alone = MatQuant(**G16, distill=["8->2"], distill_alone=True)
+    assert by_hand(task, alone)[0] == pytest.approx(plain + mse(out[2], out[8]), rel=0.01)
+
+
+def test_the_second_target_is_the_float_block_on_each_stream() -> None:
+    task = zoo.task("llama", batches=1, noise=0.2)
+    loss, out, target = by_hand(task, MatQuant(**G16, aug_loss=True))
+    seen = call_block(task.block, task.streams["8"][0])
+    wanted = [mse(out[bits], target) + mse(out[bits], seen) for bits in (8, 4, 2)]
+    assert loss == pytest.approx(0.1 * wanted[0] + 0.1 * wanted[1] + wanted[2], rel=0.01)
+
+
+def test_a_teacher_learns_nothing_from_its_pupil() -> None:
+    task = zoo.task("llama", batches=1)
+    gradients = []
+    for distill in ([], ["8->2"]):
+        method = MatQuant(**G16, distill=distill, distill_alone=True, weights=[1.0, 1e-12, 1e-12])
+        learner = learner_for(task, method)
+        _Loss(method, task)(0, learner.master()).backward()
+        gradients.append([p.grad for g in learner.parameter_groups() for p in g.parameters])
+    for alone, teaching in zip(*gradients, strict=True):
+        torch.testing.assert_close(alone, teaching, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon 7b", "gemma2", "mixtral"])
+def test_attention_can_be_left_at_8_bits(name: str) -> None:
+    task = zoo.task(name)
+    method = MatQuant(**G16, scope="ffn", epochs=1)
+    result = method.quantize(task)
+    kinds = {n: type(layer) for n, layer in result.linears.items()}
+    wanted = {n: UniformLinear if "self_att" in n else NestedLinear for n in kinds}
+    assert kinds == wanted and len(set(kinds.values())) == 2
+    for layer in result.linears.values():
+        if isinstance(layer, UniformLinear):
+            assert layer.entry()["bits"] == 8
+    assert errors(task, method, result)[2] < errors(task, INT8, INT8.quantize(task))[2]
+    groups = tuple(g for g in task.groups if all("self_att" in n for n in g.linears))
+    with pytest.raises(ValueError, match="has no linear outside attention: use scope all"):
+        method.quantize(BlockTask(**vars(task) | {"groups": groups}))
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+@pytest.mark.parametrize("options", [{"let": True}, {"init": "awq", "rounding": "joint"}], ids=str)
+def test_starved_experts_are_rounded_to_nearest_and_named(
+    options: dict[str, Any], unseen: bool
+) -> None:
+    task = zoo.task("mixtral", batches=1)
+    if unseen:
+        task.block.mlp.gate.weight.zero_()
+    statistics = input_statistics(task.block, task.groups, task.streams["float"])
+    least = min(seen.tokens for name, seen in statistics.items() if "experts" in name) + 1
+    options = {"group_size": 16, "min_tokens": least, "epochs": 1} | options
+    result = MatQuant(**options).quantize(task)
+    starved = result.report["rounded_to_nearest"]
+    assert starved and all(tokens < least for tokens in starved.values())
+    plain = MatQuant(group_size=16, lwc=False, let=False, epochs=0).quantize(task)
+    if "let" not in options:
+        for name in starved:
+            assert torch.equal(result.linears[name].master, plain.linears[name].master)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_joint_rounding_helps_where_it_counts(name: str) -> None:
+    task = zoo.task(name)
+    plain, joint = (MatQuant(**G16, init="awq", epochs=0, rounding=r) for r in ("nearest", "joint"))
+    found, wanted = (errors(task, m, m.quantize(task)) for m in (joint, plain))
+    assert found[2] < 0.9 * wanted[2]
+    result, other = joint.quantize(task), plain.quantize(task)
+    for layer, same in zip(result.linears.values(), other.linears.values(), strict=True):
+        assert torch.equal(layer.scale, same.scale) and torch.equal(layer.zeros(), same.zeros())
+
+
+def test_what_is_worse_than_slices_of_int8_is_dropped() -> None:
+    task = zoo.task("opt")
+    events: list[Event] = []
+    task.log = events.append
+    result = MatQuant(**G16, let=True, alpha=0, epochs=0).quantize(task)
+    assert "fell_back" in result.report and not result.learned and not result.tensors
+    wanted = INT8.quantize(task)
+    for name, layer in result.linears.items():
+        assert torch.equal(layer.master, wanted.linears[name].master)
+    assert [event.kind for event in events] == ["warning"]
+
+
+def test_a_later_run_starts_from_what_was_learned() -> None:
+    task = zoo.task("llama")
+    method = MatQuant(**G16, let=True, epochs=2, init="awq")
+    first = method.quantize(task)
+    again = BlockTask(**vars(task) | {"start": first.learned})
+    replayed = MatQuant(**G16, let=True, epochs=0).quantize(again)
+    for name, layer in first.linears.items():
+        assert torch.equal(layer.master, replayed.linears[name].master)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"widths": [8, 3, 2]},
+        {"weights": [0.1, 0.1, 0.2]},
+        {"group_size": None},
+        {"symmetric": True},
+        {"extra_precision": True},
+        {"distill": ["8->2"]},
+        {"distill": ["8->2"], "distill_alone": True},
+        {"scope": "ffn"},
+        {"inputs": "shared_float"},
+        {"lwc": False},
+        {"let": False},
+        {"aug_loss": True},
+        {"epochs": 4},
+        {"lwc_lr": 0.1},
+        {"let_lr": 1e-4},
+        {"weight_decay": 3.0},
+        {"alpha": 0.9},
+        {"init": "awq"},
+        {"rounding": "joint"},
+        {"min_tokens": 1000},
+    ],
+    ids=str,
+)
+def test_every_option_matters(option: dict[str, Any]) -> None:
+    task = zoo.task("llama")
+    common = G16 | {"epochs": 2, "let": True, "let_lr": 1e-3, "alpha": 0.3}
+    one, other = (MatQuant(**options).quantize(task) for options in (common, common | option))
+    name = "self_attn.q_proj" if "scope" in option else "mlp.up_proj"
+    assert not torch.equal(at_2_bits(one.linears[name]), at_2_bits(other.linears[name]))
+
+
+def at_2_bits(layer: nn.Module) -> Tensor:
+    assert isinstance(layer, QuantizedLinear)
+    return (layer.at(2) if isinstance(layer, NestedLinear) else layer).dequantize()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"widths": [9, 2], "weights": [1, 1]}, r"widths is \[9, 2\]: allowed are 2 to 8"),
+        ({"widths": [2, 4], "weights": [1, 1]}, "each once, from high to low"),
+        ({"widths": [4, 4], "weights": [1, 1]}, "each once, from high to low"),
+        ({"widths": []}, "widths"),
+        ({"weights": [1, 1]}, r"weights is \[1.0, 1.0\]: allowed is one above 0 for each"),
+        ({"weights": [0, 0, 1]}, "leave out a width that shall not count"),
+        ({"distill": ["8>2"]}, "'8>2': allowed are lessons such as '8->2'"),
+        ({"distill": ["8->3"]}, "'8->3': allowed is a higher to a lower one of"),
+        ({"distill": ["2->8"]}, "'2->8': allowed is a higher to a lower one of"),
+        ({"scope": "mlp"}, "scope"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MatQuant(**options)

@@ -1,0 +1,283 @@
+"""Orders and folds that leave the function as it is, in every family; what is refused."""
+
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+from lowbit.blocks import Batch, BlockResult, BlockTask, Event
+from lowbit.blocks.capture import call_block
+from lowbit.blocks.folding import apply_folds, load_changed, tensors_of
+from lowbit.blocks.install import install
+from lowbit.blocks.statistics import input_statistics
+from lowbit.formats.sorted_group import SortedGroupLinear
+from lowbit.methods import MixedQuant
+from lowbit.solvers.clipping import search_clipping
+from lowbit.solvers.ordering import column_max, column_norm
+from lowbit.solvers.rounding import extremes, grid_from_range
+
+# Nearly float: what is left is the function itself, wherever channels went.
+FINE: dict[str, Any] = {
+    "bits": 8,
+    "activation_bits": 8,
+    "group_size": 8,
+    "salient_ratio": 0.1,
+    "alignment": 4,
+    "min_tokens": 8,
+}
+COARSE: dict[str, Any] = FINE | {"bits": 4, "activation_bits": 4, "group_size": 16}
+TABLED = {name: "gated" in line.folds[0] for name, line in zoo.ZOO.items()}
+STRANGERS = dict.fromkeys(("gemma2", "phi3", "olmoe"), False)
+
+
+@cache
+def task(name: str) -> BlockTask:
+    return zoo.task(name)
+
+
+def output(task: BlockTask, result: BlockResult, batch: Batch | None = None) -> Tensor:
+    block = deepcopy(task.block)
+    install(block, result)
+    with torch.no_grad():
+        return call_block(block, batch or task.streams["quantized"][0])
+
+
+def error(task: BlockTask, method: MixedQuant) -> float:
+    wanted = call_block(task.block, task.streams["quantized"][0])
+    return zoo.error(output(task, method.quantize(task)), wanted)
+
+
+@pytest.mark.parametrize(("name", "gated"), (TABLED | STRANGERS).items())
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_the_function_stays_in_every_family(name: str, gated: bool, smooth: float | None) -> None:
+    given = task(name)
+    method = MixedQuant(**FINE, smooth=smooth)
+    result = method.quantize(given)
+    wanted = call_block(given.block, given.streams["quantized"][0])
+    assert zoo.error(output(given, result), wanted) < 0.1  # a few tokens of Mixtral are re-routed
+    assert bool(result.tensors) == (
+        smooth is not None and any(f.kind == "norm" for f in given.folds)
+    )
+    for group in given.groups:
+        first, *others = (result.linears[n] for n in group.linears)
+        assert isinstance(first, SortedGroupLinear) and first.shares is None
+        assert all(other.owner is first for other in others)  # type: ignore[union-attr]
+        assert not any("permutation" in other.state_dict() for other in others)
+        folded = gated and len(group.linears) == 1 and group.name.startswith("mlp")
+        assert (first.permutation is None) == folded
+        report = result.report["groups"][group.name]
+        assert report["permutation"] == ("folded" if folded else "stored")
+        assert report["salient"] == first.entry()["salient"] > 0
+
+
+def test_what_an_input_has_in_common() -> None:
+    result = MixedQuant(**COARSE).quantize(task("llama"))
+    q = result.linears["self_attn.q_proj"].entry()
+    assert q["activation"] == {"bits": 4, "symmetric": True, "group": 16}
+    assert (q["salient"], q["permutation"], q["shares"]) == (4, "stored", None)
+    assert result.linears["self_attn.k_proj"].entry()["shares"] == "self_attn.q_proj"
+    assert result.linears["mlp.down_proj"].entry()["permutation"] is None
+
+
+def test_the_order_is_that_of_the_statistics() -> None:
+    given = task("llama")
+    result = MixedQuant(**COARSE | {"sort": "max", "salience": "absmax"}).quantize(given)
+    q = result.linears["self_attn.q_proj"]
+    batches = [given.block.input_layernorm(b.hidden) for b in given.streams["quantized"]]
+    largest = torch.cat([b.flatten(0, 1) for b in batches]).abs().amax(0)
+    order = q.permutation.long()
+    assert sorted(order[-4:].tolist()) == sorted(largest.topk(4).indices.tolist())
+    assert largest[order[:-4]].diff().min() >= 0
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_smoothing_is_quantizing_the_smoothed_block(name: str) -> None:
+    """Statistics and Hessians are those of the inputs after smoothing."""
+    given, method = task(name), MixedQuant(**COARSE, rounding="gptq", smooth=0.6)
+    found = method.quantize(given)
+    statistics = input_statistics(given.block, given.groups, given.streams["quantized"])
+    smoothed = deepcopy(given)
+    folds, scales = method._smoothing(given, statistics)
+    load_changed(smoothed.block, apply_folds(tensors_of(given.block), folds, scales))
+    wanted = method.model_copy(update={"smooth": None}).quantize(smoothed)
+    for linear, layer in found.linears.items():
+        assert zoo.error(layer.dequantize(), wanted.linears[linear].dequantize()) < 0.02
+    for tensor, value in found.tensors.items():
+        assert torch.equal(value, smoothed.block.get_parameter(tensor))
+
+
+def test_ranges_are_clipped_by_what_each_input_counts() -> None:
+    given, method = task("llama"), MixedQuant(**COARSE | {"bits": 3})
+    layer = method.quantize(given).linears["self_attn.q_proj"]
+    order = layer.permutation.long()[:44]
+    statistics = input_statistics(given.block, given.groups, given.streams["quantized"])
+    weight = given.block.get_parameter("self_attn.q_proj.weight")[:, order]
+    square = statistics["attention.input"].square[order]
+    shares = search_clipping(weight, square, 3, 16, True)
+    ranges = (share * end for share, end in zip(shares, extremes(weight, 16), strict=True))
+    assert torch.equal(layer.scale, grid_from_range(*ranges, 3, 16, True).scale.half())
+
+
+def test_nothing_to_order() -> None:
+    method = MixedQuant(**COARSE | {"salient_ratio": 0.0, "sort": "none"})
+    result = method.quantize(task("llama"))
+    assert {g["permutation"] for g in result.report["groups"].values()} == {"none"}
+    names = {key for linear in result.linears.values() for key in linear.state_dict()}
+    assert names == {"packed", "scale"}
+
+
+def test_the_salient_share_that_is_reached() -> None:
+    method = MixedQuant(**COARSE | {"alignment": 8, "salient_ratio": 0.05})
+    report = method.quantize(task("llama")).report["groups"]
+    found = {name: (facts["salient"], facts["salient_ratio"]) for name, facts in report.items()}
+    assert found["attention.input"] == (8, round(8 / 48, 4))
+    assert found["mlp.output"] == (8, 0.1)
+
+
+OUTLIERS = [5, 21, 37]
+
+
+def with_outliers(task: BlockTask) -> BlockTask:
+    """Three channels of the norms' outputs 50 times as large, and the function as it was."""
+    block = deepcopy(task.block)
+    with torch.no_grad():
+        for norm, readers in (
+            (block.input_layernorm, (block.self_attn.q_proj, block.self_attn.k_proj)),
+            (block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj)),
+        ):
+            readers += (block.self_attn.v_proj,) if norm is block.input_layernorm else ()
+            norm.weight[OUTLIERS] *= 50
+            for reader in readers:
+                reader.weight[:, OUTLIERS] /= 50
+    made = deepcopy(task)
+    made.block = block
+    return made
+
+
+def test_what_outliers_cost() -> None:
+    plain = task("llama")
+    given = with_outliers(plain)
+    batch = given.streams["quantized"][0]
+    same = zoo.error(call_block(given.block, batch), call_block(plain.block, batch))
+    assert same < 1e-5
+    bare = COARSE | {"group_size": 8, "salient_ratio": 0.0, "clip": False, "sort": "none"}
+    unsorted = error(given, MixedQuant(**bare))
+    assert error(plain, MixedQuant(**bare)) < 0.5 * unsorted
+    for repair, share in (
+        ({"salient_ratio": 0.1}, 0.7),
+        ({"smooth": 0.5}, 0.7),
+        ({"sort": "max"}, 0.9),
+    ):
+        assert error(given, MixedQuant(**bare | repair)) < share * unsorted, repair
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        ({}, {"clip": False}),
+        ({"rounding": "gptq"}, {}),
+        ({"activation_bits": 6}, {}),
+        ({"activation_bits": 16}, {"activation_bits": 8}),
+        ({"salient_bits": 16}, {"salient_bits": 8, "salient_ratio": 0.0}),
+    ],
+    ids=str,
+)
+def test_what_each_option_is_good_for(better: dict[str, Any], worse: dict[str, Any]) -> None:
+    given = task("llama")
+    plain = COARSE | {"bits": 3}
+    assert error(given, MixedQuant(**plain | better)) < error(given, MixedQuant(**plain | worse))
+
+
+def test_a_token_is_not_changed_by_what_comes_behind_it() -> None:
+    given = task("llama")
+    result = MixedQuant(**COARSE).quantize(given)
+    batch = given.streams["quantized"][0]
+    hidden = batch.hidden.clone()
+    hidden[:, -3:] = 20 * hidden[:, -3:].flip(2)
+    found, other = (output(given, result, Batch(h, batch.kwargs)) for h in (batch.hidden, hidden))
+    torch.testing.assert_close(found[:, :-3], other[:, :-3], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[:, -3:], other[:, -3:], atol=0.1)
+
+
+def test_starved_experts_are_ordered_by_their_weights_and_named() -> None:
+    given = zoo.task("mixtral")
+    with torch.no_grad():
+        given.block.mlp.gate.weight.zero_()
+    result = MixedQuant(**COARSE, rounding="gptq", smooth=0.5).quantize(given)
+    named = result.report["rounded_to_nearest"]
+    assert len(named) == 6 and set(named.values()) == {0}  # w1, w2 and w3 of two experts
+    starved = sorted({name.rpartition(".")[0] for name in named})
+    group = next(g for g in given.groups if g.linears[0] == f"{starved[0]}.w1")
+    weights = [result.linears[name].dequantize() for name in group.linears]
+    order = result.linears[group.linears[0]].permutation.long()
+    largest, norm = column_max(weights)[order], column_norm(weights)[order]
+    assert largest[:-4].diff().min() > -0.35 * largest.max()  # but for rounding
+    assert norm[-4:].mean() > norm[:-4].mean()
+
+
+def test_a_hessian_that_will_not_factor_is_named() -> None:
+    given = zoo.task("llama")
+    with torch.no_grad():  # the inputs of down_proj overflow in their Hessian, not in themselves
+        given.block.mlp.up_proj.weight[0] *= 1e25
+    events: list[Event] = []
+    given.log = events.append
+    method = MixedQuant(**COARSE | {"salient_ratio": 0.0}, rounding="gptq", clip=False)
+    result = method.quantize(given)
+    assert result.report["without_feedback"] == ["mlp.down_proj"]
+    assert any("mlp.down_proj" in event.data["text"] for event in events)
+
+
+def test_overrides_that_part_an_input_are_refused() -> None:
+    def quantize(overrides: dict[str, Any]) -> BlockResult:
+        return MixedQuant(**COARSE, overrides=overrides).quantize(task("llama"))
+
+    with pytest.raises(ValueError, match="group_size as 16, 8, 16 for .*k_proj.*the same input"):
+        quantize({"k_proj": {"group_size": 8}})
+    result = quantize({"k_proj": {"bits": 6, "salient_bits": 8}, "down_proj": {"group_size": 8}})
+    entries = {name: linear.entry() for name, linear in result.linears.items()}
+    assert entries["self_attn.k_proj"]["bits"] == 6
+    assert entries["self_attn.k_proj"]["salient_dtype"] == "int8"
+    assert entries["mlp.down_proj"]["activation"]["group"] == 8
+    assert entries["mlp.up_proj"]["group_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 3}, "group_size"),
+        ({"group_size": 2048}, "group_size"),
+        ({"salient_ratio": 0.2}, "salient_ratio"),
+        ({"salient_bits": 4}, "salient_bits"),
+        ({"activation_bits": 12}, "activation_bits is 12: allowed are 2 to 8, and 16"),
+        ({"group_size": None}, "sort is mean3std: with group_size null .* set sort to none"),
+        ({"sort": "median"}, "sort"),
+        ({"smooth": 1.5}, "smooth"),
+        ({"overrides": {"x": {"smooth": 0.5}}}, "'smooth' is no field that mixedquant can have"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MixedQuant(**options)
+
+
+def test_the_reference_is_for_comparison_only() -> None:
+    """Its block runs, sees later tokens, and cannot be written."""
+    given = task("llama")
+    method = MixedQuant(**COARSE | {"sort": "max", "clip": False})
+    block = method.reference_dynamic(given)
+    batch = given.streams["quantized"][0]
+    wanted = call_block(given.block, batch)
+    found = call_block(block, batch)
+    assert 0.01 < zoo.error(found, wanted) < 0.5
+    hidden = batch.hidden.clone()
+    hidden[:, -3:] = 20 * hidden[:, -3:].flip(2)
+    other = call_block(block, Batch(hidden, batch.kwargs))
+    assert not torch.allclose(found[:, :-3], other[:, :-3], atol=1e-3)
+    with pytest.raises(ValueError, match="for comparison only"):
+        block.state_dict()
+    assert isinstance(given.block.get_submodule("mlp.down_proj"), nn.Linear)

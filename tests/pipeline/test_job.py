@@ -1,0 +1,83 @@
+"""What a run and its rehearsal share: seeds, streams, where these live."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import quantized
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint import CheckpointReader
+from lowbit.methods import Method, OmniQuant
+from lowbit.pipeline import job as module
+from lowbit.pipeline.job import Job, generator_for
+from lowbit.pipeline.options import RunOptions
+
+METHOD = quantized.METHODS["omniquant"]
+
+
+def job(method: Method = METHOD, name: str = "llama", **options: object) -> Job:
+    chosen = RunOptions(device="cpu", **options)
+    return Job(quantized.source(name), method, quantized.calibration(samples=5), chosen)
+
+
+def test_a_generator_depends_on_seed_and_block() -> None:
+    seeds = {generator_for(s, b).initial_seed() for s in (0, 1) for b in ("h.0", "h.1", "h.10")}
+    assert len(seeds) == 6
+    assert generator_for(0, "h.0").initial_seed() in seeds
+
+
+def test_epochs_of_the_same_job() -> None:
+    made = job()
+    assert made.with_epochs(7).method == METHOD.model_copy(update={"epochs": 7})
+    assert made.method == METHOD and made.with_epochs(7).source is made.source
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_streams_begin_alike_and_go_their_own_ways(place: str, batch: int, tmp_path: Path) -> None:
+    made = job(OmniQuant(batch=batch))
+    windows = made.windows()
+    assert windows is not None
+    streams, kwargs = made.first_streams(windows.tokens, tmp_path if place == "disk" else None)
+    hidden, wanted = made.source.capture(windows.tokens.split(batch))
+    assert [len(block) for block in kwargs] == [len(block) for block in wanted]
+    for stream in streams.values():
+        assert all(torch.equal(b.hidden, h) for b, h in zip(stream, hidden, strict=True))
+    streams["float"].replace(0, torch.zeros_like(hidden[0]))
+    assert torch.equal(streams["quantized"][0].hidden, hidden[0])
+    size = sum(h.nbytes for h in hidden)
+    assert made.stream_bytes(windows.tokens) == size
+    on_disk = sum(path.stat().st_size for path in tmp_path.rglob("*.f32"))
+    assert on_disk == (2 * size if place == "disk" else 0)
+
+
+def test_the_output_layer_is_not_read_for_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[set[str]] = []
+    read = CheckpointReader.read
+
+    def spy(self: CheckpointReader, names: Iterable[str]) -> dict[str, Tensor]:
+        calls.append(set(names))
+        return read(self, calls[-1])
+
+    monkeypatch.setattr(CheckpointReader, "read", spy)
+    made = job()
+    windows = made.windows()
+    assert windows is not None
+    made.first_streams(windows.tokens, None)
+    assert calls == [{"model.embed_tokens.weight", "model.norm.weight"}]
+
+
+@pytest.mark.parametrize(
+    ("streams", "memory", "disk"),
+    [("auto", 1e12, False), ("auto", 1e3, True), ("memory", 1e3, False), ("disk", 1e12, True)],
+)
+def test_where_streams_live(
+    streams: str, memory: float, disk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = job(streams=streams)
+    windows = made.windows()
+    assert windows is not None
+    monkeypatch.setattr(module, "physical_memory", lambda: memory)
+    assert made.streams_on_disk(windows.tokens) == disk

@@ -1,0 +1,101 @@
+"""What is planned against what the run writes, and how the parts of a rehearsal add up."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+
+from lowbit.checkpoint.output import size_of
+from lowbit.methods import GPTQ, RTN
+from lowbit.pipeline import RunOptions
+from lowbit.pipeline.job import Job
+from lowbit.pipeline.plan import LONG, Plan, _memory, longest, plan
+from lowbit.pipeline.rehearsal import Rehearsal, Stage, Trial
+
+OMNIQUANT = quantized.METHODS["omniquant"]
+MIXED = RTN(bits=4, group_size=16, overrides={"down_proj": {"bits": 8}, "layers.1.*": {"bits": 2}})
+MARKER = 300  # bytes of a header: most blocks have no marker, the first that is rehearsed has it
+
+
+# model, method, options
+SIZES: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "rtn": ("llama", RTN(bits=3), {}),
+    "settings that differ by linear and block": ("llama", MIXED, {}),
+    "learned": ("opt", OMNIQUANT, {}),
+    "experts": ("mixtral", GPTQ(bits=4, group_size=16), {}),
+    "dense and sparse blocks": ("qwen3_moe", RTN(bits=4, group_size=16), {}),
+    "a block that stays float": ("llama", MIXED, {"skip": ("layers.0.*",)}),
+    "an output layer": ("llama", MIXED, {"lm_head_bits": 8, "only": ("up_proj",)}),
+    "tied": ("llama, tied, biased", RTN(), {"lm_head_bits": 4}),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes(name: str, tmp_path: Path) -> None:
+    model, method, options = SIZES[name]
+    common: dict[str, Any] = {"calibration": quantized.calibration(), "device": "cpu"}
+    found = plan(quantized.source(model), method, **common, **options)
+    out = quantized.quantize(quantized.source(model), tmp_path / "out", method, **options)
+    written = size_of(out)
+    assert found.linears == pytest.approx(written.linears, rel=1e-12)
+    assert found.model == pytest.approx(written.model, rel=1e-12)
+    assert abs(found.bytes - written.bytes) < MARKER
+    learned = sum(path.stat().st_size for path in out.glob("learned/*"))
+    assert found.learned == pytest.approx(learned, rel=0.02)
+
+
+def test_what_it_is_derived_from() -> None:
+    text = quantized.calibration(samples=6)
+    found = plan(quantized.source(), OMNIQUANT, text, device="cpu", streams="disk")
+    streams = {"place": "disk", "held": 3, "bytes": 6 * quantized.SEQLEN * 48 * 4}
+    assert found.basis.pop("seconds") > 0
+    assert found.basis == {
+        "blocks": ["model.layers.0"],
+        "of": 2,
+        "batches": 4,
+        "batches_of": 6,
+        "device": "cpu",
+        "streams": streams,
+    }
+    assert found.device_memory is None
+    assert found.seconds > 2 * found.seconds_per_block > 0
+
+
+def rehearsal(outside: int, capture: int | None, *trials: tuple[int, int]) -> Rehearsal:
+    """Peaks of each stage; a trial's, and how many streams it holds."""
+    made = [Trial(1.0, 0.0, 0.0, memory, None, held, {}, 0) for memory, held in trials]
+    captured = None if capture is None else Stage(1.0, capture)
+    return Rehearsal(4, 0.0, Stage(1.0, outside), {}, {}, captured, [], dict(enumerate(made)))
+
+
+MEMORY = {
+    "outside": (rehearsal(500, None, (400, 0)), None, 500),
+    "a block and its streams": (rehearsal(100, 300, (400, 3)), "memory", 400 + 3 * 50),
+    "on disk": (rehearsal(100, 300, (400, 3)), "disk", 400),
+    "capture and one stream": (rehearsal(100, 390, (300, 2), (310, 2)), "memory", 390 + 50),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory(name: str) -> None:
+    found, place, wanted = MEMORY[name]
+    streams = None if place is None else {"place": place, "bytes": 50, "held": 3}
+    assert _memory(found, streams) == wanted
+
+
+def test_a_run_that_could_be_long() -> None:
+    def bound(samples: int, epochs: int) -> float:
+        method = OMNIQUANT.model_copy(update={"epochs": epochs})
+        text = quantized.calibration(samples=samples)
+        job = Job(quantized.source(), method, text, RunOptions(device="cpu"))
+        return longest(job, job.windows())
+
+    assert bound(2, 1) < bound(4, 1) < bound(4, 100) < LONG < bound(100, 10**6)
+    job = Job(quantized.source(), RTN(), None, RunOptions(device="cpu"))
+    assert 0 < longest(job, None) < bound(2, 0)
+
+
+def test_json() -> None:
+    found = plan(quantized.source(), RTN(), device="cpu")
+    assert isinstance(found, Plan) and Plan(**found.to_json()) == found

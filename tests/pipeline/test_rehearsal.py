@@ -1,0 +1,122 @@
+"""The rehearsal: which blocks, how batches are timed, what is counted, what it refuses."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+import torch
+
+from lowbit.blocks import BlockResult
+from lowbit.checkpoint import CheckpointReader
+from lowbit.methods import GPTQ, RTN, Method
+from lowbit.pipeline import rehearsal
+from lowbit.pipeline.job import Job
+from lowbit.pipeline.options import RunOptions
+from lowbit.pipeline.rehearsal import Rehearsal, Trial, chosen_blocks, rehearse
+
+OMNIQUANT = quantized.METHODS["omniquant"]
+AUGMENTED = OMNIQUANT.model_copy(update={"aug_loss": True, "epochs": 2})
+SMALL, LARGE = (8, 8), (8, 16)
+
+
+def rehearsed(method: Method, **options: Any) -> Rehearsal:
+    text = quantized.calibration(samples=6)
+    job = Job(quantized.source(), method, text, RunOptions(device="cpu", **options))
+    return rehearse(job, job.windows())
+
+
+def block(*linears: tuple[tuple[int, ...], str]) -> dict[str, Any]:
+    return {f"{i}": (shape, torch.float16, bits, 0) for i, (shape, bits) in enumerate(linears)}
+
+
+FOUR = block((SMALL, "4"))
+BLOCKS = {
+    "alike": ([FOUR, FOUR, FOUR], [0]),
+    "the largest": ([FOUR, block((LARGE, "4"), (SMALL, "4")), FOUR], [1]),
+    "another size": ([FOUR, block((LARGE, "4"))], [1, 0]),
+    "other settings": ([FOUR, FOUR, block((SMALL, "2"))], [0, 2]),
+    "a mixture of what is known": ([block((SMALL, "4"), (SMALL, "2")), FOUR], [0]),
+    "one that stays float": ([{}, FOUR], [1]),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_which_blocks(name: str) -> None:
+    kinds, chosen = BLOCKS[name]
+    assert chosen_blocks(kinds) == chosen
+
+
+READS = {
+    "one pass": ([(0, 0.0), (1, 1.0), (2, 2.0), (3, 9.0)], 3.0),
+    "what follows a pass is not the batches'": ([(0, 0.0), (1, 1.0), (0, 50.0), (1, 52.0)], 3.0),
+    "two streams side by side": ([(0, 0.0), (0, 0.5), (1, 2.0), (1, 2.5), (0, 3.0), (1, 4.0)], 3.0),
+    "one batch": ([(0, 0.0), (0, 5.0)], 0.0),
+    "none": ([], 0.0),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_seconds_of_a_batch(name: str) -> None:
+    trace = rehearsal._Trace(torch.device("cpu"))
+    trace.reads, seconds = READS[name]
+    assert trace.per_batch() == seconds
+
+
+def test_seconds_of_a_block() -> None:
+    trial = Trial(10.0, 2.0, 3.0, 0, None, 1, {}, 0)
+    assert trial.seconds(batches=5, epochs=4) == 10 + 5 * (2 + 4 * 3)
+
+
+# Streams at once: inputs, and the targets that a method keeps beside them.
+HELD = {"rtn": (RTN(), 0), "gptq": (GPTQ(), 1), "omniquant": (OMNIQUANT, 3), "aug": (AUGMENTED, 4)}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_is_held_and_done(name: str) -> None:
+    method, held = HELD[name]
+    found = rehearsed(method)
+    trial = found.trials[0]
+    assert list(found.trials) == [0] and trial.held == held
+    assert found.batches == (rehearsal.BATCHES if held else 0)
+    assert (found.capture is None) == (not held)
+    assert (trial.per_batch > 0) == bool(held)
+    assert (trial.per_epoch > 0) == (held > 1)
+    assert (trial.learned > 0) == (held > 1)
+    assert trial.fixed > 0 and trial.device_memory is None
+    assert trial.record["block"] == "model.layers.0"
+
+
+def test_it_writes_what_the_run_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[dict[str, torch.Tensor]] = []
+    check = rehearsal._check_read_back
+
+    def spy(job: Any, writer: Any, index: int, result: BlockResult) -> None:
+        kept.append(writer.read_shard(index + 1))
+        check(job, writer, index, result)
+
+    monkeypatch.setattr(rehearsal, "_check_read_back", spy)
+    rehearsed(quantized.METHODS["rtn"])
+    reader = CheckpointReader(quantized.folder(method="rtn"))
+    written = reader.read(kept[0])
+    assert all(torch.equal(tensor, written[name]) for name, tensor in kept[0].items())
+
+
+def test_it_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rehearsed(RTN())
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_reads_back_as_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = rehearsal.result_of
+
+    def damaged(*args: Any) -> BlockResult:
+        result = read(*args)
+        result.linears["mlp.up_proj"].scale *= 2
+        return result
+
+    monkeypatch.setattr(rehearsal, "result_of", damaged)
+    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj computes something else once"):
+        rehearsed(RTN())

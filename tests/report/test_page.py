@@ -1,0 +1,207 @@
+"""The page, as text and in a browser: complete, closed to the world, safe from what is in it."""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+from browser import BROWSER, PHONE, look
+
+from lowbit.report import read_results, read_run, render
+from lowbit.report.page import MOST_NAMES, fallen_back, setting
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs a browser")
+
+EVIL = "</style><script>document.title='evil'</script><img src=http://evil.invalid/x onerror=a>"
+FETCHING = {"src", "href", "srcset", "action", "data", "poster", "background", "ping", "xlink:href"}
+TAGS = set(
+    "html head meta title style body header main footer section figure figcaption details summary "
+    "h1 h2 h3 p b i small code span div dl dt dd ul li table thead tbody tr th td "
+    "svg rect line polyline".split()
+)
+
+
+class Reader(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(page)
+        assert self.open == [], "not closed"
+
+    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page_of(folder: Path, results: Any = None) -> str:
+    rows = []
+    if results is not None:
+        path = folder.parent / "results.json"
+        path.write_text(json.dumps(results))
+        rows = read_results(path)
+    return render(read_run(folder), rows)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with markup in every text that somebody else may have written."""
+    out = tmp_path_factory.mktemp("hostile") / "out"
+    folder = Path(shutil.copytree(quantized.folder("llama", "omniquant"), out))
+
+    def forge_config(config: Any) -> None:
+        made_by = config["quantization_config"]["made_by"]
+        made_by |= {"source": EVIL, "recipe": EVIL, "device": EVIL, "more": {EVIL: [EVIL]}}
+        made_by["method"] |= {EVIL: EVIL}
+        made_by["versions"][EVIL] = EVIL
+        made_by["calibration"]["sources"][0]["name"] = EVIL
+
+    def forge_report(report: Any) -> None:
+        report["given_up"] |= {EVIL: EVIL, "model.layers.0": EVIL}
+        report["given_up"]["model.layers.0.mlp.up_proj"] = EVIL
+        report["left_float"].append(EVIL)
+        report["blocks"][f"h.{EVIL}.7"] = {"linears": {EVIL: {"signal_to_noise_db": 3.0}}}
+
+    quantized.edit_json(folder / "config.json", forge_config)
+    quantized.seal(folder)
+    quantized.edit_json(folder / "report.json", forge_report)
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "warning", "time": 1e9, "text": EVIL}) + "\n")
+    return folder
+
+
+def test_every_linear_and_where_it_came_from() -> None:
+    folder = quantized.folder("llama", "omniquant")
+    read = Reader(page_of(folder))
+    assert read.attributes.count(("class", "scroll")) == 4  # two blocks, formats, files
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        assert read.text.count(name) == 1 + 2  # in the grid and in each block
+    made_by = quantized.section(folder)["made_by"]
+    known = [made_by["source"], made_by["model"], made_by["calibration"]["digest"]]
+    known += [made_by["calibration"]["sources"][0]["name"], quantized.section(folder)["digest"]]
+    known += [facts["sha256"] for facts in quantized.section(folder)["files"].values()]
+    known += made_by["method"]
+    assert [text for text in known if text not in read.text] == []
+
+
+def test_the_same_page_twice() -> None:
+    folder = quantized.folder("llama", "omniquant")
+    assert page_of(folder) == page_of(folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+def test_methods_that_learn_nothing(name: str) -> None:
+    read = Reader(page_of(quantized.folder(name)))
+    assert "polyline" not in read.tags and "vs. rtn" not in read.text
+    assert "time" in read.text and "peak memory" in read.text
+
+
+def test_nothing_can_be_fetched_or_run(hostile: Path) -> None:
+    page = page_of(
+        hostile, {EVIL: {"model": EVIL, "method": EVIL, "perplexity": {EVIL: 3.0}, EVIL: 1}}
+    )
+    read = Reader(page)
+    assert set(read.tags) <= TAGS
+    names = {name for name, _ in read.attributes}
+    assert not names & FETCHING and not [name for name in names if name.startswith("on")]
+    styles = re.findall("<style>(.*?)</style>", page, re.DOTALL)
+    styles += [value for name, value in read.attributes if name == "style"]
+    assert len(styles) > 10 and not re.search(r"url\(|@import|https?:", " ".join(styles))
+    policy = next(value for _, value in read.attributes if value.startswith("default-src"))
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline';")
+    assert read.text.count(EVIL) > 15  # it is all there, as text
+
+
+def test_what_fell_back_is_said_in_groups() -> None:
+    run = read_run(quantized.folder())
+    said = {f"h.{i}.up": f"it saw only {i} tokens" for i in (7, 3, 5)} | {"h.1": "no better"}
+    run.record.given_up.update(said)
+    run.record.left_float.append("h.1.gate")
+    try:
+        found = {group.reason: group.names for group in fallen_back(run)}
+    finally:
+        run.record.given_up.clear()
+        run.record.left_float.clear()
+    assert found == {
+        "it saw only 3 to 7 tokens": [("h.7.up", "7"), ("h.3.up", "3"), ("h.5.up", "5")],
+        "no better": [("h.1", "")],
+        "left in float": [("h.1.gate", "")],
+    }
+
+
+def test_long_lists_end(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(quantized.folder(), tmp_path / "out"))
+    many = {f"h.{i}": "starved" for i in range(MOST_NAMES + 50)}
+    quantized.edit_json(folder / "report.json", lambda report: report["given_up"].update(many))
+    read = Reader(page_of(folder))
+    assert read.tags.count("li") == MOST_NAMES and "and 50 more, in report.json" in read.text
+
+
+SETTINGS = {
+    "none": None,
+    "yes": True,
+    "0.005": 0.005,
+    "a, 2": ["a", 2],
+    "down_proj: bits: 4": {"down_proj": {"bits": 4}},
+}
+
+
+@pytest.mark.parametrize("text", SETTINGS)
+def test_settings(text: str) -> None:
+    assert setting(SETTINGS[text]) == text
+
+
+# Each look takes two or three seconds, most of which the browser needs to start.
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_in_a_browser(dark: bool, tmp_path: Path) -> None:
+    folder, path = quantized.folder("llama", "omniquant"), tmp_path / "report.html"
+    results = {"a": {"model": str(folder), "perplexity": {"a long name of a text.txt": 3}}}
+    path.write_text(page_of(folder, results))
+    seen = look(path, ".cells i", "details .inside", "svg polyline", ".bars rect", dark=dark)
+    assert seen.asked == []
+    assert seen.found["width"] == PHONE  # nothing sticks out
+    counts = seen.found["counts"]
+    assert (counts[".cells i"], counts["details .inside"]) == (2 * 7, 2)
+    assert counts[".bars rect"] >= 2 * 2  # time and memory of two blocks, and what was saved
+    paper, ink = brightness(seen.found["paper"]), brightness(seen.found["ink"])
+    assert paper < 40 < 200 < ink if dark else ink < 60 < 230 < paper
+
+
+@needs_browser
+def test_a_hostile_folder_in_a_browser(hostile: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(page_of(hostile))
+    seen = look(path, "script", "img", "head title")
+    assert seen.asked == [] and seen.found["counts"] == {"script": 0, "img": 0, "head title": 1}
+    assert EVIL in seen.found["text"] and seen.found["width"] == PHONE
+    unsafe = path.read_text().replace("&lt;", "<").replace("&gt;", ">")
+    path.write_text(re.sub("<meta http-equiv[^>]*>", "", unsafe))
+    assert any("evil.invalid" in url for url in look(path).asked)  # this test can see a request
+
+
+def brightness(color: str) -> float:
+    """0 to 255, of rgb(r, g, b)."""
+    parts = [int(number) for number in re.findall(r"\d+", color)[:3]]
+    return sum(parts) / 3

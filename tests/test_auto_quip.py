@@ -1,0 +1,126 @@
+"""The original's interface: the same names, and what it does with them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+import torch
+import zoo
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import lowbit
+from lowbit import QuipQuantizer, load_quantized_model
+from lowbit.formats.lattice import LatticeLinear
+
+SMALL: dict[str, Any] = {"nsamples": 2, "model_seqlen": 16, "quip_tune_iters": 1}
+
+
+def packed(model: PreTrainedModel) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, LatticeLinear)}
+
+
+def float_model(name: str = "llama") -> tuple[PreTrainedModel, Any]:
+    folder = quantized.source(name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+def test_a_live_model_is_quantized_saved_and_loaded(tmp_path: Path, name: str) -> None:
+    model, tokenizer = float_model(name)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    quantizer = QuipQuantizer(codebook="E8P12", dataset=quantized.text(), **SMALL)
+    made = quantizer.quantize_model(model, tokenizer)
+    assert packed(made)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    batch = zoo.tokens(rows=1, length=5)
+    generated = made.generate(batch, max_new_tokens=3, do_sample=False)
+    quantizer.save(made, tmp_path / "out")
+    again = load_quantized_model(tmp_path / "out")
+    assert torch.equal(again.generate(batch, max_new_tokens=3, do_sample=False), generated)
+    assert torch.equal(again(batch).logits, made(batch).logits)
+
+
+def test_texts_and_a_folder_of_ones_own(tmp_path: Path) -> None:
+    model, tokenizer = float_model()
+    quantizer = QuipQuantizer(dataset=["abcdefgh" * 9, "ijklmnop" * 9], **SMALL)
+    made = quantizer.quantize_model(model, tokenizer, tmp_path / "out")
+    plain, _ = lowbit.load(tmp_path / "out")
+    batch = zoo.tokens()
+    assert torch.equal(plain(batch).logits, made(batch).logits)
+    quantizer.save(made, tmp_path / "out")
+    with pytest.raises(ValueError, match="is not empty"):
+        quantizer.save(made, quantized.source())
+
+
+@pytest.mark.parametrize("given", [["gate", "o_proj", "lm_head"], "gate, o_proj,lm_head"])
+def test_a_list_and_one_string_mean_the_same(tmp_path: Path, given: Any) -> None:
+    quantizer = QuipQuantizer(dataset=quantized.text(), modules_to_not_convert=given, **SMALL)
+    out = quantizer.quantize_folder(quantized.source(), tmp_path / "out")
+    found = packed(load_quantized_model(out))
+    assert {name.rpartition(".")[2] for name in found} == {
+        *("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    }
+
+
+FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "nothing": ({}, {"tune_iters": 10, "damping": 0.01, "scale": "auto", "resid_scale": None}),
+    "scale": ({"scale_override": 0.9}, {"scale": 0.9}),
+    "residual as a divisor": (
+        {"codebook": "E8P12RVQ4B", "opt_resid_scale": 4.0},
+        {"codebook": "E8P12RVQ4B", "resid_scale": 0.25},
+    ),
+    "residual as a share": (
+        {"codebook": "E8P12RVQ3B", "opt_resid_scale": 0.5},
+        {"resid_scale": 0.5},
+    ),
+    "rows": ({"per_channel": True}, {"row_scale": "always"}),
+    "signs": ({"merge_suv": True}, {"merge_suv": True}),
+    "training": (
+        {"ft_epochs": 3, "ft_lr": 1e-3, "ft_susv_lr": 1e-2, "batch_size": 2},
+        {"finetune_epochs": 3, "norm_lr": 1e-3, "sign_lr": 1e-2, "batch": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_settings_are_those_of_the_method(name: str) -> None:
+    given, wanted = FIELDS[name]
+    quantizer = QuipQuantizer(**given)
+    assert wanted.items() <= quantizer.method().model_dump().items()
+    assert QuipQuantizer.from_dict(quantizer.to_dict()) == quantizer
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": ({"bits": 2}, "'bits' is no field of QuipQuantizer"),
+    "misspelt": ({"quip_tune_iter": 2}, "did you mean 'quip_tune_iters'"),
+    "codebook": ({"codebook": "E8P13"}, "E8P12"),
+    "rescale_WH": ({"rescale_WH": True}, "rescale_WH=True: .*leave it out"),
+    "sequential": ({"sequential": True}, "Hessians are always"),
+    "block": ({"block_name_to_quantize": "model.layers"}, "blocks are found from config.json"),
+    "both": ({"merge_suv": True, "ft_epochs": 1}, "merge_suv leaves no signs to train"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_offered_is_said(name: str) -> None:
+    given, message = REFUSED[name]
+    with pytest.raises(ValidationError, match=message):
+        QuipQuantizer(**given)
+
+
+def test_a_module_that_is_nowhere() -> None:
+    quantizer = QuipQuantizer(dataset=quantized.text(), modules_to_not_convert=["qproj"], **SMALL)
+    with pytest.raises(ValueError, match="no module has 'qproj' in its name"):
+        quantizer.quantize_folder(quantized.source(), "never")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"use_safetensors": False}, "pickles are never read"), ({}, "was not quantized by lowbit")],
+)
+def test_what_cannot_be_loaded(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_quantized_model(quantized.source(), **given)

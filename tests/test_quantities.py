@@ -1,0 +1,43 @@
+"""How quantities read."""
+
+import pytest
+
+from lowbit.quantities import change, duration, size
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (3599.7, "1 h 00 min"),
+        (7810, "2 h 10 min"),
+    ],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.7, "1 kB"),
+        (12_345, "12.3 kB"),
+        (2_331_048, "2.33 MB"),
+        (999_600_000, "1 GB"),
+        (1.4e11, "140 GB"),
+        (1.5e12, "1.5 TB"),
+    ],
+)
+def test_size(count, text):
+    assert size(count) == text
+
+
+def test_change():
+    assert (change(11, 10), change(9, 10), change(1, 0)) == ("+10.0 %", "-10.0 %", "")
