@@ -1,0 +1,16 @@
+# Runs `lowbit`:
+#   docker build -t lowbit .
+#   docker run --rm -v "$PWD:/data" lowbit quantize MODEL OUT --recipe rtn-w4a16-g128
+# A base that already has torch saves its download, and decides between CPU and CUDA:
+#   docker build -t lowbit --build-arg BASE=pytorch/pytorch .
+# Untested: no container engine was at hand where it was written.
+ARG BASE=python:3.12-slim
+FROM ${BASE}
+WORKDIR /lowbit
+COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY src src
+RUN pip install --no-cache-dir '.[eval]'
+RUN useradd --create-home lowbit
+USER lowbit
+WORKDIR /data
+ENTRYPOINT ["lowbit"]

@@ -1,0 +1,159 @@
+"""Is one 8-bit master as good at every width as a model made for that width?
+
+    python benchmarks/matquant.py [--models DIR ...] [--seeds 0 1 2] [--limit N] [--only NAME]
+
+MatQuant's slices at 8, 6, 4, 3 and 2 bits, beside a plain int8 model cut the same way and OmniQuant
+made for each width: equal windows, epochs, tokens, grids and initial values. Three seeds draw the
+calibration windows; the table has mean and spread. --rates measures MatQuant's learning rates on
+other calibration windows instead, and touches no evaluation text.
+"""
+
+import argparse
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from results import append
+from rich.console import Console
+from rich.table import Table
+from runs import CALIBRATION, EPOCHS, SEQLEN, STORIES, arguments, calibration, models_of
+
+import lowbit
+from lowbit.calibration import evaluation_text
+from lowbit.eval import perplexity
+from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.nested import NestedLinear
+from lowbit.methods import GPTQ, MatQuant, Method, OmniQuant
+from lowbit.models import family_name
+
+WIDTHS = (8, 6, 4, 3, 2)
+RATES = (1e-3, 5e-3, 1e-2, 3e-2)  # the first is the paper's
+TRAINED = {"lwc": True, "init": "awq", "epochs": EPOCHS}
+
+
+def masters(family: str) -> dict[str, Method]:
+    """What is cut into slices."""
+    learned = MatQuant(**TRAINED, let=family == "opt")
+    untrained = {"lwc": False, "let": False, "epochs": 0}
+    return {
+        "sliced int8": MatQuant(**untrained),
+        "matquant": learned,
+        "matquant joint": learned.model_copy(update={"rounding": "joint"}),
+        "matquant extra precision": learned.model_copy(
+            update={"extra_precision": True, "weights": [1.0, 1.0, 1.0]}
+        ),
+        "matquant single precision": MatQuant(
+            **TRAINED, let=family == "opt", widths=[2], weights=[1.0]
+        ),
+        "joint, no training": MatQuant(**untrained, rounding="joint"),
+    }
+
+
+def direct(family: str, bits: int) -> dict[str, Method]:
+    learned = OmniQuant(bits=bits, **TRAINED, let=family == "opt")
+    return {
+        "omniquant": learned,
+        "omniquant+gptq": learned.model_copy(update={"rounding": "gptq"}),
+        "gptq": GPTQ(bits=bits),
+    }
+
+
+class Measured:
+    """Perplexities by method and width over the seeds of one model; every one is a row."""
+
+    def __init__(self, model: Path, limit: int | None) -> None:
+        self.model = model
+        self.limit = limit
+        self.values: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self.bits: dict[tuple[str, int], float] = {}
+
+    def quantize(self, name: str, method: Method, seed: int, widths: tuple[int, ...]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            lowbit.quantize(self.model, folder, method, calibration(seed=seed))
+            made, tokenizer = lowbit.load(folder)
+        tokens = evaluation_text(str(STORIES), tokenizer, SEQLEN)
+        for width in widths:
+            if any(isinstance(module, NestedLinear) for module in made.modules()):
+                lowbit.set_bits(made, width)
+            found = perplexity(made, tokens, SEQLEN, self.limit)
+            bits = real_bits(made)
+            self.values[name, width].append(found.value)
+            self.bits[name, width] = bits
+            case = f"{self.model.name} | {name} | {width} bits | seed {seed}"
+            notes = f"{bits:.3f} bits linears, context {SEQLEN}, {found.windows} windows"
+            row = {"case": case, "metric": "perplexity", "value": f"{found.value:.4f}"}
+            append("matquant", [row | {"unit": "", "notes": notes}])
+            print(case, f"{found.value:.3f}", flush=True)
+
+    def table(self) -> Table:
+        names = list(dict.fromkeys(name for name, _ in self.values))
+        table = Table(self.model.name, *(f"{width} bits" for width in WIDTHS))
+        for name in names:
+            table.add_row(name, *(self._cell(name, width) for width in WIDTHS))
+        return table
+
+    def _cell(self, name: str, width: int) -> str:
+        values = self.values.get((name, width))
+        if not values:
+            return ""
+        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{mean(values):.3f}{spread} ({self.bits[name, width]:.2f})"
+
+
+def real_bits(model: torch.nn.Module) -> float:
+    """Bits per weight of the linears as they would be stored at their widths."""
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    stored = sum(
+        (m.slice(m.bits) if isinstance(m, NestedLinear) and m.bits < 8 else m).weight_bytes()
+        for m in layers
+    )
+    return 8 * stored / sum(m.in_features * m.out_features for m in layers)
+
+
+def measure_rates(model: Path) -> None:
+    """The weighted loss of the slices on windows that neither trained nor are evaluated on."""
+    method = masters(family_name(model))["matquant"]
+    for rate in RATES:
+        with tempfile.TemporaryDirectory() as folder:
+            changed = method.model_copy(update={"lwc_lr": rate})
+            lowbit.quantize(model, folder, changed, calibration(seed=0))
+            made, tokenizer = lowbit.load(folder)
+        tokens = evaluation_text(str(CALIBRATION), tokenizer, SEQLEN)
+        for width in WIDTHS:
+            lowbit.set_bits(made, width)
+            value = perplexity(made, tokens[-64 * SEQLEN :], SEQLEN).value
+            case = f"{model.name} | lwc_lr {rate} | {width} bits | calibration text"
+            row = {"case": case, "metric": "perplexity", "value": f"{value:.4f}", "unit": ""}
+            append("matquant rates", [row])
+            print(case, f"{value:.3f}", flush=True)
+
+
+def run(model: Path, args: argparse.Namespace) -> Table:
+    measured, family = Measured(model, args.limit), family_name(model)
+    for seed in args.seeds:
+        for name, method in masters(family).items():
+            if args.only in name:
+                measured.quantize(name, method, seed, WIDTHS)
+        for width in WIDTHS:
+            for name, method in direct(family, width).items():
+                if args.only in name:
+                    measured.quantize(name, method, seed, (width,))
+    return measured.table()
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", action="store_true", help="measure learning rates instead")
+    args = parser.parse_args()
+    for model in models_of(args):
+        if args.rates:
+            measure_rates(model)
+        else:
+            Console(width=140).print(run(model, args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What does each part of PTQ1.61 give, below two bits?
+
+    python benchmarks/ptq161.py [--models DIR ...] [--limit N] [--only NAME]
+
+Signs alone, the mask of salient channels, then learned or fitted scales, and the same after
+preprocessing (low-rank training: rows of their own, for that is no calibration), beside rtn,
+OmniQuant and QuIP# at 2 bits. The same calibration windows for all.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+from runs import CALIBRATION, EPOCHS, SEQLEN, Rows, arguments, calibration, models_of
+
+from lowbit.methods import PTQ161, RTN, Method, OmniQuant, QuIP
+from lowbit.models import family_name
+from lowbit.preprocess import LoRA, preprocess
+
+STEPS = 150  # of 4 windows: 153,600 tokens
+LEARNED = PTQ161(epochs=EPOCHS, init="als")
+
+
+def cases(family: str) -> dict[str, Method]:
+    return {
+        "rtn W2 g64": RTN(bits=2, group_size=64),
+        "omniquant W2 g64": OmniQuant(
+            bits=2, group_size=64, let=family == "opt", init="awq", epochs=EPOCHS
+        ),
+        "quip E8P12": QuIP(),
+        "signs": PTQ161(salient_ratio=0, epochs=0),
+        "mask": PTQ161(epochs=0),
+        "mask + als": PTQ161(epochs=0, init="als"),
+        "mask + als + refit": PTQ161(epochs=0, init="als", refit_salient=True),
+        "mask + learned": PTQ161(epochs=EPOCHS),
+        "mask + als + learned": LEARNED,
+        "mask + als + refit + learned": LEARNED.model_copy(update={"refit_salient": True}),
+    }
+
+
+def restored(model: Path, out: Path) -> Path:
+    """The model after preprocessing with a first pass of PTQ1.61."""
+    lora = LoRA(
+        sources=(str(CALIBRATION),),
+        seqlen=SEQLEN,
+        steps=STEPS,
+        batch=4,
+        accumulate=1,
+        learning_rate=1e-3,
+        gradient_checkpointing=False,
+    )
+    return preprocess(model, out, LEARNED, lora, calibration())
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
+    rows = Rows("ptq161", args)
+    for model in models_of(args):
+        rows.record(model.name, "float", model)
+        for name, method in cases(family_name(model)).items():
+            rows.quantize(model, name, method)
+        if args.only not in "after LoRA":
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            moved = restored(model, Path(folder) / "moved")
+            rows.record(model.name, "after LoRA: float", moved, time.perf_counter() - started)
+            label = f"after LoRA: {'mask + als + learned'}"
+            rows.quantize(moved, label, LEARNED, label=model.name)
+
+
+if __name__ == "__main__":
+    main()
