@@ -176,7 +176,7 @@ def draw(bench: Bench, sizes: tuple[int, ...], curves: dict[str, list[float]], p
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("plots need matplotlib: pip install 'lowbit[report]'") from None
+        raise SystemExit("plots need matplotlib: pip install 'lowbit[bench]'") from None
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "lowbit"  # the same bytes for the same numbers
     from matplotlib import pyplot

@@ -11,8 +11,10 @@ import re
 
 from results import FILE
 
-METHODS = ("rtn", "gptq", "omniquant", "omniquant+gptq")
-GRIDS = ("W4 g128", "W3 g128", "W2 g128", "W2 g64", "W2")
+METHODS = ("rtn", "gptq", "omniquant", "omniquant+gptq", "quip")
+GRIDS = ("W4 g128", "W4", "W3 g128", "W3", "W2 g64", "W2")
+# A codebook takes as many bits as a grid with one scale per row.
+CODEBOOKS = {"W4": "E8P12RVQ4B", "W3": "E8P12RVQ3B", "W2": "E8P12"}
 
 
 def main() -> None:
@@ -27,13 +29,16 @@ def main() -> None:
     print("| --- " * (3 + len(METHODS)) + "|")
     for model in args.models:
         whole = found[(model, "float", args.text)]
-        print(f"| **{model}**, float16 | 16 | 16 | {float(whole['value']):.2f} |" + " |" * 3)
+        print(f"| **{model}**, float16 | 16 | 16 | {float(whole['value']):.2f} |" + " |" * 4)
         for grid in GRIDS:
-            cells = [found[(model, f"{method} {grid}", args.text)] for method in METHODS]
+            names = [f"{method} {grid}" for method in METHODS[:-1]]
+            names.append(f"quip {CODEBOOKS.get(grid)}")
+            cells = [found.get((model, name, args.text)) for name in names]
+            assert cells[0] is not None, f"{model} {grid} was not measured"
             bits = re.match(r"([\d.]+) bits linears, ([\d.]+) bits model", cells[0]["notes"])
             assert bits is not None
-            values = [f"{float(cell['value']):.2f}" for cell in cells]
-            best = min(values, key=float)
+            values = [f"{float(cell['value']):.2f}" if cell else "" for cell in cells]
+            best = min(filter(None, values), key=float)
             shown = [f"**{value}**" if value == best else value for value in values]
             sizes = f"{float(bits[1]):.2f} | {float(bits[2]):.2f}"
             print(f"| {grid} | {sizes} | {' | '.join(shown)} |")

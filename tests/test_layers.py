@@ -19,24 +19,30 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
     "quantities": set(),
+    "patterns": set(),
     "config": set(),
     "recipes": {"config"},
     "kernels": set(),
-    "formats": {"kernels", "config"},
+    "formats": {"kernels", "config", "patterns"},
     "blocks": set(),
     "solvers": {"blocks", "kernels", "config"},
     "checkpoint": {"formats", "config", "version"},
-    "models": {"blocks", "checkpoint", "kernels"},  # kernels: attention rounds what it reads
-    "methods": {"blocks", "solvers", "formats", "kernels", "config"},
+    "models": {
+        "blocks",
+        "checkpoint",
+        "kernels",
+        "patterns",
+    },  # kernels: attention rounds what it reads
+    "methods": {"blocks", "solvers", "formats", "kernels", "config", "patterns"},
     "calibration": {"config"},
     "load": {"models", "formats", "checkpoint", "config", "version"},
     "eval": {"load", "calibration", "checkpoint", "config"},
     "export": {"formats", "checkpoint", "config", "version"},
     "convert": {"formats", "checkpoint", "config", "version"},
     "report": {"checkpoint", "config", "quantities", "version"},
-    "allocate": {"load", "eval", "formats", "config"},
+    "allocate": {"calibration", "checkpoint", "config", "eval", "formats", "load", "models"},
     "preprocess": {"blocks", "calibration", "checkpoint", "config", "convert", "load", "methods"}
-    | {"models", "pipeline", "version"},
+    | {"models", "patterns", "pipeline", "version"},
     "auto_quip": {"blocks", "calibration", "checkpoint", "config", "load", "methods", "models"}
     | {"pipeline"},
 }

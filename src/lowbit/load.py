@@ -25,6 +25,7 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoint import CheckpointReader, QuantizedFolder
+from lowbit.checkpoint.slices import slices_of, widths_of
 from lowbit.checkpoint.verify import (
     quantization_section,
     quantized_entries,
@@ -34,7 +35,7 @@ from lowbit.checkpoint.verify import (
 from lowbit.formats import build, link
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear, slice_tensors
-from lowbit.formats.nested.widths import Plan, sliced_entries
+from lowbit.formats.nested.widths import Plan
 from lowbit.models.attention import round_attentions
 from lowbit.models.locate import locate
 from lowbit.models.skeleton import memory_names, unfuse_experts
@@ -110,10 +111,27 @@ def load_model(
     return model
 
 
-def stream(folder: Path, trust_remote_code: bool = False) -> StreamedModel:
+def set_widths(model: PreTrainedModel, folder: Path, bits: Plan) -> None:
+    """Runs the model of a folder, which holds the masters, at other widths from now on.
+
+    bits: as `load` takes it, with names on disk; what it does not name runs at its folder's width.
+    """
+    quantized = QuantizedFolder(folder)
+    widths = widths_of(quantized, bits)
+    inside = memory_names(model, [f"{name}.master" for name in widths])
+    for name, width in widths.items():
+        layer = model.get_submodule(inside[f"{name}.master"].removesuffix(".master"))
+        assert isinstance(layer, NestedLinear)
+        layer.set_bits(width)
+
+
+def stream(
+    folder: Path, trust_remote_code: bool = False, bits: Plan | None = None
+) -> StreamedModel:
     """The model of a float or a quantized folder, to be run block by block in float32.
 
-    Raises ValueError that names the file or tensor that is wrong.
+    bits: the widths at which the masters of a folder that matquant made run; see `load`. Raises
+    ValueError that names the file or tensor that is wrong.
     """
     section = read_config(folder).get("quantization_config")
     config = load_config(folder, trust_remote_code)
@@ -122,9 +140,13 @@ def stream(folder: Path, trust_remote_code: bool = False) -> StreamedModel:
         return StreamedModel(folder, config, trust_remote_code)
     quantized = QuantizedFolder(folder)
     quantized.verify()
+    entries = dict(quantized.entries)
+    if bits is not None:
+        widths = widths_of(quantized, bits)
+        entries |= {name: {**entries[name], "bits": width} for name, width in widths.items()}
 
     def prepare(model: PreTrainedModel) -> None:
-        replace_linears(model, quantized.entries)
+        replace_linears(model, entries)
         mark_attentions(model, quantized.attention)
 
     return StreamedModel(folder, config, trust_remote_code, prepare)
@@ -255,17 +277,6 @@ class CutSlice(ConversionOps):
         layer = kwargs["model"].get_submodule(kwargs["full_layer_name"].rpartition(".")[0])
         assert isinstance(layer, NestedLinear)
         return {f".{key}": [tensor] for key, tensor in slice_tensors(layer.spec, master).items()}
-
-
-def slices_of(folder: QuantizedFolder, bits: Plan | None) -> dict[str, dict[str, Any]]:
-    """Entries of the slices that are loaded instead of the folder's masters, by name on disk."""
-    if bits is None:
-        return {}
-
-    def master(name: str) -> Tensor:
-        return folder.reader.read([f"{name}.master"])[f"{name}.master"]
-
-    return sliced_entries(folder.entries, bits, master)
 
 
 def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) -> None:

@@ -86,3 +86,14 @@ def learned(
     out = tmp_path_factory.mktemp("out") / "learned"
     lowbit("quantize", MODEL, out, *learning)
     return out
+
+
+@pytest.fixture(scope="session")
+def nested(
+    lowbit: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, story: Path
+) -> Path:
+    out = tmp_path_factory.mktemp("out") / "nested"
+    few = ("--samples", 1, "--seqlen", 32, "--calibration", story)
+    quick = ("--set", "lwc=false", "--set", "epochs=0", "--set", "group_size=64")
+    lowbit("quantize", MODEL, out, "--method", "matquant", *few, *quick)
+    return out

@@ -83,6 +83,24 @@ def test_tasks_without_a_text(lowbit, tmp_path):
     assert "llama-mini  acc" in "\n".join(lines)
 
 
+def test_a_row_for_each_width(lowbit, nested, rtn, story, tmp_path):
+    plan, file = tmp_path / "plan.yaml", tmp_path / "numbers.json"
+    plan.write_text("down_proj: 2\n")
+    options = ("--text", story, "--seqlen", 64, "--limit", 1, "--json", file)
+    result = lowbit("eval", nested, rtn, "--bits", f"8,4,3,{plan}", *options)
+    found = json.loads(file.read_text())
+    names = [f"{nested} at {width} bits" for width in (8, 4, 3)]
+    assert list(found) == [*names, f"{nested} by plan.yaml", str(rtn)]
+    assert [row["trained"] for row in found.values()] == [True, True, False, True, None]
+    shown = [line.split()[:4] for line in result.stdout.splitlines()[2:7]]
+    learned = ("trained", "trained", "interpolated", "trained")
+    for line, width, how, row in zip(
+        shown, ("8", "4", "3", "plan.yaml"), learned, found.values(), strict=False
+    ):
+        assert line == ["nested", width, how, f"{row['bits_per_weight']['linears']:.2f}"]
+    assert shown[-1][0] == "rtn" and "interpolated" not in shown[-1]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -42,7 +42,8 @@ def same(out: Path, wanted: dict[str, bytes], when: str) -> None:
     assert not [name for name in wanted if found[name] != wanted[name]], when
 
 
-@pytest.mark.parametrize("method", quantized.METHODS)
+# One that learns, one whose layers share, one without text; the disk sees no more of the others.
+@pytest.mark.parametrize("method", ["omniquant", "quip", "rtn"])
 def test_killed_between_any_two_changes_to_the_disk(method: str, tmp_path: Path) -> None:
     model, whole = quantized.source(), quantized.contents(quantized.folder(method=method))
     with watched(Disk(tmp_path / "counted")) as disk:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import zoo
+from quantized import folder as small_folder
 from quantized import source as letters  # its tokens are characters
+from quantized import text as random_text
 
 import lowbit
+from lowbit.convert import slice_folder
 from lowbit.eval import EvalOptions, TaskOptions, evaluate
 
 LLAMA = zoo.MODELS / "llama-mini"
@@ -54,6 +57,50 @@ def test_models_of_different_contexts_need_one_seqlen(tmp_path: Path) -> None:
     (short / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="name one --seqlen for all"):
         evaluate([LLAMA, short], EvalOptions(texts=(str(STORIES),), limit=1))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])  # whose layers have other names on disk
+def test_a_row_for_each_width_is_that_of_the_slice(name: str, tmp_path: Path) -> None:
+    master, text = small_folder(name, "matquant"), random_text()
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("self_attn.*: 3\nexperts.*: 6\n" if name == "mixtral" else "mlp.*: 3\n")
+    options = EvalOptions(texts=(text,), seqlen=16, limit=3)
+    bits = (2, str(plan), 8)
+    sliced = options.model_copy(update={"bits": bits})
+    *rows, other = evaluate([master, letters(name)], sliced)
+    assert other.bits is None and other.name == str(letters(name))
+    assert [(row.bits, row.trained) for row in rows] == [(2, True), (str(plan), False), (8, True)]
+    for number, row in enumerate(rows):
+        out = slice_folder(master, tmp_path / str(number), bits[number])
+        [alone] = evaluate([out], options)
+        assert row.perplexity == alone.perplexity and row.bits_per_weight["linears"] < 10
+        assert row.bits_per_weight == pytest.approx(alone.bits_per_weight, abs=1e-9)
+        assert row.size_bytes == pytest.approx(alone.size_bytes, rel=0.03)  # but for the headers
+    # From a reference, the widths are run block by block.
+    streamed = evaluate([master], sliced.model_copy(update={"reference": str(letters(name))}))
+    for row, plain in zip(streamed, rows, strict=True):
+        assert row.perplexity == pytest.approx(plain.perplexity, rel=1e-4)
+    kl = [row.divergence[text].kl for row in streamed]
+    assert kl[0] > kl[1] > kl[2] > 0
+    assert [row.name for row in streamed][:2] == [f"{master} at 2 bits", f"{master} by plan.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "models", "message"),
+    [
+        ((4,), ["rtn"], "bits is for folders that matquant made: none of these models is one"),
+        ((4, 9), ["rtn", "matquant"], "allowed are 2 to 8"),
+    ],
+)
+def test_widths_are_checked_before_anything_is_measured(
+    bits: tuple[int, ...], models: list[str], message: str
+) -> None:
+    steps: list[tuple[str, int, int]] = []
+    options = EvalOptions(texts=(random_text(),), seqlen=16, limit=1, bits=bits)
+    with pytest.raises(ValueError, match=message):
+        folders = [small_folder(method=method) for method in models]
+        evaluate(folders, options, lambda *step: steps.append(step))
+    assert not steps
 
 
 @pytest.mark.parametrize("per_document", [False, True])

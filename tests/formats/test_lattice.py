@@ -1,4 +1,5 @@
 import hashlib
+from contextlib import nullcontext
 from functools import cache
 from itertools import product
 from typing import Any
@@ -543,11 +544,62 @@ def test_members_that_do_not_fit_are_refused(change: dict[str, Any], message: st
         link({"q": owner, "k": member})
 
 
+@pytest.mark.parametrize(("inner", "outer"), [("float16", "float32"), ("hadamard", "float16")])
+def test_stored_factors(inner: str, outer: str) -> None:
+    """Widths of 40 = 5 x 8 and 12 = 3 x 4."""
+    made = ENTRY | {"transform_in": inner, "transform_out": outer, "residual_scale": -0.25}
+    q, k = build(made), build(made | {"shares": "q"})
+    with (
+        pytest.raises(ValueError, match="was not linked") if inner != "hadamard" else nullcontext()
+    ):
+        k.dequantize()
+    link({"q": q, "k": k})
+    for layer in (q, k):
+        assert isinstance(layer, LatticeLinear)
+        codes = random_codes(layer.codebook, 12, 5)
+        layer.packed.copy_(layer.codebook.pack(codes))
+        layer.scale.fill_(0.5)
+        for factor in (layer.factor_in, layer.factor_out):
+            if factor is not None:
+                factor.copy_(draw(*factor.shape))
+        assert layer.weight_bytes() == tensor_bytes(**layer.entry())
+    assert k.factor_in is None and k.factor_out.shape == (3, 3)
+    wanted = [
+        torch.kron(m.float(), orthogonal(p).dense())
+        for m, p in ((q.factor_in, 8), (k.factor_out, 4))
+        if m is not None
+    ]
+    left = wanted[0] if inner != "hadamard" else orthogonal(40).dense()
+    plain = k.rotation_in.signs()[None] * (
+        k.rotation_out.signs()[:, None] * (wanted[-1] @ k.rotated() @ left.T)
+    )
+    torch.testing.assert_close(k.dequantize(), plain)
+    for tokens in (1, 100):
+        x = draw(tokens, 40)
+        torch.testing.assert_close(k(x), x @ plain.T, rtol=1e-4, atol=1e-4)
+    stored = {"q": q.with_signs(torch.float16), "k": k.with_signs(torch.float16)}
+    link(stored)
+    assert torch.equal(stored["k"].dequantize(), k.dequantize())
+
+
+def test_factors_that_cannot_be_stored() -> None:
+    for shape, odd in (([8, 40], 1), ([2**14 + 1, 40], 2**14 + 1)):
+        with pytest.raises(ValueError, match=f"transform_out: the odd part of .* is {odd}: a fac"):
+            build(ENTRY | {"shape": shape, "transform_out": "float16"})
+    sides = rotation(40, 5), rotation(12, 6, "float16")
+    book = CODEBOOKS["D4"]
+    with pytest.raises(ValueError, match="factor_out is missing"):
+        LatticeLinear.from_codes(random_codes(book, 12, 10), torch.ones(1), *sides, codebook=book)
+
+
 def test_compiles_whole() -> None:
     for book in CODEBOOKS.values():
         layer = made(12, 40, book)
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
         assert torch.equal(compiled(draw(3, 40)), layer(draw(3, 40)))
+    stored = build(ENTRY | {"transform_in": "float16", "signs": "float16"})
+    compiled = torch.compile(stored, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(draw(3, 40)), stored(draw(3, 40)))
 
 
 # Sizes and what is refused
@@ -616,7 +668,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "shape": [None, 12, [], [12], [12, 40, 1], [0, 40], [-12, 40], [12, 2**31], [12.0, 40]],
     "bias": ["float64", "", 1, True],
     "codebook": [None, "", "e8p12", "E8", ["E8P12"]],
-    "residual_scale": [None, 0, -0.5, 1.5, float("nan"), float("inf"), "0.5", True],
+    "residual_scale": [None, 0, -1.5, 1.5, float("nan"), float("inf"), "0.5", True],
     "scale": [None, "group", 1, "ROW"],
     "scale_dtype": [None, "bfloat16", "float64", 16],
     "seed_in": [-1, 2**53, 1.0, "1", True],

@@ -1,7 +1,7 @@
 """Write a folder in one go: shards one after another, then the index, then config.json."""
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lowbit.checkpoint.reader import INDEX
 from lowbit.checkpoint.writer import explained, save_tensors, write_json
+
+ConfigJson = dict[str, Any] | Callable[[Path], dict[str, Any]]
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 OURS = ("config.json", "report.json", "events.jsonl", INDEX)
@@ -18,11 +20,12 @@ def write_folder(
     out: Path,
     shards: Iterable[Mapping[str, Tensor]],
     count: int,
-    config: dict[str, Any],
+    config: ConfigJson,
     companions: Path,
 ) -> None:
     """shards: `count` dictionaries of tensors by name on disk, made one at a time.
 
+    config: config.json, or what makes it from the folder in which the shards then lie.
     companions: a folder whose other files (tokenizer, licences) are copied. Raises ValueError when
     `out` is there already, or the disk is full; then nothing of `out` remains.
     """
@@ -44,7 +47,7 @@ def write_folder(
 
 
 def _write(
-    folder: Path, shards: Iterable[Mapping[str, Tensor]], count: int, config: dict[str, Any]
+    folder: Path, shards: Iterable[Mapping[str, Tensor]], count: int, config: ConfigJson
 ) -> None:
     placed: dict[str, str] = {}
     total = 0
@@ -55,4 +58,4 @@ def _write(
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
     write_json(folder / INDEX, index)
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config(folder) if callable(config) else config)

@@ -13,12 +13,14 @@ from lowbit.cli.dequantize import dequantize
 from lowbit.cli.evaluate import evaluate
 from lowbit.cli.generate import generate
 from lowbit.cli.inspect import inspect
+from lowbit.cli.mix import mix
 from lowbit.cli.plan import plan
 from lowbit.cli.preprocess import preprocess
 from lowbit.cli.quantize import quantize
 from lowbit.cli.recipes import recipes
 from lowbit.cli.report import report
 from lowbit.cli.screen import console
+from lowbit.cli.slice import cut
 from lowbit.config import explain
 from lowbit.models.quiet import quiet
 from lowbit.version import __version__
@@ -65,7 +67,8 @@ app = typer.Typer(
 )
 app.command()(quantize)
 app.command("eval")(evaluate)
-for command in (plan, generate, inspect, report, preprocess, dequantize, convert, recipes):
+app.command("slice")(cut)
+for command in (mix, plan, generate, inspect, report, preprocess, dequantize, convert, recipes):
     app.command()(command)
 
 

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from lowbit.cli.screen import change, size
 from lowbit.eval import Evaluation, TaskScore
+from lowbit.eval.evaluate import labelled
 
 GAP = 2  # blanks between columns
 
@@ -14,20 +15,12 @@ GAP = 2  # blanks between columns
 def show_texts(screen: Console, rows: list[Evaluation]) -> None:
     """A line per model: bits, size, and of every text perplexity and divergence."""
     first = rows[0]
-    table = _table()
-    for column in ("bits\n(linears)", "bits\n(model)", "\nsize"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for text in first.perplexity:
-        table.add_column(
-            f"perplexity\n{Path(text).name}", justify="right", overflow="fold", min_width=10
-        )
-        if len(rows) > 1:
-            table.add_column("\nchange", justify="right", no_wrap=True)
-        if text in first.divergence:
-            table.add_column("\nKL", justify="right", no_wrap=True)
-            table.add_column("same\ntop token", justify="right", no_wrap=True)
-    for row, name in zip(rows, short_names([row.model for row in rows]), strict=True):
-        cells = [name, *(f"{row.bits_per_weight[part]:.2f}" for part in ("linears", "model"))]
+    sliced = any(row.bits is not None for row in rows)
+    table = _text_table(first, len(rows) > 1, sliced)
+    short = _by_model(rows)
+    for row in rows:
+        cells = [short[row.model], *(_slice(row) if sliced else ())]
+        cells += [f"{row.bits_per_weight[part]:.2f}" for part in ("linears", "model")]
         cells.append(size(row.size_bytes))
         for text, value in row.perplexity.items():
             cells.append(f"{value:.3f}" if value < 1000 else f"{value:.3g}")
@@ -42,10 +35,30 @@ def show_texts(screen: Console, rows: list[Evaluation]) -> None:
         screen.print(line, style="dim", soft_wrap=True)
 
 
+def _text_table(first: Evaluation, several: bool, sliced: bool) -> Table:
+    """Its columns. several: rows, which have a change; sliced: some have a width of their own."""
+    table = _table()
+    for column in ("\nwidth", "\nslice") if sliced else ():
+        table.add_column(column, no_wrap=True)
+    for column in ("bits\n(linears)", "bits\n(model)", "\nsize"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for text in first.perplexity:
+        table.add_column(
+            f"perplexity\n{Path(text).name}", justify="right", overflow="fold", min_width=10
+        )
+        if several:
+            table.add_column("\nchange", justify="right", no_wrap=True)
+        if text in first.divergence:
+            table.add_column("\nKL", justify="right", no_wrap=True)
+            table.add_column("same\ntop token", justify="right", no_wrap=True)
+    return table
+
+
 def show_tasks(screen: Console, rows: list[Evaluation], folder: Path | None = None) -> None:
     """A line per model and metric, a column per task; folder: where local tasks came from."""
     tasks = {name: score for name, score in rows[0].tasks.items() if score.part_of is None}
-    names = short_names([row.model for row in rows])
+    short = _by_model(rows)
+    names = [labelled(short[row.model], row.bits) for row in rows]
     metrics = list(dict.fromkeys(metric for score in tasks.values() for metric in score.metrics))
     used = sum(max(map(len, texts)) + GAP for texts in (("model", *names), ("metric", *metrics)))
     for shown in _fitting(tasks, screen.width - used):
@@ -80,6 +93,20 @@ def short_names(models: list[str]) -> list[str]:
     """Without the folders before them, where that tells them apart."""
     short = [Path(model).name or model for model in models]
     return short if len(set(short)) == len(short) else models
+
+
+def _by_model(rows: list[Evaluation]) -> dict[str, str]:
+    """The short name of each model; one that was run at several widths has several rows."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    return dict(zip(models, short_names(models), strict=True))
+
+
+def _slice(row: Evaluation) -> tuple[str, str]:
+    """At which width a model ran, and whether it was made for that."""
+    if row.bits is None:
+        return "", ""
+    width = str(row.bits) if isinstance(row.bits, int) else Path(row.bits).name
+    return width, "trained" if row.trained else "interpolated"
 
 
 def _table() -> Table:

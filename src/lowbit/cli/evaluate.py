@@ -10,6 +10,7 @@ from lowbit.checkpoint.writer import write_json
 from lowbit.cli.device import device_map
 from lowbit.cli.eval_tables import show_tasks, show_texts
 from lowbit.cli.screen import console
+from lowbit.cli.slice import parse_bits
 from lowbit.eval import EvalOptions, Evaluation, TaskOptions
 from lowbit.eval import evaluate as measure
 
@@ -41,6 +42,10 @@ def evaluate(  # noqa: PLR0913 (a command's options)
     ] = None,
     task_limit: Annotated[int | None, Option(help="Rows of each task.")] = None,
     few_shot: Annotated[int | None, Option(help="Solved examples before a row.  [0]")] = None,
+    bits: Annotated[
+        str | None,
+        Option(metavar="8,4,PLAN,...", help="Run what matquant made at each of these widths."),
+    ] = None,
     json: Annotated[Path | None, Option(metavar="FILE", help="Write the numbers here too.")] = None,
     device: Annotated[str, Option(metavar="cpu|cuda:N|auto")] = "auto",
     trust_remote_code: Annotated[
@@ -55,6 +60,7 @@ def evaluate(  # noqa: PLR0913 (a command's options)
         limit=limit,
         reference=reference,
         tasks=_tasks(tasks, tasks_dir, task_limit, few_shot),
+        bits=tuple(dict.fromkeys(map(parse_bits, bits.split(",")))) if bits else (),
         device_map=device_map(device),
         trust_remote_code=trust_remote_code,
     )
@@ -62,7 +68,7 @@ def evaluate(  # noqa: PLR0913 (a command's options)
         raise ValueError(f"--json {json}: that is a folder, or in a folder that does not exist")
     found = _measure(list(dict.fromkeys([model, *(others or [])])), options)
     if json is not None:
-        write_json(json, {row.model: row.to_json() for row in found})
+        write_json(json, {row.name: row.to_json() for row in found})
     screen = console()
     show_texts(screen, found)
     if found[0].tasks:

@@ -39,6 +39,7 @@ class StreamedLogits:
 
     rows: (tokens,) int64 each, of any lengths. The blocks are run at once, over all rows; kept are
     the hidden states behind the last one, in memory or, where they are large, in temporary files.
+    bits: the widths at which a folder that matquant made runs.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class StreamedLogits:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
         progress: Progress = lambda what, done, of: None,
+        bits: int | str | None = None,
     ) -> None:
         self.folder = folder
         self.rows = rows
-        model = stream(folder, trust_remote_code)
+        model = stream(folder, trust_remote_code, bits)
         self.vocabulary = int(model.config.vocab_size)
         needed = 4 * sum(len(row) for row in rows) * int(model.config.hidden_size)
         large = needed > MOST_OF_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

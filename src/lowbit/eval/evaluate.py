@@ -12,7 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from lowbit.calibration import evaluation_documents, evaluation_text
+from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import size_of
+from lowbit.checkpoint.slices import has_masters, is_trained, size_of_slice, widths_of
 from lowbit.checkpoint.verify import read_config
 from lowbit.config import Config
 from lowbit.eval.divergence import Divergence, StreamedLogits, divergence
@@ -25,7 +27,7 @@ from lowbit.eval.perplexity import (
     windows_of,
 )
 from lowbit.eval.scores import TaskOptions, TaskScore
-from lowbit.load import load, load_config, load_tokenizer, locate
+from lowbit.load import load, load_config, load_tokenizer, locate, set_widths
 
 if TYPE_CHECKING:
     from lowbit.eval.tasks import Tasks
@@ -39,7 +41,8 @@ class EvalOptions(Config):
     """texts: wikitext2, c4, ptb or files; empty: no perplexity. seqlen: tokens in a window; None:
     the smaller of 2,048 and the model's context. per_document: every document from its BOS. limit:
     windows per text. reference: a float model, from which every model's divergence is measured.
-    tasks: None: none.
+    tasks: None: none. bits: widths, or paths of plans: what matquant made is measured at each of
+    them, other models as they are.
     """
 
     texts: tuple[str, ...] = ("wikitext2",)
@@ -48,6 +51,7 @@ class EvalOptions(Config):
     limit: int | None = Field(default=None, ge=1)
     reference: str | None = None
     tasks: TaskOptions | None = None
+    bits: tuple[int | str, ...] = ()
     device_map: Any = None
     trust_remote_code: bool = False
 
@@ -64,7 +68,8 @@ class EvalOptions(Config):
 class Evaluation:
     """One model's row. perplexity, windows and divergence: by text. bits_per_weight: linears and
     model. divergence: from `reference`; then text was streamed through the model in float32.
-    tasks: by name; local ones are called local_NAME.
+    tasks: by name; local ones are called local_NAME. bits: the width at which it ran, or the path
+    of the plan; None: it was run as it is. trained: whether it was made for that width.
 
     A perplexity may be infinite or not a number: then the model is broken, which is worth a row.
     """
@@ -81,9 +86,23 @@ class Evaluation:
     reference: str | None = None
     divergence: dict[str, Divergence] = field(default_factory=dict)
     tasks: dict[str, TaskScore] = field(default_factory=dict)
+    bits: int | str | None = None
+    trained: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """Tells apart the rows of one call."""
+        return labelled(self.model, self.bits)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def labelled(model: str, bits: int | str | None) -> str:
+    """A model, and the width at which it runs: "models/nested at 4 bits"."""
+    if bits is None:
+        return model
+    return f"{model} at {bits} bits" if isinstance(bits, int) else f"{model} by {Path(bits).name}"
 
 
 def evaluate(
@@ -98,9 +117,11 @@ def evaluate(
     differ (never compare across: say --seqlen).
     """
     session = _Session(options, on_progress)
+    if options.bits and not any([session.widths(str(name)) != (None,) for name in models]):
+        raise ValueError("bits is for folders that matquant made: none of these models is one")
     rows: list[Evaluation] = []
     for name in models:
-        rows.append(session.row(str(name)))
+        rows += session.rows(str(name))
         if options.texts and rows[-1].seqlen != rows[0].seqlen:
             raise ValueError(
                 f"{name} would be measured with {rows[-1].seqlen} tokens of context, "
@@ -108,6 +129,19 @@ def evaluate(
             )
         gc.collect()
     return rows
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model that is measured. texts: of each the windows, or documents. loaded: it and its
+    tokenizer; None: it is streamed.
+    """
+
+    name: str
+    folder: Path
+    seqlen: int
+    texts: dict[str, list[Tensor]]
+    loaded: tuple[Any, Any] | None
 
 
 class _Session:
@@ -122,40 +156,63 @@ class _Session:
         if options.reference is not None:
             self.reference_folder = locate(options.reference, options.trust_remote_code)
 
-    def row(self, name: str) -> Evaluation:
-        started = time.perf_counter()
+    def widths(self, name: str) -> tuple[int | str | None, ...]:
+        """What a model is to be run at, checked; None: as it is."""
+        folder = locate(name, self.options.trust_remote_code)
+        if not self.options.bits or not has_masters(folder):
+            return (None,)
+        for bits in self.options.bits:
+            widths_of(QuantizedFolder(folder), bits)
+        return self.options.bits
+
+    def rows(self, name: str) -> list[Evaluation]:
+        """A row for each width; the model is loaded once for all."""
         options = self.options
         folder = locate(name, options.trust_remote_code)
         seqlen = self._seqlen(name, folder)
+        texts = self._rows(load_tokenizer(folder, options.trust_remote_code), seqlen)
+        loaded = None
+        if self.tasks is not None or (options.texts and self.reference_folder is None):
+            loaded = load(
+                folder, device_map=options.device_map, trust_remote_code=options.trust_remote_code
+            )
+        subject = _Subject(name, folder, seqlen, texts, loaded)
+        return [self._row(subject, bits) for bits in self.widths(name)]
+
+    def _row(self, subject: "_Subject", bits: int | str | None) -> Evaluation:
+        started = time.perf_counter()
+        folder, label = subject.folder, labelled(subject.name, bits)
         found: dict[str, Perplexity] = {}
         distance: dict[str, Divergence] = {}
         scores: dict[str, TaskScore] = {}
         if self.reference_folder is not None:
-            found, distance = self._stream(name, folder, seqlen)
-        if self.tasks is not None or (options.texts and self.reference_folder is None):
-            model, tokenizer = load(
-                folder, device_map=options.device_map, trust_remote_code=options.trust_remote_code
-            )
+            found, distance = self._stream(subject, bits)
+        if subject.loaded is not None:
+            model, tokenizer = subject.loaded
+            if bits is not None:
+                set_widths(model, folder, bits)
             if self.reference_folder is None:
-                for text, rows in self._rows(tokenizer, seqlen).items():
-                    losses = losses_of(model, rows, self._progress(name))
-                    found[text] = self._perplexity(losses, seqlen)
+                for text, rows in subject.texts.items():
+                    losses = losses_of(model, rows, self._progress(label))
+                    found[text] = self._perplexity(losses, subject.seqlen)
             if self.tasks is not None:
-                scores = self.tasks.score(model, tokenizer, self._progress(f"{name}: tasks"))
-        size = size_of(folder)
+                scores = self.tasks.score(model, tokenizer, self._progress(f"{label}: tasks"))
+        size = size_of(folder) if bits is None else size_of_slice(folder, bits)
         return Evaluation(
-            model=name,
+            model=subject.name,
             method=_method(folder),
             perplexity={text: p.value for text, p in found.items()},
             bits_per_weight={"linears": size.linears, "model": size.model},
             size_bytes=size.bytes,
-            seqlen=seqlen,
+            seqlen=subject.seqlen,
             windows={text: p.windows for text, p in found.items()},
-            per_document=options.per_document,
+            per_document=self.options.per_document,
             seconds=round(time.perf_counter() - started, 3),
-            reference=options.reference,
+            reference=self.options.reference,
             divergence=distance,
             tasks=scores,
+            bits=bits,
+            trained=None if bits is None else _trained(folder, bits),
         )
 
     def _seqlen(self, name: str, folder: Path) -> int:
@@ -186,20 +243,20 @@ class _Session:
         return over(losses, seqlen)
 
     def _stream(
-        self, name: str, folder: Path, seqlen: int
+        self, subject: "_Subject", bits: int | str | None
     ) -> tuple[dict[str, Perplexity], dict[str, Divergence]]:
         """Perplexity and divergence by text, from one pass over the blocks."""
-        rows = self._rows(load_tokenizer(folder, self.options.trust_remote_code), seqlen)
-        reference = self._reference(name, rows, seqlen)
+        name, folder, rows = labelled(subject.name, bits), subject.folder, subject.texts
+        reference = self._reference(subject.name, rows, subject.seqlen)
         same = folder.samefile(reference.folder)
-        model = reference if same else self._logits(folder, rows)
+        model = reference if same else self._logits(folder, rows, bits)
         found: dict[str, Perplexity] = {}
         distance: dict[str, Divergence] = {}
         first = 0
         for text, of_text in rows.items():
             span = range(first, first + len(of_text))
             distance[text], losses = divergence(reference, model, span, self._progress(name))
-            found[text] = self._perplexity(losses, seqlen)
+            found[text] = self._perplexity(losses, subject.seqlen)
             first += len(of_text)
         return found, distance
 
@@ -222,13 +279,16 @@ class _Session:
             )
         return self.reference
 
-    def _logits(self, folder: Path, rows: dict[str, list[Tensor]]) -> StreamedLogits:
+    def _logits(
+        self, folder: Path, rows: dict[str, list[Tensor]], bits: int | str | None = None
+    ) -> StreamedLogits:
         return StreamedLogits(
             folder,
             [row for of_text in rows.values() for row in of_text],
             _one_device(self.options.device_map),
             self.options.trust_remote_code,
             self.on_progress,
+            bits,
         )
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
@@ -254,6 +314,11 @@ def _one_device(device_map: Any) -> torch.device | str:
     if isinstance(device_map, dict):
         raise ValueError("a model is compared with a reference on one device: name that one")
     return torch.device(device_map)
+
+
+def _trained(folder: Path, bits: int | str) -> bool:
+    quantized = QuantizedFolder(folder)
+    return is_trained(quantized, widths_of(quantized, bits))
 
 
 def _method(folder: Path) -> str:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lowbit.blocks import BlockResult, BlockTask
 from lowbit.blocks.install import install
-from lowbit.blocks.patterns import matches
 from lowbit.config import Config, explain, unknown_name
 from lowbit.formats.base import QuantizedLinear
+from lowbit.patterns import matches
 
 
 class Method(Config):

@@ -1,13 +1,14 @@
 """The float model that is quantized: never whole in memory, read block by block from its folder."""
 
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 from lowbit.blocks import Fold, LinearGroup
+from lowbit.checkpoint import CheckpointReader
 from lowbit.models.attention import attentions_of
 from lowbit.models.streamed import StreamedModel, load_config
 from lowbit.models.wiring import folds_of, groups_of, matrices_of
+from lowbit.patterns import matches_any
 
 
 class SourceModel(StreamedModel):
@@ -21,6 +22,7 @@ class SourceModel(StreamedModel):
     def __init__(
         self, folder: Path, allow_float: Sequence[str] = (), trust_remote_code: bool = False
     ) -> None:
+        CheckpointReader(folder)  # a folder that is no model at all says so first
         config = load_config(folder, trust_remote_code)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{folder} is already quantized; quantize the float model instead")
@@ -62,7 +64,7 @@ class SourceModel(StreamedModel):
             grouped = [linear for group in self.groups(name) for linear in group.linears]
             for matrix in matrices_of(self.skeleton.get_submodule(name)):
                 full = f"{name}.{matrix}"
-                allowed = matrix in self.family.skip or any(fnmatch(full, p) for p in allow_float)
+                allowed = matrix in self.family.skip or matches_any(full, allow_float)
                 count = grouped.count(matrix)
                 if count == 0 and allowed:
                     left.append(full)

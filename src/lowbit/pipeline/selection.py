@@ -6,9 +6,9 @@ from torch import nn
 
 from lowbit.blocks import BlockResult, LinearGroup
 from lowbit.blocks.experts import UnfusedExperts
-from lowbit.blocks.patterns import matches, matches_any
 from lowbit.formats.dense import DenseLinear
 from lowbit.models.source import SourceModel
+from lowbit.patterns import matches, matches_any
 
 
 class Selection:
@@ -32,7 +32,7 @@ class Selection:
         self.check_patterns("--only", only)
         self.left_float = [name for name in self.linears if not self._chosen(name)]
         if len(self.left_float) == len(self.linears):
-            raise ValueError("no linear would be quantized: --skip and --only leave out all")
+            raise ValueError("no linear would be quantized: all are skipped or left float")
 
     def check_patterns(self, what: str, patterns: Sequence[str]) -> None:
         """ValueError for a pattern that means no linear of this model: it is misspelt."""

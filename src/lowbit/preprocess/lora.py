@@ -22,8 +22,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowbit.blocks import Event
-from lowbit.blocks.patterns import matches_any
 from lowbit.config import Config
+from lowbit.patterns import matches_any
 
 Log = Callable[[Event], None]
 

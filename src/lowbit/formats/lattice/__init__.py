@@ -2,17 +2,19 @@
 
     weight = S_out B_out (scale * words) B_in.T S_in        bits per weight: 2, 3 or 4
 
-S are diagonal matrices of signs, B orthogonal transforms (`incoherence.py`, `kernels/hadamard`); no
-matrix is stored. A row of words is `blocks` = ceil(in / dim) words of `dim` weights, of which what
-lies beyond `in` is left out. The tensors, row-major:
+S are diagonal matrices of signs, B orthogonal transforms (`incoherence.py`, `kernels/hadamard`), as
+a rule none of them stored. A row of words is `blocks` = ceil(in / dim) words of `dim` weights, of
+which what lies beyond `in` is left out. The tensors, row-major:
 
-| name       | dtype              | shape          | holds                                    |
-| ---------- | ------------------ | -------------- | ---------------------------------------- |
-| `packed`   | uint8              | (out, bytes)   | a row's codes, along inputs              |
-| `scale`    | as `scale_dtype`   | (1,) or (out,) | one for all rows, or one for each        |
-| `sign_in`  | as `signs`         | (in,)          | diagonal of S_in; see below when absent  |
-| `sign_out` | as `signs`         | (out,)         | diagonal of S_out; see below when absent |
-| `bias`     | as `bias`          | (out,)         | absent where `bias` is null              |
+| name         | dtype              | shape          | holds                                    |
+| ------------ | ------------------ | -------------- | ---------------------------------------- |
+| `packed`     | uint8              | (out, bytes)   | a row's codes, along inputs              |
+| `scale`      | as `scale_dtype`   | (1,) or (out,) | one for all rows, or one for each        |
+| `sign_in`    | as `signs`         | (in,)          | diagonal of S_in; see below when absent  |
+| `sign_out`   | as `signs`         | (out,)         | diagonal of S_out; see below when absent |
+| `factor_in`  | as `transform_in`  | (K, K)         | M of B_in; see below when absent         |
+| `factor_out` | as `transform_out` | (K, K)         | M of B_out; see below when absent        |
+| `bias`       | as `bias`          | (out,)         | absent where `bias` is null              |
 
 bytes = ceil(blocks * bits of a code / 8). What stands in a code and what it means is said in
 `codebooks.py` and `e8p.py`. Numbers are little-endian. The entry in config.json:
@@ -23,15 +25,19 @@ bytes = ceil(blocks * bits of a code / 8). What stands in a code and what it mea
      "seed_in": n | null, "seed_out": n | null, "transform_in": KIND, "transform_out": KIND,
      "signs": "seed" | "float16" | "float32", "shares": NAME | null}
 
-KIND is "hadamard", "hartley" or "random". With signs "seed" the two vectors are drawn from
-`seed_in` and `seed_out` as `incoherence.py` says and not stored, and null stands for no signs: they
-are in the model's other tensors. Otherwise (they were trained) they are stored in that dtype, and
-the seeds serve random transforms only, for which null is 0. `shares` names another layer
-of this format that reads the same input through the same S_in and B_in; then `sign_in` is stored
-there alone. `residual_scale` is null where the codebook has one stage.
+KIND is "hadamard", "hartley" or "random"; or, in layers that come from elsewhere, the dtype
+"float16" or "float32" of a stored matrix M. Then B = (M (x) I_p)(I_K (x) H_p), where K is the odd
+part of the width, above 1, p the rest and H_p the Sylvester matrix over sqrt(p).
+
+With signs "seed" the two vectors are drawn from `seed_in` and `seed_out` as `incoherence.py` says
+and not stored, and null stands for no signs: they are in the model's other tensors. Otherwise (they
+were trained) they are stored in that dtype, and the seeds serve random transforms only, for which
+null is 0. `shares` names another layer of this format that reads the same input through the same
+S_in and B_in; then `sign_in` and `factor_in` are stored there alone. `residual_scale` is from -1 to
+1 and not 0; null where the codebook has one stage.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -42,7 +48,7 @@ from lowbit.config import Config
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
 from lowbit.formats.lattice.codebooks import CODEBOOKS, Codebook, codebook
-from lowbit.formats.lattice.incoherence import Rotation, restore_weight, rotation
+from lowbit.formats.lattice.incoherence import Rotation, Stored, restore_weight, rotation
 from lowbit.kernels.hadamard import Kind
 
 Size = Annotated[int, Field(gt=0, lt=2**31)]
@@ -65,13 +71,13 @@ class LatticeEntry(Config):
     shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
     bias: Literal["float32", "float16", "bfloat16"] | None
     codebook: str
-    residual_scale: Annotated[float, Field(gt=0, le=1)] | None
+    residual_scale: Annotated[float, Field(ge=-1, le=1)] | None
     scale: Literal["tensor", "row"]
     scale_dtype: Literal["float16", "float32"]
     seed_in: Seed | None
     seed_out: Seed | None
-    transform_in: Kind
-    transform_out: Kind
+    transform_in: Kind | Stored
+    transform_out: Kind | Stored
     signs: Literal["seed", "float16", "float32"]
     shares: Annotated[str, Field(min_length=1)] | None
 
@@ -91,6 +97,8 @@ class LatticeEntry(Config):
     def _check_together(self) -> Self:
         if (self.book.residual_scale is None) != (self.residual_scale is None):
             raise ValueError(f"residual_scale is missing: {self.codebook} has two stages")
+        if self.residual_scale == 0:
+            raise ValueError("residual_scale is 0: allowed is -1 to 1 without 0")
         if self.scale == "tensor" and self.scale_dtype != "float32":
             raise ValueError(f"scale_dtype is {self.scale_dtype}: a tensor's scale is float32")
         for side in ("in", "out"):
@@ -108,20 +116,29 @@ def tensor_bytes(
     scale_dtype: str,
     signs: str,
     shares: str | None,
+    transform_in: str = "hadamard",
+    transform_out: str = "hadamard",
     **free: Any,
 ) -> int:
     """Bytes that stand for the weight, those of `LatticeLinear.weight_bytes()`:
 
     out * ceil(ceil(in / dim) * bits of a code / 8) + (1 or out) * (2 or 4)
 
-    that is codes and scales; and (in + out) * (2 or 4) for signs that are stored, without the `in`
-    where another layer has them. free: what else an entry holds takes no bytes.
+    that is codes and scales; (in + out) * (2 or 4) for signs that are stored; and K**2 * (2 or 4)
+    for each factor that is stored; without those of `in` where another layer has them. free: what
+    else an entry holds takes no bytes.
     """
     rows, columns = shape
     scales = (rows if scale == "row" else 1) * getattr(torch, scale_dtype).itemsize
     stored = 0 if signs == "seed" else rows + (columns if shares is None else 0)
     sign_bytes = stored * getattr(torch, signs).itemsize if stored else 0
-    return rows * CODEBOOKS[codebook].row_bytes(columns) + scales + sign_bytes
+    sides = [(rows, transform_out)] + ([(columns, transform_in)] if shares is None else [])
+    factor_bytes = sum(
+        (width // (width & -width)) ** 2 * getattr(torch, kind).itemsize
+        for width, kind in sides
+        if kind in get_args(Stored)
+    )
+    return rows * CODEBOOKS[codebook].row_bytes(columns) + scales + sign_bytes + factor_bytes
 
 
 class LatticeLinear(QuantizedLinear):
@@ -133,6 +150,8 @@ class LatticeLinear(QuantizedLinear):
     scale: Tensor
     sign_in: Tensor | None
     sign_out: Tensor | None
+    factor_in: Tensor | None
+    factor_out: Tensor | None
 
     def __init__(self, spec: LatticeEntry) -> None:
         rows, columns = spec.shape
@@ -149,6 +168,13 @@ class LatticeLinear(QuantizedLinear):
             self.add_frozen("sign_out", (rows,), getattr(torch, spec.signs))
             if spec.shares is None:
                 self.add_frozen("sign_in", (columns,), getattr(torch, spec.signs))
+        self._add_factor("factor_out", self.rotation_out)
+        self._add_factor("factor_in", self.rotation_in if spec.shares is None else None)
+
+    def _add_factor(self, name: str, side: Rotation | None) -> None:
+        self.register_parameter(name, None)
+        if side is not None and side.stored is not None:
+            self.add_frozen(name, (side.order, side.order), getattr(torch, side.stored))
 
     @classmethod
     def from_entry(cls, entry: dict[str, Any]) -> Self:
@@ -238,7 +264,8 @@ class LatticeLinear(QuantizedLinear):
         return layer
 
     def _store(self, tensors: dict[str, Tensor | None]) -> None:
-        for name, tensor in tensors.items():
+        every = dict.fromkeys(self.state_dict()) | tensors
+        for name, tensor in every.items():
             place = getattr(self, name)
             if (place is None) != (tensor is None):
                 given = "missing" if tensor is None else "given"
@@ -255,18 +282,13 @@ class LatticeLinear(QuantizedLinear):
         inner, outer = self.sign_in, self.sign_out
         if outer is None:
             inner, outer = (side.signs() for side in (self.rotation_in, self.rotation_out))
-        device = self.packed.device
-        kept = None if self.shares or inner is None else inner.to(device, dtype)
-        return type(self).from_codes(
-            self.codes(),
-            self.scale,
-            self.rotation_in,
-            self.rotation_out,
-            codebook=self.codebook,
-            signs=(kept, outer.to(device, dtype)),
-            shares=self.shares,
-            bias=self.bias,
-        )
+        scale = stored_scale(self.scale)
+        entry = self.entry() | {"signs": dtype_name(dtype), "scale_dtype": dtype_name(scale.dtype)}
+        with self.packed.device:
+            made = self.from_entry(entry)
+        kept = {"sign_in": None if self.shares else inner, "sign_out": outer}
+        made._store(self.state_dict() | {"scale": scale} | kept)
+        return made
 
     @property
     def shares(self) -> str | None:
@@ -274,8 +296,10 @@ class LatticeLinear(QuantizedLinear):
 
     @property
     def owner(self) -> QuantizedLinear:
-        """Itself where it is not linked but could draw the signs as the owner does."""
-        if self.spec.signs == "seed" and not self._owner:
+        """Itself where it is not linked but could make all that the owner holds."""
+        if self._owner:
+            return self._owner[0]
+        if self.shares is None or (self.spec.signs == "seed" and self.rotation_in.stored is None):
             return self
         return super().owner
 
@@ -302,16 +326,21 @@ class LatticeLinear(QuantizedLinear):
     def dequantize(self) -> Tensor:
         owner = self.owner
         assert isinstance(owner, LatticeLinear)
-        signs = owner.sign_in, self.sign_out
-        weight = restore_weight(self.rotated(), self.rotation_in, self.rotation_out, signs)
+        weight = restore_weight(
+            self.rotated(),
+            self.rotation_in,
+            self.rotation_out,
+            (owner.sign_in, self.sign_out),
+            (owner.factor_in, self.factor_out),
+        )
         return weight.contiguous()
 
     def prepare(self, x: Tensor) -> Tensor:
         """x: (..., in)  ->  B_in.T S_in x for each token, (..., in) float32"""
-        return self.rotation_in.apply(x.float(), self.sign_in)
+        return self.rotation_in.apply(x.float(), self.sign_in, self.factor_in)
 
     def shared_tensors(self) -> list[Tensor]:
-        return [] if self.sign_in is None else [self.sign_in]
+        return [tensor for tensor in (self.sign_in, self.factor_in) if tensor is not None]
 
     def forward(self, x: Tensor, prepare_only: bool = False) -> Tensor:
         """x: (..., in_features) -> (..., out_features), in the dtype of x."""
@@ -326,7 +355,7 @@ class LatticeLinear(QuantizedLinear):
         # product, which has then the range of the result.
         dtype = torch.float32 if x.device.type == "cpu" else x.dtype
         product = functional.linear(self.prepared(x).to(dtype), self.rotated().to(dtype))
-        y = self.rotation_out.undo(product.float(), self.sign_out)
+        y = self.rotation_out.undo(product.float(), self.sign_out, self.factor_out)
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
 

@@ -16,6 +16,7 @@ i // 8, low bits first.
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -23,32 +24,53 @@ from torch import Tensor
 from lowbit.kernels import hadamard
 from lowbit.kernels.bits import unpack
 
+Stored = Literal["float16", "float32"]  # the dtype of a factor that is stored with the weight
+LARGEST_FACTOR = 2**14  # 1 GiB in float32
+
 
 @dataclass(frozen=True)
 class Rotation:
     """One side of a weight, made by `rotation`: B, and the seed of the signs; None: no signs.
 
     Where the signs were trained they are passed in, and `apply` and `undo` need not be inverse.
+    Where `stored` is a dtype, `transform` is H_p alone and M, the (order, order) factor of
+    B = (M (x) I_p)(I_K (x) H_p), is passed in as well.
     """
 
     transform: hadamard.Transform
     seed: int | None
+    stored: Stored | None = None
+    order: int = 1
 
     @property
     def size(self) -> int:
-        return self.transform.n
+        return self.order * self.transform.n
 
     @property
-    def kind(self) -> hadamard.Kind:
-        return self.transform.kind
+    def kind(self) -> hadamard.Kind | Stored:
+        return self.stored or self.transform.kind
 
-    def apply(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, signs: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
         """B.T S x for every vector x.  x: (..., size)  signs: (size,)  ->  (..., size)"""
-        return self.transform.inverse(self._signed(x, signs))
+        signed = self._signed(x, signs)
+        if self.stored is None:
+            return self.transform.inverse(signed)
+        return self._factored(self.transform.inverse(self._split(signed)), factor, inverse=True)
 
-    def undo(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
+    def undo(self, x: Tensor, signs: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
         """S B x for every vector x.  x: (..., size)  signs: (size,)  ->  (..., size)"""
-        return self._signed(self.transform(x), signs)
+        if self.stored is None:
+            return self._signed(self.transform(x), signs)
+        made = self._factored(self.transform(self._split(x)), factor, inverse=False)
+        return self._signed(made, signs)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.order, self.transform.n))
+
+    def _factored(self, x: Tensor, factor: Tensor | None, inverse: bool) -> Tensor:
+        """M or M.T along the last dimension but one.  x: (..., order, p)  ->  (..., size)"""
+        assert factor is not None
+        return torch.matmul((factor.T if inverse else factor).to(x), x).flatten(-2)
 
     def signs(self, device: torch.device | str = "cpu") -> Tensor:
         """The diagonal of S, drawn from the seed: (size,) float32"""
@@ -65,8 +87,17 @@ class Rotation:
 def rotation(size: int, seed: int | None, kind: str = "auto") -> Rotation:
     """One side of a weight, `size` wide. The seed is also that of a random transform, None is 0.
 
-    kind: auto, hadamard, hartley or random, as `lowbit.kernels.hadamard.orthogonal` takes it.
+    kind: auto, hadamard, hartley or random, as `lowbit.kernels.hadamard.orthogonal` takes it; or
+    the dtype of a stored factor for the odd part of size, which must not be 1.
     """
+    if kind in get_args(Stored):
+        power = size & -size
+        if not 1 < size // power <= LARGEST_FACTOR:
+            raise ValueError(
+                f"the odd part of {size} is {size // power}: a factor is stored for those above 1 "
+                f"and up to {LARGEST_FACTOR}"
+            )
+        return Rotation(hadamard.orthogonal(power), seed, cast(Stored, kind), size // power)
     return Rotation(hadamard.orthogonal(size, kind, seed or 0), seed)
 
 
@@ -80,12 +111,15 @@ def restore_weight(
     rotation_in: Rotation,
     rotation_out: Rotation,
     signs: tuple[Tensor | None, Tensor | None] = (None, None),
+    factors: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """W' to W, the inverse of `rotate_weight`; signs: of both sides, where they were trained.
+    """W' to W, the inverse of `rotate_weight`; signs: of both sides, where they were trained, and
+    factors, where they are stored.
 
     rotated: (out, in)  ->  (out, in), same dtype
     """
-    return rotation_out.undo(rotation_in.undo(rotated, signs[0]).T, signs[1]).T
+    half = rotation_in.undo(rotated, signs[0], factors[0])
+    return rotation_out.undo(half.T, signs[1], factors[1]).T
 
 
 def rotate_hessian(hessian: Tensor, rotation_in: Rotation) -> Tensor:

@@ -1,7 +1,6 @@
 """Which width each nested layer runs at: one for all, or a plan of patterns."""
 
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import yaml
 from torch import Tensor, nn
 
 from lowbit.formats.nested import NestedLinear, sliced_entry
+from lowbit.patterns import matches
 
 Plan = int | Mapping[str, int] | str | Path
 
@@ -71,15 +71,11 @@ def choose_widths(current: Mapping[str, int], bits: Plan) -> dict[str, int]:
     for pattern, width in plan.items():
         if type(width) is not int or width not in range(2, 9):
             raise ValueError(f"bits for {pattern!r} is {width!r}: allowed are 2 to 8")
-        named = [name for name in current if _matches(name, pattern)]
+        named = [name for name in current if matches(name, pattern)]
         if not named:
             raise ValueError(f"{pattern!r} means no nested layer; there are {_shown(current)}")
         chosen |= dict.fromkeys(named, width)
     return chosen
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
 def _shown(names: Iterable[str], most: int = 7) -> str:

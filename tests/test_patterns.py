@@ -1,6 +1,6 @@
 import pytest
 
-from lowbit.blocks.patterns import matches, matches_any
+from lowbit.patterns import matches, matches_any
 
 NAME = "model.layers.13.mlp.down_proj"
 
