@@ -62,6 +62,20 @@ def lattice(rows: int, columns: int, book: str, scales: int = 1, **more: Any) ->
     )
 
 
+def factored(rows: int, columns: int) -> LatticeLinear:
+    """Its transforms have stored factors, of the odd parts of its widths."""
+    plain = lattice(rows, columns, "D4")
+    stored = {"transform_in": "float16", "transform_out": "float32"}
+    layer = LatticeLinear.from_entry(plain.entry() | stored)
+    draw = torch.Generator().manual_seed(0)
+    factors = {
+        name: torch.linalg.qr(torch.randn(2 * (width // (width & -width),), generator=draw)).Q
+        for name, width in (("factor_in", columns), ("factor_out", rows))
+    }
+    layer.load_state_dict(plain.state_dict() | factors)
+    return layer
+
+
 def sorted_group(
     rows: int,
     columns: int,
@@ -162,6 +176,7 @@ EXAMPLES: dict[str, Callable[[], QuantizedLinear]] = {
         8, 30, "D4", signs=(torch.ones(30), torch.ones(8)), bias=torch.randn(8)
     ),
     "lattice HI that shares": lambda: lattice(7, 33, "HI", shares="model.q_proj"),
+    "lattice D4, stored factors": lambda: factored(12, 40),
 }
 
 every_example = pytest.mark.parametrize("make", EXAMPLES.values(), ids=EXAMPLES)

@@ -1,0 +1,130 @@
+"""A plan of widths for a folder that matquant made (Mix'n'Match, arXiv 2502.06786, section 5.4)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from lowbit.allocate.budget import budget_of, spent
+from lowbit.allocate.knapsack import solve
+from lowbit.allocate.pyramid import pyramid
+from lowbit.allocate.sensitivity import sensitivity
+from lowbit.allocate.units import Layout, layout_of
+from lowbit.calibration import Calibration, token_windows
+from lowbit.checkpoint import QuantizedFolder
+from lowbit.config import unknown_name
+from lowbit.formats.nested import NestedLinear
+from lowbit.load import load
+from lowbit.models.skeleton import memory_names
+
+# Strategies, and the widths that each takes unless it is told others: the pyramid is the paper's.
+STRATEGIES: dict[str, tuple[int, ...]] = {"pyramid": (8, 4, 2), "sensitivity": (8, 6, 4, 3, 2)}
+TEXT = Calibration(samples=4)  # few windows rank the layers; each is run units x widths times
+LONGEST_DEFAULT = 512  # tokens in a window; the predictions for one window are held
+
+Progress = Callable[[int, int], None]  # runs of the model done, runs of
+
+
+@dataclass(frozen=True)
+class Mix:
+    """plan: what `load`, `slice_folder` and `evaluate` take as bits. layers: how many at a width.
+
+    linears: bits per weight of the quantized linears, scales and zeros counted. bytes: of the whole
+    model's shards. predicted: KL(8-bit master || this) in nats a token, as the sum of what each
+    unit costs alone; None: nothing was measured.
+    """
+
+    plan: dict[str, int]
+    layers: dict[int, int]
+    linears: float
+    bytes: int
+    predicted: float | None
+
+    def write(self, path: Path) -> None:
+        """As a YAML file."""
+        path.write_text(yaml.safe_dump(self.plan, sort_keys=False), encoding="utf-8")
+
+
+def mix(
+    folder: Path,
+    budget: str,
+    strategy: str = "sensitivity",
+    widths: Sequence[int] | None = None,
+    calibration: Calibration = TEXT,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    progress: Progress = lambda done, of: None,
+) -> Mix:
+    """Chooses a width for every nested layer within a budget, which is never passed.
+
+    budget: "3.2" bits per weight of the quantized linears, scales and zeros counted, or "2.1GB" of
+    the whole model. pyramid: by place, see `pyramid`; it reads no text. sensitivity: the least sum
+    of the divergences that are measured on the calibration text. Layers that engines fuse share a
+    width. Raises ValueError for a budget below the smallest, saying that, before any measurement.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(unknown_name(strategy, STRATEGIES, "strategy"))
+    allowed = _checked(widths or STRATEGIES[strategy])
+    quantized = QuantizedFolder(folder)
+    quantized.verify(hashes=False)
+    spend = budget_of(quantized, budget)
+    layout = layout_of(quantized, allowed, trust_remote_code)
+    spend.check(spent(layout.units, [min(allowed)] * len(layout.units)))
+    predicted = None
+    if strategy == "pyramid":
+        chosen = pyramid(layout, allowed, spend.allowed())
+    else:
+        found = _measure(
+            folder, layout, allowed, calibration, device_map, trust_remote_code, progress
+        )
+        losses = found.tolist()
+        costs = [[unit.bytes[width] for width in allowed] for unit in layout.units]
+        picks = solve(costs, losses, spend.allowed())
+        chosen = [allowed[pick] for pick in picks]
+        predicted = sum(row[pick] for row, pick in zip(losses, picks, strict=True))
+    taken = spent(layout.units, chosen)
+    pairs = list(zip(layout.units, chosen, strict=True))
+    return Mix(
+        plan={pattern: width for unit, width in pairs for pattern in unit.patterns},
+        layers={w: sum(len(u.layers) for u, chose in pairs if chose == w) for w in allowed},
+        linears=spend.bits(taken),
+        bytes=spend.bytes(taken),
+        predicted=predicted,
+    )
+
+
+def _checked(widths: Sequence[int]) -> tuple[int, ...]:
+    if not widths or not all(2 <= width <= 8 for width in widths):
+        raise ValueError(f"widths is {list(widths)}: allowed are 2 to 8")
+    return tuple(sorted(set(widths), reverse=True))
+
+
+def _measure(
+    folder: Path,
+    layout: Layout,
+    widths: tuple[int, ...],
+    calibration: Calibration,
+    device_map: Any,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Tensor:
+    """The divergences of all units at all widths, (units, widths) float64."""
+    model, tokenizer = load(folder, device_map=device_map, trust_remote_code=trust_remote_code)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if calibration.seqlen is None:
+        shorter = min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
+        calibration = calibration.model_copy(update={"seqlen": shorter})
+    windows = token_windows(calibration, tokenizer, context).tokens
+    names = [f"{name}.master" for unit in layout.units for name in unit.layers]
+    inside = memory_names(model, names)
+
+    def layer_of(name: str) -> NestedLinear:
+        layer = model.get_submodule(inside[f"{name}.master"].removesuffix(".master"))
+        assert isinstance(layer, NestedLinear)
+        return layer
+
+    units = [[layer_of(name) for name in unit.layers] for unit in layout.units]
+    return sensitivity(model, units, widths, list(windows), progress)
