@@ -9,6 +9,7 @@ other calibration windows instead, and touches no evaluation text.
 """
 
 import argparse
+import re
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -134,11 +135,11 @@ def run(model: Path, args: argparse.Namespace) -> Table:
     measured, family = Measured(model, args.limit), family_name(model)
     for seed in args.seeds:
         for name, method in masters(family).items():
-            if args.only in name:
+            if re.search(args.only, name):
                 measured.quantize(name, method, seed, WIDTHS)
         for width in WIDTHS:
             for name, method in direct(family, width).items():
-                if args.only in name:
+                if re.search(args.only, name):
                     measured.quantize(name, method, seed, (width,))
     return measured.table()
 

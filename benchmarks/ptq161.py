@@ -7,6 +7,7 @@ preprocessing (low-rank training: rows of their own, for that is no calibration)
 OmniQuant and QuIP# at 2 bits. The same calibration windows for all.
 """
 
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -59,7 +60,7 @@ def main() -> None:
         rows.record(model.name, "float", model)
         for name, method in cases(family_name(model)).items():
             rows.quantize(model, name, method)
-        if args.only not in "after LoRA":
+        if not re.search(args.only, "after LoRA"):
             continue
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()

@@ -1,6 +1,7 @@
 """What the scripts share: which models, which text, and one row for every folder measured."""
 
 import argparse
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="folders of models")
     parser.add_argument("--data", type=Path, help="a folder with WikiText-2: measured on it too")
     parser.add_argument("--limit", type=int, help="windows per text; the whole text without it")
-    parser.add_argument("--only", default="", help="methods whose name contains this")
+    parser.add_argument("--only", default="", help="methods whose name matches this")
     parser.add_argument("--model", default="", help="models whose name contains this")
     return parser
 
@@ -92,7 +93,7 @@ class Rows:
         label: str = "",
     ) -> None:
         """Quantizes into a temporary folder and records it; not where --only leaves it out."""
-        if self.args.only not in name:
+        if not re.search(self.args.only, name):
             return
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()

@@ -1,6 +1,7 @@
 """What the tables of lowbit eval show, and where they break."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -84,6 +85,19 @@ def test_a_narrow_screen_gets_several_tables(width: int, tables: int) -> None:
 def test_a_metric_without_standard_error_is_no_percentage() -> None:
     lines = shown(show_tasks, [row("m", 0.0, t=TaskScore({"perplexity": 12.345}, {}, 9, 9, 5))])
     assert lines[2].split() == ["m", "perplexity", "12.35"] and "5-shot" in lines[3]
+
+
+def test_a_model_at_several_widths() -> None:
+    base = row("x/base", 0.0, t=score(0.5))
+    rows = [replace(base, bits=4, trained=True), replace(base, bits="a/b.yaml", trained=False)]
+    lines = shown(show_texts, [*rows, row("x/w4", 0.0)])
+    assert [line.split()[:4] for line in lines[2:5]] == [
+        ["base", "4", "trained", "4.25"],
+        ["base", "b.yaml", "interpolated", "4.25"],
+        ["w4", "4.25", "5.50", "3.4"],
+    ]
+    tasks = "\n".join(shown(show_tasks, rows))
+    assert "base at 4 bits  acc " in tasks and "base by b.yaml  acc " in tasks
 
 
 def test_short_names() -> None:

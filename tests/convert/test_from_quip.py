@@ -191,7 +191,9 @@ LAYERS: list[tuple[dict[str, Tensor | None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), LAYERS, ids=str)
+@pytest.mark.parametrize(
+    ("changes", "message"), LAYERS, ids=[next(iter(changes)) for changes, _ in LAYERS]
+)
 def test_layers_are_refused_by_name(
     changes: dict[str, Tensor | None], message: str, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""A plan of widths for a folder that matquant made (Mix'n'Match, arXiv 2502.06786, section 5.4)."""
+"""A plan of widths for a folder that matquant made (Mix'n'Match in MatQuant, arXiv 2502.06786)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

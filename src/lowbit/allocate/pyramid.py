@@ -1,6 +1,6 @@
-"""Few bits at both ends of the model, many in the middle (MatQuant, arXiv 2502.06786, section 5.4).
+"""Few bits at both ends of the model, many in the middle (MatQuant, arXiv 2502.06786).
 
-2...2, 4...4, 8...8, 4...4, 2...2: of the shapes that the paper mixes, the best.
+2...2, 4...4, 8...8, 4...4, 2...2: the best of the shapes by which the paper mixes widths.
 """
 
 from collections.abc import Sequence

@@ -110,7 +110,7 @@ def _table(layers: Sequence[_Layer], brief: bool) -> Table:
         rounding = layer.entry.get("activation") or {}
         table.add_row(
             layer.name,
-            layer.entry["format"],
+            " ".join(filter(None, (layer.entry["format"], layer.entry.get("codebook")))),
             str(layer.entry.get("bits", "")),
             str(layer.entry.get("group_size") or "row"),
             *[str(rounding.get("bits", "")) for _ in inputs],
