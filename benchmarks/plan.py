@@ -4,8 +4,8 @@
 
 Every model (the carried ones, if none is named) is planned and quantized with each method, both in
 a process of its own. A value is what was planned over what was measured: bytes on disk, the
-process's anonymous memory at its highest (seen from outside), and seconds (of the call; Python's
-start is not counted).
+process's anonymous memory at its highest (seen from outside), and seconds of the call. These are
+processor time of one thread (others may be using the machine), in the plan as well.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from memory import MEGABYTE, watched
 from results import append
 from rich.console import Console
@@ -39,6 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def child(what: str, name: str, model: Path, folder: Path, sizes: tuple[int, int]) -> None:
     """Plans or quantizes in this process and leaves its numbers in FOLDER/WHAT.json."""
     quiet()
+    torch.set_num_threads(1)
+    time.perf_counter = time.process_time  # what the rehearsal measures with
     method = METHODS[name](**SETTINGS[name])
     samples, seqlen = sizes
     text = lowbit.Calibration(sources=(str(TEXT),), samples=samples, seqlen=seqlen)

@@ -39,18 +39,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from lowbit.config import Config
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import reference
 from lowbit.formats.binary.lookup import signed_sums, weighted_sums
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
+from lowbit.formats.entry import LayerEntry, ScaleName
 from lowbit.kernels.bits import pack, packed_bytes, unpack
-
-Size = Annotated[int, Field(gt=0, lt=2**31)]
 
 # Up to so many tokens, sums are looked up; for more, bits are unpacked once. On one thread of a CPU
 # looking up takes, for each token, 0.15 (4096 x 4096), 0.3 (2048 x 2048) or all (1024 x 1024) of
@@ -58,18 +56,14 @@ Size = Annotated[int, Field(gt=0, lt=2**31)]
 MOST_LOOKED_UP = 4
 
 
-class BinaryEntry(Config):
-    """What config.json says about a layer; it may come from an untrusted file."""
-
-    model_config = ConfigDict(strict=True)
+class BinaryEntry(LayerEntry):
+    """The entry of a layer; the module\'s docstring explains it."""
 
     format: Literal["binary"]
-    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
-    bias: Literal["float32", "float16", "bfloat16"] | None
     salient: Annotated[int, Field(ge=0)]
     row_mean: bool
     column_scale: bool
-    scale_dtype: Literal["float16", "float32"]
+    scale_dtype: ScaleName
     shares: Annotated[str, Field(min_length=1)] | None
 
     @model_validator(mode="after")

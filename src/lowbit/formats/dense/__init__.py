@@ -15,29 +15,27 @@ The entry in config.json, whose size is out * in * (2 or 4) bytes:
      "dtype": "float32" | "float16" | "bfloat16"}
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import model_validator
 from torch import Tensor
 
-from lowbit.config import Config
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import dtype_name
-
-FloatName = Literal["float32", "float16", "bfloat16"]
-Size = Annotated[int, Field(gt=0, lt=2**31)]
+from lowbit.formats.entry import FloatName, LayerEntry
 
 
-class DenseEntry(Config):
-    """What config.json says about a layer; it may come from an untrusted file."""
-
-    model_config = ConfigDict(strict=True)
+class DenseEntry(LayerEntry):
+    """The entry of a layer; the module\'s docstring explains it."""
 
     format: Literal["dense"]
-    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
-    bias: FloatName | None
     dtype: FloatName
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        self.check_bytes(tensor_bytes(self.shape, self.dtype))
+        return self
 
 
 def tensor_bytes(shape: list[int] | tuple[int, int], dtype: FloatName) -> int:

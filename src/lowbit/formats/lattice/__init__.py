@@ -40,18 +40,17 @@ S_in and B_in; then `sign_in` and `factor_in` are stored there alone. `residual_
 from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from lowbit.config import Config
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
+from lowbit.formats.entry import LayerEntry, ScaleName
 from lowbit.formats.lattice.codebooks import CODEBOOKS, Codebook, codebook
 from lowbit.formats.lattice.incoherence import Rotation, Stored, restore_weight, rotation
 from lowbit.kernels.hadamard import Kind
 
-Size = Annotated[int, Field(gt=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**53)]  # what every reader of JSON holds exactly
 
 # Up to this multiple of the harmonic mean of in and out, tokens are rotated; more are multiplied by
@@ -62,18 +61,14 @@ Seed = Annotated[int, Field(ge=0, lt=2**53)]  # what every reader of JSON holds 
 MOST_ROTATED = 1.5
 
 
-class LatticeEntry(Config):
-    """What config.json says about a layer; it may come from an untrusted file."""
-
-    model_config = ConfigDict(strict=True)
+class LatticeEntry(LayerEntry):
+    """The entry of a layer; the module\'s docstring explains it."""
 
     format: Literal["lattice"]
-    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
-    bias: Literal["float32", "float16", "bfloat16"] | None
     codebook: str
     residual_scale: Annotated[float, Field(ge=-1, le=1)] | None
     scale: Literal["tensor", "row"]
-    scale_dtype: Literal["float16", "float32"]
+    scale_dtype: ScaleName
     seed_in: Seed | None
     seed_out: Seed | None
     transform_in: Kind | Stored

@@ -34,31 +34,26 @@ from copy import copy
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from lowbit.config import Config
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
+from lowbit.formats.entry import LayerEntry, ScaleName, Size
 from lowbit.formats.nested import reference
 from lowbit.formats.uniform import UniformLinear
 from lowbit.formats.uniform.reference import group_count, quantize
 from lowbit.kernels.bits import pack, packed_bytes
 from lowbit.kernels.slicing import MASTER_BITS, slice_codes, step
 
-Size = Annotated[int, Field(gt=0, lt=2**31)]
 Width = Annotated[int, Field(ge=2, le=MASTER_BITS)]
 SYMMETRIC_ZERO = 128  # a multiple of every step: a zero of the master is one of each slice
 
 
-class NestedEntry(Config):
-    """What config.json says about a layer; it may come from an untrusted file."""
-
-    model_config = ConfigDict(strict=True)
+class NestedEntry(LayerEntry):
+    """The entry of a layer; the module\'s docstring explains it."""
 
     format: Literal["nested"]
-    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
-    bias: Literal["float32", "float16", "bfloat16"] | None
     bits: Width
     group_size: Size | None
     symmetric: bool
@@ -66,7 +61,7 @@ class NestedEntry(Config):
     trained: list[Width]
     resident: Literal["master", "slice"]
     top_codes: Annotated[int, Field(ge=0)] | None
-    scale_dtype: Literal["float16", "float32"]
+    scale_dtype: ScaleName
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -79,9 +74,7 @@ class NestedEntry(Config):
         rows, columns = self.shape
         if (self.top_codes or 0) > rows * columns:
             raise ValueError(f"top_codes is {self.top_codes}: there are {rows * columns} codes")
-        # torch counts the bytes of a tensor, a meta tensor too, in an int64.
-        if tensor_bytes(**self.model_dump(exclude={"format", "bias"})) >= 2**63:
-            raise ValueError(f"shape is {self.shape}: allowed are layers below 2**63 bytes")
+        self.check_bytes(tensor_bytes(**self.model_dump(exclude={"format", "bias"})))
         return self
 
 

@@ -8,10 +8,10 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from lowbit.config import Config
+from lowbit.formats.entry import LayerEntry, ScaleName, Size
 from lowbit.formats.uniform.reference import group_count
 from lowbit.kernels.bits import packed_bytes
 
-Size = Annotated[int, Field(gt=0, lt=2**31)]
 Width = Annotated[int, Field(ge=2, le=8)]
 SHORT = 2**15  # inputs whose numbers fit into int16
 
@@ -26,17 +26,13 @@ class Activation(Config):
     group: Size | None
 
 
-class SortedGroupEntry(Config):
-    """What config.json says about a layer; it may come from an untrusted file."""
-
-    model_config = ConfigDict(strict=True)
+class SortedGroupEntry(LayerEntry):
+    """The entry of a layer; the module\'s docstring explains it."""
 
     format: Literal["sorted_group"]
-    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
-    bias: Literal["float32", "float16", "bfloat16"] | None
     bits: Width
     group_size: Size | None
-    scale_dtype: Literal["float16", "float32"]
+    scale_dtype: ScaleName
     salient: Annotated[int, Field(ge=0)]
     salient_dtype: Literal["float16", "float32", "int8"]
     activation: Activation | None
@@ -60,10 +56,7 @@ class SortedGroupEntry(Config):
                 f"activation.group is {self.activation.group}: allowed is group_size, "
                 f"{self.group_size}, so that both have one scale for each sum"
             )
-        # torch counts the bytes of a tensor, a meta tensor too, in an int64.
-        numbers = self.model_dump(exclude={"format", "bias", "activation"})
-        if tensor_bytes(**numbers) >= 2**63:
-            raise ValueError(f"shape is {self.shape}: allowed are layers below 2**63 bytes")
+        self.check_bytes(tensor_bytes(**self.model_dump(exclude={"format", "bias", "activation"})))
         return self
 
 

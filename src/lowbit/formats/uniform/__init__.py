@@ -33,32 +33,26 @@ bool}`: each token on 2**bits values that span its range and 0, as `kernels/toke
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from lowbit.config import Config
 from lowbit.formats.activation import Activation
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
+from lowbit.formats.entry import LayerEntry, ScaleName, Size
 from lowbit.formats.uniform import reference
 from lowbit.kernels.bits import pack, packed_bytes, unpack
 
-Size = Annotated[int, Field(gt=0, lt=2**31)]
 
-
-class UniformEntry(Config):
-    """What config.json says about a layer; it may come from an untrusted file."""
-
-    model_config = ConfigDict(strict=True)
+class UniformEntry(LayerEntry):
+    """The entry of a layer; the module\'s docstring explains it."""
 
     format: Literal["uniform"]
-    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
-    bias: Literal["float32", "float16", "bfloat16"] | None
     bits: Annotated[int, Field(ge=2, le=8)]
     group_size: Size | None
     symmetric: bool
     zero_shift: Annotated[int, Field(ge=0, le=6)]
-    scale_dtype: Literal["float16", "float32"]
+    scale_dtype: ScaleName
     activation: Activation | None = None
 
     @model_validator(mode="after")
@@ -69,9 +63,7 @@ class UniformEntry(Config):
                 f"zero_shift is {self.zero_shift}: allowed with bits {self.bits} and "
                 f"symmetric {self.symmetric} are 0 to {most}"
             )
-        # torch counts the bytes of a tensor, a meta tensor too, in an int64.
-        if tensor_bytes(**self.model_dump(exclude={"format", "bias", "activation"})) >= 2**63:
-            raise ValueError(f"shape is {self.shape}: allowed are layers below 2**63 bytes")
+        self.check_bytes(tensor_bytes(**self.model_dump(exclude={"format", "bias", "activation"})))
         return self
 
 

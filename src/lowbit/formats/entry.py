@@ -1,0 +1,26 @@
+"""What config.json says about every layer, whatever its format."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from lowbit.config import Config
+
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+FloatName = Literal["float32", "float16", "bfloat16"]
+ScaleName = Literal["float16", "float32"]
+
+
+class LayerEntry(Config):
+    """A layer's entry; it may come from an untrusted file. bias: its dtype, None where absent."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: str
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
+    bias: FloatName | None
+
+    def check_bytes(self, stored: int) -> None:
+        """torch counts the bytes of a tensor, a meta tensor too, in an int64."""
+        if stored >= 2**63:
+            raise ValueError(f"shape is {self.shape}: allowed are layers below 2**63 bytes")
