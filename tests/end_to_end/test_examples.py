@@ -1,10 +1,14 @@
 """The examples run, on little text, and print what they promise."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -61,3 +65,21 @@ def test_train_mini(tmp_path: Path) -> None:
         printed = run("train_mini.py", kind, tmp_path / kind, *texts, "--steps", 2, "--window", 64)
         assert "held-back perplexity" in printed
         assert (tmp_path / kind / "model.safetensors").exists()
+
+
+def test_the_notebook_was_run_and_its_code_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    notebook = json.loads((EXAMPLES / "mixedquant_demo.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(
+        out["output_type"] in ("stream", "display_data") for c in cells for out in c["outputs"]
+    )
+    little = (
+        "".join(cells[0]["source"]).replace("samples=8", "samples=2").replace("limit=12", "limit=1")
+    )
+    names: dict[str, Any] = {}
+    exec(little, names)
+    perplexity, bits = names["quantize"]("outliers", group_size=64)
+    assert 10 < perplexity < 40 and 4.2 < bits < 5
