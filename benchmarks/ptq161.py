@@ -18,7 +18,7 @@ from lowbit.methods import PTQ161, RTN, Method, OmniQuant, QuIP
 from lowbit.models import family_name
 from lowbit.preprocess import LoRA, preprocess
 
-STEPS = 150  # of 4 windows: 153,600 tokens
+STEPS = 100  # of 4 windows: 102,400 tokens
 LEARNED = PTQ161(epochs=EPOCHS, init="als")
 
 
