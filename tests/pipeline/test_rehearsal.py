@@ -1,7 +1,9 @@
 """The rehearsal: which blocks, how batches are timed, what is counted, what it refuses."""
 
 import tempfile
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,21 +71,28 @@ def test_seconds_of_a_block() -> None:
     assert trial.seconds(batches=5, epochs=4) == 10 + 5 * (2 + 4 * 3)
 
 
-# Streams at once: inputs, and the targets that a method keeps beside them.
-HELD = {"rtn": (RTN(), 0), "gptq": (GPTQ(), 1), "omniquant": (OMNIQUANT, 3), "aug": (AUGMENTED, 4)}
+# Streams at once: inputs, and the targets that a method keeps beside them. Passes over the batches:
+# statistics, targets, losses and onward, once; steps and the loss after them, in each epoch.
+DONE = {
+    "rtn": (RTN(), 0, 0, 0),
+    "gptq": (GPTQ(), 1, 1 + 1, 0),
+    "omniquant": (OMNIQUANT, 3, 1 + 1 + 2 + 2, 1 + 1),
+    "omniquant, augmented": (AUGMENTED, 4, 1 + 2 + 2 + 2, 1 + 1),
+}
 
 
-@pytest.mark.parametrize("name", HELD)
-def test_what_is_held_and_done(name: str) -> None:
-    method, held = HELD[name]
+@pytest.mark.parametrize("name", DONE)
+def test_what_is_held_and_done(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, held, passes, of_an_epoch = DONE[name]
+    ticks = count()  # a clock that goes on by one whenever it is read: with every batch
+    monkeypatch.setattr(rehearsal, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     found = rehearsed(method)
     trial = found.trials[0]
     assert list(found.trials) == [0] and trial.held == held
     assert found.batches == (rehearsal.BATCHES if held else 0)
     assert (found.capture is None) == (not held)
-    assert (trial.per_batch > 0) == bool(held)
-    assert (trial.per_epoch > 0) == (held > 1)
-    assert (trial.learned > 0) == (held > 1)
+    assert (trial.per_batch, trial.per_epoch) == (passes, of_an_epoch)
+    assert (trial.learned > 0) == (of_an_epoch > 0)
     assert trial.fixed > 0 and trial.device_memory is None
     assert trial.record["block"] == "model.layers.0"
 
