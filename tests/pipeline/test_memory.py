@@ -1,5 +1,6 @@
 """Peak memory: what was held and freed again counts, mapped files do not."""
 
+import gc
 import mmap
 import time
 from pathlib import Path
@@ -23,9 +24,10 @@ def peak(size: int) -> int:
 
 
 def test_what_was_freed_again_counts() -> None:
+    gc.collect()  # what other tests left may otherwise go in the meantime
     before = memory_now()
-    assert 60 * MEGABYTE < peak(64 * MEGABYTE) - before < 80 * MEGABYTE
-    assert memory_now() - before < 16 * MEGABYTE
+    assert 200 * MEGABYTE < peak(256 * MEGABYTE) - before < 300 * MEGABYTE
+    assert memory_now() - before < 64 * MEGABYTE
 
 
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="only Linux tells")
