@@ -75,6 +75,7 @@ def _summary(screen: Console, model: str, source: Path, out: Path) -> None:
         f"eval {float_model} {folder}",
         f"generate {folder} 'Once upon a time'",
         f"inspect {folder}",
+        f"report {folder}",
     )
     lines = "".join(f"\n  lowbit {command}" for command in commands)
     screen.print(f"next:{lines}", style="dim", soft_wrap=True)
