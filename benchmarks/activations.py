@@ -43,14 +43,14 @@ def cases() -> dict[str, Method]:
 def main() -> None:
     args = arguments(__doc__).parse_args()
     rows = Rows("activations", args)
-    for model in models_of(args):
+    for name, model in models_of(args).items():
         with tempfile.TemporaryDirectory() as folder:
             outliers = add_outliers(model, Path(folder) / "outliers")
             for kind, variant in (("plain", model), ("outliers", outliers)):
-                label = f"{model.name} {kind}"
+                label = f"{name} {kind}"
                 rows.record(label, "float", variant)
-                for name, method in cases().items():
-                    rows.quantize(variant, name, method, label=label)
+                for case, method in cases().items():
+                    rows.quantize(label, variant, case, method)
 
 
 if __name__ == "__main__":

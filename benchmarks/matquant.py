@@ -1,6 +1,7 @@
 """Is one 8-bit master as good at every width as a model made for that width?
 
     python benchmarks/matquant.py [--models DIR ...] [--seeds 0 1 2] [--limit N] [--only NAME]
+        [--rates]
 
 MatQuant's slices at 8, 6, 4, 3 and 2 bits, beside a plain int8 model cut the same way and OmniQuant
 made for each width: equal windows, epochs, tokens, grids and initial values. Three seeds draw the
@@ -11,6 +12,7 @@ other calibration windows instead, and touches no evaluation text.
 import argparse
 import re
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -48,23 +50,25 @@ def masters(family: str) -> dict[str, Method]:
         "matquant single precision": MatQuant(
             **TRAINED, let=family == "opt", widths=[2], weights=[1.0]
         ),
+        "matquant distilled 8->2": learned.model_copy(update={"distill": ["8->2"]}),
         "joint, no training": MatQuant(**untrained, rounding="joint"),
     }
 
 
 def direct(family: str, bits: int) -> dict[str, Method]:
+    """What is made for one width. With feedback: what joint rounding compares with."""
     learned = OmniQuant(bits=bits, **TRAINED, let=family == "opt")
-    return {
-        "omniquant": learned,
-        "omniquant+gptq": learned.model_copy(update={"rounding": "gptq"}),
-        "gptq": GPTQ(bits=bits),
-    }
+    if bits > 4:
+        return {"omniquant": learned}
+    fed_back = learned.model_copy(update={"rounding": "gptq"})
+    return {"omniquant": learned, "omniquant+gptq": fed_back, "gptq": GPTQ(bits=bits)}
 
 
 class Measured:
     """Perplexities by method and width over the seeds of one model; every one is a row."""
 
-    def __init__(self, model: Path, limit: int | None) -> None:
+    def __init__(self, label: str, model: Path, limit: int | None) -> None:
+        self.label = label
         self.model = model
         self.limit = limit
         self.values: dict[tuple[str, int], list[float]] = defaultdict(list)
@@ -72,7 +76,9 @@ class Measured:
 
     def quantize(self, name: str, method: Method, seed: int, widths: tuple[int, ...]) -> None:
         with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
             lowbit.quantize(self.model, folder, method, calibration(seed=seed))
+            seconds = time.perf_counter() - started
             made, tokenizer = lowbit.load(folder)
         tokens = evaluation_text(str(STORIES), tokenizer, SEQLEN)
         for width in widths:
@@ -82,15 +88,15 @@ class Measured:
             bits = real_bits(made)
             self.values[name, width].append(found.value)
             self.bits[name, width] = bits
-            case = f"{self.model.name} | {name} | {width} bits | seed {seed}"
+            case = f"{self.label} | {name} | {width} bits | seed {seed}"
             notes = f"{bits:.3f} bits linears, context {SEQLEN}, {found.windows} windows"
             row = {"case": case, "metric": "perplexity", "value": f"{found.value:.4f}"}
-            append("matquant", [row | {"unit": "", "notes": notes}])
+            append("matquant", [row | {"unit": "", "notes": f"{notes}, {seconds:.1f} s"}])
             print(case, f"{found.value:.3f}", flush=True)
 
     def table(self) -> Table:
         names = list(dict.fromkeys(name for name, _ in self.values))
-        table = Table(self.model.name, *(f"{width} bits" for width in WIDTHS))
+        table = Table(self.label, *(f"{width} bits" for width in WIDTHS))
         for name in names:
             table.add_row(name, *(self._cell(name, width) for width in WIDTHS))
         return table
@@ -113,7 +119,7 @@ def real_bits(model: torch.nn.Module) -> float:
     return 8 * stored / sum(m.in_features * m.out_features for m in layers)
 
 
-def measure_rates(model: Path) -> None:
+def measure_rates(label: str, model: Path) -> None:
     """The weighted loss of the slices on windows that neither trained nor are evaluated on."""
     method = masters(family_name(model))["matquant"]
     for rate in RATES:
@@ -125,14 +131,14 @@ def measure_rates(model: Path) -> None:
         for width in WIDTHS:
             lowbit.set_bits(made, width)
             value = perplexity(made, tokens[-64 * SEQLEN :], SEQLEN).value
-            case = f"{model.name} | lwc_lr {rate} | {width} bits | calibration text"
+            case = f"{label} | lwc_lr {rate} | {width} bits | calibration text"
             row = {"case": case, "metric": "perplexity", "value": f"{value:.4f}", "unit": ""}
             append("matquant rates", [row])
             print(case, f"{value:.3f}", flush=True)
 
 
-def run(model: Path, args: argparse.Namespace) -> Table:
-    measured, family = Measured(model, args.limit), family_name(model)
+def run(label: str, model: Path, args: argparse.Namespace) -> Table:
+    measured, family = Measured(label, model, args.limit), family_name(model)
     for seed in args.seeds:
         for name, method in masters(family).items():
             if re.search(args.only, name):
@@ -149,11 +155,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", action="store_true", help="measure learning rates instead")
     args = parser.parse_args()
-    for model in models_of(args):
+    for label, model in models_of(args).items():
         if args.rates:
-            measure_rates(model)
+            measure_rates(label, model)
         else:
-            Console(width=140).print(run(model, args))
+            Console(width=140).print(run(label, model, args))
 
 
 if __name__ == "__main__":

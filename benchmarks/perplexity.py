@@ -46,10 +46,10 @@ def all_methods(family: str) -> dict[str, Method]:
 def main() -> None:
     args = arguments(__doc__).parse_args()
     rows = Rows("perplexity", args)
-    for model in models_of(args):
-        rows.record(model.name, "float", model)
+    for label, model in models_of(args).items():
+        rows.record(label, "float", model)
         for name, method in all_methods(family_name(model)).items():
-            rows.quantize(model, name, method)
+            rows.quantize(label, model, name, method)
 
 
 if __name__ == "__main__":

@@ -56,18 +56,17 @@ def restored(model: Path, out: Path) -> Path:
 def main() -> None:
     args = arguments(__doc__).parse_args()
     rows = Rows("ptq161", args)
-    for model in models_of(args):
-        rows.record(model.name, "float", model)
+    for label, model in models_of(args).items():
+        rows.record(label, "float", model)
         for name, method in cases(family_name(model)).items():
-            rows.quantize(model, name, method)
+            rows.quantize(label, model, name, method)
         if not re.search(args.only, "after LoRA"):
             continue
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             moved = restored(model, Path(folder) / "moved")
-            rows.record(model.name, "after LoRA: float", moved, time.perf_counter() - started)
-            label = f"after LoRA: {'mask + als + learned'}"
-            rows.quantize(moved, label, LEARNED, label=model.name)
+            rows.record(label, "after LoRA: float", moved, time.perf_counter() - started)
+            rows.quantize(label, moved, "after LoRA: mask + als + learned", LEARNED)
 
 
 if __name__ == "__main__":

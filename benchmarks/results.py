@@ -23,9 +23,13 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The short hash of HEAD, with + when the tree has changes."""
-    here = Path(__file__).parent
-    run = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
+    """The short hash of HEAD, with + when the tree has changes beside what benchmarks write."""
+    changed = _git("status", "--porcelain", "-uno", "--", ":/", ":!results.csv", ":!plots")
+    return _git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    run = ["git", "-C", str(Path(__file__).parent), *arguments]
     return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
 
 

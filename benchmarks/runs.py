@@ -1,6 +1,7 @@
 """What the scripts share: which models, which text, and one row for every folder measured."""
 
 import argparse
+import json
 import re
 import tempfile
 import time
@@ -29,16 +30,21 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="a folder with WikiText-2: measured on it too")
     parser.add_argument("--limit", type=int, help="windows per text; the whole text without it")
     parser.add_argument("--only", default="", help="methods whose name matches this")
-    parser.add_argument("--model", default="", help="models whose name contains this")
+    parser.add_argument("--model", default="", help="models whose name matches this")
     return parser
 
 
-def models_of(args: argparse.Namespace) -> list[Path]:
-    """The carried models and those below --models, by name."""
+def models_of(args: argparse.Namespace) -> dict[str, Path]:
+    """The carried models and those below --models, by name; of equal names, by depth too."""
     quiet()
     folders = [EXAMPLES / "models", *args.models]
-    models = [path.parent for folder in folders for path in sorted(folder.glob("*/config.json"))]
-    return list({model.name: model for model in models if args.model in model.name}.values())
+    found: dict[str, Path] = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("*/config.json"))):
+        name, config = path.parent.name, path.read_bytes()
+        if name in found and config != (found[name] / path.name).read_bytes():
+            name = f"{name}-{json.loads(config)['num_hidden_layers']}-layers"
+        found.setdefault(name, path.parent)
+    return {name: model for name, model in found.items() if re.search(args.model, name)}
 
 
 def calibration(samples: int = SAMPLES, seed: int = 0) -> lowbit.Calibration:
@@ -86,16 +92,15 @@ class Rows:
 
     def quantize(
         self,
+        label: str,
         model: Path,
         name: str,
         method: Method,
-        text: lowbit.Calibration | None = None,
-        label: str = "",
     ) -> None:
         """Quantizes into a temporary folder and records it; not where --only leaves it out."""
         if not re.search(self.args.only, name):
             return
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            lowbit.quantize(model, folder, method, text or calibration())
-            self.record(label or model.name, name, Path(folder), time.perf_counter() - started)
+            lowbit.quantize(model, folder, method, calibration())
+            self.record(label, name, Path(folder), time.perf_counter() - started)
