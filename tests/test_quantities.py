@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowbit.quantities import change, duration, size
+from lowbit.quantities import change, duration, perplexity_over, size
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,21 @@ def test_duration(seconds, text):
 )
 def test_size(count, text):
     assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("per_document", "text"),
+    [
+        (False, "perplexity over non-overlapping windows of 2,048 tokens: 1,200 of b.txt, 3 of c4"),
+        (
+            True,
+            "perplexity per document, each from its BOS, of up to 2,048 tokens: 1,200 of b.txt, "
+            "3 of c4",
+        ),
+    ],
+)
+def test_perplexity_over(per_document, text):
+    assert perplexity_over({"a/b.txt": 1200, "c4": 3}, 2048, per_document) == text
 
 
 def test_change():

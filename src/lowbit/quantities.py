@@ -1,5 +1,8 @@
 """How quantities read: on the screen and in reports."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 MINUTE, HOUR = 60, 3600  # seconds
 
 
@@ -22,6 +25,14 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def perplexity_over(windows: Mapping[str, int], seqlen: int, per_document: bool) -> str:
+    """What a perplexity depends on, and must be equal where two are compared; windows: by text."""
+    counts = ", ".join(f"{count:,} of {Path(text).name}" for text, count in windows.items())
+    if per_document:
+        return f"perplexity per document, each from its BOS, of up to {seqlen:,} tokens: {counts}"
+    return f"perplexity over non-overlapping windows of {seqlen:,} tokens: {counts}"
 
 
 def change(value: float, reference: float) -> str:

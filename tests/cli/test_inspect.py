@@ -49,6 +49,19 @@ def test_rounded_activations(lowbit, story, tmp_path):
     assert said.split(maxsplit=1)[1] == f"queries, keys and values of {BLOCKS} at 6 bits"
 
 
+def test_proxy_losses(lowbit, story, tmp_path):
+    out = tmp_path / "out"
+    text = ["--calibration", story, "--samples", "2", "--seqlen", "32"]
+    shown = lowbit("quantize", MODEL, out, "--method", "gptq", "--only", "layers.0.*", *text).stdout
+    found = json.loads((out / "report.json").read_text())["blocks"]["model.layers.0"]["linears"]
+    worst = max(facts["proxy_loss"] for facts in found.values())
+    assert f"proxy loss up to {worst:#8.3g}" in shown
+    lines = lowbit("inspect", out).stdout.splitlines()
+    assert lines[1].split()[-2:] == ["proxy", "dB"] and "proxy: share of" in "".join(lines)
+    for row in (line.split() for line in lines[HEADER : HEADER + LINEARS]):
+        assert row[-2] == f"{found[row[0].removeprefix('model.layers.0.')]['proxy_loss']:.3g}"
+
+
 def test_brief(lowbit, rtn):
     full = [line.split() for line in lowbit("inspect", rtn).stdout.splitlines()]
     rows = lowbit("inspect", rtn, "--brief").stdout.splitlines()[HEADER : HEADER + LINEARS]

@@ -40,7 +40,8 @@ def test_from_a_recipe_to_a_labelled_row(lowbit: Any, tmp_path: Path, recipe: Pa
     said = json.loads((out / "config.json").read_text())["lowbit_preprocess"]
     assert (said["first_pass"]["bits"], said["lora"]["steps"]) == (3, 2)
     lowbit("quantize", out, packed, "--method", "rtn")
-    lowbit("eval", out, packed, "--text", quantized.text(), "--json", rows)
+    table = lowbit("eval", out, packed, "--text", quantized.text(), "--json", rows).stdout
+    assert "out after LoRA" in table and "packed after LoRA" in table
     methods = {row["method"] for row in json.loads(rows.read_text()).values()}
     assert methods == {"float after LoRA", "rtn after LoRA"}
 

@@ -59,7 +59,9 @@ def test_plain_lines_are_flushed_one_by_one(clock):
         assert file.seen.splitlines()[-1] == line  # in one piece, although wider than the screen
         drawn(Event("finished", place(11, seconds=0.04)))
         assert file.seen.splitlines()[-1] == "block 12/12     0.0 s"
-    assert len(file.getvalue().splitlines()) == 4 and "\x1b" not in file.getvalue()
+        drawn(Event("finished", place(11, seconds=1, proxy_loss=0.0123)))
+        assert file.seen.splitlines()[-1] == "block 12/12  proxy loss up to   0.0123     1.0 s"
+    assert len(file.getvalue().splitlines()) == 5 and "\x1b" not in file.getvalue()
 
 
 def test_an_estimate_counts_the_blocks_of_this_run_only(clock):

@@ -53,6 +53,14 @@ def test_omniquant(learned):
     assert [Path(source["name"]).name for source in text["sources"]] == ["story.txt"]
 
 
+def test_the_share_of_salient_inputs_is_said(lowbit, tmp_path):
+    options = ["--recipe", "ptq161-fast", "--set", "alignment=32", "--skip", "down_proj"]
+    text = ["--calibration", MODELS.parent / "text" / "calibration_stories.txt"]
+    brief = ["--samples", 2, "--seqlen", 64]
+    shown = lowbit("quantize", MODEL, tmp_path / "out", *options, *text, *brief).stdout
+    assert "salient: 18.8% of a linear's inputs" in shown  # 48 of 256 or 64 of them
+
+
 def test_stopped_and_continued(lowbit, learned, learning, tmp_path, monkeypatch):
     def stop(self: RunProgress, event: Event) -> None:
         if event.kind == "block" and event.data["index"] == 2:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.eval.local_tasks import LOCAL_TASKS, find_rows
+from lowbit.eval.local_tasks import LOCAL_TASKS, find_rows, task_config
 
 ARC = {
     "question": "Which is cold?",
@@ -71,6 +71,14 @@ def test_rows(name: str, tmp_path: Path) -> None:
     write(tmp_path / name / "test.jsonl", *given)
     [found] = find_rows(tmp_path, [])
     assert found.task == name and found.scored == list(wanted)
+
+
+@pytest.mark.parametrize("name", LOCAL_TASKS)
+def test_what_is_asked_is_a_field_of_every_row(name: str) -> None:
+    config = task_config(name)
+    assert config["task"] == f"local_{name}"
+    asked = {field for key, field in config.items() if key.startswith("doc_to_")}
+    assert all(asked == row.keys() for _, row in ROWS[name])
 
 
 @pytest.mark.parametrize(

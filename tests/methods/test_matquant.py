@@ -61,7 +61,7 @@ def test_what_runs_in_training_is_what_is_packed(name: str, extra_precision: boo
     learner = learner_for(task, method)
     with torch.no_grad():
         master = learner.master()
-        result = learner.result({})
+        result = learner.result({}, True)
         for bits in (8, 4, 3, 2):
             tensors = master.at(bits, master.parts())
             for linear, packed in result.linears.items():
@@ -270,6 +270,24 @@ def test_joint_rounding_helps_where_it_counts(name: str) -> None:
     result, other = joint.quantize(task), plain.quantize(task)
     for layer, same in zip(result.linears.values(), other.linears.values(), strict=True):
         assert torch.equal(layer.scale, same.scale) and torch.equal(layer.zeros(), same.zeros())
+
+
+@pytest.mark.parametrize(
+    ("options", "made_for"),
+    [
+        ({"lwc": False}, [8]),
+        ({}, [8]),
+        ({"init": "awq"}, [8, 4, 2]),
+        ({"epochs": 1}, [8, 4, 2]),
+        ({"lwc": False, "rounding": "joint"}, [8, 4, 2]),
+    ],
+    ids=str,
+)
+def test_layers_say_which_widths_they_were_made_for(
+    options: dict[str, Any], made_for: list[int]
+) -> None:
+    result = MatQuant(**G16 | {"epochs": 0} | options).quantize(zoo.task("llama", batches=1))
+    assert all(layer.entry()["trained"] == made_for for layer in result.linears.values())
 
 
 def test_what_is_worse_than_slices_of_int8_is_dropped() -> None:

@@ -7,7 +7,8 @@ from rich.table import Table
 
 from lowbit.cli.screen import change, size
 from lowbit.eval import Evaluation, TaskScore
-from lowbit.eval.evaluate import labelled
+from lowbit.eval.evaluate import AFTER_LORA, labelled
+from lowbit.quantities import perplexity_over
 
 GAP = 2  # blanks between columns
 
@@ -96,9 +97,14 @@ def short_names(models: list[str]) -> list[str]:
 
 
 def _by_model(rows: list[Evaluation]) -> dict[str, str]:
-    """The short name of each model; one that was run at several widths has several rows."""
+    """The short name of each model; one that was run at several widths has several rows.
+
+    A trained model says so: its row is not compared with those that were only calibrated.
+    """
     models = list(dict.fromkeys(row.model for row in rows))
-    return dict(zip(models, short_names(models), strict=True))
+    trained = {row.model for row in rows if row.method.endswith(AFTER_LORA)}
+    short = zip(models, short_names(models), strict=True)
+    return {model: name + AFTER_LORA * (model in trained) for model, name in short}
 
 
 def _slice(row: Evaluation) -> tuple[str, str]:
@@ -139,12 +145,7 @@ def _conditions(row: Evaluation) -> list[str]:
     """What the numbers depend on, and must be equal where they are compared."""
     if not row.windows:
         return []
-    counts = ", ".join(f"{count:,} of {Path(text).name}" for text, count in row.windows.items())
-    over = f"perplexity over non-overlapping windows of {row.seqlen:,} tokens: {counts}"
-    if row.per_document:
-        over = (
-            f"perplexity per document, each from its BOS, of up to {row.seqlen:,} tokens: {counts}"
-        )
+    over = perplexity_over(row.windows, row.seqlen, row.per_document)
     if row.reference is None:
         return [over]
     name = Path(row.reference).name or row.reference

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Annotated
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer import Argument, Option
 
 from lowbit.checkpoint.writer import write_json
 from lowbit.cli.device import device_map
 from lowbit.cli.eval_tables import show_tasks, show_texts
-from lowbit.cli.screen import console
+from lowbit.cli.screen import console, counting_bar
 from lowbit.cli.slice import parse_bits
 from lowbit.eval import EvalOptions, Evaluation, TaskOptions
 from lowbit.eval import evaluate as measure
@@ -96,15 +95,7 @@ def _tasks(
 
 
 def _measure(models: list[str], options: EvalOptions) -> list[Evaluation]:
-    screen = console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn()
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=screen,
-        transient=True,
-        disable=not screen.is_terminal,
-    ) as bar:
+    with counting_bar() as bar:
         task = bar.add_task("loading", total=None)
 
         def on_progress(name: str, done: int, of: int) -> None:

@@ -44,12 +44,12 @@ def inspect(
     quantized.verify(hashes=False)
     report = read_json(folder / "report.json") if (folder / "report.json").exists() else {}
     try:
-        errors = _errors(report)
+        errors, proxies = _said(report, "signal_to_noise_db"), _said(report, "proxy_loss")
         origin = _provenance(quantized.quantization.get("made_by") or {})
         given_up, left = report.get("given_up", {}), report.get("left_float", [])
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder}: report.json or made_by in config.json was edited") from None
-    screen.print(_table(list(_layers(quantized, errors, brief)), brief))
+    screen.print(_table(list(_layers(quantized, errors, proxies, brief)), brief))
     found = size_of(folder)
     facts = {
         "linears": f"{len(quantized.entries):,} of {found.linears:.2f} bits per weight",
@@ -60,7 +60,10 @@ def inspect(
         "gave up": _named(given_up),
         "left float": _named(left),
     }
-    screen.print("dB: signal to noise of the weights that were rounded\n", style="dim")
+    meaning = "dB: signal to noise of the weights that were rounded"
+    if proxies:
+        meaning += "; proxy: share of the output's energy that is lost, by the inputs' Hessian"
+    screen.print(f"{meaning}\n", style="dim", soft_wrap=True)
     for name, fact in facts.items():
         if fact:
             line = Text.assemble((f"{name:<13}", "bold"), fact)
@@ -69,16 +72,19 @@ def inspect(
 
 @dataclass(frozen=True)
 class _Layer:
-    """A row: one linear, or equal ones of many blocks. errors: decibels, where they are known."""
+    """A row: one linear, or equal ones of many blocks. errors: decibels; proxies: losses; known."""
 
     name: str
     entry: dict[str, Any]
     bytes: int
     weights: int
     errors: list[float]
+    proxies: list[float]
 
 
-def _layers(quantized: QuantizedFolder, errors: dict[str, float], brief: bool) -> Iterator[_Layer]:
+def _layers(
+    quantized: QuantizedFolder, errors: dict[str, float], proxies: dict[str, float], brief: bool
+) -> Iterator[_Layer]:
     modules = quantized.quantization["modules"] if brief else quantized.entries
     for pattern in sorted(modules, key=_place):
         entry = modules[pattern]
@@ -89,8 +95,8 @@ def _layers(quantized: QuantizedFolder, errors: dict[str, float], brief: bool) -
             for tensor in quantized.tensors_of(name)
             if tensor != f"{name}.bias"
         ]
-        known = [errors[name] for name in names if name in errors]
-        yield _Layer(pattern, entry, sum(stored), len(names) * prod(entry["shape"]), known)
+        known = [[said[name] for name in names if name in said] for said in (errors, proxies)]
+        yield _Layer(pattern, entry, sum(stored), len(names) * prod(entry["shape"]), *known)
 
 
 def _place(name: str) -> list[int]:
@@ -104,7 +110,8 @@ def _table(layers: Sequence[_Layer], brief: bool) -> Table:
     table.add_column("\nformat", no_wrap=True)
     decibels = "worst\ndB" if brief else "\ndB"
     inputs = ["input\nbits"] if any(layer.entry.get("activation") for layer in layers) else []
-    for name in ("\nbits", "\ngroup", *inputs, "\nsize", "real\nbits", decibels):
+    proxies = ["worst\nproxy" if brief else "\nproxy"] if any(x.proxies for x in layers) else []
+    for name in ("\nbits", "\ngroup", *inputs, "\nsize", "real\nbits", *proxies, decibels):
         table.add_column(name, justify="right", no_wrap=True)
     for layer in layers:
         rounding = layer.entry.get("activation") or {}
@@ -116,6 +123,7 @@ def _table(layers: Sequence[_Layer], brief: bool) -> Table:
             *[str(rounding.get("bits", "")) for _ in inputs],
             size(layer.bytes),
             f"{8 * layer.bytes / layer.weights:.2f}",
+            *[f"{max(layer.proxies):.3g}" if layer.proxies else "" for _ in proxies],
             f"{min(layer.errors):.1f}" if layer.errors else "",
         )
     return table
@@ -127,13 +135,13 @@ def _attention(quantized: QuantizedFolder) -> str:
     return f"queries, keys and values of {count} at {' and '.join(bits)} bits" if bits else ""
 
 
-def _errors(report: dict[str, Any]) -> dict[str, float]:
-    """Signal to noise in decibels by name on disk."""
+def _said(report: dict[str, Any], fact: str) -> dict[str, float]:
+    """What report.json says of linears, by name on disk."""
     return {
-        f"{block}.{linear}": facts["signal_to_noise_db"]
+        f"{block}.{linear}": facts[fact]
         for block, found in report.get("blocks", {}).items()
         for linear, facts in found.get("linears", {}).items()
-        if facts.get("signal_to_noise_db") is not None
+        if facts.get(fact) is not None
     }
 
 

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer import Argument, Option
 
 from lowbit.allocate import STRATEGIES, Mix
 from lowbit.allocate import mix as allocate
 from lowbit.calibration import Calibration
 from lowbit.cli.device import device_map
-from lowbit.cli.screen import console, size
+from lowbit.cli.screen import console, counting_bar, size
 from lowbit.models.locate import locate
 
 
@@ -44,15 +43,8 @@ def mix(  # noqa: PLR0913 (a command's options)
         raise ValueError(f"-o {out}: that is a folder, or in a folder that does not exist")
     sources = {"sources": tuple(calibration)} if calibration else {}
     text = Calibration(samples=samples, seqlen=seqlen, seed=seed, **sources)
-    folder, screen = locate(model), console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn()
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=screen,
-        transient=True,
-        disable=not screen.is_terminal,
-    ) as bar:
+    folder = locate(model)
+    with counting_bar() as bar:
         task = bar.add_task("measuring", total=None)
         found = allocate(
             folder,

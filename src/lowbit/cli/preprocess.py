@@ -5,12 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from lowbit.cli.options import JobOptions, parse_settings, with_job
-from lowbit.cli.progress import RunProgress
-from lowbit.cli.quantize import INTERRUPTED
+from lowbit.cli.progress import stoppable_run
 from lowbit.cli.screen import console
 from lowbit.models.locate import locate
 from lowbit.recipes import load_recipe
@@ -47,18 +45,6 @@ def preprocess(
     screen = console()
     screen.print(f"{model} → {out}: {chosen.label}, {lora.steps:,} steps", soft_wrap=True)
     chosen.warn(screen)
-    try:
-        with RunProgress(screen) as progress:
-            run(
-                model,
-                out,
-                chosen.method,
-                lora,
-                chosen.calibration,
-                progress,
-                **dict(chosen.options),
-            )
-    except KeyboardInterrupt:
-        screen.print("stopped: the same command continues")
-        raise typer.Exit(INTERRUPTED) from None
+    with stoppable_run(screen, "the same command continues") as progress:
+        run(model, out, chosen.method, lora, chosen.calibration, progress, **dict(chosen.options))
     screen.print(f"next:\n  lowbit quantize {shlex.quote(str(out))} OUT --recipe ptq161")

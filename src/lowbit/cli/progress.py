@@ -1,16 +1,31 @@
 """Draw the events of a run: a line for every finished block and, on a terminal, a bar below."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from lowbit.blocks import Event
 from lowbit.cli.screen import change, duration, size
+
+INTERRUPTED = 130  # the exit status of a program that was stopped with Ctrl-C
+
+
+@contextmanager
+def stoppable_run(console: Console, on_stop: str) -> Iterator["RunProgress"]:
+    """A run's progress; Ctrl-C says `on_stop` and ends the command."""
+    try:
+        with RunProgress(console) as progress:
+            yield progress
+    except KeyboardInterrupt:
+        console.print(f"stopped: {on_stop}")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 class RunProgress:
@@ -118,6 +133,8 @@ class RunProgress:
                 f"  rtn loss {before:#8.3g} → {after:#8.3g}",
                 (f"  {change(after, before):>8}", "green" if after < before else "yellow"),
             ]
+        if "proxy_loss" in data:
+            parts += [f"  proxy loss up to {data['proxy_loss']:#8.3g}"]
         parts += [f"  {duration(data['seconds']):>8}"]
         left = self._left(done, data["of"])
         self._line(*parts, (f"  {left}", "dim") if left else "")

@@ -2,21 +2,18 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from typer import Argument, Option
 
 from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.reader import read_json
 from lowbit.cli.options import JobOptions, with_job
-from lowbit.cli.progress import RunProgress
+from lowbit.cli.progress import stoppable_run
 from lowbit.cli.screen import console, shortened, size
 from lowbit.models.locate import locate
 from lowbit.pipeline import quantize as run
-
-INTERRUPTED = 130  # the exit status of a program that was stopped with Ctrl-C
 
 
 @with_job
@@ -36,20 +33,9 @@ def quantize(
     screen = console()
     screen.print(f"{model} → {out}: {chosen.label}", soft_wrap=True)
     chosen.warn(screen)
-    try:
-        with RunProgress(screen) as progress:
-            run(
-                model,
-                out,
-                chosen.method,
-                chosen.calibration,
-                progress,
-                **dict(chosen.options),
-            )
-    except KeyboardInterrupt:
-        same = "the same command without --restart" if restart else "the same command"
-        screen.print(f"stopped: finished blocks are kept, {same} continues")
-        raise typer.Exit(INTERRUPTED) from None
+    same = "the same command without --restart" if restart else "the same command"
+    with stoppable_run(screen, f"finished blocks are kept, {same} continues") as progress:
+        run(model, out, chosen.method, chosen.calibration, progress, **dict(chosen.options))
     if progress.finished_before:
         screen.print(f"{out} was finished by an earlier run; --restart does it again")
     _summary(screen, model, source, out)
@@ -64,6 +50,10 @@ def _summary(screen: Console, model: str, source: Path, out: Path) -> None:
         soft_wrap=True,
     )
     report = read_json(out / "report.json")
+    if ratios := _salient_ratios(report):
+        least, most = min(ratios), max(ratios)
+        shown = f"{least:.1%}" + (f" to {most:.1%}" if most > least else "")
+        screen.print(f"salient: {shown} of a linear's inputs", soft_wrap=True)
     for what, names in (("gave up", report["given_up"]), ("left float", report["left_float"])):
         if names:
             line = (
@@ -79,3 +69,14 @@ def _summary(screen: Console, model: str, source: Path, out: Path) -> None:
     )
     lines = "".join(f"\n  lowbit {command}" for command in commands)
     screen.print(f"next:{lines}", style="dim", soft_wrap=True)
+
+
+def _salient_ratios(report: dict[str, Any]) -> list[float]:
+    """The effective shares, of all linears that have salient inputs."""
+    return [
+        facts["salient_ratio"]
+        for block in report["blocks"].values()
+        for part in ("linears", "groups")
+        for facts in block.get(part, {}).values()
+        if "salient_ratio" in facts
+    ]

@@ -3,6 +3,7 @@
 import sys
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lowbit.quantities import change, duration, size
 
@@ -16,6 +17,19 @@ def console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PLAIN_WIDTH
     return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
+
+
+def counting_bar() -> Progress:
+    """A bar on stderr, gone when it is done; nothing where that is no terminal."""
+    screen = console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn()
+    return Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+    )
 
 
 def shortened(names: list[str], most: int = 3) -> str:

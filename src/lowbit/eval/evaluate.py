@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lowbit.eval.tasks import Tasks
 
 LONGEST_DEFAULT = 2048  # tokens; the papers' context
+AFTER_LORA = " after LoRA"  # ends the method of a model that was trained by lowbit preprocess
 
 Progress = Callable[[str, int, int], None]  # what is measured, steps done, steps of
 
@@ -328,7 +329,7 @@ def _method(folder: Path) -> str:
     """
     config = read_config(folder)
     section = config.get("quantization_config")
-    trained = " after LoRA" if "lowbit_preprocess" in config else ""
+    trained = AFTER_LORA if "lowbit_preprocess" in config else ""
     if section is None:
         return f"float{trained}"
     made_by = section.get("made_by") or {}

@@ -1,16 +1,21 @@
 """Zero-shot tasks from local files: FOLDER/TASK/*.jsonl.
 
-The questions are put as lm-eval puts those of its tasks of the same names, but the rows are the
-folder's own, which may be a part of the set or another split: results are called local_TASK. Where
-there are files of several splits, test*.jsonl is scored, else validation*.jsonl; solved examples
-come from train*.jsonl, else validation*.jsonl, else from the scored rows themselves.
+What lm-eval makes of a row stands in local/TASK.yaml, in its own words; the questions are put as it
+puts those of its tasks of the same names. Here rows are read, whose fields differ even within one
+task, and checked. They are the folder's own, which may be a part of the set or another split:
+results are called local_TASK. Where there are files of several splits, test*.jsonl is scored, else
+validation*.jsonl; solved examples come from train*.jsonl, else validation*.jsonl, else from the
+scored rows themselves.
 """
 
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lowbit.config import unknown_name
 
@@ -20,11 +25,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class LocalTask:
-    """fields: of a row of its files. read: such a row to what `config`, for lm-eval, speaks of."""
+    """fields: of a row of its files. read: such a row to what its YAML file speaks of."""
 
     fields: str
     read: Callable[[Row], Row]
-    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,13 @@ class LocalRows:
         others = len(self.examples) - (self.examples is self.scored)
         if few_shot > others:
             raise ValueError(f"{self.task} has {others} examples, less than --few-shot {few_shot}")
+
+
+def task_config(name: str) -> dict[str, Any]:
+    """local/NAME.yaml: the task as lm-eval takes it, but for its rows."""
+    text = (resources.files(__package__) / "local" / f"{name}.yaml").read_text(encoding="utf-8")
+    config: dict[str, Any] = yaml.safe_load(text)
+    return config
 
 
 def find_rows(folder: Path, names: Iterable[str]) -> list[LocalRows]:
@@ -145,42 +156,15 @@ def _lambada(row: Row) -> Row:
     return {"context": row["context"], "continuation": f" {row['continuation'].strip()}"}
 
 
-def _means(*metrics: str) -> list[dict[str, Any]]:
-    return [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics]
-
-
-CHOICE = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "query",
-    "doc_to_choice": "choices",
-    "doc_to_target": "gold",
-    "metric_list": _means("acc", "acc_norm"),
-}
-BOOLQ = CHOICE | {"metric_list": _means("acc")}
-WINOGRANDE = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "gold",  # an index makes lm-eval vary the beginning instead of the end
-    "doc_to_choice": "choices",
-    "doc_to_target": "continuation",
-    "metric_list": _means("acc"),
-}
-LAMBADA = {
-    "output_type": "loglikelihood",
-    "doc_to_text": "context",
-    "doc_to_target": "continuation",
-    "target_delimiter": "",  # the blank is part of the continuation
-    "metric_list": _means("acc"),
-}
-
 ARC = "question, choices {text, label} and answerKey, or query, choices and gold"
 LOCAL_TASKS = {
-    "arc_challenge": LocalTask(ARC, _arc, CHOICE),
-    "arc_easy": LocalTask(ARC, _arc, CHOICE),
-    "boolq": LocalTask("question, passage and answer (true or false)", _boolq, BOOLQ),
-    "hellaswag": LocalTask("query, choices and gold", _hellaswag, CHOICE),
-    "lambada_openai": LocalTask("context and continuation", _lambada, LAMBADA),
-    "piqa": LocalTask("goal, sol1, sol2 and label (0 or 1)", _piqa, CHOICE),
+    "arc_challenge": LocalTask(ARC, _arc),
+    "arc_easy": LocalTask(ARC, _arc),
+    "boolq": LocalTask("question, passage and answer (true or false)", _boolq),
+    "hellaswag": LocalTask("query, choices and gold", _hellaswag),
+    "lambada_openai": LocalTask("context and continuation", _lambada),
+    "piqa": LocalTask("goal, sol1, sol2 and label (0 or 1)", _piqa),
     "winogrande": LocalTask(
-        'sentence (with a "_"), option1, option2 and answer ("1" or "2")', _winogrande, WINOGRANDE
+        'sentence (with a "_"), option1, option2 and answer ("1" or "2")', _winogrande
     ),
 }

@@ -16,7 +16,7 @@ from lm_eval.api.metrics import mean, mean_stderr
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lowbit.eval.local_tasks import LOCAL_TASKS, PREFIX, LocalRows, find_rows
+from lowbit.eval.local_tasks import PREFIX, LocalRows, find_rows, task_config
 from lowbit.eval.scores import TaskOptions, TaskScore
 
 Progress = Callable[[int, int], None]  # requests done, requests of
@@ -173,12 +173,11 @@ def _local_task(rows: LocalRows) -> Any:
         splits["train"] = datasets.Dataset.from_list(rows.examples)
     return task_module.ConfigurableTask(
         config={
-            "task": f"{PREFIX}{rows.task}",
             "custom_dataset": lambda **_: splits,
             "test_split": "test",
             # The same name as test_split makes lm-eval leave out the row that is asked.
             "fewshot_split": "test" if rows.examples is rows.scored else "train",
-            **LOCAL_TASKS[rows.task].config,
+            **task_config(rows.task),
         }
     )
 

@@ -141,7 +141,9 @@ class MatQuant(Method):
         nearest = learner.nearest()
         loss_nearest = mean_loss(lambda index: loss(index, nearest), loss.batches)
         keep = keep_if_better(learner, task, fitted.after, loss_nearest)
-        result = learner.result(self._factors(task, learner))
+        searched = self.epochs > 0 or self.init == "awq" or bool(task.start)
+        learned = keep and searched and (self.lwc or self.let)
+        result = learner.result(self._factors(task, learner), learned)
         result.report |= training_report(fitted, loss_nearest, keep, starved, statistics)
         return result
 
@@ -247,8 +249,11 @@ class _Learner(BlockLearner):
         }
         return _Master(tensors, grids, codes, self.settings)
 
-    def result(self, factors: Mapping[str, OrderedFactor]) -> BlockResult:
-        """The packed block; linears in `factors` are rounded jointly, with feedback."""
+    def result(self, factors: Mapping[str, OrderedFactor], learned: bool) -> BlockResult:
+        """The packed block; linears in `factors` are rounded jointly, with feedback.
+
+        learned: whether the grids were made for the widths.
+        """
         weights = dict(zip(self.method.widths, self.method.weights, strict=True))
         slices: dict[str, dict[str, float]] = {}
 
@@ -256,7 +261,7 @@ class _Learner(BlockLearner):
             if name not in self.settings:
                 return pack(weight, bias, grid)
             extra = self.settings[name].extra_precision
-            layer = pack_nested(weight, bias, grid, factors.get(name), weights, extra)
+            layer = pack_nested(weight, bias, grid, factors.get(name), weights, extra, learned)
             slices[name] = {
                 str(width): round(signal_to_noise(weight, layer.at(width)), 2) for width in weights
             }

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lowbit.formats.nested import NestedLinear
 from lowbit.formats.uniform import UniformLinear
+from lowbit.kernels.slicing import MASTER_BITS
 from lowbit.solvers.gptq import OrderedFactor, gptq_codes
 from lowbit.solvers.nested import joint_codes
 from lowbit.solvers.rounding import Grid
@@ -52,15 +53,17 @@ def pack_nested(
     hessian: OrderedFactor | None,
     weights: Mapping[int, float],
     extra_precision: bool,
+    learned: bool,
 ) -> NestedLinear:
     """weight (out, in) as a master: the nearest codes, or with a Hessian those of `joint_codes`.
 
-    weights: what the error of each width counts; the layer is made for these widths.
+    weights: what the error of each width counts. learned: whether the grid was made for these
+    widths, too; if nothing was, it is the master of 8 bits alone that is made well.
     """
     facts: dict[str, Any] = {
         "group_size": grid.group_size,
         "extra_precision": extra_precision,
-        "trained": tuple(weights),
+        "trained": tuple(weights) if learned or hessian is not None else (MASTER_BITS,),
         "bias": bias,
     }
     stored = NestedLinear.from_grid(weight, grid.scale, grid.zero, **facts)

@@ -169,9 +169,11 @@ class Job:
             tensors, record = shard_of(result, self.source, name, first)
             learned = result.learned if self.method.learns else None
             writer.write_shard(index + 1, tensors, learned, record)
-        facts = {
-            key: result.report[key] for key in ("loss_rtn", "loss_after") if key in result.report
-        }
+        said = result.report
+        facts: dict[str, Any] = {k: said[k] for k in ("loss_rtn", "loss_after") if k in said}
+        linears = said.get("linears", {}).values()
+        if proxies := [found["proxy_loss"] for found in linears if "proxy_loss" in found]:
+            facts["proxy_loss"] = max(proxies)
         seconds = {"seconds": round(time.perf_counter() - started, 3)}
         log(Event("finished", place | facts | seconds | peak.found))
         return result

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit.quantities import change, size
+from lowbit.quantities import change, perplexity_over, size
 from lowbit.report.records import ResultRecord, TaskRecord
 
 
@@ -155,14 +155,10 @@ def _change(value: float | None, reference: float | None) -> str:
 
 
 def _conditions(row: ResultRecord) -> list[str]:
-    counts = ", ".join(f"{count:,} of {Path(text).name}" for text, count in row.windows.items())
-    if not counts or row.seqlen is None:
+    if not row.windows or row.seqlen is None:
         return []
-    over = f"Perplexity over non-overlapping windows of {row.seqlen:,} tokens: {counts}."
-    if row.per_document:
-        over = (
-            f"Perplexity per document, each from its BOS, of up to {row.seqlen:,} tokens: {counts}."
-        )
+    over = perplexity_over(row.windows, row.seqlen, row.per_document)
+    over = f"P{over[1:]}."
     if row.reference is None:
         return [over]
     name = Path(row.reference).name or row.reference
