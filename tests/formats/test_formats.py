@@ -33,17 +33,16 @@ def uniform(
 ) -> UniformLinear:
     """Random codes; a zero_shift of None is a symmetric layer."""
     draw = torch.Generator().manual_seed(rows + columns)
-    symmetric, shift = zero_shift is None, zero_shift or 0
+    shift = zero_shift or 0
     groups = 1 if group_size is None else -(-columns // group_size)
     return UniformLinear.from_codes(
         torch.randint(0, 2**bits, (rows, columns), generator=draw, dtype=torch.uint8),
         (torch.rand(rows, groups, generator=draw) + 0.1) * scale,
         None
-        if symmetric
+        if zero_shift is None
         else torch.randint(0, 2 ** (bits + shift), (rows, groups), generator=draw),
         bits=bits,
         group_size=group_size,
-        symmetric=symmetric,
         zero_shift=shift,
         bias=bias,
     )
@@ -266,6 +265,17 @@ def test_all_tensors_are_frozen_parameters(make: Callable[[], QuantizedLinear]) 
     layer = make()
     assert not list(layer.buffers()) and "weight" not in layer.state_dict()
     assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+@every_example
+def test_bad_entries_are_refused_by_name(make: Callable[[], QuantizedLinear]) -> None:
+    entry = make().entry()
+    for key in entry.keys() - {"format"}:
+        for bad in ({k: v for k, v in entry.items() if k != key}, entry | {key: ["", {}]}):
+            with pytest.raises(ValueError, match=key):
+                build(bad)
+    with pytest.raises(ValueError, match=r"'shapes' is no field .* did you mean 'shape'"):
+        build(entry | {"shapes": [1, 1]})
 
 
 @pytest.mark.parametrize(

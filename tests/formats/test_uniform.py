@@ -84,7 +84,6 @@ def layers(draw: st.DrawFn) -> tuple[UniformLinear, Tensor]:
         None if shift is None else zero,
         bits=bits,
         group_size=group_size,
-        symmetric=shift is None,
         zero_shift=shift or 0,
     )
     assert torch.equal(
@@ -116,7 +115,7 @@ def test_codes_are_counted_from_the_stored_scale(bits: int, group_size: int | No
 def check_codes(weight: Tensor, bits: int, group_size: int | None) -> None:
     """Against round-to-nearest spelt out; row 2 of the weight is zero."""
     scale, zero = grid_of(weight, bits, group_size)
-    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": False}
+    options: dict[str, Any] = {"bits": bits, "group_size": group_size}
     layer = UniformLinear.from_grid(weight, scale, zero, **options)
     point = spread(layer.zeros().float(), group_size, 40)
     step = spread(layer.scale.float(), group_size, 40)
@@ -136,9 +135,7 @@ def check_codes(weight: Tensor, bits: int, group_size: int | None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_ties_round_to_even_and_ends_clamp(dtype: torch.dtype) -> None:
     weight = torch.tensor([[-9, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 9]], dtype=dtype)
-    layer = UniformLinear.from_grid(
-        weight, torch.ones(1, 1), None, bits=3, group_size=None, symmetric=True
-    )
+    layer = UniformLinear.from_grid(weight, torch.ones(1, 1), None, bits=3, group_size=None)
     assert layer.codes().tolist() == [[0, 2, 2, 4, 4, 6, 6, 7]]
     assert layer.zero is None and layer.zeros().tolist() == [[4]]
 
@@ -146,7 +143,7 @@ def test_ties_round_to_even_and_ends_clamp(dtype: torch.dtype) -> None:
 def test_zero_points_are_rounded_and_clamped() -> None:
     zero = torch.tensor([[-3.0], [0.5], [1.5], [99.0]])
     layer = UniformLinear.from_grid(
-        torch.zeros(4, 2), torch.ones(4, 1), zero, bits=2, group_size=None, symmetric=False
+        torch.zeros(4, 2), torch.ones(4, 1), zero, bits=2, group_size=None
     )
     assert layer.zeros().tolist() == [[0], [0], [2], [3]]
     assert torch.equal(layer.codes(), layer.zeros().expand(4, 2))
@@ -157,7 +154,7 @@ def test_groups_never_straddle_rows() -> None:
     weight = torch.arange(64 * 200.0).reshape(64, 200)
     scale, zero = grid_of(weight, 4, 128)
     assert scale.shape == (64, 2)
-    options: dict[str, Any] = {"bits": 4, "group_size": 128, "symmetric": False}
+    options: dict[str, Any] = {"bits": 4, "group_size": 128}
     layer = UniformLinear.from_grid(weight, scale, zero, **options)
     changed = scale.clone()
     changed[5, 1] *= 4
@@ -179,7 +176,7 @@ def test_groups_never_straddle_rows() -> None:
 )
 def test_dtype_of_the_scale(scale: list[float], dtype: torch.dtype) -> None:
     layer = UniformLinear.from_grid(
-        torch.ones(1, 2), torch.tensor([scale]), None, bits=4, group_size=1, symmetric=True
+        torch.ones(1, 2), torch.tensor([scale]), None, bits=4, group_size=1
     )
     assert layer.scale.dtype == dtype and layer.dequantize().isfinite().all()
     assert torch.equal(layer.scale.float(), torch.tensor([scale]))
@@ -188,7 +185,7 @@ def test_dtype_of_the_scale(scale: list[float], dtype: torch.dtype) -> None:
 def test_gradients_and_bias_dtype_stay_outside() -> None:
     weight, scale, bias = (torch.ones(2, 2, requires_grad=True) for _ in range(3))
     layer = UniformLinear.from_grid(
-        weight, scale, scale, bits=4, group_size=1, symmetric=False, bias=bias[0].bfloat16()
+        weight, scale, scale, bits=4, group_size=1, bias=bias[0].bfloat16()
     )
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert layer.bias is not None and layer.bias.dtype == torch.bfloat16
@@ -204,7 +201,6 @@ def made(**changes: Any) -> UniformLinear:
         "zero": torch.zeros(6, 3, dtype=torch.int32),
         "bits": 4,
         "group_size": 16,
-        "symmetric": False,
     }
     return UniformLinear.from_codes(**(arguments | changes))
 
@@ -219,8 +215,6 @@ def made(**changes: Any) -> UniformLinear:
         ({"codes": torch.full((6, 40), 16, dtype=torch.uint8)}, "codes go up to 16"),
         ({"scale": torch.ones(6, 2)}, r"scale is \(6, 2\): this layer takes \(6, 3\)"),
         ({"scale": torch.full((6, 3), torch.nan)}, "scale has values that are not finite"),
-        ({"zero": None}, "zero is missing and symmetric is False"),
-        ({"symmetric": True}, "zero is given and symmetric is True"),
         ({"zero": torch.zeros(3, 6, dtype=torch.int32)}, r"zero is \(3, 6\): this layer takes"),
         ({"zero": torch.zeros(6, 3)}, "zero is torch.float32: allowed are integers"),
         (
@@ -229,7 +223,7 @@ def made(**changes: Any) -> UniformLinear:
         ),
         ({"zero": torch.full((6, 3), 64), "zero_shift": 2}, "allowed at 6 bits are 0 to 63"),
         ({"zero_shift": 5}, "zero_shift is 5: allowed with bits 4 and symmetric False are 0 to 4"),
-        ({"zero": None, "symmetric": True, "zero_shift": 1}, "zero_shift is 1: .* True are 0 to 0"),
+        ({"zero": None, "zero_shift": 1}, "zero_shift is 1: .* True are 0 to 0"),
         ({"bias": torch.ones(5)}, r"bias is \(5,\): this layer takes \(6,\)"),
         ({"bias": torch.ones(6).double()}, "bias"),
     ],
@@ -242,7 +236,7 @@ def test_bad_tensors_are_refused(changes: dict[str, Any], message: str) -> None:
 
 
 def test_bad_weights_are_refused() -> None:
-    options: dict[str, Any] = {"bits": 4, "group_size": None, "symmetric": False}
+    options: dict[str, Any] = {"bits": 4, "group_size": None}
     good: dict[str, Any] = {
         "weight": torch.ones(2, 2),
         "scale": torch.ones(2, 1),
@@ -262,7 +256,6 @@ def test_an_entry_that_rounds_inputs(symmetric: bool) -> None:
         torch.full((6, 1), 7.0),
         bits=4,
         group_size=None,
-        symmetric=False,
     )
     assert "activation" not in plain.entry() and plain.activation is None
     entry = plain.entry() | {"activation": {"bits": 4, "symmetric": symmetric}}
@@ -302,17 +295,11 @@ BAD_VALUES: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("key", BAD_VALUES)
-def test_bad_entries_are_refused_by_name(key: str) -> None:
+def test_bad_values_are_refused_by_name(key: str) -> None:
     build(ENTRY)
     for value in BAD_VALUES[key]:
         with pytest.raises(ValueError, match=key):
             build(ENTRY | {key: value})
-
-
-@pytest.mark.parametrize("key", ENTRY)
-def test_incomplete_entries_are_refused_by_name(key: str) -> None:
-    with pytest.raises(ValueError, match=key):
-        UniformLinear.from_entry({k: v for k, v in ENTRY.items() if k != key})
 
 
 def test_other_bad_entries() -> None:

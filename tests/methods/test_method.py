@@ -79,7 +79,6 @@ def packed(codes: list[list[int]], scale: float) -> UniformLinear:
         None,
         bits=4,
         group_size=None,
-        symmetric=True,
     )
 
 

@@ -242,10 +242,10 @@ def read_in(source: str) -> set[str]:
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_every_option_is_read_in_its_file(method: type[Method]) -> None:
-    module = inspect.getmodule(method)
-    assert module is not None
-    own = set(method.model_fields) - {"overrides"}  # `Method.at` reads them
-    assert not own - read_in(inspect.getsource(module))
+    """Or in that of what it is made from."""
+    modules = [inspect.getmodule(of) for of in method.__mro__ if issubclass(of, Method)]
+    sources = [inspect.getsource(module) for module in modules if module is not None]
+    assert not set(method.model_fields) - set().union(*map(read_in, sources))
 
 
 def test_an_option_that_nothing_reads_is_found() -> None:

@@ -1,7 +1,7 @@
 """What every stored format has in common."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowbit.formats.activation import Activation
+from lowbit.formats.checks import check_shape, dtype_name
+from lowbit.formats.entry import LayerEntry
 from lowbit.formats.sharing import LastInput
 
 
@@ -26,41 +28,73 @@ class QuantizedLinear(nn.Module):
     `shares` and `prepare`, calls `prepared` in `forward`, and has a `forward` that stops after
     `prepare` when it is asked to with `prepare_only`.
 
-    Where a format supports it, `activation` says how `forward` rounds its input first; the entry
-    has it then, and is silent otherwise.
+    Where a format supports it, `activation` says how `forward` rounds its input first.
 
     bias: (out_features,) in the checkpoint's dtype, or None.
     """
 
     format: ClassVar[str]
+    Entry: ClassVar[type[LayerEntry]]
+    spec: LayerEntry
     activation: Activation | None = None
+    bias: Tensor | None
 
-    def __init__(
-        self, in_features: int, out_features: int, bias_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, spec: LayerEntry) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
+        self.spec = spec
+        self.out_features, self.in_features = spec.shape
         self._owner: tuple[QuantizedLinear, ...] = ()  # a tuple, so that it is no submodule
         self._last_input = LastInput()
-        if bias_dtype is None:
-            self.bias = None
-        else:
-            self.add_frozen("bias", (out_features,), bias_dtype)
+        self.add_frozen("bias", (self.out_features,), spec.bias)
 
-    def add_frozen(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Registers a frozen parameter of zeros."""
-        data = torch.zeros(shape, dtype=dtype)
-        self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+    def add_frozen(self, name: str, shape: tuple[int, ...], dtype: str | None) -> None:
+        """Registers a frozen parameter of zeros; None: this layer has no such tensor."""
+        data = None if dtype is None else torch.zeros(shape, dtype=getattr(torch, dtype))
+        parameter = None if data is None else nn.Parameter(data, requires_grad=False)
+        self.register_parameter(name, parameter)
 
-    @abstractmethod
     def entry(self) -> dict[str, Any]:
-        """What config.json says about this layer; JSON values only; `common_entry` plus its own."""
+        """What config.json says about this layer; JSON values only."""
+        return self.spec.model_dump()
 
     @classmethod
-    @abstractmethod
     def from_entry(cls, entry: dict[str, Any]) -> Self:
         """An empty layer of the right shapes. Raises ValueError for an entry that cannot be."""
+        return cls(cls.Entry.model_validate(entry))
+
+    @classmethod
+    def empty(
+        cls, shape: Sequence[int], bias: Tensor | None, device: torch.device, **facts: Any
+    ) -> Self:
+        """A layer for such a bias, on a device; facts: what else its entry says."""
+        kind = None if bias is None else dtype_name(bias.dtype)
+        with device:
+            return cls.from_entry(
+                {"format": cls.format, "shape": list(shape), "bias": kind, **facts}
+            )
+
+    @classmethod
+    def from_tensors(
+        cls, shape: Sequence[int], tensors: Mapping[str, Tensor | None], **facts: Any
+    ) -> Self:
+        """The layer of these tensors, "bias" among them; facts: what else its entry says."""
+        device = next(tensor.device for tensor in tensors.values() if tensor is not None)
+        layer = cls.empty(shape, tensors["bias"], device, **facts)
+        layer.store(tensors)
+        return layer
+
+    def store(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Copies tensors into those that this layer has. Raises ValueError where they differ."""
+        for name, tensor in (dict.fromkeys(self.state_dict()) | dict(tensors)).items():
+            place: Tensor | None = getattr(self, name)
+            if (place is None) != (tensor is None):
+                given = "missing" if tensor is None else "given"
+                raise ValueError(f"{name} is {given}, which does not fit {self.entry()}")
+            if place is not None and tensor is not None:
+                check_shape(name, tensor, place.shape)
+                if tensor.is_floating_point() != place.is_floating_point():
+                    raise ValueError(f"{name} is {tensor.dtype}: allowed is {place.dtype}")
+                place.copy_(tensor.detach())
 
     @abstractmethod
     def dequantize(self) -> Tensor:
@@ -117,17 +151,6 @@ class QuantizedLinear(nn.Module):
             result: Tensor = owner(x, prepare_only=True)
             return result
         return owner._last_input.prepared(x, owner)
-
-    def common_entry(self) -> dict[str, Any]:
-        bias = None if self.bias is None else str(self.bias.dtype).removeprefix("torch.")
-        entry: dict[str, Any] = {
-            "format": self.format,
-            "shape": [self.out_features, self.in_features],
-            "bias": bias,
-        }
-        if self.activation is not None:
-            entry["activation"] = self.activation.model_dump()
-        return entry
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features), in the dtype of x."""

@@ -1,21 +1,57 @@
-"""From a block whose parameters were learned to its result: what OmniQuant and MatQuant share."""
+"""What OmniQuant and MatQuant share: fields, and from a block that was learned to its result."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lowbit.blocks import BlockResult, BlockTask, Event
 from lowbit.blocks.statistics import ChannelStatistics
 from lowbit.blocks.training import Fit
 from lowbit.formats.base import QuantizedLinear
-from lowbit.methods.method import signal_to_noise
-from lowbit.solvers.block_learner import BlockLearner
+from lowbit.methods.method import Method, signal_to_noise
+from lowbit.solvers.block_learner import BlockLearner, Learning
 from lowbit.solvers.rounding import Grid
 
 # (name, folded weight, folded bias, grid) -> the layer
 Pack = Callable[[str, Tensor, Tensor | None, Grid], QuantizedLinear]
+
+
+class LearningMethod(Method):
+    """lwc, let: what is learned, clips and scales. aug_loss: adds the error against the float block
+    on the streams that rounded blocks hand on.
+
+    epochs over all samples; batch: samples per step; lwc_lr, let_lr: AdamW's rates for logits, and
+    for logarithms of scales and shifts. alpha: of the initial scales. init: "minmax" as published,
+    or "awq", a search for scales and clips so that a quarter of the epochs does. damping: share of
+    a Hessian's mean diagonal that is added to it, where codes are chosen with feedback. min_tokens:
+    an expert that saw fewer calibration tokens is rounded to nearest and named in the report.
+    """
+
+    learns: ClassVar[bool] = True
+
+    lwc: bool = True
+    let: bool = False
+    aug_loss: bool = False
+    epochs: int = Field(20, ge=0)
+    batch: int = Field(1, ge=1)
+    lwc_lr: float = Field(1e-2, gt=0)
+    let_lr: float = Field(5e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    alpha: float = Field(0.5, ge=0, le=1)
+    init: Literal["minmax", "awq"] = "minmax"
+    damping: float = Field(0.01, gt=0)
+    min_tokens: int = Field(64, ge=1)
+
+    def rows(self) -> int:
+        return self.batch
+
+    def learning(self, inputs: bool = False) -> Learning:
+        """inputs: whether what the linears read is rounded too."""
+        rates = self.lwc_lr, self.let_lr
+        return Learning(self.lwc, self.let, *rates, self.alpha, self.init, inputs)
 
 
 @torch.no_grad()

@@ -31,10 +31,10 @@ from lowbit.blocks.training import fit, mean_loss
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear
 from lowbit.kernels.slicing import MASTER_BITS
-from lowbit.methods.learned import keep_if_better, packed_block, training_report
-from lowbit.methods.method import Method, signal_to_noise
+from lowbit.methods.learned import LearningMethod, keep_if_better, packed_block, training_report
+from lowbit.methods.method import signal_to_noise
 from lowbit.methods.packing import pack, pack_nested
-from lowbit.solvers.block_learner import BlockLearner, Learning, starved_linears
+from lowbit.solvers.block_learner import BlockLearner, starved_linears
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 from lowbit.solvers.nested import fake_slice, master_codes
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize
@@ -42,7 +42,7 @@ from lowbit.solvers.rounding import Grid, GridShape, fake_quantize
 ATTENTION = ("attn", "attention")  # what transformers calls it in the names of linears
 
 
-class MatQuant(Method):
+class MatQuant(LearningMethod):
     """widths, weights: the slices that are made good, and what the error of each counts.
 
     group_size, symmetric: of the 8-bit grid; symmetric ones have their zero at 128, so that 0 stays
@@ -53,12 +53,11 @@ class MatQuant(Method):
     other width. inputs: a slice learns on what slices of its own width hand on ("per_bit"), or all
     on the 8-bit or the float model's. rounding: "nearest" as published, or "joint": codes are
     chosen with feedback for all widths together, which favours those that count most at the cost of
-    the others; with epochs 0 it needs no gradient. Other fields are those of OmniQuant.
+    the others; with epochs 0 it needs no gradient.
     """
 
     name: ClassVar[str] = "matquant"
     per_linear: ClassVar[tuple[str, ...]] = ("group_size", "symmetric", "extra_precision")
-    learns: ClassVar[bool] = True
 
     widths: list[int] = Field([8, 4, 2], min_length=1)
     weights: list[float] = [0.1, 0.1, 1.0]
@@ -69,19 +68,7 @@ class MatQuant(Method):
     distill_alone: bool = False
     scope: Literal["all", "ffn"] = "all"
     inputs: Literal["per_bit", "shared_8", "shared_float"] = "per_bit"
-    lwc: bool = True
-    let: bool = False
-    aug_loss: bool = False
-    epochs: int = Field(20, ge=0)
-    batch: int = Field(1, ge=1)
-    lwc_lr: float = Field(1e-2, gt=0)
-    let_lr: float = Field(5e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    alpha: float = Field(0.5, ge=0, le=1)
-    init: Literal["minmax", "awq"] = "minmax"
     rounding: Literal["nearest", "joint"] = "nearest"
-    damping: float = Field(0.01, gt=0)
-    min_tokens: int = Field(64, ge=1)
 
     @model_validator(mode="after")
     def _check_widths(self) -> Self:
@@ -111,9 +98,6 @@ class MatQuant(Method):
         """The stream that a slice learns on."""
         shared = {"per_bit": str(width), "shared_8": str(MASTER_BITS), "shared_float": "float"}
         return shared[self.inputs]
-
-    def rows(self) -> int:
-        return self.batch
 
     def install(self, block: nn.Module, result: BlockResult, stream: str) -> None:
         """The stream "4" passes through the layers at 4 bits."""
@@ -221,10 +205,7 @@ class _Learner(BlockLearner):
         if not self.settings:
             raise ValueError(f"{task.name} has no linear outside attention: use scope all")
         outside = set(settings) - set(self.settings)
-        learning = Learning(
-            method.lwc, method.let, method.lwc_lr, method.let_lr, method.alpha, method.init
-        )
-        super().__init__(task, statistics, starved | outside, learning, shapes)
+        super().__init__(task, statistics, starved | outside, method.learning(), shapes)
 
     def rounded(self, name: str, weight: Tensor, grid: Grid) -> Tensor:
         """At the width whose error counts most."""

@@ -30,11 +30,10 @@ from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.blocks.training import fit, mean_loss
 from lowbit.formats.activation import Activation
 from lowbit.formats.uniform import UniformLinear
-from lowbit.methods.learned import keep_if_better, packed_block, training_report
-from lowbit.methods.method import Method
+from lowbit.methods.learned import LearningMethod, keep_if_better, packed_block, training_report
 from lowbit.methods.packing import pack, pack_with_feedback
 from lowbit.solvers.activation import rounding_twin
-from lowbit.solvers.block_learner import BlockLearner, Learning, starved_linears
+from lowbit.solvers.block_learner import BlockLearner, starved_linears
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize
 
@@ -44,17 +43,12 @@ FLOAT_ATTENTION = (
 )
 
 
-class OmniQuant(Method):
-    """bits, group_size, symmetric: the grid, as in RTN. lwc, let: what is learned.
+class OmniQuant(LearningMethod):
+    """bits, group_size, symmetric: the grid, as in RTN.
 
     activation_bits: of what these linears read, and attentions that hold some of them; None leaves
-    it as it is. activation_symmetric: around 0, without a zero point for each token. aug_loss: adds
-    the error against the float block on the quantized stream. epochs over all samples; batch:
-    samples per step; lwc_lr, let_lr: AdamW's rates for logits, and for logarithms of scales and
-    shifts. alpha: of the initial scales. init: "minmax" as published, or "awq", a search for scales
-    and clips so that a quarter of the epochs does. min_tokens: an expert that saw fewer calibration
-    tokens is rounded to nearest and named in the report. rounding: "nearest" as published, or
-    "gptq": with grid and scales learned, codes are chosen with feedback.
+    it as it is. activation_symmetric: around 0, without a zero point for each token. rounding:
+    "nearest" as published, or "gptq": with grid and scales learned, codes are chosen with feedback.
     """
 
     name: ClassVar[str] = "omniquant"
@@ -65,26 +59,13 @@ class OmniQuant(Method):
         "activation_bits",
         "activation_symmetric",
     )
-    learns: ClassVar[bool] = True
 
     bits: int = Field(4, ge=2, le=8)
     group_size: int | None = Field(None, ge=1)
     symmetric: bool = False
     activation_bits: int | None = Field(None, ge=3, le=8)
     activation_symmetric: bool = False
-    lwc: bool = True
-    let: bool = False
-    aug_loss: bool = False
-    epochs: int = Field(20, ge=0)
-    batch: int = Field(1, ge=1)
-    lwc_lr: float = Field(1e-2, gt=0)
-    let_lr: float = Field(5e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    alpha: float = Field(0.5, ge=0, le=1)
-    init: Literal["minmax", "awq"] = "minmax"
     rounding: Literal["nearest", "gptq"] = "nearest"
-    damping: float = Field(0.01, gt=0)
-    min_tokens: int = Field(64, ge=1)
 
     @model_validator(mode="after")
     def _check_activation(self) -> Self:
@@ -103,9 +84,6 @@ class OmniQuant(Method):
 
     def streams(self) -> tuple[str, ...]:
         return ("float", "quantized")
-
-    def rows(self) -> int:
-        return self.batch
 
     def quantize(self, task: BlockTask) -> BlockResult:
         statistics = input_statistics(task.block, task.groups, task.streams["float"])
@@ -168,15 +146,7 @@ class _Learner(BlockLearner):
             if whole and any(name.startswith(f"{attention}.") for name in names)
         }
         shapes = {n: GridShape(s.bits, s.group_size, s.symmetric) for n, s in settings.items()}
-        learning = Learning(
-            method.lwc,
-            method.let,
-            method.lwc_lr,
-            method.let_lr,
-            method.alpha,
-            method.init,
-            inputs=bool(self.activations),
-        )
+        learning = method.learning(inputs=bool(self.activations))
         super().__init__(task, statistics, starved, learning, shapes)
 
     def rounding_block(self, task: BlockTask) -> nn.Module:

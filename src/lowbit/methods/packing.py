@@ -21,7 +21,6 @@ def pack(weight: Tensor, bias: Tensor | None, grid: Grid) -> UniformLinear:
         grid.zero,
         bits=grid.bits,
         group_size=grid.group_size,
-        symmetric=grid.zero is None,
         bias=bias,
     )
 
@@ -40,7 +39,6 @@ def pack_with_feedback(
         None if grid.zero is None else stored.zeros(),
         bits=grid.bits,
         group_size=grid.group_size,
-        symmetric=grid.zero is None,
         bias=bias,
     )
     return layer, loss

@@ -36,7 +36,7 @@ channels; the mask is then stored there alone.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -124,6 +124,25 @@ class Salient:
         codes = reference.round_salient(finite("salient weight", weight), scale, zero)
         return cls(channels, codes, scale, zero)
 
+    def packed(self, rows: int) -> dict[str, Tensor]:
+        """As they are stored."""
+        check_shape("salient zero", self.zero, torch.Size((rows,)))
+        return {
+            "salient": pack(self.codes, 4),
+            "salient_zero": pack(self.zero.to(torch.uint8), 4),
+        }
+
+    def mask(self, columns: int) -> Tensor:
+        """A bit for every input, packed."""
+        mask = torch.zeros(columns, dtype=torch.uint8, device=self.zero.device)
+        mask[self.channels] = 1
+        if int(mask.sum()) != self.codes.shape[1]:
+            raise ValueError(
+                f"salient channels are {len(self.channels)}, of which {int(mask.sum())} differ: "
+                f"these codes take {self.codes.shape[1]}"
+            )
+        return pack(mask, 1)
+
     def dequantize(self) -> Tensor:
         """(out, salient) float32"""
         return reference.salient_weight(self.codes, self.scale, self.zero)
@@ -133,7 +152,9 @@ class BinaryLinear(QuantizedLinear):
     """A linear layer of signs and some codes of 4 bits; the module's docstring gives its bytes."""
 
     format = "binary"
+    Entry = BinaryEntry
 
+    spec: BinaryEntry
     sign: Tensor
     row_scale: Tensor
     row_mean: Tensor | None
@@ -144,36 +165,20 @@ class BinaryLinear(QuantizedLinear):
     mask: Tensor | None
 
     def __init__(self, spec: BinaryEntry) -> None:
+        super().__init__(spec)
         rows, columns = spec.shape
-        super().__init__(columns, rows, spec.bias and getattr(torch, spec.bias))
-        self.spec = spec
         self.plain = columns - spec.salient
-        dtype = getattr(torch, spec.scale_dtype)
-        self._add("sign", (rows, packed_bytes(self.plain, 1)), torch.uint8)
-        self._add("row_scale", (rows,), dtype)
-        self._add("row_mean", (rows,), dtype, spec.row_mean)
-        self._add("column_scale", (self.plain,), dtype, spec.column_scale)
-        some = spec.salient > 0
-        self._add("salient", (rows, packed_bytes(spec.salient, 4)), torch.uint8, some)
-        self._add("salient_scale", (rows,), dtype, some)
-        self._add("salient_zero", (packed_bytes(rows, 4),), torch.uint8, some)
-        owned = some and spec.shares is None
-        self._add("mask", (packed_bytes(columns, 1),), torch.uint8, owned)
-
-    def _add(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, there: bool = True
-    ) -> None:
-        if there:
-            self.add_frozen(name, shape, dtype)
-        else:
-            self.register_parameter(name, None)
-
-    @classmethod
-    def from_entry(cls, entry: dict[str, Any]) -> Self:
-        return cls(BinaryEntry.model_validate(entry))
-
-    def entry(self) -> dict[str, Any]:
-        return self.spec.model_dump() | self.common_entry()
+        scales = spec.scale_dtype
+        self.add_frozen("sign", (rows, packed_bytes(self.plain, 1)), "uint8")
+        self.add_frozen("row_scale", (rows,), scales)
+        self.add_frozen("row_mean", (rows,), scales if spec.row_mean else None)
+        self.add_frozen("column_scale", (self.plain,), scales if spec.column_scale else None)
+        codes = "uint8" if spec.salient else None
+        self.add_frozen("salient", (rows, packed_bytes(spec.salient, 4)), codes)
+        self.add_frozen("salient_scale", (rows,), scales if spec.salient else None)
+        self.add_frozen("salient_zero", (packed_bytes(rows, 4),), codes)
+        mask = codes if spec.shares is None else None
+        self.add_frozen("mask", (packed_bytes(columns, 1),), mask)
 
     @classmethod
     def from_parts(
@@ -201,46 +206,21 @@ class BinaryLinear(QuantizedLinear):
         if means and float(means[0].abs().max()) > torch.finfo(torch.float16).max:
             dtype = torch.float32
         count = 0 if salient is None else salient.codes.shape[1]
-        entry = {
-            "format": cls.format,
-            "shape": [negative.shape[0], negative.shape[1] + count],
-            "bias": None if bias is None else dtype_name(bias.dtype),
-            "salient": count,
-            "row_mean": row_mean is not None,
-            "column_scale": column_scale is not None,
-            "scale_dtype": dtype_name(dtype),
-            "shares": shares,
-        }
-        with negative.device:
-            layer = cls.from_entry(entry)
+        rows, columns = negative.shape[0], negative.shape[1] + count
         stored = {**scales, "row_mean": row_mean, "bias": bias}
         stored["sign"] = pack(negative.to(torch.uint8), 1)
         if salient is not None:
-            stored |= layer._packed(salient)
-        layer._store(stored)
-        return layer
-
-    def _packed(self, salient: Salient) -> dict[str, Tensor]:
-        zero = salient.zero
-        check_shape("salient zero", zero, torch.Size((self.out_features,)))
-        packed = {"salient": pack(salient.codes, 4), "salient_zero": pack(zero.to(torch.uint8), 4)}
-        if self.mask is None:
-            return packed
-        mask = torch.zeros(self.in_features, dtype=torch.uint8, device=zero.device)
-        mask[salient.channels] = 1
-        if int(mask.sum()) != self.spec.salient:
-            raise ValueError(
-                f"salient channels are {len(salient.channels)}, of which {int(mask.sum())} differ: "
-                f"these codes take {self.spec.salient}"
-            )
-        return packed | {"mask": pack(mask, 1)}
-
-    def _store(self, tensors: dict[str, Tensor | None]) -> None:
-        for name, tensor in tensors.items():
-            place = getattr(self, name)
-            if place is not None and tensor is not None:
-                check_shape(name, tensor, place.shape)
-                place.copy_(tensor.detach())
+            stored |= salient.packed(rows)
+            stored |= {"mask": salient.mask(columns)} if shares is None else {}
+        return cls.from_tensors(
+            (rows, columns),
+            stored,
+            salient=count,
+            row_mean=row_mean is not None,
+            column_scale=column_scale is not None,
+            scale_dtype=dtype_name(dtype),
+            shares=shares,
+        )
 
     @property
     def shares(self) -> str | None:

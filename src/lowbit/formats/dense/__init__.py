@@ -15,7 +15,7 @@ The entry in config.json, whose size is out * in * (2 or 4) bytes:
      "dtype": "float32" | "float16" | "bfloat16"}
 """
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -47,36 +47,20 @@ class DenseLinear(QuantizedLinear):
     """A linear layer whose weight is not quantized; the module's docstring gives its bytes."""
 
     format = "dense"
+    Entry = DenseEntry
 
+    spec: DenseEntry
     values: Tensor
 
     def __init__(self, spec: DenseEntry) -> None:
-        rows, columns = spec.shape
-        super().__init__(columns, rows, spec.bias and getattr(torch, spec.bias))
-        self.spec = spec
-        self.add_frozen("values", (rows, columns), getattr(torch, spec.dtype))
-
-    @classmethod
-    def from_entry(cls, entry: dict[str, Any]) -> Self:
-        return cls(DenseEntry.model_validate(entry))
+        super().__init__(spec)
+        self.add_frozen("values", (self.out_features, self.in_features), spec.dtype)
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Self:
         """weight: (out, in) and bias: (out,), kept in their dtypes."""
-        spec = DenseEntry(
-            format="dense",
-            shape=list(weight.shape),
-            bias=None if bias is None else dtype_name(bias.dtype),  # type: ignore[arg-type]
-            dtype=dtype_name(weight.dtype),  # type: ignore[arg-type]
-        )
-        with weight.device:
-            layer = cls(spec)
-        tensors = {"values": weight} if bias is None else {"values": weight, "bias": bias}
-        layer.load_state_dict(tensors)
-        return layer
-
-    def entry(self) -> dict[str, Any]:
-        return {**self.common_entry(), "dtype": self.spec.dtype}
+        tensors = {"values": weight, "bias": bias}
+        return cls.from_tensors(weight.shape, tensors, dtype=dtype_name(weight.dtype))
 
     def dequantize(self) -> Tensor:
         return self.values.to(torch.float32)

@@ -140,7 +140,9 @@ class LatticeLinear(QuantizedLinear):
     """A linear layer of words from a codebook; the module's docstring gives its bytes."""
 
     format = "lattice"
+    Entry = LatticeEntry
 
+    spec: LatticeEntry
     packed: Tensor
     scale: Tensor
     sign_in: Tensor | None
@@ -149,34 +151,19 @@ class LatticeLinear(QuantizedLinear):
     factor_out: Tensor | None
 
     def __init__(self, spec: LatticeEntry) -> None:
+        super().__init__(spec)
         rows, columns = spec.shape
-        super().__init__(columns, rows, spec.bias and getattr(torch, spec.bias))
-        self.spec = spec
         self.codebook = spec.book
         self.rotation_in, self.rotation_out = spec.rotation_in, spec.rotation_out
-        self.add_frozen("packed", (rows, self.codebook.row_bytes(columns)), torch.uint8)
-        scales = rows if spec.scale == "row" else 1
-        self.add_frozen("scale", (scales,), getattr(torch, spec.scale_dtype))
-        self.register_parameter("sign_in", None)
-        self.register_parameter("sign_out", None)
-        if spec.signs != "seed":
-            self.add_frozen("sign_out", (rows,), getattr(torch, spec.signs))
-            if spec.shares is None:
-                self.add_frozen("sign_in", (columns,), getattr(torch, spec.signs))
-        self._add_factor("factor_out", self.rotation_out)
-        self._add_factor("factor_in", self.rotation_in if spec.shares is None else None)
-
-    def _add_factor(self, name: str, side: Rotation | None) -> None:
-        self.register_parameter(name, None)
-        if side is not None and side.stored is not None:
-            self.add_frozen(name, (side.order, side.order), getattr(torch, side.stored))
-
-    @classmethod
-    def from_entry(cls, entry: dict[str, Any]) -> Self:
-        return cls(LatticeEntry.model_validate(entry))
-
-    def entry(self) -> dict[str, Any]:
-        return self.spec.model_dump() | self.common_entry()
+        self.add_frozen("packed", (rows, self.codebook.row_bytes(columns)), "uint8")
+        self.add_frozen("scale", (rows if spec.scale == "row" else 1,), spec.scale_dtype)
+        signs, owns = None if spec.signs == "seed" else spec.signs, spec.shares is None
+        self.add_frozen("sign_out", (rows,), signs)
+        self.add_frozen("sign_in", (columns,), signs if owns else None)
+        sides = {"factor_out": self.rotation_out, "factor_in": self.rotation_in}
+        for name, side in sides.items():
+            stored = side.stored if owns or name == "factor_out" else None
+            self.add_frozen(name, (side.order, side.order), stored)
 
     @classmethod
     def from_rotated(
@@ -234,40 +221,24 @@ class LatticeLinear(QuantizedLinear):
         `lowbit.formats.link` must find it there.
         """
         scale = stored_scale(scale)
-        entry = {
-            "format": cls.format,
-            "shape": [rotation_out.size, rotation_in.size],
-            "bias": None if bias is None else dtype_name(bias.dtype),
-            "codebook": codebook.name,
-            "residual_scale": codebook.residual_scale,
-            "scale": "tensor" if len(scale) == 1 else "row",
-            "scale_dtype": dtype_name(scale.dtype),
-            "seed_in": rotation_in.seed,
-            "seed_out": rotation_out.seed,
-            "transform_in": rotation_in.kind,
-            "transform_out": rotation_out.kind,
-            "signs": "seed" if signs is None else dtype_name(signs[1].dtype),
-            "shares": shares,
-        }
-        with codes.device:
-            layer = cls.from_entry(entry)
-        packed = codebook.pack(codes)
-        stored = {"packed": packed, "scale": scale, "bias": bias}
+        stored = {"packed": codebook.pack(codes), "scale": scale, "bias": bias}
         if signs is not None:
-            stored |= {"sign_in": signs[0], "sign_out": signs[1]}
-        layer._store(stored)
-        return layer
-
-    def _store(self, tensors: dict[str, Tensor | None]) -> None:
-        every = dict.fromkeys(self.state_dict()) | tensors
-        for name, tensor in every.items():
-            place = getattr(self, name)
-            if (place is None) != (tensor is None):
-                given = "missing" if tensor is None else "given"
-                raise ValueError(f"{name} is {given}, which does not fit {self.entry()}")
-            if place is not None and tensor is not None:
-                check_shape(name, tensor, place.shape)
-                place.copy_(tensor.detach() if name in ("packed", "bias") else finite(name, tensor))
+            sides = dict(zip(("sign_in", "sign_out"), signs, strict=True))
+            stored |= {name: s if s is None else finite(name, s) for name, s in sides.items()}
+        return cls.from_tensors(
+            (rotation_out.size, rotation_in.size),
+            stored,
+            codebook=codebook.name,
+            residual_scale=codebook.residual_scale,
+            scale="tensor" if len(scale) == 1 else "row",
+            scale_dtype=dtype_name(scale.dtype),
+            seed_in=rotation_in.seed,
+            seed_out=rotation_out.seed,
+            transform_in=rotation_in.kind,
+            transform_out=rotation_out.kind,
+            signs="seed" if signs is None else dtype_name(signs[1].dtype),
+            shares=shares,
+        )
 
     def with_signs(self, dtype: torch.dtype) -> "LatticeLinear":
         """The same layer with its signs stored, as they are or as the seeds draw them; not linked.
@@ -282,7 +253,7 @@ class LatticeLinear(QuantizedLinear):
         with self.packed.device:
             made = self.from_entry(entry)
         kept = {"sign_in": None if self.shares else inner, "sign_out": outer}
-        made._store(self.state_dict() | {"scale": scale} | kept)
+        made.store(self.state_dict() | {"scale": scale} | kept)
         return made
 
     @property

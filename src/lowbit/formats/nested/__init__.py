@@ -107,38 +107,27 @@ class NestedLinear(QuantizedLinear):
     """A linear layer that runs at one of several widths; the module's docstring gives its bytes."""
 
     format = "nested"
+    Entry = NestedEntry
 
+    spec: NestedEntry
     master: Tensor
     packed: Tensor
     overflow: Tensor | None
     scale: Tensor
     zero: Tensor | None
+    stored_as: str | None = None  # its name in the folder it was loaded from, if from one
 
     def __init__(self, spec: NestedEntry) -> None:
+        super().__init__(spec)
         rows, columns = spec.shape
-        super().__init__(columns, rows, spec.bias and getattr(torch, spec.bias))
-        self.spec = spec
-        groups = group_count(columns, spec.group_size)
-        if spec.resident == "master":
-            self.add_frozen("master", (rows, columns), torch.uint8)
-        else:
-            self.add_frozen("packed", (rows, packed_bytes(columns, spec.bits)), torch.uint8)
-        if spec.top_codes is None:
-            self.overflow = None
-        else:
-            self.add_frozen("overflow", (packed_bytes(spec.top_codes, 1),), torch.uint8)
-        self.add_frozen("scale", (rows, groups), getattr(torch, spec.scale_dtype))
-        if spec.symmetric:
-            self.zero = None
-        else:
-            self.add_frozen("zero", (groups, rows), torch.uint8)
-
-    @classmethod
-    def from_entry(cls, entry: dict[str, Any]) -> Self:
-        return cls(NestedEntry.model_validate(entry))
-
-    def entry(self) -> dict[str, Any]:
-        return self.spec.model_dump() | self.common_entry()
+        groups, master = group_count(columns, spec.group_size), spec.resident == "master"
+        self.add_frozen("master", (rows, columns), "uint8" if master else None)
+        width = packed_bytes(columns, spec.bits)
+        self.add_frozen("packed", (rows, width), None if master else "uint8")
+        above = packed_bytes(spec.top_codes or 0, 1)
+        self.add_frozen("overflow", (above,), None if spec.top_codes is None else "uint8")
+        self.add_frozen("scale", (rows, groups), spec.scale_dtype)
+        self.add_frozen("zero", (groups, rows), None if spec.symmetric else "uint8")
 
     @classmethod
     def from_grid(cls, weight: Tensor, scale: Tensor, zero: Tensor | None, **grid: Any) -> Self:
@@ -174,10 +163,12 @@ class NestedLinear(QuantizedLinear):
         zero: (out, groups) uint8; None makes it symmetric, with all zeros at 128
         """
         scale = storable(scale)
-        spec = NestedEntry(
-            format="nested",
-            shape=list(codes.shape),
-            bias=None if bias is None else dtype_name(bias.dtype),  # type: ignore[arg-type]
+        if zero is not None:
+            check_shape("zero", zero, scale.shape)
+            zero = zero.T
+        return cls.from_tensors(
+            codes.shape,
+            {"master": codes, "scale": scale, "zero": zero, "bias": bias},
             bits=MASTER_BITS,
             group_size=group_size,
             symmetric=zero is None,
@@ -185,22 +176,8 @@ class NestedLinear(QuantizedLinear):
             trained=list(trained),
             resident="master",
             top_codes=None,
-            scale_dtype=dtype_name(scale.dtype),  # type: ignore[arg-type]
+            scale_dtype=dtype_name(scale.dtype),
         )
-        with codes.device:
-            layer = cls(spec)
-        check_shape("scale", scale, layer.scale.shape)
-        state = {"master": codes, "scale": scale}
-        if zero is not None:
-            check_shape("zero", zero, layer.scale.shape)
-            state["zero"] = zero.T
-        if bias is not None:
-            state["bias"] = bias
-        for name, tensor in state.items():
-            if tensor.dtype != (wanted := layer.get_parameter(name).dtype):
-                raise ValueError(f"{name} is {tensor.dtype}: allowed is {wanted}")
-        layer.load_state_dict(state)
-        return layer
 
     @property
     def bits(self) -> int:
@@ -302,17 +279,12 @@ def to_uniform(layer: NestedLinear, bits: int) -> UniformLinear:
     half = (
         spec.scale_dtype == "float16" and float(scale.abs().max()) <= torch.finfo(torch.float16).max
     )
-    entry = {
-        **layer.common_entry(),
-        "format": "uniform",
-        "bits": bits,
-        "group_size": spec.group_size,
-        "symmetric": spec.symmetric,
-        "zero_shift": 0 if spec.symmetric else MASTER_BITS - bits,
-        "scale_dtype": "float16" if half else "float32",
-    }
-    state = {"packed": pack(codes, bits), "scale": scale, "zero": layer.zero, "bias": layer.bias}
-    with codes.device:
-        uniform = UniformLinear.from_entry(entry)
-    uniform.load_state_dict({name: t for name, t in state.items() if t is not None})
-    return uniform
+    return UniformLinear.from_tensors(
+        (layer.out_features, layer.in_features),
+        {"packed": pack(codes, bits), "scale": scale, "zero": layer.zero, "bias": layer.bias},
+        bits=bits,
+        group_size=spec.group_size,
+        symmetric=spec.symmetric,
+        zero_shift=0 if spec.symmetric else MASTER_BITS - bits,
+        scale_dtype="float16" if half else "float32",
+    )

@@ -39,7 +39,7 @@ names another layer of this format that reads the same input and agrees in `grou
 `activation` is `group_size`.
 """
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -67,7 +67,9 @@ class SortedGroupLinear(QuantizedLinear):
     """A linear layer of integer groups and salient columns; see the module for its bytes."""
 
     format = "sorted_group"
+    Entry = SortedGroupEntry
 
+    spec: SortedGroupEntry
     packed: Tensor
     scale: Tensor
     salient: Tensor | None
@@ -75,28 +77,17 @@ class SortedGroupLinear(QuantizedLinear):
     permutation: Tensor | None
 
     def __init__(self, spec: SortedGroupEntry) -> None:
+        super().__init__(spec)
         rows, columns = spec.shape
-        super().__init__(columns, rows, spec.bias and getattr(torch, spec.bias))
-        self.spec = spec
-        scales = getattr(torch, spec.scale_dtype)
         self.groups = group_count(spec.kept, spec.group_size)
-        self.add_frozen("packed", (rows, packed_bytes(spec.kept, spec.bits)), torch.uint8)
-        self.add_frozen("scale", (rows, self.groups), scales)
-        for name in ("salient", "salient_scale", "permutation"):
-            self.register_parameter(name, None)
-        if spec.salient:
-            self.add_frozen("salient", (rows, spec.salient), getattr(torch, spec.salient_dtype))
-            if spec.salient_dtype == "int8":
-                self.add_frozen("salient_scale", (rows,), scales)
-        if spec.permutation is not None and spec.shares is None:
-            self.add_frozen("permutation", (columns,), index_dtype(columns))
-
-    @classmethod
-    def from_entry(cls, entry: dict[str, Any]) -> Self:
-        return cls(SortedGroupEntry.model_validate(entry))
-
-    def entry(self) -> dict[str, Any]:
-        return self.spec.model_dump() | self.common_entry()
+        self.add_frozen("packed", (rows, packed_bytes(spec.kept, spec.bits)), "uint8")
+        self.add_frozen("scale", (rows, self.groups), spec.scale_dtype)
+        salient = spec.salient_dtype if spec.salient else None
+        self.add_frozen("salient", (rows, spec.salient), salient)
+        self.add_frozen("salient_scale", (rows,), spec.scale_dtype if salient == "int8" else None)
+        owned = spec.permutation is not None and spec.shares is None
+        index = dtype_name(index_dtype(columns)) if owned else None
+        self.add_frozen("permutation", (columns,), index)
 
     @classmethod
     def from_grid(
@@ -149,37 +140,28 @@ class SortedGroupLinear(QuantizedLinear):
         that has the permutation; `lowbit.formats.link` must find it there.
         """
         rows, columns = len(codes), codes.shape[1] + order.salient
-        stored: dict[str, Tensor | None] = {"packed": pack(codes, bits), "bias": bias}
         check_shape("salient", salient, torch.Size((rows, order.salient)))
         columns_kept, scale = _stored_salient(finite("salient", salient), scale, salient_bits)
-        stored |= columns_kept | {"scale": scale}
-        permuted = order.permutation is not None
-        if permuted and shares is None:
-            stored["permutation"] = _checked(order.permutation, columns)
+        salient_dtype = dtype_name(columns_kept["salient"].dtype)
+        stored: dict[str, Tensor | None] = {"packed": pack(codes, bits), "scale": scale}
+        stored |= columns_kept if order.salient else {}
+        if order.permutation is not None:
+            checked = _checked(order.permutation, columns)
+            stored |= {"permutation": checked} if shares is None else {}
         rounded = order.activation_bits is not None
         activation = {"bits": order.activation_bits, "symmetric": True, "group": order.group_size}
-        with codes.device:
-            layer = cls.from_entry(
-                {
-                    "format": cls.format,
-                    "shape": [rows, columns],
-                    "bias": None if bias is None else dtype_name(bias.dtype),
-                    "bits": bits,
-                    "group_size": order.group_size,
-                    "scale_dtype": dtype_name(scale.dtype),
-                    "salient": order.salient,
-                    "salient_dtype": dtype_name(columns_kept["salient"].dtype),
-                    "activation": activation if rounded else None,
-                    "permutation": "stored" if permuted else None,
-                    "shares": shares,
-                }
-            )
-        for name, tensor in stored.items():
-            if tensor is not None and getattr(layer, name) is not None:
-                place = layer.get_parameter(name)
-                check_shape(name, tensor, place.shape)
-                place.copy_(tensor.detach())
-        return layer
+        return cls.from_tensors(
+            (rows, columns),
+            stored | {"bias": bias},
+            bits=bits,
+            group_size=order.group_size,
+            scale_dtype=dtype_name(scale.dtype),
+            salient=order.salient,
+            salient_dtype=salient_dtype,
+            activation=activation if rounded else None,
+            permutation=None if order.permutation is None else "stored",
+            shares=shares,
+        )
 
     @property
     def shares(self) -> str | None:
@@ -297,9 +279,8 @@ class SortedGroupLinear(QuantizedLinear):
         return y
 
 
-def _checked(permutation: Tensor | None, inputs: int) -> Tensor:
+def _checked(permutation: Tensor, inputs: int) -> Tensor:
     """As int64, if it is a permutation of so many inputs."""
-    assert permutation is not None
     numbers = permutation.detach().long()
     everything = torch.arange(inputs, device=numbers.device)
     if numbers.shape != (inputs,) or not torch.equal(numbers.sort().values, everything):

@@ -92,31 +92,28 @@ class UniformLinear(QuantizedLinear):
     """A linear layer on a uniform grid; the module's docstring gives its bytes."""
 
     format = "uniform"
+    Entry = UniformEntry
 
+    spec: UniformEntry
     packed: Tensor
     scale: Tensor
     zero: Tensor | None
 
     def __init__(self, spec: UniformEntry) -> None:
+        super().__init__(spec)
         rows, columns = spec.shape
-        super().__init__(columns, rows, spec.bias and getattr(torch, spec.bias))
-        self.spec = spec
         self.activation = spec.activation
         groups = reference.group_count(columns, spec.group_size)
-        self.add_frozen("packed", (rows, packed_bytes(columns, spec.bits)), torch.uint8)
-        self.add_frozen("scale", (rows, groups), getattr(torch, spec.scale_dtype))
-        if spec.symmetric:
-            self.zero = None
-        else:
-            width = packed_bytes(rows, spec.bits + spec.zero_shift)
-            self.add_frozen("zero", (groups, width), torch.uint8)
-
-    @classmethod
-    def from_entry(cls, entry: dict[str, Any]) -> Self:
-        return cls(UniformEntry.model_validate(entry))
+        self.add_frozen("packed", (rows, packed_bytes(columns, spec.bits)), "uint8")
+        self.add_frozen("scale", (rows, groups), spec.scale_dtype)
+        width = packed_bytes(rows, spec.bits + spec.zero_shift)
+        self.add_frozen("zero", (groups, width), None if spec.symmetric else "uint8")
 
     def entry(self) -> dict[str, Any]:
-        return self.spec.model_dump(exclude={"activation"}) | self.common_entry()
+        """Silent about `activation` where inputs are not rounded."""
+        entry = self.spec.model_dump(exclude={"activation"})
+        rounding = {} if self.activation is None else {"activation": self.activation.model_dump()}
+        return entry | rounding
 
     @classmethod
     def from_grid(
@@ -127,7 +124,6 @@ class UniformLinear(QuantizedLinear):
         *,
         bits: int,
         group_size: int | None,
-        symmetric: bool,
         bias: Tensor | None = None,
     ) -> Self:
         """The nearest codes to a float weight, counted from the scale as it is stored.
@@ -135,15 +131,12 @@ class UniformLinear(QuantizedLinear):
         weight: (out, in)  scale: (out, groups)  bias: (out,)
         zero: (out, groups), rounded and clamped to a code; None when symmetric
         """
-        grid = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "zero_shift": 0}
-        layer = cls._on_grid(weight, scale, bias, grid)
+        scale = storable(scale)
         if zero is not None:
             zero = finite("zero", zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
-        layer._store_zeros(zero)
-        points = reference.zero_points(layer.zero, layer.scale, bits, 0)
-        codes = reference.quantize(finite("weight", weight), layer.scale, points, bits, group_size)
-        layer.packed.copy_(pack(codes, bits))
-        return layer
+        points = reference.zero_points(None, scale, bits, 0) if zero is None else zero
+        codes = reference.quantize(finite("weight", weight), scale, points, bits, group_size)
+        return cls.from_codes(codes, scale, zero, bits=bits, group_size=group_size, bias=bias)
 
     @classmethod
     def from_codes(
@@ -154,64 +147,29 @@ class UniformLinear(QuantizedLinear):
         *,
         bits: int,
         group_size: int | None,
-        symmetric: bool,
         zero_shift: int = 0,
         bias: Tensor | None = None,
     ) -> Self:
         """codes: (out, in) uint8  scale: (out, groups)  bias: (out,)
         zero: (out, groups) of an integer dtype, in units of 2**-zero_shift; None when symmetric
         """
-        grid = {
-            "bits": bits,
-            "group_size": group_size,
-            "symmetric": symmetric,
-            "zero_shift": zero_shift,
-        }
-        layer = cls._on_grid(codes, scale, bias, grid)
-        layer._store_zeros(zero)
-        layer.packed.copy_(pack(codes, bits))
-        return layer
-
-    @classmethod
-    def _on_grid(
-        cls, matrix: Tensor, scale: Tensor, bias: Tensor | None, grid: dict[str, Any]
-    ) -> Self:
-        """A layer for `matrix`, on its device, that has its scale and bias, but no code yet."""
         scale = storable(scale)
-        common = {
-            "format": cls.format,
-            "shape": list(matrix.shape),
-            "bias": None if bias is None else dtype_name(bias.dtype),
-            "scale_dtype": dtype_name(scale.dtype),
-        }
-        with matrix.device:
-            layer = cls.from_entry(common | grid)
+        layer = cls.empty(
+            codes.shape,
+            bias,
+            codes.device,
+            bits=bits,
+            group_size=group_size,
+            symmetric=zero is None,
+            zero_shift=zero_shift,
+            scale_dtype=dtype_name(scale.dtype),
+        )
         check_shape("scale", scale, layer.scale.shape)
-        layer.scale.copy_(scale)
-        if layer.bias is not None and bias is not None:
-            check_shape("bias", bias, layer.bias.shape)
-            layer.bias.copy_(bias.detach())
+        if zero is not None:
+            check_shape("zero", zero, layer.scale.shape)
+            zero = _packed_zeros(zero, bits + zero_shift)
+        layer.store({"packed": pack(codes, bits), "scale": scale, "zero": zero, "bias": bias})
         return layer
-
-    def _store_zeros(self, zero: Tensor | None) -> None:
-        if (zero is None) != self.spec.symmetric:
-            given = "missing" if zero is None else "given"
-            raise ValueError(
-                f"zero is {given} and symmetric is {self.spec.symmetric}: a layer that is not "
-                "symmetric takes zero points, a symmetric one takes None"
-            )
-        if zero is None or self.zero is None:
-            return
-        width = self.spec.bits + self.spec.zero_shift
-        check_shape("zero", zero, self.scale.shape)
-        if zero.is_floating_point():
-            raise ValueError(f"zero is {zero.dtype}: allowed are integers")
-        if int(zero.min()) < 0 or int(zero.max()) >= 2**width:
-            raise ValueError(
-                f"zero goes from {int(zero.min())} to {int(zero.max())}: allowed at "
-                f"{width} bits are 0 to {2**width - 1}"
-            )
-        self.zero.copy_(pack(zero.T.to(torch.uint8), width))
 
     def codes(self) -> Tensor:
         """(out, in) uint8"""
@@ -233,3 +191,15 @@ class UniformLinear(QuantizedLinear):
             spec.zero_shift,
             self.in_features,
         )
+
+
+def _packed_zeros(zero: Tensor, width: int) -> Tensor:
+    """zero: (out, groups)  ->  (groups, bytes of out)"""
+    if zero.is_floating_point():
+        raise ValueError(f"zero is {zero.dtype}: allowed are integers")
+    if int(zero.min()) < 0 or int(zero.max()) >= 2**width:
+        raise ValueError(
+            f"zero goes from {int(zero.min())} to {int(zero.max())}: allowed at {width} bits are "
+            f"0 to {2**width - 1}"
+        )
+    return pack(zero.T.to(torch.uint8), width)
