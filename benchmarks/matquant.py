@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from results import append
+from results import append, rows_of
 from rich.console import Console
 from rich.table import Table
 from runs import CALIBRATION, EPOCHS, SEQLEN, STORIES, arguments, calibration, models_of
@@ -34,6 +34,7 @@ from lowbit.models import family_name
 WIDTHS = (8, 6, 4, 3, 2)
 RATES = (1e-3, 5e-3, 1e-2, 3e-2)  # the first is the paper's
 TRAINED = {"lwc": True, "init": "awq", "epochs": EPOCHS}
+Args = argparse.Namespace
 
 
 def masters(family: str) -> dict[str, Method]:
@@ -64,49 +65,48 @@ def direct(family: str, bits: int) -> dict[str, Method]:
     return {"omniquant": learned, "omniquant+gptq": fed_back, "gptq": GPTQ(bits=bits)}
 
 
-class Measured:
-    """Perplexities by method and width over the seeds of one model; every one is a row."""
+def measure(
+    label: str, model: Path, case: tuple[str, Method, tuple[int, ...]], seed: int, args: Args
+) -> None:
+    """case: the name of a method, the method, and the widths that are measured, a row for each."""
+    name, method, widths = case
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        lowbit.quantize(model, folder, method, calibration(seed=seed))
+        seconds = time.perf_counter() - started
+        made, tokenizer = lowbit.load(folder)
+    tokens = evaluation_text(str(STORIES), tokenizer, SEQLEN)
+    for width in widths:
+        if isinstance(method, MatQuant):
+            lowbit.set_bits(made, width)
+        found = perplexity(made, tokens, SEQLEN, args.limit)
+        where = f"{label} | {name} | {width} bits | seed {seed}"
+        notes = (
+            f"{real_bits(made):.3f} bits linears, context {SEQLEN}, {found.windows} windows, "
+            f"{seconds:.1f} s"
+        )
+        row = {"case": where, "metric": "perplexity", "value": f"{found.value:.4f}", "unit": ""}
+        append("matquant", [row | {"notes": notes}])
+        print(where, f"{found.value:.3f}", flush=True)
 
-    def __init__(self, label: str, model: Path, limit: int | None) -> None:
-        self.label = label
-        self.model = model
-        self.limit = limit
-        self.values: dict[tuple[str, int], list[float]] = defaultdict(list)
-        self.bits: dict[tuple[str, int], float] = {}
 
-    def quantize(self, name: str, method: Method, seed: int, widths: tuple[int, ...]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
-            lowbit.quantize(self.model, folder, method, calibration(seed=seed))
-            seconds = time.perf_counter() - started
-            made, tokenizer = lowbit.load(folder)
-        tokens = evaluation_text(str(STORIES), tokenizer, SEQLEN)
-        for width in widths:
-            if any(isinstance(module, NestedLinear) for module in made.modules()):
-                lowbit.set_bits(made, width)
-            found = perplexity(made, tokens, SEQLEN, self.limit)
-            bits = real_bits(made)
-            self.values[name, width].append(found.value)
-            self.bits[name, width] = bits
-            case = f"{self.label} | {name} | {width} bits | seed {seed}"
-            notes = f"{bits:.3f} bits linears, context {SEQLEN}, {found.windows} windows"
-            row = {"case": case, "metric": "perplexity", "value": f"{found.value:.4f}"}
-            append("matquant", [row | {"unit": "", "notes": f"{notes}, {seconds:.1f} s"}])
-            print(case, f"{found.value:.3f}", flush=True)
+def show(label: str) -> Table:
+    """What results.csv has of a model: mean and spread over its seeds, of newest rows."""
+    values: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for row in rows_of("matquant"):
+        model, name, width, seed = row["case"].split(" | ")
+        if model == label:
+            values[name, width][seed] = float(row["value"])
+    table = Table(label, *(f"{width} bits" for width in WIDTHS))
+    for name in dict.fromkeys(name for name, _ in values):
+        found = [list(values.get((name, f"{width} bits"), {}).values()) for width in WIDTHS]
+        table.add_row(name, *map(_mean_and_spread, found))
+    return table
 
-    def table(self) -> Table:
-        names = list(dict.fromkeys(name for name, _ in self.values))
-        table = Table(self.label, *(f"{width} bits" for width in WIDTHS))
-        for name in names:
-            table.add_row(name, *(self._cell(name, width) for width in WIDTHS))
-        return table
 
-    def _cell(self, name: str, width: int) -> str:
-        values = self.values.get((name, width))
-        if not values:
-            return ""
-        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{mean(values):.3f}{spread} ({self.bits[name, width]:.2f})"
+def _mean_and_spread(values: list[float]) -> str:
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{spread}" if values else ""
 
 
 def real_bits(model: torch.nn.Module) -> float:
@@ -137,17 +137,15 @@ def measure_rates(label: str, model: Path) -> None:
             print(case, f"{value:.3f}", flush=True)
 
 
-def run(label: str, model: Path, args: argparse.Namespace) -> Table:
-    measured, family = Measured(label, model, args.limit), family_name(model)
+def run(label: str, model: Path, args: Args) -> None:
+    family = family_name(model)
+    cases = [(name, method, WIDTHS) for name, method in masters(family).items()]
+    for width in WIDTHS:
+        cases += [(name, method, (width,)) for name, method in direct(family, width).items()]
     for seed in args.seeds:
-        for name, method in masters(family).items():
-            if re.search(args.only, name):
-                measured.quantize(name, method, seed, WIDTHS)
-        for width in WIDTHS:
-            for name, method in direct(family, width).items():
-                if re.search(args.only, name):
-                    measured.quantize(name, method, seed, (width,))
-    return measured.table()
+        for case in cases:
+            if re.search(args.only, case[0]):
+                measure(label, model, case, seed, args)
 
 
 def main() -> None:
@@ -159,7 +157,8 @@ def main() -> None:
         if args.rates:
             measure_rates(label, model)
         else:
-            Console(width=140).print(run(label, model, args))
+            run(label, model, args)
+            Console(width=140).print(show(label))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,12 @@ def _git(*arguments: str) -> str:
     return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def rows_of(benchmark: str) -> list[dict[str, str]]:
+    """All rows, oldest first."""
+    with FILE.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
+
+
 def append(benchmark: str, rows: list[dict[str, Any]]) -> None:
     """rows: case, metric, value, unit and notes each."""
     fresh = not FILE.exists()

@@ -6,10 +6,9 @@ Takes the newest row of every case of the benchmark "perplexity".
 """
 
 import argparse
-import csv
 import re
 
-from results import FILE
+from results import rows_of
 
 METHODS = ("rtn", "gptq", "omniquant", "omniquant+gptq", "quip")
 GRIDS = ("W4 g128", "W4", "W3 g128", "W3", "W2 g64", "W2")
@@ -22,9 +21,8 @@ def main() -> None:
     parser.add_argument("--text", default="held_back_stories")
     parser.add_argument("--models", nargs="+", default=["llama-mini", "opt-mini"])
     args = parser.parse_args()
-    with FILE.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["benchmark"] == "perplexity"]
-    found = {tuple(row["case"].split(" | ")): row for row in rows}  # later rows replace earlier
+    # Later rows replace earlier ones.
+    found = {tuple(row["case"].split(" | ")): row for row in rows_of("perplexity")}
     print("| grid | bits/weight | whole model |", " | ".join(METHODS), "|")
     print("| --- " * (3 + len(METHODS)) + "|")
     for model in args.models:
