@@ -9,6 +9,8 @@ FROM ${BASE}
 WORKDIR /lowbit
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY src src
+# Bases on Ubuntu or Debian keep pip out of their own Python otherwise (PEP 668).
+ENV PIP_BREAK_SYSTEM_PACKAGES=1
 RUN pip install --no-cache-dir '.[eval]'
 RUN useradd --create-home lowbit
 USER lowbit

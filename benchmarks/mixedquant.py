@@ -140,7 +140,7 @@ def show_table(bench: Bench, grid: Grid, console: Console) -> list[dict[str, Any
             found = bench.measure(salient_ratio=ratio, group_size=size)
             bits = original_bits(ratio, size)
             mib = [f"{n / MIB:.2f}" for n in (bits / 8 * bench.parameters, found.bytes)]
-            cells = (f"{bits:.2f}", mib[0], f"{found.bits:.2f}", mib[1], f"{found.perplexity:.3f}")
+            cells = (f"{bits:.2f}", mib[0], f"{found.bits:.2f}", mib[1], digits(found.perplexity))
             shown.add_row(f"{ratio:.0%}", str(size), *cells)
             notes = (
                 f"{found.bits:.3f} bits linears, {mib[1]} MiB; the original's formula: {bits:.3f} "
@@ -164,7 +164,7 @@ def show_curves(bench: Bench, grid: Grid, console: Console, plots: Path) -> list
     shown = Table("sort", *map(str, grid.sizes), title=f"{bench.folder.name}, no salient channels")
     rows: list[dict[str, Any]] = []
     for sort, values in curves.items():
-        shown.add_row(sort, *(f"{value:.3f}" for value in values))
+        shown.add_row(sort, *map(digits, values))
         for size, value in zip(grid.sizes, values, strict=True):
             rows.append(row(bench, f"W4A4 p=0 g={size} sort {sort}, no clips", value, ""))
     console.print(shown)
@@ -218,13 +218,17 @@ def show_repairs(benches: list[Bench], console: Console) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     for name, fields in REPAIRS.items():
         found = [bench.measure(**fields) for bench in benches]
-        shown.add_row(name, f"{found[0].bits:.2f}", *(f"{f.perplexity:.3f}" for f in found))
+        shown.add_row(name, f"{found[0].bits:.2f}", *(digits(f.perplexity) for f in found))
         for bench, each in zip(benches, found, strict=True):
             rows.append(
                 row(bench, f"W4A4 {name}", each.perplexity, f"{each.bits:.3f} bits linears")
             )
     console.print(shown)
     return rows
+
+
+def digits(value: float) -> str:
+    return f"{value:.3f}" if value < 1000 else f"{value:.3g}"
 
 
 def row(bench: Bench, case: str, value: float, notes: str) -> dict[str, Any]:

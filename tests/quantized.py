@@ -29,7 +29,7 @@ SAMPLES, SEQLEN = 2, 16
 METHODS: dict[str, Method] = {
     "rtn": RTN(bits=4, group_size=16),
     "omniquant": OmniQuant(bits=3, group_size=16, let=True, epochs=1, min_tokens=8),
-    "matquant": MatQuant(group_size=16, let=True, epochs=1, min_tokens=8),
+    "matquant": MatQuant(group_size=16, let=True, init="awq", epochs=1, min_tokens=1),
     "gptq": GPTQ(bits=3, group_size=16, min_tokens=8),
     "quip": QuIP(codebook="HI", scale=2.9, row_scale="always", tune_iters=0, min_tokens=8),
 }

@@ -35,7 +35,7 @@ from lowbit.checkpoint.verify import (
 from lowbit.formats import build, link
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear, slice_tensors
-from lowbit.formats.nested.widths import Plan
+from lowbit.formats.nested.widths import Plan, set_bits
 from lowbit.models.attention import round_attentions
 from lowbit.models.locate import locate
 from lowbit.models.skeleton import memory_names, unfuse_experts
@@ -116,13 +116,7 @@ def set_widths(model: PreTrainedModel, folder: Path, bits: Plan) -> None:
 
     bits: as `load` takes it, with names on disk; what it does not name runs at its folder's width.
     """
-    quantized = QuantizedFolder(folder)
-    widths = widths_of(quantized, bits)
-    inside = memory_names(model, [f"{name}.master" for name in widths])
-    for name, width in widths.items():
-        layer = model.get_submodule(inside[f"{name}.master"].removesuffix(".master"))
-        assert isinstance(layer, NestedLinear)
-        layer.set_bits(width)
+    set_bits(model, widths_of(QuantizedFolder(folder), bits))
 
 
 def stream(
@@ -295,6 +289,8 @@ def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) 
             ) from None
         with torch.device("meta"):
             new = made[weight.removesuffix(".weight")] = build(entry)
+        if isinstance(new, NestedLinear):
+            new.stored_as = weight.removesuffix(".weight")
         _check_fits(name, old, new)
         path, _, attribute = name.rpartition(".")
         parent = model.get_submodule(path)

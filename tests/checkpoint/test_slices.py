@@ -1,5 +1,6 @@
 """What slices would take, and which widths a folder has."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import quantized
 
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import size_of
-from lowbit.checkpoint.slices import has_masters, is_trained, size_of_slice, widths_of
+from lowbit.checkpoint.slices import has_masters, size_of_slice, trained_share, widths_of
 
 
 def folder() -> QuantizedFolder:
@@ -16,13 +17,18 @@ def folder() -> QuantizedFolder:
 
 @pytest.mark.parametrize(
     ("bits", "trained"),
-    [(8, True), (4, True), (3, False), ({"mlp.*": 2}, True), ({"mlp.*": 6}, False)],
+    [(8, 1), (4, 1), (3, 0), ({"mlp.*": 2}, 1), ({"mlp.*": 6}, "attention"), ({"*": 6}, 0)],
 )
-def test_widths(bits: int | dict[str, int], trained: bool) -> None:
+def test_widths(bits: int | dict[str, int], trained: float | str) -> None:
     widths = widths_of(folder(), bits)
     assert set(widths) == set(folder().entries)
-    assert widths["model.layers.1.mlp.up_proj"] == (bits if type(bits) is int else bits["mlp.*"])
-    assert is_trained(folder(), widths) == trained
+    wanted = bits if type(bits) is int else next(iter(bits.values()))
+    assert widths["model.layers.1.mlp.up_proj"] == wanted
+    if trained == "attention":
+        sizes = {name: math.prod(entry["shape"]) for name, entry in folder().entries.items()}
+        inside = sum(size for name, size in sizes.items() if "self_attn" in name)
+        trained = inside / sum(sizes.values())
+    assert trained_share(folder(), widths) == trained
 
 
 def test_sizes_fall_by_the_codes_alone() -> None:

@@ -94,6 +94,7 @@ def nested(
 ) -> Path:
     out = tmp_path_factory.mktemp("out") / "nested"
     few = ("--samples", 1, "--seqlen", 32, "--calibration", story)
+    joint = ("--set", "rounding=joint", "--set", "min_tokens=1")
     quick = ("--set", "lwc=false", "--set", "epochs=0", "--set", "group_size=64")
-    lowbit("quantize", MODEL, out, "--method", "matquant", *few, *quick)
+    lowbit("quantize", MODEL, out, "--method", "matquant", *few, *quick, *joint)
     return out

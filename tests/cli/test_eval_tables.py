@@ -89,15 +89,24 @@ def test_a_metric_without_standard_error_is_no_percentage() -> None:
 
 def test_a_model_at_several_widths() -> None:
     base = row("x/base", 0.0, t=score(0.5))
-    rows = [replace(base, bits=4, trained=True), replace(base, bits="a/b.yaml", trained=False)]
-    lines = shown(show_texts, [*rows, row("x/w4", 0.0)])
-    assert [line.split()[:4] for line in lines[2:5]] == [
-        ["base", "4", "trained", "4.25"],
-        ["base", "b.yaml", "interpolated", "4.25"],
-        ["w4", "4.25", "5.50", "3.4"],
+    rows = [
+        replace(base, bits=4, trained=1.0),
+        replace(base, bits=3, trained=0.0),
+        replace(base, bits="a/b.yaml", trained=0.25),
     ]
+    lines = shown(show_texts, [*rows, row("x/w4", 0.0)])
+    assert [line.split("  ")[0] for line in lines[2:6]] == ["base", "base", "base", "w4"]
+    for line, facts in zip(
+        lines[2:],
+        ("4 trained 4.25", "3 interpolated 4.25", "b.yaml partly trained 4.25", "4.25 5.50"),
+        strict=False,
+    ):
+        assert " ".join(line.split()[1:]).startswith(facts)
     tasks = "\n".join(shown(show_tasks, rows))
     assert "base at 4 bits  acc " in tasks and "base by b.yaml  acc " in tasks
+    same = [replace(base, bits=f"{folder}/b.yaml", trained=1.0) for folder in "ab"]
+    assert [line.split()[1] for line in shown(show_texts, same)[2:4]] == ["a/b.yaml", "b/b.yaml"]
+    assert len({row.name for row in same}) == 2  # keys of the numbers in JSON
 
 
 def test_short_names() -> None:

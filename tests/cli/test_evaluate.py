@@ -90,8 +90,8 @@ def test_a_row_for_each_width(lowbit, nested, rtn, story, tmp_path):
     result = lowbit("eval", nested, rtn, "--bits", f"8,4,3,{plan}", *options)
     found = json.loads(file.read_text())
     names = [f"{nested} at {width} bits" for width in (8, 4, 3)]
-    assert list(found) == [*names, f"{nested} by plan.yaml", str(rtn)]
-    assert [row["trained"] for row in found.values()] == [True, True, False, True, None]
+    assert list(found) == [*names, f"{nested} by {plan}", str(rtn)]
+    assert [row["trained"] for row in found.values()] == [1, 1, 0, 1, None]
     shown = [line.split()[:4] for line in result.stdout.splitlines()[2:7]]
     learned = ("trained", "trained", "interpolated", "trained")
     for line, width, how, row in zip(
@@ -106,6 +106,7 @@ def test_a_row_for_each_width(lowbit, nested, rtn, story, tmp_path):
     [
         (("--text", "none.txt"), "'none.txt' is no data set with a held-out split"),
         (("--limit", "0"), "limit: should be greater than or equal to 1 (got 0)"),
+        (("--bits", ""), "--bits '' is neither a width of 2 to 8 nor the file of a plan"),
         (("--seqlen", "1"), "seqlen: should be greater than or equal to 2 (got 1)"),
         (("--seqlen", "600"), "has a context of 512 tokens; --seqlen 600 is longer"),
         (("--json", "/nowhere/x.json"), "--json /nowhere/x.json: that is a folder, or in a folder"),

@@ -30,6 +30,10 @@ def test_a_pyramid_reads_no_text(lowbit, nested, tmp_path):
     assert len(lines) == 2 and " bits per weight in the linears, 3." in lines[0]
 
 
+def test_its_help_tells_the_widths_of_pyramids(lowbit):
+    assert "(pyramid:" in lowbit("mix", "--help").stdout
+
+
 def test_mistakes(lowbit, nested, tmp_path):
     plan = tmp_path / "plan.yaml"
     for options, sentence in (

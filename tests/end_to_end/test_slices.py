@@ -72,6 +72,17 @@ def test_a_width_for_each_layer(tmp_path: Path) -> None:
         assert torch.equal(quantized.logits(model), quantized.logits(wanted))
 
 
+def test_plans_name_layers_as_the_folder_does() -> None:
+    """Where they have other names in memory: a plan for `load` is one for `set_bits`."""
+    plan = {"block_sparse_moe.experts.*": 2, "block_sparse_moe.experts.1.w1": 3}
+    model, _ = lowbit.load(folder("mixtral"))
+    assert not any("block_sparse_moe" in name for name in layers(model))
+    lowbit.set_bits(model, plan)
+    assert sorted({layer.bits for layer in layers(model).values()}) == [2, 3, 8]
+    sliced, _ = lowbit.load(folder("mixtral"), bits=plan)
+    assert torch.equal(quantized.logits(sliced), quantized.logits(model))
+
+
 def test_what_is_not_nested_stays_as_it_is() -> None:
     model, _ = lowbit.load(folder(scope="ffn"), bits=2)
     kinds = {type(m).__name__ for n, m in model.named_modules() if n.endswith("_proj")}

@@ -69,7 +69,11 @@ def test_a_row_for_each_width_is_that_of_the_slice(name: str, tmp_path: Path) ->
     sliced = options.model_copy(update={"bits": bits})
     *rows, other = evaluate([master, letters(name)], sliced)
     assert other.bits is None and other.name == str(letters(name))
-    assert [(row.bits, row.trained) for row in rows] == [(2, True), (str(plan), False), (8, True)]
+    assert [(row.bits, row.trained == 1) for row in rows] == [
+        (2, True),
+        (str(plan), False),
+        (8, True),
+    ]
     for number, row in enumerate(rows):
         out = slice_folder(master, tmp_path / str(number), bits[number])
         [alone] = evaluate([out], options)
@@ -82,13 +86,13 @@ def test_a_row_for_each_width_is_that_of_the_slice(name: str, tmp_path: Path) ->
         assert row.perplexity == pytest.approx(plain.perplexity, rel=1e-4)
     kl = [row.divergence[text].kl for row in streamed]
     assert kl[0] > kl[1] > kl[2] > 0
-    assert [row.name for row in streamed][:2] == [f"{master} at 2 bits", f"{master} by plan.yaml"]
+    assert [row.name for row in streamed][:2] == [f"{master} at 2 bits", f"{master} by {plan}"]
 
 
 @pytest.mark.parametrize(
     ("bits", "models", "message"),
     [
-        ((4,), ["rtn"], "bits is for folders that matquant made: none of these models is one"),
+        ((4,), ["rtn"], "bits is for 8-bit masters, .*: none of these models is one"),
         ((4, 9), ["rtn", "matquant"], "allowed are 2 to 8"),
     ],
 )

@@ -114,6 +114,31 @@ def test_sums_beyond_float32_are_exact_too() -> None:
     assert found.item() == 127 * 127 * size > 2**24
 
 
+def test_autocast_leaves_the_sums_exact() -> None:
+    """Sums of 1000 products of 8 bits are beyond bfloat16's integers, and beyond all of float16."""
+    made, x = layer(salient=0, columns=2000, group_size=1000, bits=(8, 8)), inputs(2000)
+    wanted = made(x)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(made(x), wanted)
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (8, 8)], ids=str)
+def test_gradients_pass_through_the_rounding(bits: tuple[int, int]) -> None:
+    """To all inputs but the largest of a group, which moves the group's scale too."""
+    made, x = layer(bits=bits), inputs().double().requires_grad_()
+    target = inputs(6).double()
+    (found,) = torch.autograd.grad((made(x) * target).sum(), x)
+    weight = made.dequantize().double()
+    passed = torch.ones_like(x, dtype=torch.bool)
+    for group in made.permutation[:40].long().split(16):
+        passed.scatter_(1, group[x[:, group].abs().argmax(1, keepdim=True)], False)
+    torch.testing.assert_close(found[passed], (target @ weight)[passed], rtol=1e-4, atol=1e-3)
+    fake = made.quantized_input(x) @ weight.T
+    (wanted,) = torch.autograd.grad((fake * target).sum(), x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+
+
 def test_tokens_do_not_see_each_other() -> None:
     """Bit for bit: all at once, one by one, in another shape, behind other tokens."""
     made = layer(rows=33, columns=70, salient=0)
@@ -217,6 +242,22 @@ def test_a_permutation_is_stored_once_and_applied_once(monkeypatch: pytest.Monke
 def test_only_like_layers_share(differing: dict[str, Any], key: str) -> None:
     with pytest.raises(ValueError, match=f"layer k: {key} is .* in q, with which it shares"):
         link(members(**differing))
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (4, None)], ids=str)
+def test_compiles_whole(bits: tuple[int, int | None]) -> None:
+    layers = {"q": layer(bits=bits), "k": layer(bits=bits, shares="q")}
+    link(layers)
+    x = inputs()
+    for made in layers.values():
+        compiled = torch.compile(made, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), made(x))
+
+
+def test_too_many_inputs_are_refused() -> None:
+    """The order would pick some of them."""
+    with pytest.raises(ValueError, match=r"x is \(7, 46\): this layer takes \(7, 45\)"):
+        layer()(inputs(46))
 
 
 def test_a_member_needs_its_owner() -> None:

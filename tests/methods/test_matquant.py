@@ -17,6 +17,7 @@ from lowbit.methods.matquant import _Learner, _Loss
 
 G16: dict[str, Any] = {"group_size": 16, "min_tokens": 8}
 INT8 = MatQuant(**G16, lwc=False, epochs=0)  # slices of plain 8 bits
+JOINT_FFN = {"rounding": "joint", "scope": "ffn", "symmetric": True, "let": True}
 SINGLE: dict[str, Any] = {"widths": [2], "weights": [1.0]}
 
 
@@ -114,16 +115,23 @@ def test_made_for_2_bits_it_is_better_there_than_sliced_int8(name: str) -> None:
     assert found[2] < 0.95 * wanted[2] and found[8] > wanted[8]
 
 
-@pytest.mark.parametrize("options", [{}, {"let": True}, {"aug_loss": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"let": True}, {"aug_loss": True}, {"rounding": "joint"}, JOINT_FFN],
+    ids=str,
+)
 def test_the_report_is_true(options: dict[str, Any]) -> None:
     task = zoo.task("llama")
     method = MatQuant(**G16, **options, epochs=2, init="awq")
     result = method.quantize(task)
     report = result.report
-    assert report["loss_after"] == min(report["loss_before"], *report["training"]["curve"])
+    learned = min(report["loss_before"], *report["training"]["curve"])
+    assert (report["loss_after"] == learned) == ("rounding" not in options)
     assert report["loss_after"] < report["loss_rtn"] and "fell_back" not in report
     if "aug_loss" not in options:
-        for key, made in (("loss_after", result), ("loss_rtn", INT8.quantize(task))):
+        of_grid = {key: options[key] for key in ("symmetric", "scope") if key in options}
+        plain = INT8.model_copy(update=of_grid).quantize(task)
+        for key, made in (("loss_after", result), ("loss_rtn", plain)):
             found = errors(task, method, made)
             total = 0.1 * found[8] + 0.1 * found[4] + found[2]
             assert total == pytest.approx(report[key], rel=0.02)
@@ -259,6 +267,8 @@ def test_starved_experts_are_rounded_to_nearest_and_named(
     if "let" not in options:
         for name in starved:
             assert torch.equal(result.linears[name].master, plain.linears[name].master)
+        for name, layer in result.linears.items():
+            assert layer.entry()["trained"] == ([8] if name in starved else [8, 4, 2])
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])

@@ -1,4 +1,5 @@
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,6 +120,18 @@ def test_a_gradient_passes_the_rounding_of_activations(name: str) -> None:
             p.grad for n, p in learner.log_scales.items() if learner.folds[n].kind == "rotary"
         ]
         assert rotary and all(float(g.abs().max()) > 1e-6 for g in rotary if g is not None)
+
+
+def test_only_what_rounding_sees_is_transformed() -> None:
+    """Linears that stay float keep their weights; queries that are not rounded have no scale."""
+    given = zoo.task("llama")
+    method = OmniQuant(**W3, activation_bits=4, let=True, epochs=1, min_tokens=8)
+    mlp = tuple(group for group in given.groups if group.name.startswith("mlp"))
+    result = method.quantize(replace(given, groups=mlp))
+    assert set(result.tensors) == {"post_attention_layernorm.weight"}
+    one = OmniQuant(let=True, overrides={"down_proj": {"activation_bits": 4}})
+    learner = _Learner(one, given, statistics_of(given), set())
+    assert learner.folds and not any(f.kind == "rotary" for f in learner.folds.values())
 
 
 def test_a_shift_starts_in_the_middle_and_is_off_for_weights_alone() -> None:
@@ -431,6 +444,7 @@ def test_feedback_uses_the_grid_that_was_learned() -> None:
         assert torch.equal(packed.zeros(), nearest.linears[name].zeros())
         assert not torch.equal(packed.codes(), nearest.linears[name].codes())
     assert measured(task, feedback) < measured(task, nearest)
+    assert feedback.report["loss_after"] == pytest.approx(measured(task, feedback), rel=1e-3)
 
 
 def test_a_clipped_range_keeps_its_own_zero_point() -> None:

@@ -30,8 +30,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return reader.read(reader.tensors)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "mixtral", "falcon 40b"])
-def test_a_float_model_with_its_stock_names_comes_out(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "linears"), [("llama", 14), ("opt", 12), ("mixtral", 32), ("falcon 40b", 8)]
+)
+def test_a_float_model_with_its_stock_names_comes_out(
+    tmp_path: Path, name: str, linears: int
+) -> None:
     source = quantized.source(name, torch.bfloat16)
     events: list[Event] = []
     out = restore(source, tmp_path / "out", events.append, steps=8, learning_rate=0.02)
@@ -41,13 +45,14 @@ def test_a_float_model_with_its_stock_names_comes_out(tmp_path: Path, name: str)
     }
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
-    losses = [event.data["loss"] for event in events if event.kind == "step"]
-    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert [event.data["step"] for event in events if event.kind == "step"] == [*range(1, 9)]
+    again = quantized.quantize(out, tmp_path / "again")
     said = json.loads((out / "config.json").read_text())["lowbit_preprocess"]
     assert said["first_pass"] == FIRST.signature()
-    assert said["training"]["tokens_seen"] == 8 * 2 * 2 * 16 and said["training"]["packed"]
+    training = said["training"]
+    assert training["tokens_seen"] == 8 * 2 * 2 * 16 and training["packed"]
+    assert training["linears"] == linears  # experts too
     assert not (tmp_path / "out.work").exists()
-    again = quantized.quantize(out, tmp_path / "again")
     assert json.loads((again / "config.json").read_text())["lowbit_preprocess"] == said
 
 
@@ -60,15 +65,18 @@ def test_only_targets_change(tmp_path: Path) -> None:
         assert torch.equal(out[name], tensor) != target, name
 
 
-@pytest.mark.parametrize("moment", ["block", "training", 1, 3])
+@pytest.mark.parametrize(
+    ("moment", "name"),
+    [("block", "llama"), ("training", "llama"), (1, "llama"), (3, "llama"), (3, "mixtral")],
+)
 def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(
-    tmp_path: Path, moment: str | int
+    tmp_path: Path, moment: str | int, name: str
 ) -> None:
     def stop(event: Event) -> None:
         if moment in (event.kind, event.data.get("step")):
             raise KeyboardInterrupt
 
-    source = quantized.source()
+    source = quantized.source(name)
     wanted = restore(source, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         restore(source, tmp_path / "out", stop)
@@ -93,3 +101,28 @@ def test_a_changed_run_is_refused_and_an_existing_folder_too(tmp_path: Path) -> 
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="there exists already"):
         restore(quantized.source(), tmp_path / "there")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seqlen": 10**6}, "lora.seqlen is 1,000,000 tokens: the model's context is"),
+        ({"steps": 10**4}, "lora.sources: .* use fewer steps or more text"),
+    ],
+    ids=str,
+)
+def test_a_text_that_will_not_do_is_refused_before_any_work(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        restore(quantized.source(), tmp_path / "out", **change)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_window_is_as_long_as_the_model_allows(tmp_path: Path) -> None:
+    source = quantized.source()
+    context = json.loads((source / "config.json").read_text())["max_position_embeddings"]
+    events: list[Event] = []
+    restore(source, tmp_path / "out", events.append, seqlen=None, steps=1, held_out=1)
+    training = next(event for event in events if event.kind == "training")
+    assert training.data["tokens"] == min(context, 2048) * 2 * 2

@@ -16,9 +16,8 @@ from lowbit.allocate.units import Layout, layout_of
 from lowbit.calibration import Calibration, token_windows
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.config import unknown_name
-from lowbit.formats.nested import NestedLinear
+from lowbit.formats.nested.widths import nested_layers
 from lowbit.load import load
-from lowbit.models.skeleton import memory_names
 
 # Strategies, and the widths that each takes unless it is told others: the pyramid is the paper's.
 STRATEGIES: dict[str, tuple[int, ...]] = {"pyramid": (8, 4, 2), "sensitivity": (8, 6, 4, 3, 2)}
@@ -118,13 +117,6 @@ def _measure(
         shorter = min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
         calibration = calibration.model_copy(update={"seqlen": shorter})
     windows = token_windows(calibration, tokenizer, context).tokens
-    names = [f"{name}.master" for unit in layout.units for name in unit.layers]
-    inside = memory_names(model, names)
-
-    def layer_of(name: str) -> NestedLinear:
-        layer = model.get_submodule(inside[f"{name}.master"].removesuffix(".master"))
-        assert isinstance(layer, NestedLinear)
-        return layer
-
-    units = [[layer_of(name) for name in unit.layers] for unit in layout.units]
+    layers = nested_layers(model)
+    units = [[layers[name] for name in unit.layers] for unit in layout.units]
     return sensitivity(model, units, widths, list(windows), progress)

@@ -78,6 +78,9 @@ def linear_weights(folder: QuantizedFolder) -> int:
     return sum(prod(e["shape"]) for e in folder.entries.values() if e["format"] != "dense")
 
 
-def is_trained(folder: QuantizedFolder, widths: Mapping[str, int]) -> bool:
-    """Whether every layer was made for its width; one that was not is interpolated."""
-    return all(widths[name] in entry["trained"] for name, entry in nested_entries(folder).items())
+def trained_share(folder: QuantizedFolder, widths: Mapping[str, int]) -> float:
+    """Which share of the nested layers' weights was made for its width; others are interpolated."""
+    weights = {True: 0, False: 0}
+    for name, entry in nested_entries(folder).items():
+        weights[widths[name] in entry["trained"]] += prod(entry["shape"])
+    return weights[True] / sum(weights.values())

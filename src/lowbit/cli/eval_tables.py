@@ -18,9 +18,11 @@ def show_texts(screen: Console, rows: list[Evaluation]) -> None:
     first = rows[0]
     sliced = any(row.bits is not None for row in rows)
     table = _text_table(first, len(rows) > 1, sliced)
-    short = _by_model(rows)
+    short, widths = _by_model(rows), _by_width(rows)
     for row in rows:
-        cells = [short[row.model], *(_slice(row) if sliced else ())]
+        cells = [short[row.model]]
+        if sliced:
+            cells += ["" if row.bits is None else str(widths[row.bits]), _made(row)]
         cells += [f"{row.bits_per_weight[part]:.2f}" for part in ("linears", "model")]
         cells.append(size(row.size_bytes))
         for text, value in row.perplexity.items():
@@ -58,8 +60,8 @@ def _text_table(first: Evaluation, several: bool, sliced: bool) -> Table:
 def show_tasks(screen: Console, rows: list[Evaluation], folder: Path | None = None) -> None:
     """A line per model and metric, a column per task; folder: where local tasks came from."""
     tasks = {name: score for name, score in rows[0].tasks.items() if score.part_of is None}
-    short = _by_model(rows)
-    names = [labelled(short[row.model], row.bits) for row in rows]
+    short, widths = _by_model(rows), _by_width(rows)
+    names = [labelled(short[row.model], row.bits and widths[row.bits]) for row in rows]
     metrics = list(dict.fromkeys(metric for score in tasks.values() for metric in score.metrics))
     used = sum(max(map(len, texts)) + GAP for texts in (("model", *names), ("metric", *metrics)))
     for shown in _fitting(tasks, screen.width - used):
@@ -107,12 +109,18 @@ def _by_model(rows: list[Evaluation]) -> dict[str, str]:
     return {model: name + AFTER_LORA * (model in trained) for model, name in short}
 
 
-def _slice(row: Evaluation) -> tuple[str, str]:
-    """At which width a model ran, and whether it was made for that."""
-    if row.bits is None:
-        return "", ""
-    width = str(row.bits) if isinstance(row.bits, int) else Path(row.bits).name
-    return width, "trained" if row.trained else "interpolated"
+def _by_width(rows: list[Evaluation]) -> dict[int | str, int | str]:
+    """Widths as they are, and the short name of each plan."""
+    widths = {row.bits: row.bits for row in rows if row.bits is not None}
+    plans = [bits for bits in widths if isinstance(bits, str)]
+    return {**widths, **dict(zip(plans, short_names(plans), strict=True))}
+
+
+def _made(row: Evaluation) -> str:
+    """Whether a model was made for the width at which it ran."""
+    if row.trained is None:
+        return ""
+    return {0.0: "interpolated", 1.0: "trained"}.get(row.trained, "partly trained")
 
 
 def _table() -> Table:

@@ -59,7 +59,7 @@ def evaluate(  # noqa: PLR0913 (a command's options)
         limit=limit,
         reference=reference,
         tasks=_tasks(tasks, tasks_dir, task_limit, few_shot),
-        bits=tuple(dict.fromkeys(map(parse_bits, bits.split(",")))) if bits else (),
+        bits=() if bits is None else tuple(dict.fromkeys(map(parse_bits, bits.split(",")))),
         device_map=device_map(device),
         trust_remote_code=trust_remote_code,
     )

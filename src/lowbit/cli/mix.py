@@ -24,7 +24,7 @@ def mix(  # noqa: PLR0913 (a command's options)
         str, Option(metavar="|".join(STRATEGIES), help="By place, or by what is measured.")
     ] = "sensitivity",
     widths: Annotated[
-        str | None, Option(metavar="8,6,4,3,2", help="Those allowed.  [pyramid: 8,4,2]")
+        str | None, Option(metavar="8,6,4,3,2", help="Those allowed.  (pyramid: 8,4,2)")
     ] = None,
     calibration: Annotated[
         list[str] | None,

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from rich.console import Console
 from typer import Argument, Option
 
+from lowbit.checkpoint.reader import read_json
 from lowbit.cli.options import JobOptions, parse_settings, with_job
 from lowbit.cli.progress import stoppable_run
-from lowbit.cli.screen import console
+from lowbit.cli.screen import change, console
 from lowbit.models.locate import locate
 from lowbit.recipes import load_recipe
 
@@ -25,11 +27,12 @@ def preprocess(
 ) -> None:
     """Restorative LoRA: quantize, train adapters on what is left, merge. Then quantize OUT.
 
-    Needs the whole model in memory. This is training: say so beside every result. --set takes
-    fields of the first pass, and lora.steps, lora.rank, lora.sources ... of the training.
+    Needs the whole model in memory. This is training: say so beside every result. --calibration is
+    the text of the first pass. --set takes fields of that pass, and of the training: lora.sources,
+    its text, lora.steps, lora.learning_rate, lora.rank ...
     """
     try:
-        from lowbit.preprocess import LoRA
+        from lowbit.preprocess import MARK, LoRA
         from lowbit.preprocess import preprocess as run
     except ImportError as error:
         raise ValueError(f"{error}; it is installed with: pip install 'lowbit[train]'") from error
@@ -47,4 +50,16 @@ def preprocess(
     chosen.warn(screen)
     with stoppable_run(screen, "the same command continues") as progress:
         run(model, out, chosen.method, lora, chosen.calibration, progress, **dict(chosen.options))
+    _say_what_it_gained(screen, read_json(out / "config.json")[MARK]["training"])
     screen.print(f"next:\n  lowbit quantize {shlex.quote(str(out))} OUT --recipe ptq161")
+
+
+def _say_what_it_gained(screen: Console, training: dict[str, Any]) -> None:
+    """Counted from the first pass: training begins with what was quantized."""
+    before, after = training["loss_before"], training["loss_after"]
+    seen = f"{training['tokens_seen']:,} tokens, packed, at rate {training['learning_rate']:g}"
+    loss = f"held-out loss {before:.3f} → {after:.3f} ({change(after, before)})"
+    screen.print(f"trained: {training['linears']:,} linears on {seen}: {loss}", soft_wrap=True)
+    if after >= before:
+        text = "warning: training did not help: lower lora.learning_rate, or take more steps"
+        screen.print(text, style="yellow", soft_wrap=True)

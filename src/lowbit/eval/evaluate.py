@@ -14,7 +14,7 @@ from torch import Tensor
 from lowbit.calibration import evaluation_documents, evaluation_text
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import size_of
-from lowbit.checkpoint.slices import has_masters, is_trained, size_of_slice, widths_of
+from lowbit.checkpoint.slices import has_masters, size_of_slice, trained_share, widths_of
 from lowbit.checkpoint.verify import read_config
 from lowbit.config import Config
 from lowbit.eval.divergence import Divergence, StreamedLogits, divergence
@@ -70,7 +70,8 @@ class Evaluation:
     """One model's row. perplexity, windows and divergence: by text. bits_per_weight: linears and
     model. divergence: from `reference`; then text was streamed through the model in float32.
     tasks: by name; local ones are called local_NAME. bits: the width at which it ran, or the path
-    of the plan; None: it was run as it is. trained: whether it was made for that width.
+    of the plan; None: it was run as it is. trained: which share of the weights of its nested layers
+    was made for that width; the others are interpolated.
 
     A perplexity may be infinite or not a number: then the model is broken, which is worth a row.
     """
@@ -88,7 +89,7 @@ class Evaluation:
     divergence: dict[str, Divergence] = field(default_factory=dict)
     tasks: dict[str, TaskScore] = field(default_factory=dict)
     bits: int | str | None = None
-    trained: bool | None = None
+    trained: float | None = None
 
     @property
     def name(self) -> str:
@@ -103,7 +104,7 @@ def labelled(model: str, bits: int | str | None) -> str:
     """A model, and the width at which it runs: "models/nested at 4 bits"."""
     if bits is None:
         return model
-    return f"{model} at {bits} bits" if isinstance(bits, int) else f"{model} by {Path(bits).name}"
+    return f"{model} at {bits} bits" if isinstance(bits, int) else f"{model} by {bits}"
 
 
 def evaluate(
@@ -119,7 +120,9 @@ def evaluate(
     """
     session = _Session(options, on_progress)
     if options.bits and not any([session.widths(str(name)) != (None,) for name in models]):
-        raise ValueError("bits is for folders that matquant made: none of these models is one")
+        raise ValueError(
+            "bits is for 8-bit masters, as matquant makes them: none of these models is one"
+        )
     rows: list[Evaluation] = []
     for name in models:
         rows += session.rows(str(name))
@@ -317,9 +320,9 @@ def _one_device(device_map: Any) -> torch.device | str:
     return torch.device(device_map)
 
 
-def _trained(folder: Path, bits: int | str) -> bool:
+def _trained(folder: Path, bits: int | str) -> float:
     quantized = QuantizedFolder(folder)
-    return is_trained(quantized, widths_of(quantized, bits))
+    return trained_share(quantized, widths_of(quantized, bits))
 
 
 def _method(folder: Path) -> str:

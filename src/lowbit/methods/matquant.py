@@ -37,7 +37,7 @@ from lowbit.methods.packing import pack, pack_nested
 from lowbit.solvers.block_learner import BlockLearner, starved_linears
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 from lowbit.solvers.nested import fake_slice, master_codes
-from lowbit.solvers.rounding import Grid, GridShape, fake_quantize
+from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, grouped
 
 ATTENTION = ("attn", "attention")  # what transformers calls it in the names of linears
 
@@ -129,6 +129,9 @@ class MatQuant(LearningMethod):
         learned = keep and searched and (self.lwc or self.let)
         result = learner.result(self._factors(task, learner), learned)
         result.report |= training_report(fitted, loss_nearest, keep, starved, statistics)
+        if self.rounding == "joint":  # so far it was measured with the nearest codes
+            packed = learner.packed(result.linears)
+            result.report["loss_after"] = mean_loss(lambda i: loss(i, packed), loss.batches)
         return result
 
     def _factors(self, task: BlockTask, learner: "_Learner") -> dict[str, OrderedFactor]:
@@ -195,7 +198,7 @@ class _Learner(BlockLearner):
         statistics: dict[str, ChannelStatistics],
         starved: set[str],
     ) -> None:
-        self.method = method
+        self.method, self.starved = method, starved
         names = [name for group in task.groups for name in group.linears]
         settings = {name: method.at(f"{task.name}.{name}") for name in names}
         shapes = {
@@ -224,6 +227,18 @@ class _Learner(BlockLearner):
         """The same block rounded to nearest at 8 bits: the slices of this are the baseline."""
         return self._master(self.float_tensors, self.whole_grid)
 
+    @torch.no_grad()
+    def packed(self, layers: Mapping[str, nn.Module]) -> _Master:
+        """What was packed, whichever codes were chosen."""
+        made = self.master()
+        grids, codes = dict(made.grids), dict(made.codes)
+        for name, layer in layers.items():
+            if isinstance(layer, NestedLinear):
+                zero = None if layer.zero is None else layer.zeros().float()
+                grids[name] = replace(grids[name], scale=layer.scale.float(), zero=zero)
+                codes[name] = grouped(layer.master, grids[name].group_size).to(torch.int16)
+        return replace(made, grids=grids, codes=codes)
+
     def _master(self, tensors: Tensors, grid: Callable[[str, Tensor], Grid]) -> _Master:
         grids = {name: grid(name, tensors[f"{name}.weight"]) for name in self.linears}
         codes = {
@@ -243,7 +258,8 @@ class _Learner(BlockLearner):
             if name not in self.settings:
                 return pack(weight, bias, grid)
             extra = self.settings[name].extra_precision
-            layer = pack_nested(weight, bias, grid, factors.get(name), weights, extra, learned)
+            made = learned and name not in self.starved
+            layer = pack_nested(weight, bias, grid, factors.get(name), weights, extra, made)
             slices[name] = {
                 str(width): round(signal_to_noise(weight, layer.at(width)), 2) for width in weights
             }

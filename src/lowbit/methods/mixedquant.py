@@ -119,7 +119,8 @@ class MixedQuant(Method):
     def reference_dynamic(self, task: BlockTask) -> nn.Module:
         """The block as the original code would run it: for comparison, it refuses to be saved.
 
-        Statistics are those of the task's first stream. See `solvers/reference_dynamic.py`.
+        Statistics are those of the task's first stream. What that code does not have plays no part:
+        smooth, clip, rounding, salient_bits. See `solvers/reference_dynamic.py`.
         """
         stream = next(iter(task.streams.values()))
         statistics = input_statistics(task.block, task.groups, stream)

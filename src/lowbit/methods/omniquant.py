@@ -103,6 +103,10 @@ class OmniQuant(LearningMethod):
         keep = keep_if_better(learner, task, fitted.after, nearest)
         result = learner.result(self._factors(task, learner))
         result.report |= training_report(fitted, nearest, keep, starved, statistics)
+        if self.rounding == "gptq":  # so far it was measured with the nearest codes
+            packed = learner.packed(result.linears)
+            after = mean_loss(_loss(task, lambda: packed, targets), len(targets[0]))
+            result.report["loss_after"] = after
         if self.activation is not None and not task.attentions:
             result.report["attention"] = FLOAT_ATTENTION
         return result
@@ -147,6 +151,7 @@ class _Learner(BlockLearner):
         }
         shapes = {n: GridShape(s.bits, s.group_size, s.symmetric) for n, s in settings.items()}
         learning = method.learning(inputs=bool(self.activations))
+        task = replace(task, attentions=tuple(self.attention))
         super().__init__(task, statistics, starved, learning, shapes)
 
     def rounding_block(self, task: BlockTask) -> nn.Module:
@@ -171,6 +176,13 @@ class _Learner(BlockLearner):
             weight = tensors[f"{name}.weight"]
             tensors[f"{name}.weight"] = self.round_to_nearest(name, weight)
         return tensors
+
+    @torch.no_grad()
+    def packed(self, layers: Mapping[str, nn.Module]) -> Tensors:
+        """What was packed, whichever codes were chosen."""
+        made = {name: layer for name, layer in layers.items() if isinstance(layer, UniformLinear)}
+        weights = {f"{name}.weight": layer.dequantize() for name, layer in made.items()}
+        return self.folded() | weights
 
     def result(self, factors: Mapping[str, OrderedFactor]) -> BlockResult:
         """The packed block; linears in `factors` are rounded with feedback."""

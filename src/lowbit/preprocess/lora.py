@@ -1,7 +1,9 @@
 """Low-rank adapters on the linears of the blocks: trained by transformers' Trainer, then merged."""
 
+import json
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 import numpy
 import torch
 from peft import LoraConfig, get_peft_model
-from pydantic import Field
+from peft.tuners.lora import LoraLayer
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -19,23 +22,25 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from lowbit.blocks import Event
 from lowbit.config import Config
 from lowbit.patterns import matches_any
 
 Log = Callable[[Event], None]
+WRITTEN_LAST = "trainer_state.json"  # of the files of a state, by Trainer
 
 
 class LoRA(Config):
     """rank, alpha, dropout: of the adapters. targets: patterns of the linears that get one.
 
     The published set leaves out the output projection of attention: ["q_proj", "k_proj", "v_proj",
-    "gate_proj", "up_proj", "down_proj"]. sources, seqlen: the text, in windows cut anywhere
-    (packed), none of them twice. steps: optimiser updates of `batch` times `accumulate` windows.
-    learning_rate: of AdamW, at the end of a warm-up over the share `warmup` of all steps, then down
-    a cosine. save_every: steps between two states that a stopped run can go on from.
+    "gate_proj", "up_proj", "down_proj"]. sources, seqlen: the text, in packed windows, none of them
+    twice; seqlen None: the smaller of 2,048 and the model's context. steps: optimiser updates of
+    `batch` times `accumulate` windows. learning_rate: of AdamW, at the end of a warm-up over the
+    share `warmup` of all steps, then down a cosine. held_out: windows of the text that are not
+    trained on; the loss on them before and after says whether training helped. save_every: steps
+    between two states that a stopped run can go on from.
     """
 
     rank: int = Field(64, ge=1)
@@ -43,18 +48,24 @@ class LoRA(Config):
     dropout: float = Field(0.1, ge=0, lt=1)
     targets: tuple[str, ...] = Field(("*",), min_length=1)
     sources: tuple[str, ...] = Field(("c4",), min_length=1)
-    seqlen: int = Field(2048, ge=2)
+    seqlen: int | None = Field(None, ge=2)
     steps: int = Field(10_000, ge=1)
     batch: int = Field(1, ge=1)
     accumulate: int = Field(2, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
     warmup: float = Field(0.05, ge=0, le=1)
     gradient_checkpointing: bool = True
+    held_out: int = Field(16, ge=1)
     save_every: int = Field(500, ge=1)
+
+    @field_validator("targets", "sources", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @property
     def windows(self) -> int:
-        """How many windows of text are read."""
+        """How many windows of text are trained on."""
         return self.steps * self.batch * self.accumulate
 
 
@@ -62,6 +73,7 @@ def train(
     model: PreTrainedModel,
     linears: Sequence[str],
     windows: Tensor,
+    held_out: Tensor,
     lora: LoRA,
     state: Path,
     seed: int,
@@ -69,9 +81,9 @@ def train(
 ) -> dict[str, Any]:
     """Trains adapters on `linears` and merges them into the model, in place; says what it saw.
 
-    windows: (windows, tokens) int64. state: a folder of this run alone, from whose last state it
-    goes on; Trainer reads it with weights_only. Raises ValueError when no linear is a target, or
-    the loss is not finite.
+    windows, held_out: (windows, tokens) int64. state: a folder of this run alone, from whose last
+    whole state it goes on; Trainer reads it with weights_only. Raises ValueError when no linear is
+    a target, or the loss is not finite.
     """
     targets = [name for name in linears if matches_any(name, lora.targets)]
     if not targets:
@@ -81,12 +93,16 @@ def train(
     adapters = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
     )
+    before = mean_loss(model, held_out)
     progress = _Progress(lora.steps, log)
-    last = get_last_checkpoint(str(state)) if state.exists() else None
+    if lora.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # The name that every transformers 5 knows; the later ones have another for it.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     with _own_seed(seed):
-        adapted = get_peft_model(model, adapters)
+        adapted = get_peft_model(_Anonymous(model), adapters)
         trained = adapted.get_nb_trainable_parameters()[0]
-        adapted.enable_input_require_grads()
         trainer = Trainer(
             model=adapted,
             args=_arguments(model, lora, state, seed),
@@ -94,28 +110,77 @@ def train(
             callbacks=[progress],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=_last_state(state))
+    linears_adapted = sum(isinstance(module, LoraLayer) for module in adapted.modules())
     adapted.merge_and_unload()
+    after = mean_loss(model, held_out)
+    _check_finite(after, lora.steps)
     return {
-        "linears": len(targets),
+        "linears": linears_adapted,
         "trained_parameters": trained,
         "steps": lora.steps,
         "learning_rate": lora.learning_rate,
         "tokens_seen": windows.numel(),
         "packed": True,
+        "held_out_tokens": held_out.numel(),
+        "loss_before": before,
+        "loss_after": after,
         "loss": [round(value, 5) for value in progress.losses],
     }
+
+
+class _Anonymous(nn.Module):
+    """A model that does not say what it is. Of one with experts that transformers fuses, peft would
+    look for adapters' places in the fused matrices, and leave ours, which are unfused, alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        return self.model(input_ids=input_ids, labels=labels)
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, windows: Tensor) -> float:
+    """Mean next-token loss, without dropout; leaves the model in eval mode.
+
+    windows: (windows, tokens) int64
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    rows = windows.to(device).split(1)
+    return sum(float(model(input_ids=row, labels=row).loss) for row in rows) / len(rows)
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} at step {step}: lower the learning rate")
+
+
+def _last_state(folder: Path) -> str | None:
+    """The newest state that is whole: a process can be killed while Trainer writes one."""
+    states = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    for state in states:
+        try:
+            json.loads((state / WRITTEN_LAST).read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            continue
+        return str(state)
+    return None
 
 
 @contextmanager
 def _own_seed(seed: int) -> Iterator[None]:
     """peft and Trainer draw from the global generators: they are seeded here, and then restored."""
     states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
-        torch.default_generator.manual_seed(seed)
-        yield
-    random.setstate(states[0])
-    numpy.random.set_state(states[1])
+    try:
+        with torch.random.fork_rng():
+            torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
 
 def _arguments(model: nn.Module, lora: LoRA, state: Path, seed: int) -> TrainingArguments:
@@ -126,8 +191,6 @@ def _arguments(model: nn.Module, lora: LoRA, state: Path, seed: int) -> Training
         max_steps=lora.steps,
         per_device_train_batch_size=lora.batch,
         gradient_accumulation_steps=lora.accumulate,
-        gradient_checkpointing=lora.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=lora.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(lora.warmup * lora.steps),
@@ -156,10 +219,7 @@ class _Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             loss = float(logs["loss"])
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss is {loss} at step {state.global_step}: lower the learning rate"
-                )
+            _check_finite(loss, state.global_step)
             self.losses = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
             facts = {"step": state.global_step, "of": self.steps, "loss": loss}
             self.log(Event("step", facts))

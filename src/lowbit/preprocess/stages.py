@@ -1,5 +1,6 @@
 """Folder to folder: quantize, dequantize, train, merge. Stopped anywhere, the same call goes on."""
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowbit.blocks import Event
-from lowbit.calibration import Calibration, TokenWindows, token_windows
+from lowbit.calibration import Calibration
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
 from lowbit.checkpoint.folder import write_folder
 from lowbit.checkpoint.reader import read_json
@@ -24,9 +25,11 @@ from lowbit.models.tokenizer import load_tokenizer
 from lowbit.pipeline import RunOptions, quantize
 from lowbit.pipeline.options import choose_device
 from lowbit.preprocess.lora import LoRA, train
+from lowbit.preprocess.packing import packed_windows
 from lowbit.version import __version__
 
 Log = Callable[[Event], None]
+LONGEST_DEFAULT = 2048  # tokens; what the paper trains with
 MARK = "lowbit_preprocess"  # the key of config.json under which OUT says how it was made
 
 
@@ -57,7 +60,7 @@ def preprocess(
         "first_pass": first_pass.signature(),
         "calibration": calibration.model_dump(mode="json"),
         "lora": lora.model_dump(mode="json"),
-        "text": windows.digest,
+        "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "device": choose_device(chosen.device).type,
         "versions": {"lowbit": __version__, "torch": torch.__version__},
     }
@@ -75,9 +78,10 @@ def preprocess(
             for group in source.groups(block)
             for linear in group.linears
         ]
-        on_event(Event("training", {"steps": lora.steps, "tokens": windows.tokens.numel()}))
+        training, held_out = windows[: lora.windows], windows[lora.windows :]
+        on_event(Event("training", {"steps": lora.steps, "tokens": training.numel()}))
         state, seed = work / "trainer", calibration.seed
-        report = train(restored, linears, windows.tokens, lora, state, seed, on_event)
+        report = train(restored, linears, training, held_out, lora, state, seed, on_event)
         config = {**read_json(folder / "config.json"), MARK: {**made_by, "training": report}}
         reader = CheckpointReader(dense)
         write_folder(out, _shards(restored, reader), len(reader.files), config, folder)
@@ -86,13 +90,18 @@ def preprocess(
     return out
 
 
-def _windows(source: SourceModel, lora: LoRA, seed: int, options: RunOptions) -> TokenWindows:
-    text = Calibration(
-        sources=lora.sources, samples=lora.windows, seqlen=lora.seqlen, seed=seed + 1
-    )
-    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
+def _windows(source: SourceModel, lora: LoRA, seed: int, options: RunOptions) -> Tensor:
+    """Those that are trained on, and then those held out: (windows, seqlen) int64"""
     context = getattr(source.config, "max_position_embeddings", None)
-    return token_windows(text, tokenizer, context, options.cache)
+    seqlen = lora.seqlen or min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
+    if context and seqlen > context:
+        raise ValueError(f"lora.seqlen is {seqlen:,} tokens: the model's context is {context:,}")
+    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
+    count = lora.windows + lora.held_out
+    try:
+        return packed_windows(lora.sources, count, seqlen, tokenizer, seed)
+    except ValueError as error:
+        raise ValueError(f"the text to train on, lora.sources: {error}") from error
 
 
 def _float_model(dense: Path, options: RunOptions) -> PreTrainedModel:

@@ -4,7 +4,7 @@ OmniQuant (arXiv 2308.13137), sections 3.2 and 3.3. Which rounding the grids are
 loss is, the methods that use it say.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,10 +64,8 @@ class BlockLearner:
         seen = {name: s for name, s in by_reader.items() if s.tokens}
         self.folds: dict[str, Fold] = {}
         if learning.let:
-            # Only attention sees "rotary": the grid of a weight follows the scale of its row.
-            rotary = learning.inputs and task.attentions
-            kinds = ("norm", "rows", "rotary") if rotary else ("norm", "rows")
-            self.folds = {f.name: f for f in task.folds if f.kind in kinds}
+            attends = learning.inputs and bool(task.attentions)
+            self.folds = {f.name: f for f in task.folds if _is_seen(f, self.linears, attends)}
         self.shifts = {
             name: nn.Parameter(self._first_shift(fold, seen))
             for name, fold in self.folds.items()
@@ -169,6 +167,13 @@ class BlockLearner:
             learned[f"{name}.clip_low"] = clipping.low.detach()
             learned[f"{name}.clip_high"] = clipping.high.detach()
         return learned
+
+
+def _is_seen(fold: Fold, rounded: Sequence[str], attends: bool) -> bool:
+    """Whether something that is rounded sees a fold's scale. attends: attention rounds."""
+    if fold.kind == "rotary":  # not the weights: a row's grid follows its scale
+        return attends
+    return fold.kind in ("norm", "rows") and not set(rounded).isdisjoint(fold.readers)
 
 
 def starved_linears(task: BlockTask, statistics: Statistics, min_tokens: int) -> dict[str, int]:

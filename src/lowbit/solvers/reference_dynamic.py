@@ -36,7 +36,7 @@ def _key(values: Tensor, sort: str) -> Tensor:
         return size.amax(0)
     if sort == "mean3std":
         return size.mean(0) + 3 * size.std(0, correction=0)
-    return size.argmax(0) if sort == "argmax" else torch.zeros(values.shape[1])
+    return size.argmax(0) if sort == "argmax" else torch.zeros_like(size[0])
 
 
 class ReferenceDynamicLinear(nn.Module):

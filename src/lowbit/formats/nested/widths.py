@@ -13,13 +13,19 @@ from lowbit.patterns import matches
 Plan = int | Mapping[str, int] | str | Path
 
 
+def nested_layers(model: nn.Module) -> dict[str, NestedLinear]:
+    """The nested layers of a model by their names on disk, which differ for some experts."""
+    modules = model.named_modules()
+    return {m.stored_as or name: m for name, m in modules if isinstance(m, NestedLinear)}
+
+
 def set_bits(model: nn.Module, bits: Plan) -> None:
     """Runs a model's nested layers at other widths from now on; the master must be resident.
 
-    bits: as `choose_widths` takes it. Raises ValueError, by the name of the layer, and before
-    anything has changed.
+    bits: as `choose_widths` takes it, with names on disk. Raises ValueError, by the name of the
+    layer, and before anything has changed.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, NestedLinear)}
+    layers = nested_layers(model)
     current = {name: layer.bits for name, layer in layers.items()}
     widths = choose_widths(current, bits)
     for name, layer in layers.items():
@@ -65,8 +71,15 @@ def choose_widths(current: Mapping[str, int], bits: Plan) -> dict[str, int]:
     """
     if not current:
         raise ValueError("no layer here is nested: only what matquant has quantized has widths")
-    plan = {"*": bits} if isinstance(bits, int) else bits
+    if not isinstance(bits, int | str | Path | Mapping):
+        raise ValueError(
+            f"bits is {bits!r}: allowed are 2 to 8, {{name or pattern: width}}, or the path of a "
+            "YAML file of that"
+        )
+    plan: Any = {"*": bits} if isinstance(bits, int) else bits
     plan = plan if isinstance(plan, Mapping) else _read(Path(plan))
+    if not all(isinstance(pattern, str) for pattern in plan):
+        raise ValueError(f"bits is {dict(plan)!r:.80}: it must map patterns of layers to widths")
     chosen = dict(current)
     for pattern, width in plan.items():
         if type(width) is not int or width not in range(2, 9):

@@ -170,7 +170,9 @@ class SortedGroupLinear(QuantizedLinear):
     @property
     def owner(self) -> QuantizedLinear:
         """Itself where it is not linked and needs nothing that the owner holds."""
-        if self.spec.permutation is None and not self._owner:
+        if self._owner:
+            return self._owner[0]
+        if self.shares is None or self.spec.permutation is None:
             return self
         return super().owner
 
@@ -229,6 +231,7 @@ class SortedGroupLinear(QuantizedLinear):
         In float32, or float64 for an x of float64. Where inputs are not rounded: x in the order.
         """
         x = x if x.dtype == torch.float64 else x.float()
+        check_shape("x", x, torch.Size((*x.shape[:-1], self.in_features)))
         if self.permutation is not None:
             x = x.index_select(-1, self.permutation.int())
         if self.spec.activation is None:

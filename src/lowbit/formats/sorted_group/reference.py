@@ -9,7 +9,8 @@ and does not depend on how many tokens are multiplied at once.
 import torch
 from torch import Tensor
 
-from lowbit.formats.uniform.reference import group_count, groups_of
+from lowbit.formats.uniform.reference import groups_of
+from lowbit.kernels.straight_through import round_ste
 
 EXACT = 2**24  # float32 holds every integer up to here
 
@@ -22,18 +23,18 @@ def top_code(bits: int) -> int:
 def quantize_input(x: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
     """Each token's groups on their own grids: scale = largest |x| / top code, ties to even.
 
-    x: (m, k) floating  ->  codes (m, k), scale (m, groups), in the dtype of x
+    x: (m, k) floating  ->  codes (m, k), scale (m, groups), in the dtype of x. Gradients pass
+    through the rounding.
     """
     top = top_code(bits)
-    codes = x.clone()
-    scale = x.new_zeros(len(x), group_count(x.shape[1], group_size))
-    for group, columns in groups_of(codes, group_size):
+    codes, scales = [], []
+    for group, _ in groups_of(x, group_size):
         step = group.abs().amax(-1) / top
-        scale[:, columns] = step
         # A division by infinity is the 0 that a group of zeros should get, and never NaN.
-        group.div_(step.masked_fill(step == 0, torch.inf).unsqueeze(-1))
-        group.round_().clamp_(-top, top)
-    return codes, scale
+        ratios = group / step.masked_fill(step == 0, torch.inf).unsqueeze(-1)
+        codes.append(round_ste(ratios).clamp(-top, top).flatten(1))
+        scales.append(step)
+    return torch.cat(codes, 1), torch.cat(scales, 1)
 
 
 def scaled(codes: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
@@ -63,16 +64,17 @@ def multiply(
     exact: from `exact_dtype`  ->  (m, n) in the dtype of the inputs
     """
     codes, scale = inputs
+    weight_scale = weights[1].to(scale.dtype)
     total = codes.new_zeros(len(codes), len(weights[0]))
     by_group = zip(
         groups_of(codes.to(exact), group_size),
         groups_of(weights[0].to(exact), group_size),
         strict=True,
     )
-    for (ours, columns), (theirs, _) in by_group:
-        for i, group in enumerate(range(columns.start, columns.stop)):
-            sums = (ours[:, i] @ theirs[:, i].T).to(total.dtype)
-            # Each step is rounded by itself: fused ones would depend on where in memory a token is.
-            sums.mul_(scale[:, group, None]).mul_(weights[1][:, group].to(total.dtype))
-            total.add_(sums)
+    with torch.autocast(codes.device.type, enabled=False):  # which would round the sums
+        for (ours, columns), (theirs, _) in by_group:
+            for i, group in enumerate(range(columns.start, columns.stop)):
+                sums = (ours[:, i] @ theirs[:, i].T).to(total.dtype)
+                # Rounded step by step: fused ones would depend on where in memory a token is.
+                total.add_(sums.mul_(scale[:, group, None]).mul_(weight_scale[:, group]))
     return total
