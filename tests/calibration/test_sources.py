@@ -189,7 +189,7 @@ def test_a_data_set_that_cannot_be_had(
     message = str(caught.value)
     assert reason in message and "\n" not in message
     assert message.startswith("the data set wikitext2 (Salesforce/wikitext) cannot be had: ")
-    assert message.endswith("use a local file: --calibration FILE")
+    assert message.endswith("name a local file in its place")
     with pytest.raises(ValueError, match="name a local file in its place"):
         evaluation_text("wikitext2", tokenizer, 8)
 

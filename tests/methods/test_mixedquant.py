@@ -122,8 +122,11 @@ def test_ranges_are_clipped_by_what_each_input_counts() -> None:
     assert torch.equal(layer.scale, grid_from_range(*ranges, 3, 16, True).scale.half())
 
 
-def test_nothing_to_order() -> None:
-    method = MixedQuant(**COARSE | {"salient_ratio": 0.0, "sort": "none"})
+@pytest.mark.parametrize(
+    "options", [{"sort": "none"}, {"sort": "max", "group_size": 1024}], ids=str
+)
+def test_nothing_to_order(options: dict[str, Any]) -> None:
+    method = MixedQuant(**COARSE | {"salient_ratio": 0.0} | options)
     result = method.quantize(task("llama"))
     assert {g["permutation"] for g in result.report["groups"].values()} == {"none"}
     names = {key for linear in result.linears.values() for key in linear.state_dict()}

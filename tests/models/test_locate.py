@@ -30,7 +30,7 @@ def test_what_must_be_a_folder_is_not_looked_up(name: str) -> None:
         locate(name)
 
 
-@pytest.mark.parametrize("name", ["owner/na me", "owner/..name", "-x", "a/" + "b" * 120])
+@pytest.mark.parametrize("name", ["", "owner/na me", "owner/..name", "-x", "a/" + "b" * 120])
 def test_malformed_ids(name: str) -> None:
     with pytest.raises(ValueError, match="neither a folder nor a hub id"):
         locate(name)

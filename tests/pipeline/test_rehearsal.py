@@ -12,7 +12,7 @@ import torch
 
 from lowbit.blocks import BlockResult
 from lowbit.checkpoint import CheckpointReader
-from lowbit.methods import GPTQ, RTN, Method
+from lowbit.methods import GPTQ, RTN, Method, OmniQuant
 from lowbit.pipeline import rehearsal
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import RunOptions
@@ -118,14 +118,18 @@ def test_it_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not list(tmp_path.iterdir())
 
 
-def test_what_reads_back_as_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["mlp.up_proj", "self_attn"])
+def test_what_reads_back_as_something_else(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read = rehearsal.result_of
 
     def damaged(*args: Any) -> BlockResult:
         result = read(*args)
-        result.linears["mlp.up_proj"].scale *= 2
+        if part in result.linears:
+            result.linears[part].scale *= 2
+        else:
+            result.attention[part]["bits"] += 1
         return result
 
     monkeypatch.setattr(rehearsal, "result_of", damaged)
-    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj computes something else once"):
-        rehearsed(RTN())
+    with pytest.raises(ValueError, match=f"model.layers.0.{part} computes something else once"):
+        rehearsed(OmniQuant(activation_bits=4, lwc=False, epochs=0))

@@ -88,7 +88,7 @@ def calibration_corpus(name: str) -> Corpus:
     source = HUB_SOURCES.get(name)
     if source is None:
         return Corpus(name, read_file(Path(name)))
-    rows = _load_rows(name, source, source.calibration, "use a local file: --calibration FILE")
+    rows = _load_rows(name, source, source.calibration)
     return Corpus(name, rows, windows_in_rows=source.windows_in_rows)
 
 
@@ -99,7 +99,7 @@ def evaluation_corpus(name: str) -> Corpus:
     source = HUB_SOURCES.get(name)
     if source is None or source.evaluation is None:
         return Corpus(name, read_file(Path(name)))
-    rows = _load_rows(name, source, source.evaluation, "name a local file in its place")
+    rows = _load_rows(name, source, source.evaluation)
     return Corpus(name, rows, source.evaluation_separator, source.windows_in_rows)
 
 
@@ -189,7 +189,7 @@ def _is_chat(value: Any) -> bool:
     return all(isinstance(message, dict) and "role" in message for message in value)
 
 
-def _load_rows(name: str, source: HubSource, split: str, instead: str) -> Sequence[str]:
+def _load_rows(name: str, source: HubSource, split: str) -> Sequence[str]:
     """The texts of one split, read on access. Raises ValueError when they cannot be had."""
     refusal = f"the data set {name} ({source.dataset}) cannot be had"
     try:
@@ -197,7 +197,9 @@ def _load_rows(name: str, source: HubSource, split: str, instead: str) -> Sequen
         import datasets
         from huggingface_hub.errors import HTTPError
     except ImportError as error:
-        raise ValueError(f"{refusal}: {error} (pip install datasets); {instead}") from error
+        raise ValueError(
+            f"{refusal}: {error} (pip install datasets); name a local file in its place"
+        ) from error
     file = source.files.get(split)
     try:
         rows = datasets.load_dataset(
@@ -219,7 +221,7 @@ def _load_rows(name: str, source: HubSource, split: str, instead: str) -> Sequen
     ) as error:
         wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
         reason = _first_line(wrapped or error)
-        raise ValueError(f"{refusal}: {reason}; {instead}") from error
+        raise ValueError(f"{refusal}: {reason}; name a local file in its place") from error
     if source.limit is not None:
         rows = rows.select(range(min(source.limit, len(rows))))
     return rows[source.column]

@@ -22,6 +22,7 @@ from lowbit.blocks.install import replace_module
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.formats import link
 from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear
+from lowbit.formats.uniform.reference import group_count
 from lowbit.methods.method import Method, signal_to_noise
 from lowbit.solvers.absorbing import SplitHessian, split_hessian
 from lowbit.solvers.clipping import search_clipping
@@ -192,9 +193,9 @@ class MixedQuant(Method):
                 importance(here.salience, seen, weights),
                 sort_key(here.sort, seen, weights),
             )
-        if here.sort == "none":
-            key = torch.zeros_like(matters)
         salient = salient_count(here.salient_ratio, here.alignment, len(key))
+        if here.sort == "none" or group_count(len(key) - salient, here.group_size) == 1:
+            key = torch.zeros_like(matters)
         columns = channel_order(key, matters, salient)
         order = InputOrder(
             None if is_identity(columns) else columns,

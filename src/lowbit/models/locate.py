@@ -29,10 +29,9 @@ def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
     Where a repository has its weights only as pickles, it is the revision to which the hub has
     converted them; ValueError when there is none.
     """
-    folder = Path(model)
-    if folder.is_dir():
+    folder, name = Path(model), str(model)
+    if name and folder.is_dir():  # Path("") is the current folder
         return folder
-    name = str(model)
     if folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~")):
         raise ValueError(f"{name}: there is no such folder")
     patterns = FILES + CODE if trust_remote_code else FILES
