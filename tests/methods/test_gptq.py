@@ -3,7 +3,6 @@
 import torch
 import zoo
 
-from lowbit.blocks import Event
 from lowbit.methods import GPTQ, RTN
 
 
@@ -18,14 +17,3 @@ def test_starved_experts_are_rounded_to_nearest_and_named() -> None:
     for name in result.linears:
         same = torch.equal(result.linears[name].packed, nearest.linears[name].packed)
         assert same == (name in named), name
-
-
-def test_a_hessian_that_will_not_factor_is_named() -> None:
-    task = zoo.task("llama")
-    with torch.no_grad():  # the inputs of down_proj overflow
-        task.block.mlp.up_proj.weight[0] = torch.finfo(torch.float32).max
-    events: list[Event] = []
-    task.log = events.append
-    result = GPTQ(bits=4, group_size=16).quantize(task)
-    assert result.report["without_feedback"] == ["mlp.down_proj"]
-    assert any("mlp.down_proj" in event.data["text"] for event in events)

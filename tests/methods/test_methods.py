@@ -14,7 +14,7 @@ import zoo
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lowbit.blocks import BlockResult, BlockTask
+from lowbit.blocks import BlockResult, BlockTask, Event
 from lowbit.blocks.capture import call_block
 from lowbit.formats.base import QuantizedLinear
 from lowbit.methods import (
@@ -229,6 +229,29 @@ def test_a_misspelt_option_names_the_nearest(name: str) -> None:
 def test_options_out_of_range_are_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         type(EXAMPLES[name].method)(**options)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        GPTQ(**W3, min_tokens=8, clip=False),
+        OmniQuant(**W3, min_tokens=8, rounding="gptq", lwc=False, epochs=0),
+        MatQuant(group_size=16, min_tokens=8, rounding="joint", lwc=False, epochs=0),
+        MixedQuant(**UNSORTED | {"salient_ratio": 0.0}, rounding="gptq"),
+        QuIP(**RVQ4),
+    ],
+    ids=lambda method: method.name,
+)
+def test_a_hessian_that_will_not_factor_is_named(method: Method) -> None:
+    task = zoo.task("llama")
+    with torch.no_grad():  # the inputs of down_proj overflow in their Hessian, not in themselves
+        task.block.mlp.up_proj.weight[0] = task.block.mlp.gate_proj.weight[0] = 1e10
+    events: list[Event] = []
+    task.log = events.append
+    result = method.quantize(task)
+    assert result.report["without_feedback"] == ["mlp.down_proj"]
+    assert any("mlp.down_proj" in event.data.get("text", "") for event in events)
+    assert result.linears["mlp.down_proj"].dequantize().isfinite().all()
 
 
 def read_in(source: str) -> set[str]:

@@ -9,7 +9,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from lowbit.blocks import Batch, BlockResult, BlockTask, Event
+from lowbit.blocks import Batch, BlockResult, BlockTask
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import apply_folds, load_changed, tensors_of
 from lowbit.blocks.install import install
@@ -220,18 +220,6 @@ def test_starved_experts_are_ordered_by_their_weights_and_named() -> None:
     largest, norm = column_max(weights)[order], column_norm(weights)[order]
     assert largest[:-4].diff().min() > -0.35 * largest.max()  # but for rounding
     assert norm[-4:].mean() > norm[:-4].mean()
-
-
-def test_a_hessian_that_will_not_factor_is_named() -> None:
-    given = zoo.task("llama")
-    with torch.no_grad():  # the inputs of down_proj overflow in their Hessian, not in themselves
-        given.block.mlp.up_proj.weight[0] *= 1e25
-    events: list[Event] = []
-    given.log = events.append
-    method = MixedQuant(**COARSE | {"salient_ratio": 0.0}, rounding="gptq", clip=False)
-    result = method.quantize(given)
-    assert result.report["without_feedback"] == ["mlp.down_proj"]
-    assert any("mlp.down_proj" in event.data["text"] for event in events)
 
 
 def test_overrides_that_part_an_input_are_refused() -> None:

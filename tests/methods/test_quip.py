@@ -11,7 +11,7 @@ import torch
 import zoo
 
 import lowbit
-from lowbit.blocks import BlockResult, BlockTask, Event
+from lowbit.blocks import BlockResult, BlockTask
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.install import install
 from lowbit.checkpoint import QuantizedFolder
@@ -120,18 +120,6 @@ def test_starved_experts_are_named() -> None:
         weight = task.block.get_submodule(name).weight
         error = float((layer.dequantize() - weight).norm() / weight.norm())
         assert error < 0.3, name
-
-
-def test_a_hessian_that_will_not_factor_is_named() -> None:
-    task = zoo.task("llama")
-    with torch.no_grad():  # the inputs of down_proj overflow
-        task.block.mlp.up_proj.weight[0] = task.block.mlp.gate_proj.weight[0] = 1e10
-    events: list[Event] = []
-    task.log = events.append
-    result = QuIP(**QUICK).quantize(task)
-    assert result.report["without_feedback"] == ["mlp.down_proj"]
-    assert any("mlp.down_proj" in event.data["text"] for event in events)
-    assert result.linears["mlp.down_proj"].dequantize().isfinite().all()
 
 
 def test_dead_inputs_and_empty_weights_are_finite() -> None:

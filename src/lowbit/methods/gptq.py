@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from lowbit.blocks import BlockResult, BlockTask, Event
+from lowbit.blocks import BlockResult, BlockTask
 from lowbit.blocks.hessian import Hessian, input_hessians
 from lowbit.formats.uniform import UniformLinear
-from lowbit.methods.method import Method, signal_to_noise
+from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
 from lowbit.methods.packing import pack, pack_with_feedback
 from lowbit.solvers.clipping import search_clipping
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
@@ -47,8 +47,11 @@ class GPTQ(Method):
         for group in task.groups:
             hessian = hessians[group.name]
             factor = self._factor(hessian)
-            if factor is None:
-                _give_up(task, result, group.linears, hessian, self.min_tokens)
+            if hessian.tokens < self.min_tokens:
+                starved = dict.fromkeys(group.linears, hessian.tokens)
+                result.report.setdefault("rounded_to_nearest", {}).update(starved)
+            elif factor is None:
+                tell_without_feedback(task, result, group.linears)
             for name in group.linears:
                 linear = task.block.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
@@ -84,19 +87,3 @@ class GPTQ(Method):
         low, high = search_clipping(weight, hessian.matrix.diagonal(), *self._sizes())
         least, most = extremes(weight, self.group_size)
         return grid_from_range(low * least, high * most, *self._sizes())
-
-
-def _give_up(
-    task: BlockTask,
-    result: BlockResult,
-    linears: tuple[str, ...],
-    hessian: Hessian,
-    min_tokens: int,
-) -> None:
-    if hessian.tokens < min_tokens:
-        starved = dict.fromkeys(linears, hessian.tokens)
-        result.report.setdefault("rounded_to_nearest", {}).update(starved)
-        return
-    text = f"{', '.join(linears)}: the Hessian would not factor; rounded to nearest"
-    result.report.setdefault("without_feedback", []).extend(linears)
-    task.log(Event("warning", {"text": text}))

@@ -1,6 +1,7 @@
 """What OmniQuant and MatQuant share: fields, and from a block that was learned to its result."""
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -8,11 +9,14 @@ from pydantic import Field
 from torch import Tensor
 
 from lowbit.blocks import BlockResult, BlockTask, Event
+from lowbit.blocks.folding import load_changed
+from lowbit.blocks.hessian import input_hessians
 from lowbit.blocks.statistics import ChannelStatistics
 from lowbit.blocks.training import Fit
 from lowbit.formats.base import QuantizedLinear
 from lowbit.methods.method import Method, signal_to_noise
 from lowbit.solvers.block_learner import BlockLearner, Learning
+from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 from lowbit.solvers.rounding import Grid
 
 # (name, folded weight, folded bias, grid) -> the layer
@@ -52,6 +56,29 @@ class LearningMethod(Method):
         """inputs: whether what the linears read is rounded too."""
         rates = self.lwc_lr, self.let_lr
         return Learning(self.lwc, self.let, *rates, self.alpha, self.init, inputs)
+
+    def factors(
+        self, task: BlockTask, learner: BlockLearner, shares: Mapping[str, float]
+    ) -> dict[str, OrderedFactor]:
+        """What feedback needs, by linear: Hessians of the inputs of the block after folding.
+
+        shares: of each stream in their mean. Linears that saw too few tokens have none.
+        """
+        folded = deepcopy(task.block)
+        load_changed(folded, learner.folded())
+        mean: dict[str, Tensor] = {}
+        enough = {group.name: group.linears for group in task.groups}
+        for stream, share in shares.items():
+            for group, found in input_hessians(folded, task.groups, task.streams[stream]).items():
+                mean[group] = mean.get(group, 0.0) + share * found.matrix
+                if found.tokens < self.min_tokens:
+                    enough.pop(group, None)
+        made: dict[str, OrderedFactor] = {}
+        for group, linears in enough.items():
+            factor = ordered_factor(mean[group], self.damping, True)
+            if factor is not None:
+                made |= dict.fromkeys(linears, factor)
+        return made
 
 
 @torch.no_grad()

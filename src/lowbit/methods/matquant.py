@@ -10,7 +10,6 @@ higher one (section 4.3).
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
@@ -22,8 +21,7 @@ from torch.nn import functional
 
 from lowbit.blocks import BlockResult, BlockTask, Stream
 from lowbit.blocks.capture import call_block
-from lowbit.blocks.folding import Tensors, load_changed
-from lowbit.blocks.hessian import input_hessians
+from lowbit.blocks.folding import Tensors
 from lowbit.blocks.install import install
 from lowbit.blocks.parts import sum_of_parts
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
@@ -32,10 +30,10 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear
 from lowbit.kernels.slicing import MASTER_BITS
 from lowbit.methods.learned import LearningMethod, keep_if_better, packed_block, training_report
-from lowbit.methods.method import signal_to_noise
+from lowbit.methods.method import signal_to_noise, tell_without_feedback
 from lowbit.methods.packing import pack, pack_nested
 from lowbit.solvers.block_learner import BlockLearner, starved_linears
-from lowbit.solvers.gptq import OrderedFactor, ordered_factor
+from lowbit.solvers.gptq import OrderedFactor
 from lowbit.solvers.nested import fake_slice, master_codes
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, grouped
 
@@ -127,38 +125,23 @@ class MatQuant(LearningMethod):
         keep = keep_if_better(learner, task, fitted.after, loss_nearest)
         searched = self.epochs > 0 or self.init == "awq" or bool(task.start)
         learned = keep and searched and (self.lwc or self.let)
-        result = learner.result(self._factors(task, learner), learned)
+        joint = self.rounding == "joint"
+        factors = self.factors(task, learner, self._shares()) if joint else {}
+        result = learner.result(factors, learned)
         result.report |= training_report(fitted, loss_nearest, keep, starved, statistics)
-        if self.rounding == "joint":  # so far it was measured with the nearest codes
+        if joint:  # so far it was measured with the nearest codes
+            tell_without_feedback(task, result, result.linears.keys() - {*factors, *starved})
             packed = learner.packed(result.linears)
             result.report["loss_after"] = mean_loss(lambda i: loss(i, packed), loss.batches)
         return result
 
-    def _factors(self, task: BlockTask, learner: "_Learner") -> dict[str, OrderedFactor]:
-        """What joint rounding needs, by linear: Hessians of the transformed block's inputs.
-
-        One for all widths: the mean over their streams, weighted as their errors are.
-        """
-        if self.rounding == "nearest":
-            return {}
-        folded = deepcopy(task.block)
-        load_changed(folded, learner.folded())
+    def _shares(self) -> dict[str, float]:
+        """Of each stream: its widths' part of the weights."""
         shares: dict[str, float] = {}
         for width, weight in zip(self.widths, self.weights, strict=True):
             stream = self.stream_of(width)
             shares[stream] = shares.get(stream, 0.0) + weight / sum(self.weights)
-        mean: dict[str, Tensor] = {}
-        tokens: dict[str, int] = {}
-        for stream, share in shares.items():
-            for group, found in input_hessians(folded, task.groups, task.streams[stream]).items():
-                mean[group] = mean.get(group, 0.0) + share * found.matrix
-                tokens[group] = min(tokens.get(group, found.tokens), found.tokens)
-        factors: dict[str, OrderedFactor] = {}
-        for name, linears in ((g.name, g.linears) for g in task.groups):
-            if tokens[name] >= self.min_tokens:
-                factor = ordered_factor(mean[name], self.damping, True)
-                factors |= {} if factor is None else dict.fromkeys(linears, factor)
-        return factors
+        return shares
 
 
 @dataclass(frozen=True)

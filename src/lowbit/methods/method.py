@@ -2,12 +2,13 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
 from pydantic import ValidationError, model_validator
 from torch import Tensor, nn
 
-from lowbit.blocks import BlockResult, BlockTask
+from lowbit.blocks import BlockResult, BlockTask, Event
 from lowbit.blocks.install import install
 from lowbit.config import Config, explain, unknown_name
 from lowbit.formats.base import QuantizedLinear
@@ -73,6 +74,15 @@ class Method(Config):
     def signature(self) -> dict[str, Any]:
         """Everything that shapes the result, as JSON values."""
         return {"name": self.name, **self.model_dump(mode="json")}
+
+
+def tell_without_feedback(task: BlockTask, result: BlockResult, linears: Iterable[str]) -> None:
+    """Linears that saw tokens enough, but whose Hessian was of no use."""
+    named = list(linears)
+    if named:
+        result.report.setdefault("without_feedback", []).extend(named)
+        text = f"{', '.join(named)}: the Hessian would not factor; rounded to nearest"
+        task.log(Event("warning", {"text": text}))
 
 
 def signal_to_noise(weight: Tensor, linear: QuantizedLinear) -> float:

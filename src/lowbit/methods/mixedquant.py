@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lowbit.blocks import BlockResult, BlockTask, Event, Fold, LinearGroup
+from lowbit.blocks import BlockResult, BlockTask, Fold, LinearGroup
 from lowbit.blocks.folding import Tensors, apply_folds, tensors_of
 from lowbit.blocks.hessian import Hessians, input_hessians
 from lowbit.blocks.install import replace_module
@@ -23,7 +23,7 @@ from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.formats import link
 from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear
 from lowbit.formats.uniform.reference import group_count
-from lowbit.methods.method import Method, signal_to_noise
+from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
 from lowbit.solvers.absorbing import SplitHessian, split_hessian
 from lowbit.solvers.clipping import search_clipping
 from lowbit.solvers.equivalence import smooth_scale
@@ -221,10 +221,7 @@ class MixedQuant(Method):
         matrix = matrix[ordered.columns][:, ordered.columns]
         split = split_hessian(matrix, ordered.kept, self.damping)
         if split is None:
-            linears = ordered.group.linears
-            text = f"{', '.join(linears)}: the Hessian would not factor; rounded to nearest"
-            result.report.setdefault("without_feedback", []).extend(linears)
-            task.log(Event("warning", {"text": text}))
+            tell_without_feedback(task, result, ordered.group.linears)
         return split
 
     def _quantize_group(

@@ -12,7 +12,6 @@ where biases can take that up (equation 3) and scales queries against keys (equa
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
@@ -24,17 +23,17 @@ from torch.nn import functional
 
 from lowbit.blocks import BlockResult, BlockTask, Stream
 from lowbit.blocks.capture import call_block
-from lowbit.blocks.folding import Tensors, load_changed
-from lowbit.blocks.hessian import input_hessians
+from lowbit.blocks.folding import Tensors
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.blocks.training import fit, mean_loss
 from lowbit.formats.activation import Activation
 from lowbit.formats.uniform import UniformLinear
 from lowbit.methods.learned import LearningMethod, keep_if_better, packed_block, training_report
+from lowbit.methods.method import tell_without_feedback
 from lowbit.methods.packing import pack, pack_with_feedback
 from lowbit.solvers.activation import rounding_twin
 from lowbit.solvers.block_learner import BlockLearner, starved_linears
-from lowbit.solvers.gptq import OrderedFactor, ordered_factor
+from lowbit.solvers.gptq import OrderedFactor
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize
 
 FLOAT_ATTENTION = (
@@ -101,31 +100,18 @@ class OmniQuant(LearningMethod):
         )
         nearest = mean_loss(_loss(task, learner.nearest, targets), len(targets[0]))
         keep = keep_if_better(learner, task, fitted.after, nearest)
-        result = learner.result(self._factors(task, learner))
+        feedback = self.rounding == "gptq"
+        factors = self.factors(task, learner, {"quantized": 1.0}) if feedback else {}
+        result = learner.result(factors)
         result.report |= training_report(fitted, nearest, keep, starved, statistics)
-        if self.rounding == "gptq":  # so far it was measured with the nearest codes
+        if feedback:  # so far it was measured with the nearest codes
+            tell_without_feedback(task, result, result.linears.keys() - {*factors, *starved})
             packed = learner.packed(result.linears)
             after = mean_loss(_loss(task, lambda: packed, targets), len(targets[0]))
             result.report["loss_after"] = after
         if self.activation is not None and not task.attentions:
             result.report["attention"] = FLOAT_ATTENTION
         return result
-
-    def _factors(self, task: BlockTask, learner: "_Learner") -> dict[str, OrderedFactor]:
-        """What GPTQ needs, by linear: the Hessians of the transformed block's inputs."""
-        if self.rounding == "nearest":
-            return {}
-        folded = deepcopy(task.block)
-        load_changed(folded, learner.folded())
-        hessians = input_hessians(folded, task.groups, task.streams["quantized"])
-        found: dict[str, OrderedFactor] = {}
-        for group in task.groups:
-            hessian = hessians[group.name]
-            enough = hessian.tokens >= self.min_tokens
-            factor = ordered_factor(hessian.matrix, self.damping, True) if enough else None
-            if factor is not None:
-                found |= dict.fromkeys(group.linears, factor)
-        return found
 
 
 class _Learner(BlockLearner):

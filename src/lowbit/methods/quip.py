@@ -34,7 +34,7 @@ from lowbit.formats.lattice.incoherence import (
     rotate_weight,
     rotation,
 )
-from lowbit.methods.method import Method, signal_to_noise
+from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
 from lowbit.solvers.signs import Merged, merge_signs
 from lowbit.solvers.words import Rounder, RowScale, Spread, Words, spread
 
@@ -104,7 +104,8 @@ class QuIP(Method):
             for name in group.linears:
                 layer, facts = self._linear(task, name, inputs, merged)
                 result.linears[name], result.report["linears"][name] = layer, facts
-            _report_factors(task, group, inputs, result.report)
+            if hessian is not None and not all(r.factored for r in inputs.rounders.values()):
+                tell_without_feedback(task, result, group.linears)
         link(_layers(result))
         quantized = {f"{name}.{part}" for name in result.linears for part in ("weight", "bias")}
         before = tensors_of(task.block)
@@ -251,16 +252,6 @@ def _facts(
         "proxy_loss": float(words.loss.sum()) / energy if energy > 0 else 0.0,
         "scale": layer.spec.scale,
     }
-
-
-def _report_factors(
-    task: BlockTask, group: LinearGroup, inputs: _Inputs, report: dict[str, Any]
-) -> None:
-    if inputs.hessian is None or all(rounder.factored for rounder in inputs.rounders.values()):
-        return
-    text = f"{', '.join(group.linears)}: the Hessian would not factor; rounded to nearest"
-    report.setdefault("without_feedback", []).extend(group.linears)
-    task.log(Event("warning", {"text": text}))
 
 
 def _layers(result: BlockResult) -> dict[str, LatticeLinear]:
