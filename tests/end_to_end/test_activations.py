@@ -256,7 +256,7 @@ def test_gptq_sees_rounded_inputs(name: str, monkeypatch: pytest.MonkeyPatch) ->
         blocks.append(block)
         return input_hessians(block, *args)
 
-    monkeypatch.setattr("lowbit.methods.omniquant.input_hessians", spy)
+    monkeypatch.setattr("lowbit.methods.learned.input_hessians", spy)
     student = deepcopy(task)
     student.block = learner.rounding_block(task)
     method._factors(student, learner)

@@ -72,8 +72,10 @@ class Method(Config):
             install(block, result)
 
     def signature(self) -> dict[str, Any]:
-        """Everything that shapes the result, as JSON values."""
-        return {"name": self.name, **self.model_dump(mode="json")}
+        """Everything that shapes the result, as JSON values; what is only this method's first."""
+        fields = self.model_dump(mode="json")
+        own = {name: value for name, value in fields.items() if name in type(self).__annotations__}
+        return {"name": self.name, **own, **fields}
 
 
 def tell_without_feedback(task: BlockTask, result: BlockResult, linears: Iterable[str]) -> None:
