@@ -259,7 +259,7 @@ def test_gptq_sees_rounded_inputs(name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("lowbit.methods.learned.input_hessians", spy)
     student = deepcopy(task)
     student.block = learner.rounding_block(task)
-    method._factors(student, learner)
+    method.factors(student, learner, {"quantized": 1.0})
     wanted = deepcopy(task.block)
     load_changed(wanted, learner.folded())
     reads: dict[str, Tensor] = {}
