@@ -91,22 +91,23 @@ def measure(
 
 
 def show(label: str) -> Table:
-    """What results.csv has of a model: mean and spread over its seeds, of newest rows."""
-    values: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    for row in rows_of("matquant"):
+    """What results.csv has of a model: mean and spread over its seeds, and real bits."""
+    found: dict[tuple[str, str], dict[str, tuple[float, float]]] = defaultdict(dict)
+    for row in rows_of("matquant"):  # later rows replace earlier ones
         model, name, width, seed = row["case"].split(" | ")
         if model == label:
-            values[name, width][seed] = float(row["value"])
+            found[name, width][seed] = float(row["value"]), float(row["notes"].split()[0])
     table = Table(label, *(f"{width} bits" for width in WIDTHS))
-    for name in dict.fromkeys(name for name, _ in values):
-        found = [list(values.get((name, f"{width} bits"), {}).values()) for width in WIDTHS]
-        table.add_row(name, *map(_mean_and_spread, found))
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = [list(found.get((name, f"{width} bits"), {}).values()) for width in WIDTHS]
+        table.add_row(name, *map(_mean_and_spread, cells))
     return table
 
 
-def _mean_and_spread(values: list[float]) -> str:
+def _mean_and_spread(found: list[tuple[float, float]]) -> str:
+    values = [value for value, _ in found]
     spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{spread}" if values else ""
+    return f"{mean(values):.3f}{spread} ({found[-1][1]:.2f})" if found else ""
 
 
 def real_bits(model: torch.nn.Module) -> float:
