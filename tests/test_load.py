@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lowbit
 from lowbit.checkpoint import CheckpointReader
 from lowbit.formats.base import QuantizedLinear
+from lowbit.load import load_model, stream
 
 LINEAR = "model.layers.1.mlp.up_proj"
 PATTERN = "model.layers.{0-1}.mlp.up_proj"
@@ -362,6 +363,12 @@ def test_a_float_folder(name: str) -> None:
     """What quantized models are compared with."""
     model, _ = lowbit.load(quantized.source(name))
     assert torch.equal(quantized.logits(model), quantized.logits(zoo.make(zoo.ZOO[name])))
+
+
+def test_a_float_folder_has_no_widths() -> None:
+    for read in (load_model, stream):
+        with pytest.raises(ValueError, match=r"is a float model|was not quantized by lowbit"):
+            read(quantized.source(), bits=4)
 
 
 def test_a_float_folder_that_lacks_a_tensor(tmp_path: Path) -> None:

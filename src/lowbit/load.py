@@ -129,7 +129,7 @@ def stream(
     """
     section = read_config(folder).get("quantization_config")
     config = load_config(folder, trust_remote_code)
-    if section is None:
+    if section is None and bits is None:
         check_float(folder)
         return StreamedModel(folder, config, trust_remote_code)
     quantized = QuantizedFolder(folder)
@@ -303,9 +303,10 @@ def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) 
 
 def mark_attentions(model: PreTrainedModel, attention: dict[str, dict[str, Any]]) -> None:
     """Makes attentions round what they read, by name on disk; ValueError where one cannot."""
-    inside = memory_names(model, [f"{name}.rounding" for name in attention])
-    by_memory = {inside[f"{name}.rounding"].removesuffix(".rounding"): name for name in attention}
-    round_attentions(model, {memory: attention[name] for memory, name in by_memory.items()})
+    roundings = {f"{name}.rounding": rounding for name, rounding in attention.items()}
+    inside = memory_names(model, roundings)
+    by_memory = {inside[name].removesuffix(".rounding"): how for name, how in roundings.items()}
+    round_attentions(model, by_memory)
 
 
 def _check_fits(name: str, old: nn.Module, new: QuantizedLinear) -> None:

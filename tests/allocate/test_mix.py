@@ -1,5 +1,7 @@
 """A plan keeps its budget, improves with it, and is what load, slice and eval take."""
 
+import errno
+import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -60,6 +62,20 @@ def test_a_plan_keeps_its_budget(
     assert (found.predicted is None) == (strategy == "pyramid")
     whole, _ = lowbit.load(folder, bits=tmp_path / "plan.yaml")
     assert torch.equal(*(quantized.logits(m) for m in (whole, lowbit.load(out)[0])))
+
+
+def test_half_a_plan_never_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.yaml"
+    Mix({"mlp.*": 2}, {2: 1}, 2.0, 1, None).write(path)
+    before = path.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="is full"):
+        Mix({"mlp.*": 8}, {8: 1}, 8.0, 1, None).write(path)
+    assert path.read_bytes() == before
 
 
 def test_what_engines_fuse_shares_a_width() -> None:

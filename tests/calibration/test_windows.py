@@ -158,6 +158,16 @@ def test_a_cache_hit_equals_a_miss(write: Callable[..., str], tmp_path: Path, hu
     hit.tokens[0, 0] = 0  # writable, like freshly drawn ones
 
 
+def test_a_cache_that_cannot_be_written_is_passed_over(
+    write: Callable[..., str], tmp_path: Path
+) -> None:
+    tokenizer, path = make_tokenizer(), write("a.txt", TEXT)
+    file = tmp_path / "file"
+    file.touch()
+    plain = draw(tokenizer, path)
+    assert torch.equal(draw(tokenizer, path, cache=file / "inside").tokens, plain.tokens)
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "shape", "dtype", "folderless npy"])
 def test_a_damaged_cache_is_written_again(
     damage: str, write: Callable[..., str], tmp_path: Path

@@ -14,7 +14,9 @@ from lowbit.checkpoint.folder import write_folder
 def companions(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
-    for name in ("tokenizer.json", "LICENSE", "model.safetensors", "x.bin", "report.json"):
+    weights = ("model.safetensors", "x.bin", "x.bin.index.json")
+    ours = ("report.json", "report.html", "events.jsonl")
+    for name in ("tokenizer.json", "LICENSE", *weights, *ours):
         (folder / name).write_text("{}")
     return folder
 

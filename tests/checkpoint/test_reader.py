@@ -149,6 +149,13 @@ def test_a_file_that_goes_on(tmp_path: Path) -> None:
         CheckpointReader(tmp_path)
 
 
+def test_a_file_that_goes_away(tmp_path: Path) -> None:
+    reader = CheckpointReader(single(tmp_path))
+    (tmp_path / SINGLE).unlink()
+    with pytest.raises(ValueError, match=f"{SINGLE} cannot be read"):
+        reader.read(["norm.weight"])
+
+
 def test_a_dtype_that_torch_lacks(tmp_path: Path) -> None:
     header = b'{"a":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}'
     (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + b"\0")

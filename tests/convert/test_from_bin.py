@@ -46,13 +46,26 @@ class Evil:
         return (exec, ("raise SystemExit('code ran')",))
 
 
+def test_what_torch_wrote_before_it_zipped(tmp_path: Path) -> None:
+    folder = pickled(tmp_path / "bin", 1)
+    state = load_file(LLAMA / "model.safetensors")
+    path = folder / "pytorch_model.bin"
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    (shard,) = from_bin(folder, tmp_path / "out").glob("*.safetensors")
+    found = load_file(shard)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("content", [{"a": Evil()}, [1, 2], b"not a pickle"])
-def test_anything_but_tensors_is_refused(content: object, tmp_path: Path) -> None:
+def test_anything_but_tensors_is_refused(content: object, zipped: bool, tmp_path: Path) -> None:
     folder = pickled(tmp_path / "bin", 1)
     if isinstance(content, bytes):
         (folder / "pytorch_model.bin").write_bytes(content)
     else:
-        torch.save(content, folder / "pytorch_model.bin")
+        path = folder / "pytorch_model.bin"
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
         from_bin(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -219,6 +219,13 @@ def test_forward_multiplies_by_what_dequantize_shows(
 
 
 @every_example
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0)], ids=str)
+def test_one_token_or_none(make: Callable[[], QuantizedLinear], shape: tuple[int, ...]) -> None:
+    layer = make()
+    assert layer(torch.randn(*shape, layer.in_features)).shape == (*shape, layer.out_features)
+
+
+@every_example
 def test_saved_and_rebuilt_from_the_entry_alone(make: Callable[[], QuantizedLinear]) -> None:
     layer = make()
     rebuilt = build(json.loads(json.dumps(layer.entry())))

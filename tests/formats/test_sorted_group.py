@@ -1,6 +1,8 @@
 """The bytes of the docstring, integer sums that are exact, and results of one token by itself."""
 
+import gc
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -121,6 +123,21 @@ def test_autocast_leaves_the_sums_exact() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
             assert torch.equal(made(x), wanted)
+
+
+def test_an_input_that_needs_no_work_is_not_kept() -> None:
+    made = SortedGroupLinear.from_grid(
+        torch.ones(2, 8), torch.ones(2, 1), InputOrder(None, 0, None, None), bits=4
+    )
+    x = torch.ones(3, 8)
+    held = weakref.ref(x)
+    made(x)
+    gc.disable()
+    try:
+        del x
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (8, 8)], ids=str)

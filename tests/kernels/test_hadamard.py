@@ -207,7 +207,7 @@ def test_survives_copies() -> None:
     assert copy.deepcopy(transform) == pickle.loads(pickle.dumps(transform)) == transform
 
 
-@pytest.mark.parametrize("n", [13, 24, 1031])
+@pytest.mark.parametrize("n", [13, 24, 224, 1031])
 def test_first_use_in_any_mode(n: int) -> None:
     """What is built and kept must not depend on the mode of the call that needed it first."""
     transform = orthogonal(n)

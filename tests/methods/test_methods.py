@@ -254,6 +254,22 @@ def test_a_hessian_that_will_not_factor_is_named(method: Method) -> None:
     assert result.linears["mlp.down_proj"].dequantize().isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("method", "concerned"),
+    [
+        (OmniQuant(rounding="gptq"), ""),
+        (MatQuant(rounding="joint"), ""),
+        (MatQuant(rounding="joint", scope="ffn"), "mlp."),  # attention never has feedback
+    ],
+)
+def test_what_went_without_feedback_is_in_the_order_of_the_block(
+    method: Method, concerned: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowbit.methods.learned.ordered_factor", lambda *args: None)
+    report = method.model_copy(update={"epochs": 0}).quantize(zoo.task("llama")).report
+    assert report["without_feedback"] == [n for n in report["linears"] if concerned in n]
+
+
 def read_in(source: str) -> set[str]:
     """Names that some expression takes from an object: `self.bits`, `method.bits`."""
     return {

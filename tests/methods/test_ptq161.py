@@ -336,8 +336,12 @@ def test_a_hessian_that_will_not_factor_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ptq161, "ordered_factor", lambda *args, **more: None)
     overrides = {"down_proj": {"salient_ratio": 0}}  # has nothing to refit
     method = PTQ161(epochs=0, refit_salient=True, overrides=overrides)
+    events: list[Event] = []
+    task.log = events.append
     report = method.quantize(task).report
     assert report["without_feedback"] == [n for n in report["linears"] if "down" not in n]
+    assert [event.kind for event in events] == ["warning"]
+    assert ", ".join(report["without_feedback"]) in events[0].data["text"]
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

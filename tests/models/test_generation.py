@@ -97,6 +97,17 @@ def test_a_cut_character_still_comes():
     assert "".join(pieces) == "\N{REPLACEMENT CHARACTER}"
 
 
+def test_only_the_last_logits_are_made(trained):
+    model, tokenizer = trained
+    made = []
+    hook = model.lm_head.register_forward_hook(lambda m, given, out: made.append(out.shape[1]))
+    try:
+        "".join(generate(model, tokenizer, list(range(3, 40)), max_new_tokens=2))
+    finally:
+        hook.remove()
+    assert made == [1, 1]
+
+
 def test_the_context_is_the_end():
     pieces = generate(Script(b"abcdef", context=5), Bytes(), list(b"12"), max_new_tokens=6)
     assert "".join(pieces) == "abc"

@@ -30,6 +30,14 @@ def test_what_must_be_a_folder_is_not_looked_up(name: str) -> None:
         locate(name)
 
 
+def test_a_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    for name in ("model.safetensors", tmp_path / "model.safetensors"):
+        with pytest.raises(ValueError, match="is a file: name the folder"):
+            locate(name)
+
+
 @pytest.mark.parametrize("name", ["", "owner/na me", "owner/..name", "-x", "a/" + "b" * 120])
 def test_malformed_ids(name: str) -> None:
     with pytest.raises(ValueError, match="neither a folder nor a hub id"):

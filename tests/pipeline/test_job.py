@@ -28,6 +28,11 @@ def test_a_generator_depends_on_seed_and_block() -> None:
     assert generator_for(0, "h.0").initial_seed() in seeds
 
 
+def test_a_source_that_is_the_current_folder_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(quantized.source())
+    assert Job(".", METHOD, None, RunOptions()).name == quantized.source().name
+
+
 def test_epochs_of_the_same_job() -> None:
     made = job()
     assert made.with_epochs(7).method == METHOD.model_copy(update={"epochs": 7})

@@ -65,6 +65,10 @@ def test_a_state_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) 
     assert steps == [3, 4] and found == wanted
 
 
+def test_what_was_trained_to_its_end_says_the_same_again(tmp_path: Path) -> None:
+    assert run(tmp_path, save_every=2) == run(tmp_path, save_every=2)
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_callers_generators_are_left_alone(tmp_path: Path, stopped: bool) -> None:
     def log(event: Event) -> None:

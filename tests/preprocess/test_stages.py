@@ -119,6 +119,23 @@ def test_a_text_that_will_not_do_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_layer_of_its_own_stays_one(tmp_path: Path) -> None:
+    source, lora = (
+        quantized.source("llama, tied, biased"),
+        LoRA(**SMALL, steps=1, sources=(quantized.text(),)),
+    )
+    text = quantized.calibration()
+    out = preprocess(source, tmp_path / "out", FIRST, lora, text, device="cpu", lm_head_bits=2)
+    config = json.loads((out / "config.json").read_text())
+    assert "lm_head.weight" in weights(out) and config["tie_word_embeddings"] is False
+
+
+def test_only_the_first_gpu_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1, and name cuda:0"):
+        preprocess(quantized.source(), tmp_path / "out", FIRST, LoRA(), device="cuda:1")
+
+
 def test_a_window_is_as_long_as_the_model_allows(tmp_path: Path) -> None:
     source = quantized.source()
     context = json.loads((source / "config.json").read_text())["max_position_embeddings"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.solvers.clipping import START, WIDEST, LearnedClipping, search_clipping
+from lowbit.solvers.clipping import START, WIDEST, LearnedClipping, clipped_grid, search_clipping
 from lowbit.solvers.rounding import extremes, fake_quantize, grid_from_range, minmax_grid
 
 both_kinds = pytest.mark.parametrize("symmetric", [False, True])
@@ -101,6 +101,8 @@ def test_a_search_is_never_worse_than_the_whole_range(
     whole = measure(matrix, importance, one, one, group_size, symmetric)
     assert found.shape == low.shape and bool((found <= whole).all())
     assert float(found.sum()) < 0.97 * float(whole.sum())
+    rounded = fake_quantize(matrix, clipped_grid(matrix, importance, 3, group_size, symmetric))
+    torch.testing.assert_close((rounded - matrix).square() @ importance, found.sum(1))
     for ratio in torch.arange(0.5, 1.01, 0.05):  # nor than any other that both ends share
         together = measure(matrix, importance, one * ratio, one * ratio, group_size, symmetric)
         assert bool((found <= together * (1 + 1e-4)).all())

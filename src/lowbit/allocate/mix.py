@@ -15,6 +15,7 @@ from lowbit.allocate.sensitivity import sensitivity
 from lowbit.allocate.units import Layout, layout_of
 from lowbit.calibration import Calibration, token_windows
 from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint.writer import aside, explained
 from lowbit.config import unknown_name
 from lowbit.formats.nested.widths import nested_layers
 from lowbit.load import load
@@ -44,7 +45,8 @@ class Mix:
 
     def write(self, path: Path) -> None:
         """As a YAML file."""
-        path.write_text(yaml.safe_dump(self.plan, sort_keys=False), encoding="utf-8")
+        with explained(path.parent), aside(path) as part:  # half a plan would be a plan too
+            part.write_text(yaml.safe_dump(self.plan, sort_keys=False), encoding="utf-8")
 
 
 def mix(

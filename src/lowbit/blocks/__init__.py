@@ -82,9 +82,8 @@ class BlockTask:
     groups: tuple[LinearGroup, ...]
     folds: tuple[Fold, ...]
     streams: Mapping[str, Stream]  # the inputs of this block, by stream name
-    generator: (
-        torch.Generator
-    )  # seeded by (seed, block name): a resumed block draws the same numbers
+    # Seeded by seed and block name: a resumed block draws the same numbers.
+    generator: torch.Generator
     log: Callable[[Event], None]
     # What an earlier run learned for this block (its `BlockResult.learned`): where to begin.
     start: Mapping[str, Tensor] = field(default_factory=dict)

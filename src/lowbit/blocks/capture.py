@@ -24,8 +24,7 @@ class Stub(nn.Module):
 
     def __init__(self, block: nn.Module, tuple_output: bool, stop: bool = False) -> None:
         super().__init__()
-        # A list, so that the block's parameters do not become the stub's.
-        self._signature = [inspect.signature(block.forward)]
+        self._signature = inspect.signature(block.forward)
         self._attributes = {k: v for k, v in vars(block).items() if isinstance(v, str | int | bool)}
         self.tuple_output = tuple_output
         self.stop = stop
@@ -42,9 +41,9 @@ class Stub(nn.Module):
             raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        bound = self._signature[0].bind(*args, **kwargs).arguments
+        bound = self._signature.bind(*args, **kwargs).arguments
         bound.update(bound.pop("kwargs", {}))
-        name = next(iter(self._signature[0].parameters))  # the hidden states come first
+        name = next(iter(self._signature.parameters))  # the hidden states come first
         hidden = bound.pop(name)
         self.calls.append(Batch(hidden.detach(), dict(bound)))
         if self.stop:

@@ -75,16 +75,12 @@ class Stream:
 
         Its files go with it: each call has its own, so that two results can be held side by side.
         """
+        folder = self.folder and Path(mkdtemp(prefix="mapped-", dir=self.folder))
         with torch.no_grad():
-            if self.folder is None:
-                made = [function(batch).cpu() for batch in self]
-                return Stream(made, self.kwargs, self.device)
-            folder = Path(mkdtemp(prefix="mapped-", dir=self.folder))
-            stream = Stream(self._hidden, self.kwargs, self.device, folder)
+            stream = Stream(map(function, self), self.kwargs, self.device, folder)
+        if folder is not None:
             finalize(stream, rmtree, folder, ignore_errors=True)
-            for i, batch in enumerate(self):
-                stream.replace(i, function(batch))
-            return stream
+        return stream
 
 
 def move(value: Any, device: torch.device) -> Any:

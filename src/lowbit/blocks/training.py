@@ -1,5 +1,6 @@
 """The one block-wise trainer: AdamW over learned parameters, the best iterate, never a dead run."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,21 +62,19 @@ def fit(
             [{"params": list(g.parameters), "lr": g.rate * RATE_CUT**attempt} for g in groups],
             weight_decay=weight_decay,
         )
-        failed = False
         for epoch in range(1, epochs + 1):
-            failed = not _epoch(optimizer, parameters, loss, batches)
-            now = float("nan") if failed else mean_loss(loss, batches)
-            if failed or now != now or now == float("inf"):
-                failed = True
+            stepped = _epoch(optimizer, parameters, loss, batches)
+            now = mean_loss(loss, batches) if stepped else math.nan
+            if not math.isfinite(now):
                 result.failures.append(f"non-finite loss in epoch {epoch} of try {attempt + 1}")
                 log(Event("warning", {"text": result.failures[-1]}))
                 break
             result.curve.append(now)
             log(Event("epoch", {"epoch": epoch, "loss": now}))
-            if now < result.after or result.after != result.after:
+            if now < result.after or math.isnan(result.after):
                 result.after, result.best_epoch = now, epoch
                 best = [p.detach().clone() for p in parameters]
-        if not failed:
+        else:
             break
     _restore(parameters, best)
     return result

@@ -7,6 +7,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -74,7 +75,8 @@ def token_windows(
     """The calibration windows: random ones, which may overlap, the same for the same seed.
 
     context: the longest input that the model takes, if there is such a limit.
-    cache: a folder that keeps the windows under their digest, to save tokenising them again.
+    cache: a folder that keeps the windows under their digest, to save tokenising them again; one
+    that cannot be written is passed over.
     Raises ValueError for sources that cannot be had or hold too little, and for a bad seqlen.
     """
     seqlen = _window_length(calibration.seqlen, context)
@@ -91,7 +93,8 @@ def token_windows(
     if drawn is None:
         drawn = _draw(corpora, seqlen, tokenizer, random.Random(calibration.seed))
         if file is not None:
-            _save(file, drawn)
+            with suppress(OSError):  # a full or foreign disk: the run does without a cache
+                _save(file, drawn)
     sizes = iter(drawn.sizes.tolist())
     sources = []
     for name, windows in plan:

@@ -13,7 +13,8 @@ from lowbit.checkpoint.writer import explained, save_tensors, write_json
 ConfigJson = dict[str, Any] | Callable[[Path], dict[str, Any]]
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
-OURS = ("config.json", "report.json", "events.jsonl", INDEX)
+# What says what is in a folder, and would say it wrongly of another; so does every *.index.json.
+OURS = ("config.json", "report.json", "report.html", "events.jsonl")
 
 
 def write_folder(
@@ -37,13 +38,19 @@ def write_folder(
         with explained(out):
             aside.mkdir(parents=True)
             _write(aside, shards, count, config)
-            for path in companions.iterdir():
-                if path.is_file() and path.suffix not in WEIGHTS and path.name not in OURS:
-                    shutil.copyfile(path, aside / path.name)
+            for path in companions_of(companions):
+                shutil.copyfile(path, aside / path.name)
             aside.rename(out)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def companions_of(folder: Path) -> list[Path]:
+    """Files that go with a folder's weights into another: tokenizer, licences and the like."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    kept = [path for path in files if path.suffix not in WEIGHTS and path.name not in OURS]
+    return [path for path in kept if not path.name.endswith(".index.json")]
 
 
 def _write(

@@ -77,14 +77,17 @@ class CheckpointReader:
                 raise ValueError(f"{self.folder}: {INDEX} places {name} in {file}, which lacks it")
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors in their own dtypes, on the CPU."""
+        """The named tensors in their own dtypes, on the CPU; ValueError when a file has gone."""
         by_file: dict[str, list[str]] = defaultdict(list)
         for name in names:
             by_file[self.tensors[name].file].append(name)
         found: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
-            with safe_open(self.folder / file, framework="pt") as shard:
-                found.update({name: shard.get_tensor(name) for name in wanted})
+            try:
+                with safe_open(self.folder / file, framework="pt") as shard:
+                    found.update({name: shard.get_tensor(name) for name in wanted})
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{self.folder / file} cannot be read: {error}") from error
         return found
 
     def digest(self) -> str:

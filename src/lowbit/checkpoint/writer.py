@@ -187,8 +187,8 @@ class CheckpointWriter:
             return
         # Without a signature it is ours only when it was killed before it wrote one.
         first = {RUN, f"{RUN}/lock", f"{RUN}/{SIGNATURE}.part"}
-        found = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")}
-        if not found <= first:
+        found = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*"))
+        if not all(path in first for path in found):
             raise ValueError(
                 f"{self.folder} is not empty and was not made by lowbit quantize: "
                 "choose another folder, or empty it yourself"

@@ -43,7 +43,7 @@ def mix(  # noqa: PLR0913 (a command's options)
         raise ValueError(f"-o {out}: that is a folder, or in a folder that does not exist")
     sources = {"sources": tuple(calibration)} if calibration else {}
     text = Calibration(samples=samples, seqlen=seqlen, seed=seed, **sources)
-    folder = locate(model)
+    folder = locate(model, trust_remote_code)
     with counting_bar() as bar:
         task = bar.add_task("measuring", total=None)
         found = allocate(

@@ -4,6 +4,7 @@ torch.load is called with weights_only=True, which unpickles tensors and nothing
 """
 
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def from_bin(folder: Path, out: Path) -> Path:
 
 def _files(folder: Path) -> list[str]:
     if (folder / BIN_INDEX).exists():
-        placed = read_json(folder / BIN_INDEX).get("weight_map")
+        index = read_json(folder / BIN_INDEX)
+        placed = index.get("weight_map") if isinstance(index, dict) else None
         if isinstance(placed, dict) and all(Path(str(f)).name == f for f in placed.values()):
             return sorted(set(placed.values()))
         raise ValueError(f"{folder / BIN_INDEX}: 'weight_map' must map tensors to files beside it")
@@ -43,10 +45,11 @@ def _files(folder: Path) -> list[str]:
 def _shards(folder: Path, files: list[str]) -> Iterator[dict[str, Tensor]]:
     for file in files:
         path = folder / file
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(f"{folder}: shard {file} is missing")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            zipped = zipfile.is_zipfile(path)  # else of before torch 1.6, which cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{path} holds more than tensors, or is damaged: {reason}") from None

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
-from lowbit.checkpoint.folder import OURS, WEIGHTS
+from lowbit.checkpoint.folder import companions_of
 from lowbit.checkpoint.output import final_config
 from lowbit.checkpoint.reader import INDEX, SINGLE
 from lowbit.checkpoint.verify import read_config
@@ -250,8 +250,8 @@ def _write(
             if marker is not None:
                 tensors[marker] = torch.empty(0, dtype=_dtype(reader, plain))
             writer.write_shard(index, tensors, None, {"modules": modules, "marker": marker})
-        for path in sorted(reader.folder.iterdir()):
-            if path.is_file() and path.suffix not in WEIGHTS and path.name not in (*OURS, COPY):
+        for path in companions_of(reader.folder):
+            if path.name != COPY:
                 writer.copy_file(path)
         records = [record for i in range(len(files)) if (record := writer.record(i))]
         writer.finish(final_config(reader.folder, records, made_by))

@@ -118,19 +118,11 @@ def evaluate(
     ValueError for a model, text or task that cannot be had, and for models whose default contexts
     differ (never compare across: say --seqlen).
     """
-    session = _Session(options, on_progress)
-    if options.bits and not any([session.widths(str(name)) != (None,) for name in models]):
-        raise ValueError(
-            "bits is for 8-bit masters, as matquant makes them: none of these models is one"
-        )
+    session, names = _Session(options, on_progress), [str(name) for name in models]
+    session.check(names)
     rows: list[Evaluation] = []
-    for name in models:
-        rows += session.rows(str(name))
-        if options.texts and rows[-1].seqlen != rows[0].seqlen:
-            raise ValueError(
-                f"{name} would be measured with {rows[-1].seqlen} tokens of context, "
-                f"{rows[0].model} with {rows[0].seqlen}: name one --seqlen for all"
-            )
+    for name in names:
+        rows += session.rows(name)
         gc.collect()
     return rows
 
@@ -160,6 +152,20 @@ class _Session:
         if options.reference is not None:
             self.reference_folder = locate(options.reference, options.trust_remote_code)
 
+    def check(self, names: Sequence[str]) -> None:
+        """Raises ValueError for models that cannot stand in one table, before any is measured."""
+        if self.options.bits and not any([self.widths(name) != (None,) for name in names]):
+            raise ValueError(
+                "bits is for 8-bit masters, as matquant makes them: none of these models is one"
+            )
+        seqlens = {name: self._seqlen(name) for name in names}
+        for name, seqlen in seqlens.items():
+            if self.options.texts and seqlen != seqlens[names[0]]:
+                raise ValueError(
+                    f"{name} would be measured with {seqlen} tokens of context, "
+                    f"{names[0]} with {seqlens[names[0]]}: name one --seqlen for all"
+                )
+
     def widths(self, name: str) -> tuple[int | str | None, ...]:
         """What a model is to be run at, checked; None: as it is."""
         folder = locate(name, self.options.trust_remote_code)
@@ -173,7 +179,7 @@ class _Session:
         """A row for each width; the model is loaded once for all."""
         options = self.options
         folder = locate(name, options.trust_remote_code)
-        seqlen = self._seqlen(name, folder)
+        seqlen = self._seqlen(name)
         texts = self._rows(load_tokenizer(folder, options.trust_remote_code), seqlen)
         loaded = None
         if self.tasks is not None or (options.texts and self.reference_folder is None):
@@ -219,7 +225,8 @@ class _Session:
             trained=None if bits is None else _trained(folder, bits),
         )
 
-    def _seqlen(self, name: str, folder: Path) -> int:
+    def _seqlen(self, name: str) -> int:
+        folder = locate(name, self.options.trust_remote_code)
         config = load_config(folder, self.options.trust_remote_code)
         context = getattr(config, "max_position_embeddings", None)
         asked = self.options.seqlen
@@ -271,7 +278,7 @@ class _Session:
         if self.reference is None:
             if "quantization_config" in read_config(folder):
                 raise ValueError(f"--reference {asked} is quantized; name the float model")
-            self._seqlen(asked, folder)
+            self._seqlen(asked)
             tokenizer = load_tokenizer(folder, self.options.trust_remote_code)
             self.reference = self._logits(folder, self._rows(tokenizer, seqlen))
         mine = [row for of_text in rows.values() for row in of_text]

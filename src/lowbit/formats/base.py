@@ -154,8 +154,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features), in the dtype of x."""
-        if self.activation is not None:
-            x = self.activation.round(x)
+        x = self.quantized_input(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.dequantize().to(x.dtype), bias)
 

@@ -32,7 +32,7 @@ class LastInput:
         if kept is not None and kept[0]() is x and kept[1] == state:
             return kept[2][0]
         made = owner.prepare(x)
-        if not made.requires_grad:
+        if not made.requires_grad and made is not x:  # x would keep itself alive
             held = [made]
             self._kept = weakref.ref(x, lambda _: held.clear()), state, held
         return made

@@ -1,1 +1,1 @@
-"""What formats share: packed bits, transforms, and the choice of the fastest backend."""
+"""What formats and solvers share: packed bits and their slices, rounding, transforms."""

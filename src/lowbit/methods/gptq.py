@@ -14,9 +14,9 @@ from lowbit.blocks.hessian import Hessian, input_hessians
 from lowbit.formats.uniform import UniformLinear
 from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
 from lowbit.methods.packing import pack, pack_with_feedback
-from lowbit.solvers.clipping import search_clipping
+from lowbit.solvers.clipping import clipped_grid
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
-from lowbit.solvers.rounding import Grid, extremes, grid_from_range, minmax_grid
+from lowbit.solvers.rounding import Grid, minmax_grid
 
 
 class GPTQ(Method):
@@ -84,6 +84,4 @@ class GPTQ(Method):
     def _grid(self, weight: Tensor, hessian: Hessian) -> Grid:
         if not self.clip:
             return minmax_grid(weight, *self._sizes())
-        low, high = search_clipping(weight, hessian.matrix.diagonal(), *self._sizes())
-        least, most = extremes(weight, self.group_size)
-        return grid_from_range(low * least, high * most, *self._sizes())
+        return clipped_grid(weight, hessian.matrix.diagonal(), *self._sizes())

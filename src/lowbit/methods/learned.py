@@ -28,10 +28,11 @@ class LearningMethod(Method):
     on the streams that rounded blocks hand on.
 
     epochs over all samples; batch: samples per step; lwc_lr, let_lr: AdamW's rates for logits, and
-    for logarithms of scales and shifts. alpha: of the initial scales. init: "minmax" as published,
-    or "awq", a search for scales and clips so that a quarter of the epochs does. damping: share of
-    a Hessian's mean diagonal that is added to it, where codes are chosen with feedback. min_tokens:
-    an expert that saw fewer calibration tokens is rounded to nearest and named in the report.
+    for logarithms of scales and shifts; weight_decay: of both. alpha: of the initial scales. init:
+    "minmax" as published, or "awq", a search for scales and clips so that a quarter of the epochs
+    does. damping: share of a Hessian's mean diagonal that is added to it, where codes are chosen
+    with feedback. min_tokens: an expert that saw fewer calibration tokens is rounded to nearest and
+    named in the report.
     """
 
     learns: ClassVar[bool] = True

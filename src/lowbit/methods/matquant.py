@@ -31,7 +31,7 @@ from lowbit.formats.nested import NestedLinear
 from lowbit.kernels.slicing import MASTER_BITS
 from lowbit.methods.learned import LearningMethod, keep_if_better, packed_block, training_report
 from lowbit.methods.method import signal_to_noise, tell_without_feedback
-from lowbit.methods.packing import pack, pack_nested
+from lowbit.methods.packing import as_stored, pack, pack_nested
 from lowbit.solvers.block_learner import BlockLearner, starved_linears
 from lowbit.solvers.gptq import OrderedFactor
 from lowbit.solvers.nested import fake_slice, master_codes
@@ -130,7 +130,8 @@ class MatQuant(LearningMethod):
         result = learner.result(factors, learned)
         result.report |= training_report(fitted, loss_nearest, keep, starved, statistics)
         if joint:  # so far it was measured with the nearest codes
-            tell_without_feedback(task, result, result.linears.keys() - {*factors, *starved})
+            missed = [n for n in learner.settings if n not in factors and n not in starved]
+            tell_without_feedback(task, result, missed)
             packed = learner.packed(result.linears)
             result.report["loss_after"] = mean_loss(lambda i: loss(i, packed), loss.batches)
         return result
@@ -198,7 +199,7 @@ class _Learner(BlockLearner):
         if name not in self.settings:
             return fake_quantize(weight, grid)
         counts = zip(self.method.weights, self.method.widths, strict=True)
-        _, width = max((weight * 4.0**-width, width) for weight, width in counts)
+        _, width = max((count * 4.0**-width, width) for count, width in counts)
         extra = self.settings[name].extra_precision
         return fake_slice(weight, grid, master_codes(weight, grid), width, extra)
 
@@ -217,8 +218,7 @@ class _Learner(BlockLearner):
         grids, codes = dict(made.grids), dict(made.codes)
         for name, layer in layers.items():
             if isinstance(layer, NestedLinear):
-                zero = None if layer.zero is None else layer.zeros().float()
-                grids[name] = replace(grids[name], scale=layer.scale.float(), zero=zero)
+                grids[name] = as_stored(grids[name], layer)
                 codes[name] = grouped(layer.master, grids[name].group_size).to(torch.int16)
         return replace(made, grids=grids, codes=codes)
 

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 from pydantic import ValidationError, model_validator
@@ -78,12 +78,11 @@ class Method(Config):
         return {"name": self.name, **own, **fields}
 
 
-def tell_without_feedback(task: BlockTask, result: BlockResult, linears: Iterable[str]) -> None:
+def tell_without_feedback(task: BlockTask, result: BlockResult, linears: Sequence[str]) -> None:
     """Linears that saw tokens enough, but whose Hessian was of no use."""
-    named = list(linears)
-    if named:
-        result.report.setdefault("without_feedback", []).extend(named)
-        text = f"{', '.join(named)}: the Hessian would not factor; rounded to nearest"
+    if linears:
+        result.report.setdefault("without_feedback", []).extend(linears)
+        text = f"{', '.join(linears)}: the Hessian would not factor; rounded to nearest"
         task.log(Event("warning", {"text": text}))
 
 

@@ -25,7 +25,7 @@ from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear
 from lowbit.formats.uniform.reference import group_count
 from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
 from lowbit.solvers.absorbing import SplitHessian, split_hessian
-from lowbit.solvers.clipping import search_clipping
+from lowbit.solvers.clipping import clipped_grid
 from lowbit.solvers.equivalence import smooth_scale
 from lowbit.solvers.feedback import proxy_loss
 from lowbit.solvers.gptq import gptq_codes
@@ -41,7 +41,7 @@ from lowbit.solvers.ordering import (
     sort_key,
 )
 from lowbit.solvers.reference_dynamic import ReferenceDynamicLinear
-from lowbit.solvers.rounding import Grid, extremes, grid_from_range, minmax_grid
+from lowbit.solvers.rounding import Grid, minmax_grid
 
 # What linears that read the same input have in common.
 OF_THE_INPUT = ("activation_bits", "group_size", "salient_ratio", "alignment", "salience", "sort")
@@ -278,9 +278,7 @@ class MixedQuant(Method):
         if not self.clip or ordered.starved:
             return minmax_grid(weight, *shape)
         square = ordered.seen.square[ordered.columns[: ordered.kept]]
-        low, high = search_clipping(weight, square, *shape)
-        least, most = extremes(weight, self.group_size)
-        return grid_from_range(low * least, high * most, *shape)
+        return clipped_grid(weight, square, *shape)
 
 
 @dataclass

@@ -105,7 +105,8 @@ class OmniQuant(LearningMethod):
         result = learner.result(factors)
         result.report |= training_report(fitted, nearest, keep, starved, statistics)
         if feedback:  # so far it was measured with the nearest codes
-            tell_without_feedback(task, result, result.linears.keys() - {*factors, *starved})
+            missed = [n for n in result.linears if n not in factors and n not in starved]
+            tell_without_feedback(task, result, missed)
             packed = learner.packed(result.linears)
             after = mean_loss(_loss(task, lambda: packed, targets), len(targets[0]))
             result.report["loss_after"] = after

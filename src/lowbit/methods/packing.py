@@ -1,6 +1,7 @@
 """From a grid to a layer of the uniform or the nested format."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -30,9 +31,7 @@ def pack_with_feedback(
 ) -> tuple[UniformLinear, float]:
     """weight (out, in) rounded by GPTQ to the grid as it is stored; and the proxy loss."""
     stored = pack(weight, bias, grid)
-    zero = None if grid.zero is None else stored.zeros().float()
-    rounded_grid = Grid(stored.scale.float(), zero, grid.bits, grid.group_size)
-    codes, loss = gptq_codes(weight, rounded_grid, hessian)
+    codes, loss = gptq_codes(weight, as_stored(grid, stored), hessian)
     layer = UniformLinear.from_codes(
         codes,
         stored.scale,
@@ -67,9 +66,12 @@ def pack_nested(
     stored = NestedLinear.from_grid(weight, grid.scale, grid.zero, **facts)
     if hessian is None:
         return stored
+    codes = joint_codes(weight, as_stored(grid, stored), hessian, weights, extra_precision)
     zero = None if grid.zero is None else stored.zeros()
-    rounded_grid = Grid(
-        stored.scale.float(), None if zero is None else zero.float(), grid.bits, grid.group_size
-    )
-    codes = joint_codes(weight, rounded_grid, hessian, weights, extra_precision)
-    return NestedLinear.from_codes(codes, stored.scale.data, zero, **facts)
+    return NestedLinear.from_codes(codes, stored.scale, zero, **facts)
+
+
+def as_stored(grid: Grid, layer: UniformLinear | NestedLinear) -> Grid:
+    """The grid that a layer's codes are counted on: scales and zero points as it holds them."""
+    zero = None if grid.zero is None else layer.zeros().float()
+    return replace(grid, scale=layer.scale.float(), zero=zero)

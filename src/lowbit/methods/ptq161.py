@@ -14,7 +14,7 @@ logarithms, so that rates are shares of a scale.
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -30,7 +30,7 @@ from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.blocks.training import ParameterGroup, fit, mean_loss
 from lowbit.formats import link
 from lowbit.formats.binary import BinaryLinear, Salient
-from lowbit.methods.method import Method, signal_to_noise
+from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
 from lowbit.solvers.binary import (
     alternated,
     binarized,
@@ -134,7 +134,7 @@ class _Shared:
     """What linears of one group with equally many salient channels have in common.
 
     owner: the first of them, which holds the mask. mask: (in,) bool. square: (in,), mean squares of
-    the inputs, None where too few were seen. gain, factor: what `refit_salient` needs, or None.
+    the inputs, None where too few were seen. gain, factor: for `refit_salient`, both or neither.
     """
 
     owner: str
@@ -218,6 +218,8 @@ class _Learner:
         gain = refit_gain(hessian.matrix, shared.mask, self.method.damping)
         inner = hessian.matrix[shared.mask][:, shared.mask]
         factor = ordered_factor(inner, self.method.damping, act_order=True)
+        if gain is None or factor is None:
+            return shared
         return replace(shared, gain=gain, factor=factor)
 
     def _weight(self, name: str) -> Tensor:
@@ -266,12 +268,13 @@ class _Learner:
                 "signal_to_noise_db": round(signal_to_noise(self._weight(name), layers[name]), 2),
                 "salient_ratio": round(float(linear.shared.mask.float().mean()), 4),
             }
-        result.report |= self._given_up()
+        self._tell_given_up(result)
         return result
 
-    def _given_up(self) -> dict[str, Any]:
+    def _tell_given_up(self, result: BlockResult) -> None:
         tokens = {name: seen.tokens for name, seen in self.statistics.items()}
-        report: dict[str, Any] = {"tokens": tokens} if len(set(tokens.values())) > 1 else {}
+        if len(set(tokens.values())) > 1:
+            result.report["tokens"] = tokens
         starved = {
             name: tokens[group.name]
             for group in self.task.groups
@@ -279,16 +282,16 @@ class _Learner:
             if self.linears[name].shared.square is None
         }
         if starved:
-            report["rounded_to_nearest"] = starved
+            result.report["rounded_to_nearest"] = starved
         unrefitted = [
             name
             for name, linear in self.linears.items()
             if self.method.refit_salient
             and linear.salient is not None
             and name not in starved
-            and (linear.shared.gain is None or linear.shared.factor is None)
+            and linear.shared.factor is None
         ]
-        return report | ({"without_feedback": unrefitted} if unrefitted else {})
+        tell_without_feedback(self.task, result, unrefitted)
 
 
 def _rounded(weight: Tensor, error: Tensor, shared: _Shared) -> Salient:
@@ -296,14 +299,13 @@ def _rounded(weight: Tensor, error: Tensor, shared: _Shared) -> Salient:
 
     weight: (out, salient)  error: (out, plain), what signs and scales miss
     """
-    feedback = shared.gain is not None and shared.factor is not None
-    if shared.gain is not None and feedback:
+    if shared.gain is not None:
         weight = weight + error @ shared.gain
     grid = minmax_grid(weight, SALIENT_BITS, None, symmetric=False)
     assert grid.zero is not None
     channels = shared.mask.nonzero().squeeze(1)
     nearest = Salient.nearest(channels, weight, grid.scale.squeeze(1), grid.zero.squeeze(1))
-    if shared.factor is None or not feedback:
+    if shared.factor is None:
         return nearest
     stored = Grid(nearest.scale.float().unsqueeze(1), grid.zero, SALIENT_BITS, None)
     codes, _ = gptq_codes(weight, stored, shared.factor)

@@ -268,7 +268,7 @@ def _finetune(method: QuIP, task: BlockTask, result: BlockResult) -> None:
     def put(dtype: torch.dtype, layers: Mapping[str, LatticeLinear]) -> BlockResult:
         made: dict[str, QuantizedLinear] = {n: x.with_signs(dtype) for n, x in layers.items()}
         link(made)
-        changed = BlockResult(dict(made), result.tensors)
+        changed = BlockResult(dict(made))
         install(block, changed)
         return changed
 
@@ -289,13 +289,7 @@ def _finetune(method: QuIP, task: BlockTask, result: BlockResult) -> None:
     ]
     for parameter in (p for group in groups for p in group.parameters):
         parameter.requires_grad_()
-    fitted = fit(
-        groups,
-        loss,
-        len(stream),
-        method.finetune_epochs,
-        task.log,
-    )
+    fitted = fit(groups, loss, len(stream), method.finetune_epochs, task.log)
     tuned = put(torch.float16, trained)
     after = mean_loss(loss, len(stream))
     result.report |= {"training": fitted.report(), "loss_before": fitted.before}

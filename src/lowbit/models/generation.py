@@ -4,6 +4,7 @@ Not by transformers' generate(): that draws from the global random numbers, whic
 alone.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,11 +62,14 @@ def _continue(
     device = next(model.parameters()).device
     if device.type == "meta":  # offloaded: accelerate moves the inputs itself
         device = torch.device("cpu")
+    # Of a long prompt all logits would take gigabytes; only the last are looked at.
+    known = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     cache, new = None, prompt
     for _ in range(count):
         with torch.no_grad():
             ids = torch.tensor([new], device=device)
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, **last)
         cache, new = out.past_key_values, [_choose(out.logits[0, -1], temperature, draw)]
         yield new[0]
 

@@ -32,6 +32,8 @@ def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
     folder, name = Path(model), str(model)
     if name and folder.is_dir():  # Path("") is the current folder
         return folder
+    if name and folder.is_file():
+        raise ValueError(f"{name} is a file: name the folder that it is in")
     if folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~")):
         raise ValueError(f"{name}: there is no such folder")
     patterns = FILES + CODE if trust_remote_code else FILES

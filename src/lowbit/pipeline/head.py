@@ -32,7 +32,8 @@ def outside_blocks(
         assert tied is not None  # SourceModel has seen to it that nothing is missing
         disk, weight = name, tensors[source.disk_names[tied]]
     bias = tensors.pop(f"{disk}.bias", None)
-    packed = pack(weight.float(), bias, minmax_grid(weight.float(), head_bits, None, False))
+    floats = weight.float()
+    packed = pack(floats, bias, minmax_grid(floats, head_bits, None, False))
     tensors |= {f"{disk}.{key}": tensor for key, tensor in packed.state_dict().items()}
     marker = f"{disk}.weight"
     tensors[marker] = torch.empty(0, dtype=weight.dtype)

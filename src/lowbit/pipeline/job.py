@@ -47,7 +47,7 @@ class Job:
         folder = locate(model, options.trust_remote_code)
         self.source = SourceModel(folder, options.allow_float, options.trust_remote_code)
         # Not the path: a folder's name, a hub id as it is (its snapshot is named by a commit).
-        self.name = folder.name if Path(model).is_dir() else str(model)
+        self.name = folder.absolute().name if Path(model).is_dir() else str(model)
         self.method = method
         self.calibration = calibration or Calibration()
         self.options = options

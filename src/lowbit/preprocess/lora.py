@@ -94,7 +94,6 @@ def train(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
     )
     before = mean_loss(model, held_out)
-    progress = _Progress(lora.steps, log)
     if lora.gradient_checkpointing:
         with warnings.catch_warnings():
             # The name that every transformers 5 knows; the later ones have another for it.
@@ -107,7 +106,7 @@ def train(
             model=adapted,
             args=_arguments(model, lora, state, seed),
             train_dataset=[{"input_ids": row, "labels": row} for row in windows],
-            callbacks=[progress],
+            callbacks=[_Progress(lora.steps, log)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=_last_state(state))
@@ -125,7 +124,7 @@ def train(
         "held_out_tokens": held_out.numel(),
         "loss_before": before,
         "loss_after": after,
-        "loss": [round(value, 5) for value in progress.losses],
+        "loss": [round(e["loss"], 5) for e in trainer.state.log_history if "loss" in e],
     }
 
 
@@ -186,7 +185,7 @@ def _own_seed(seed: int) -> Iterator[None]:
 def _arguments(model: nn.Module, lora: LoRA, state: Path, seed: int) -> TrainingArguments:
     device = next(model.parameters()).device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(state),
         max_steps=lora.steps,
         per_device_train_batch_size=lora.batch,
@@ -206,6 +205,9 @@ def _arguments(model: nn.Module, lora: LoRA, state: Path, seed: int) -> Training
         use_cpu=device.type == "cpu",
         dataloader_num_workers=0,
     )
+    # Of several GPUs Trainer would take all, and read that many times the windows.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 class _Progress(TrainerCallback):
@@ -214,12 +216,10 @@ class _Progress(TrainerCallback):
     def __init__(self, steps: int, log: Log) -> None:
         self.steps = steps
         self.log = log
-        self.losses: list[float] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             loss = float(logs["loss"])
             _check_finite(loss, state.global_step)
-            self.losses = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
             facts = {"step": state.global_step, "of": self.steps, "loss": loss}
             self.log(Event("step", facts))

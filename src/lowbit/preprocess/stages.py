@@ -50,6 +50,12 @@ def preprocess(
     mend.
     """
     chosen, calibration = RunOptions(**options), calibration or Calibration()
+    device = choose_device(chosen.device)
+    if device.index:  # Trainer knows no other than the first
+        raise ValueError(
+            f"device {chosen.device!r}: training runs on the first GPU; to make this one it, set "
+            f"CUDA_VISIBLE_DEVICES={device.index}, and name cuda:0"
+        )
     folder, out = locate(model, chosen.trust_remote_code), Path(out)
     if out.exists():
         raise ValueError(f"{out} exists already: choose another folder, or remove it")
@@ -61,7 +67,7 @@ def preprocess(
         "calibration": calibration.model_dump(mode="json"),
         "lora": lora.model_dump(mode="json"),
         "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        "device": choose_device(chosen.device).type,
+        "device": device.type,
         "versions": {"lowbit": __version__, "torch": torch.__version__},
     }
     work = out.with_name(f"{out.name}.work")
@@ -82,7 +88,7 @@ def preprocess(
         on_event(Event("training", {"steps": lora.steps, "tokens": training.numel()}))
         state, seed = work / "trainer", calibration.seed
         report = train(restored, linears, training, held_out, lora, state, seed, on_event)
-        config = {**read_json(folder / "config.json"), MARK: {**made_by, "training": report}}
+        config = {**read_json(dense / "config.json"), MARK: {**made_by, "training": report}}
         reader = CheckpointReader(dense)
         write_folder(out, _shards(restored, reader), len(reader.files), config, folder)
     shutil.rmtree(work, ignore_errors=True)

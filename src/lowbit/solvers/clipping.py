@@ -87,6 +87,16 @@ def search_clipping(
     return best_low, best_high
 
 
+def clipped_grid(
+    weight: Tensor, importance: Tensor, bits: int, group_size: int | None, symmetric: bool
+) -> Grid:
+    """The grid of the ranges that `search_clipping` finds."""
+    shape = bits, group_size, symmetric
+    low, high = search_clipping(weight, importance, *shape)
+    least, most = extremes(weight, group_size)
+    return grid_from_range(low * least, high * most, *shape)
+
+
 def _group_sums(values: Tensor, group_size: int | None) -> Tensor:
     """Sums over groups, (out, groups); a ragged last group is padded with zeros."""
     columns = values.shape[1]

@@ -29,8 +29,8 @@ class Rounded:
 def damped_factor(hessian: Tensor, damping: float, block: int) -> tuple[Tensor, Tensor] | None:
     """(damped H, L), or None for a Hessian that will not factor even with ten times the damping.
 
-    H: (n, n) float32, n divisible by `block`. damping: share of the mean diagonal that is added.
-    H = L D L^T with L unit lower block triangular: (n, n).
+    hessian: (n, n) float32, n divisible by `block`. damping: share of the mean diagonal that is
+    added. H = L D L^T is over that mean; L: (n, n), unit lower block triangular.
     """
     mean = hessian.diagonal().mean()
     if not torch.isfinite(hessian).all() or mean <= 0:

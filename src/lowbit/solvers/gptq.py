@@ -21,8 +21,8 @@ class OrderedFactor:
 def ordered_factor(hessian: Tensor, damping: float, act_order: bool) -> OrderedFactor | None:
     """None when it will not factor. act_order: the inputs with most energy are rounded first."""
     # Rounding goes from the last column to the first.
-    order = hessian.diagonal().argsort() if act_order else torch.arange(len(hessian))
-    order = order.to(hessian.device)
+    every = torch.arange(len(hessian), device=hessian.device)
+    order = hessian.diagonal().argsort() if act_order else every
     factored = damped_factor(hessian[order][:, order], damping, block=1)
     return None if factored is None else OrderedFactor(order, *factored)
 
@@ -30,7 +30,7 @@ def ordered_factor(hessian: Tensor, damping: float, act_order: bool) -> OrderedF
 def gptq_codes(weight: Tensor, grid: Grid, hessian: OrderedFactor) -> tuple[Tensor, float]:
     """(codes (out, in) uint8, proxy loss). grid: with the scale as it is stored."""
     size = grid.group_size or weight.shape[1]
-    group_of = hessian.order // size
+    group_of = (hessian.order // size).tolist()
     zeros = torch.full_like(grid.scale, 2.0 ** (grid.bits - 1)) if grid.zero is None else grid.zero
 
     def nearest(column: int, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ def joint_codes(
     share = torch.tensor(list(weights.values()), device=weight.device) / sum(weights.values())
     squares = (share[:, None] * levels.square()).sum(0)
     zeros = torch.full_like(grid.scale, ZERO) if grid.zero is None else grid.zero
-    group_of = hessian.order // (grid.group_size or columns)
+    group_of = (hessian.order // (grid.group_size or columns)).tolist()
 
     def choose(column: int, target: Tensor) -> tuple[Tensor, Tensor]:
         group = group_of[column]

@@ -57,7 +57,7 @@ MOST_LOOKED_UP = 4
 
 
 class BinaryEntry(LayerEntry):
-    """The entry of a layer; the module\'s docstring explains it."""
+    """The entry of a layer; the module's docstring explains it."""
 
     format: Literal["binary"]
     salient: Annotated[int, Field(ge=0)]
@@ -290,7 +290,7 @@ class BinaryLinear(QuantizedLinear):
         if prepare_only:
             return self.prepare(x)
         x = self.prepared(x) if self.spec.salient else x
-        looked_up = x.numel() // self.in_features <= MOST_LOOKED_UP
+        looked_up = 0 < x.numel() // self.in_features <= MOST_LOOKED_UP
         # Elsewhere a weight is made in no time, and half precision might not hold the sums.
         if x.dtype == torch.float64 or not (looked_up or x.device.type == "cpu"):
             bias = None if self.bias is None else self.bias.to(x.dtype)

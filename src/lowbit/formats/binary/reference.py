@@ -1,4 +1,4 @@
-"""The definition of the binary format's arithmetic, in torch: backends are tested against it."""
+"""The definition of the binary format's arithmetic, in torch: `lookup` is tested against it."""
 
 import torch
 from torch import Tensor

@@ -27,7 +27,7 @@ from lowbit.formats.entry import FloatName, LayerEntry
 
 
 class DenseEntry(LayerEntry):
-    """The entry of a layer; the module\'s docstring explains it."""
+    """The entry of a layer; the module's docstring explains it."""
 
     format: Literal["dense"]
     dtype: FloatName

@@ -62,7 +62,7 @@ MOST_ROTATED = 1.5
 
 
 class LatticeEntry(LayerEntry):
-    """The entry of a layer; the module\'s docstring explains it."""
+    """The entry of a layer; the module's docstring explains it."""
 
     format: Literal["lattice"]
     codebook: str

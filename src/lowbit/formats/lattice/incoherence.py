@@ -8,9 +8,8 @@ signs, so that tr(W H W.T) = tr(W' H' W'.T). The entries of W' look as if they w
 Gaussian. QuIP# (arXiv 2402.04396), section 3.
 
 Signs come from a seed, the same ones everywhere, or there are none (a neighbour in the model has
-them in its weight). Sign i is 1 - 2 * bit i of the SHAKE-256 (FIPS
-202) of "lowbit signs SEED" in ASCII, SEED in decimal; bit i of the digest is bit i % 8 of byte
-i // 8, low bits first.
+them in its weight). Sign i is 1 - 2 * bit i of the SHAKE-256 (FIPS 202) of "lowbit signs SEED" in
+ASCII, SEED in decimal; bit i of the digest is bit i % 8 of byte i // 8, low bits first.
 """
 
 import hashlib

@@ -51,7 +51,7 @@ SYMMETRIC_ZERO = 128  # a multiple of every step: a zero of the master is one of
 
 
 class NestedEntry(LayerEntry):
-    """The entry of a layer; the module\'s docstring explains it."""
+    """The entry of a layer; the module's docstring explains it."""
 
     format: Literal["nested"]
     bits: Width

@@ -1,4 +1,4 @@
-"""The definition of the nested format's arithmetic, in torch: backends are tested against it."""
+"""The definition of the nested format's arithmetic, in torch."""
 
 import torch
 from torch import Tensor

@@ -27,7 +27,7 @@ class Activation(Config):
 
 
 class SortedGroupEntry(LayerEntry):
-    """The entry of a layer; the module\'s docstring explains it."""
+    """The entry of a layer; the module's docstring explains it."""
 
     format: Literal["sorted_group"]
     bits: Width

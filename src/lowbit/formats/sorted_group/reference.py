@@ -1,4 +1,4 @@
-"""The definition of the sorted_group format's arithmetic, in torch: backends are tested against it.
+"""The definition of the sorted_group format's arithmetic, in torch.
 
 Codes of inputs and weights are integers in a floating dtype. Products of theirs, summed over a
 group, are integers too, and those below 2**24 are exact in float32 whatever the order of additions:

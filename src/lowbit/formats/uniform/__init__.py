@@ -45,7 +45,7 @@ from lowbit.kernels.bits import pack, packed_bytes, unpack
 
 
 class UniformEntry(LayerEntry):
-    """The entry of a layer; the module\'s docstring explains it."""
+    """The entry of a layer; the module's docstring explains it."""
 
     format: Literal["uniform"]
     bits: Annotated[int, Field(ge=2, le=8)]

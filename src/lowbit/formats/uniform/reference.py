@@ -1,4 +1,4 @@
-"""The definition of the uniform format's arithmetic, in torch: backends are tested against it."""
+"""The definition of the uniform format's arithmetic, in torch."""
 
 from collections.abc import Iterator
 

@@ -3,9 +3,10 @@
 Row-major, a row is a tensor with one axis for each factor of B; a step multiplies along one axis.
 Add-and-subtract butterflies are no faster on many rows, and take twice as long on one: a
 product with a 16 x 16 matrix costs as much as four passes of additions (benchmarks/hadamard.py).
-The computation is float32, float64 for float64 inputs (on CUDA, torch's TF32 switch applies to it
-as to any product: leave it off). The last bits of a row may depend on how many rows come with it,
-as they do in torch's own products.
+The computation is float32, float64 for float64 inputs: products are written with `out`, which
+autocast leaves alone (on CUDA, torch's TF32 switch applies to them as to any product: leave it
+off). The last bits of a row may depend on how many rows come with it, as they do in torch's own
+products.
 """
 
 from collections.abc import Callable
@@ -150,7 +151,7 @@ def _outer(matrix: Tensor, k: int, columns: int, source: Tensor, target: Tensor)
 
 def _turned(transposed: Tensor, k: int, columns: int, source: Tensor, target: Tensor) -> None:
     turned = source.view(-1, k, columns).transpose(1, 2).reshape(-1, k)
-    product = torch.mm(turned, transposed)
+    product = torch.mm(turned, transposed, out=torch.empty_like(turned))
     target.view(-1, k, columns).copy_(product.view(-1, columns, k).transpose(1, 2))
 
 
