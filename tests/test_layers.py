@@ -67,7 +67,7 @@ THIRD_PARTY: dict[str, set[str]] = {
 
 # one file per thing, none of which may import another: the modules that they do share
 SIBLINGS: dict[str, set[str]] = {
-    "methods": {"__init__", "learned", "method", "packing"},
+    "methods": {"__init__", "grid", "learned", "method", "packing"},
     "export": {"__init__", "exporter"},
 }
 

@@ -109,20 +109,24 @@ def test_codes_are_counted_from_the_stored_scale(bits: int, group_size: int | No
     for magnitude in MAGNITUDES:
         weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(bits)) * magnitude
         weight[2] = 0
-        check_codes(weight, bits, group_size)
+        for shift in {0, 8 - bits}:
+            check_codes(weight, bits, group_size, shift)
 
 
-def check_codes(weight: Tensor, bits: int, group_size: int | None) -> None:
+def check_codes(weight: Tensor, bits: int, group_size: int | None, shift: int) -> None:
     """Against round-to-nearest spelt out; row 2 of the weight is zero."""
     scale, zero = grid_of(weight, bits, group_size)
-    options: dict[str, Any] = {"bits": bits, "group_size": group_size}
+    zero[torch.arange(6) != 2] += 0.3 if shift else 0.0
+    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "zero_shift": shift}
     layer = UniformLinear.from_grid(weight, scale, zero, **options)
-    point = spread(layer.zeros().float(), group_size, 40)
+    point = spread(layer.zeros().float() / 2**shift, group_size, 40)
     step = spread(layer.scale.float(), group_size, 40)
-    expected = torch.where(step == 0, point, (weight / step).round() + point)
-    assert torch.equal(layer.codes().float(), expected.clamp(0, 2**bits - 1))
+    expected = torch.where(step == 0, point, weight / step + point).round()
+    expected = expected.clamp(0, 2**bits - 1)
+    near_a_tie = ((weight / step + point) % 1 - 0.5).abs() < 1e-4
+    assert torch.equal(layer.codes()[~near_a_tie].float(), expected[~near_a_tie])
     assert not layer.dequantize()[2].any() and torch.all(layer.codes()[2] == 3)
-    again = UniformLinear.from_grid(weight, layer.scale, layer.zeros(), **options)
+    again = UniformLinear.from_grid(weight, layer.scale, layer.zeros() / 2**shift, **options)
     assert again.entry() == layer.entry()
     assert all(
         torch.equal(a, b) for a, b in zip(again.parameters(), layer.parameters(), strict=True)

@@ -46,6 +46,7 @@ class Example:
 
 
 W3: dict[str, Any] = {"bits": 3, "group_size": 16}
+FINE = W3 | {"fine_zeros": True}
 OMNI = W3 | {"epochs": 3, "let": True, "min_tokens": 8}
 # Scales in groups of 16 take more than a bit for each weight.
 QUIP: dict[str, Any] = {"codebook": "HI", "min_tokens": 8}
@@ -64,6 +65,8 @@ NEAREST = W3 | A4 | {"lwc": False, "epochs": 0}
 EXAMPLES: dict[str, Example] = {
     "rtn": Example(RTN(**W3), "rtn", "group_sise", "group_size"),
     "gptq": Example(GPTQ(**W3, min_tokens=8), "rtn", "act_oder", "act_order"),
+    "rtn, fine zeros": Example(RTN(**FINE), "rtn", "fine_zeroes", "fine_zeros"),
+    "gptq, fine zeros": Example(GPTQ(**FINE, min_tokens=8), "gptq", "symetric", "symmetric"),
     "omniquant": Example(OmniQuant(**OMNI), "rtn", "epoch", "epochs"),
     "omniquant, gptq": Example(OmniQuant(**OMNI, rounding="gptq"), "rtn", "dampin", "damping"),
     "w4a4, nearest": Example(OmniQuant(**NEAREST), "w4a4, nearest", "lwclr", "lwc_lr"),

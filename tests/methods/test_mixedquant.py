@@ -18,7 +18,7 @@ from lowbit.formats.sorted_group import SortedGroupLinear
 from lowbit.methods import MixedQuant
 from lowbit.solvers.clipping import search_clipping
 from lowbit.solvers.ordering import column_max, column_norm
-from lowbit.solvers.rounding import extremes, grid_from_range
+from lowbit.solvers.rounding import GridShape, extremes, grid_from_range
 
 # Nearly float: what is left is the function itself, wherever channels went.
 FINE: dict[str, Any] = {
@@ -117,7 +117,7 @@ def test_ranges_are_clipped_by_what_each_input_counts() -> None:
     statistics = input_statistics(given.block, given.groups, given.streams["quantized"])
     weight = given.block.get_parameter("self_attn.q_proj.weight")[:, order]
     square = statistics["attention.input"].square[order]
-    shares = search_clipping(weight, square, 3, 16, True)
+    shares = search_clipping(weight, square, GridShape(3, 16, True))
     ranges = (share * end for share, end in zip(shares, extremes(weight, 16), strict=True))
     assert torch.equal(layer.scale, grid_from_range(*ranges, 3, 16, True).scale.half())
 

@@ -16,7 +16,7 @@ from lowbit.methods import RTN, OmniQuant, learned, omniquant
 from lowbit.methods.omniquant import _Learner, _loss, _targets
 from lowbit.solvers.clipping import WIDEST, LearnedClipping, search_clipping
 from lowbit.solvers.equivalence import searched_scale, smooth_scale
-from lowbit.solvers.rounding import Grid, fake_quantize, grid_from_range
+from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, grid_from_range
 
 every_family = pytest.mark.parametrize("name", zoo.ZOO)
 EXACT = 1e-5
@@ -193,14 +193,14 @@ def codes(weight: Tensor, grid: Grid) -> Tensor:
     return (fake_quantize(weight, grid) / scale[:, : weight.shape[1]] + zero).round()
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("zeros", [{}, {"symmetric": True}, {"fine_zeros": True}], ids=str)
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 16), (3, 20), (4, None)])
 @pytest.mark.parametrize("name", ["llama", "opt", "falcon rw", "mixtral"])
 def test_codes_in_training_are_the_codes_that_are_packed(
-    name: str, bits: int, group_size: int | None, symmetric: bool
+    name: str, bits: int, group_size: int | None, zeros: dict[str, bool]
 ) -> None:
     task = zoo.task(name)
-    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    options: dict[str, Any] = {"bits": bits, "group_size": group_size} | zeros
     learner = learner_for(task, let=True, **options)
     perturb(learner)
     result, folded, tensors = learner.result({}), learner.folded(), learner.tensors()
@@ -215,7 +215,7 @@ def test_codes_in_training_are_the_codes_that_are_packed(
         same, trained = wrong == 0, tensors[f"{linear}.weight"].detach()
         torch.testing.assert_close(packed.dequantize()[same], trained[same], rtol=2**-10, atol=0)
         if grid.zero is not None:
-            assert torch.equal(packed.zeros().float(), grid.zero)
+            assert torch.equal(packed.zeros() / 2**packed.spec.zero_shift, grid.zero)
     assert different < 0.005 * total
 
 
@@ -368,7 +368,7 @@ def test_awq_clips_what_the_transformed_block_sees(name: str) -> None:
     for group in task.groups:
         for linear in group.linears:
             weight: Any = folded.get_submodule(linear).weight
-            ratios = search_clipping(weight, seen[group.name].square, 3, 16, False)
+            ratios = search_clipping(weight, seen[group.name].square, GridShape(3, 16, False))
             wanted = LearnedClipping.from_ratios(*ratios)
             for end in ("low", "high"):
                 found = torch.sigmoid(getattr(learner.clipping[linear], end))
@@ -406,6 +406,7 @@ def test_what_is_switched_off_is_not_learned(lwc: bool, let: bool) -> None:
         {"bits": 4},
         {"group_size": None},
         {"symmetric": True},
+        {"fine_zeros": True},
         {"lwc": False},
         {"let": False},
         {"aug_loss": True},

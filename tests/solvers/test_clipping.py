@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from lowbit.solvers.clipping import START, WIDEST, LearnedClipping, clipped_grid, search_clipping
-from lowbit.solvers.rounding import extremes, fake_quantize, grid_from_range, minmax_grid
+from lowbit.solvers.rounding import GridShape, extremes, fake_quantize, grid_from_range, minmax_grid
 
 both_kinds = pytest.mark.parametrize("symmetric", [False, True])
 
@@ -38,7 +38,7 @@ def test_logits_without_end_are_rounding_to_nearest(
         for logit in clipping.parameters():
             logit.fill_(100)
     found, wanted = (
-        clipping.grid(matrix, 3, group_size, symmetric),
+        clipping.grid(matrix, GridShape(3, group_size, symmetric)),
         minmax_grid(matrix, 3, group_size, symmetric),
     )
     assert torch.equal(found.scale, wanted.scale)
@@ -53,7 +53,8 @@ def test_the_start_clips_1_8_percent(symmetric: bool) -> None:
     assert clipping.low.shape == clipping.high.shape == (8, 3)
     assert clipping.low.data_ptr() != clipping.high.data_ptr()
     ratio = (
-        clipping.grid(matrix, 4, 16, symmetric).scale / minmax_grid(matrix, 4, 16, symmetric).scale
+        clipping.grid(matrix, GridShape(4, 16, symmetric)).scale
+        / minmax_grid(matrix, 4, 16, symmetric).scale
     )
     torch.testing.assert_close(ratio, torch.full_like(ratio, 0.98201), rtol=1e-5, atol=0)
 
@@ -61,7 +62,7 @@ def test_the_start_clips_1_8_percent(symmetric: bool) -> None:
 def test_each_end_has_its_own_logit() -> None:
     matrix = torch.tensor([[-4.0, 1, 8]])
     clipping = LearnedClipping(torch.tensor([[0.0]]), torch.tensor([[100.0]]))
-    grid = clipping.grid(matrix, 2, None, False)
+    grid = clipping.grid(matrix, GridShape(2, None, False))
     assert grid.scale.item() == pytest.approx((8 + 2) / 3)
     assert [name for name, _ in clipping.named_parameters()] == ["low", "high"]
 
@@ -72,7 +73,9 @@ def test_gradients_reach_both_logits_and_the_weight(symmetric: bool) -> None:
     matrix[::2] *= -1  # symmetric: one row reaches further up, another further down
     matrix.requires_grad_()
     clipping = LearnedClipping.start(matrix, None)
-    fake_quantize(matrix, clipping.grid(matrix, 3, None, symmetric)).square().sum().backward()
+    fake_quantize(
+        matrix, clipping.grid(matrix, GridShape(3, None, symmetric))
+    ).square().sum().backward()
     for gradient in (clipping.low.grad, clipping.high.grad, matrix.grad):
         assert gradient.isfinite().all() and gradient.any()
 
@@ -94,14 +97,16 @@ def test_a_search_is_never_worse_than_the_whole_range(
 ) -> None:
     matrix = weight(outliers=outliers)
     importance = torch.rand(40, generator=torch.Generator().manual_seed(1))
-    low, high = search_clipping(matrix, importance, 3, group_size, symmetric)
+    low, high = search_clipping(matrix, importance, GridShape(3, group_size, symmetric))
     assert low.min() >= 0.5 - 1e-6 and low.max() <= 1 and low.shape == high.shape
     found = measure(matrix, importance, low, high, group_size, symmetric)
     one = torch.ones_like(low)
     whole = measure(matrix, importance, one, one, group_size, symmetric)
     assert found.shape == low.shape and bool((found <= whole).all())
     assert float(found.sum()) < 0.97 * float(whole.sum())
-    rounded = fake_quantize(matrix, clipped_grid(matrix, importance, 3, group_size, symmetric))
+    rounded = fake_quantize(
+        matrix, clipped_grid(matrix, importance, GridShape(3, group_size, symmetric))
+    )
     torch.testing.assert_close((rounded - matrix).square() @ importance, found.sum(1))
     for ratio in torch.arange(0.5, 1.01, 0.05):  # nor than any other that both ends share
         together = measure(matrix, importance, one * ratio, one * ratio, group_size, symmetric)
@@ -114,14 +119,16 @@ def test_channels_count_by_their_importance() -> None:
     matrix[:, 3] = 6
     deaf, loud = torch.ones(32), torch.ones(32)
     deaf[3], loud[3] = 0, 1e4
-    assert (search_clipping(matrix, deaf, 3, None, False)[1] <= 0.6).all()
-    assert (search_clipping(matrix, loud, 3, None, False)[1] > 0.9).all()
+    assert (search_clipping(matrix, deaf, GridShape(3, None, False))[1] <= 0.6).all()
+    assert (search_clipping(matrix, loud, GridShape(3, None, False))[1] > 0.9).all()
 
 
 def test_clips_are_searched_for_the_rounding_that_is_asked_for() -> None:
     """A rounding that loses nothing leaves the whole range; the default is that of the grid."""
     weight, importance = torch.randn(4, 32), torch.ones(32)
-    low, high = search_clipping(weight, importance, 2, 16, False, rounded=lambda w, grid: w)
+    low, high = search_clipping(
+        weight, importance, GridShape(2, 16, False), rounded=lambda w, grid: w
+    )
     assert (low == 1).all() and (high == 1).all()
-    low, high = search_clipping(weight, importance, 2, 16, False)
+    low, high = search_clipping(weight, importance, GridShape(2, 16, False))
     assert not (low == 1).all() and not (high == 1).all()

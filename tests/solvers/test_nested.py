@@ -9,7 +9,7 @@ from lowbit.kernels.slicing import slice_codes, step
 from lowbit.solvers.clipping import LearnedClipping
 from lowbit.solvers.gptq import OrderedFactor, gptq_codes, ordered_factor
 from lowbit.solvers.nested import fake_slice, joint_codes, master_codes
-from lowbit.solvers.rounding import Grid, grid_from_range, minmax_grid
+from lowbit.solvers.rounding import Grid, GridShape, grid_from_range, minmax_grid
 
 SIZE = 16
 WIDTHS = [8, 6, 4, 3, 2]
@@ -122,7 +122,7 @@ def test_clips_learn_from_the_loss_of_every_width(bits: int) -> None:
     weight = random(8, 32)
     clipping = LearnedClipping.start(weight, SIZE)
     leaf = weight.clone().requires_grad_()
-    grid = clipping.grid(leaf, 8, SIZE, False)
+    grid = clipping.grid(leaf, GridShape(8, SIZE, False))
     sliced = fake_slice(leaf, grid, master_codes(weight, grid), bits, False)
     (sliced * random(8, 32, seed=2)).sum().backward()
     for gradient in (leaf.grad, clipping.low.grad, clipping.high.grad):

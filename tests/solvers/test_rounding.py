@@ -56,7 +56,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, dict[str, Any]]:
         "group_size": draw(st.none() | st.integers(1, 50)),
         "symmetric": draw(st.booleans()),
     }
-    return matrix, options
+    return matrix, options | {"zero_shift": draw(st.integers(0, 8 - options["bits"]))}
 
 
 @settings(max_examples=200, deadline=None)
@@ -74,10 +74,21 @@ def test_every_weight_is_within_half_a_step(case: tuple[Tensor, dict[str, Any]])
     assert found.min() > -0.5 and found.max() < top + 0.5
     if grid.zero is None:
         assert options["symmetric"]
-    else:  # an integer that is a code: 0 is on the grid
-        assert torch.equal(grid.zero, grid.zero.round())
+    else:
+        units = grid.zero * 2 ** options["zero_shift"]
+        assert torch.equal(units, units.round())
         assert grid.zero.min() >= 0 and grid.zero.max() <= top
     assert grid.scale.shape == (len(matrix), len(pieces(matrix, options["group_size"])))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_fine_zeros_place_the_grid_better(bits: int) -> None:
+    matrix = weight(200, 64) + 0.3
+    plain, fine = (minmax_grid(matrix, bits, 16, False, shift) for shift in (0, 8 - bits))
+    wrong = [(fake_quantize(matrix, g) - matrix).square().mean() for g in (plain, fine)]
+    assert torch.equal(plain.scale, fine.scale) and float(wrong[1] / wrong[0]) < 0.97
+    whole = Grid(plain.scale, plain.zero, bits, 16, zero_shift=8 - bits)
+    assert torch.equal(fake_quantize(matrix, whole), fake_quantize(matrix, plain))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

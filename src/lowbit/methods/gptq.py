@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from lowbit.blocks import BlockResult, BlockTask
 from lowbit.blocks.hessian import Hessian, input_hessians
 from lowbit.formats.uniform import UniformLinear
-from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
+from lowbit.methods.grid import GridMethod
+from lowbit.methods.method import signal_to_noise, tell_without_feedback
 from lowbit.methods.packing import pack, pack_with_feedback
 from lowbit.solvers.clipping import clipped_grid
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 from lowbit.solvers.rounding import Grid, minmax_grid
 
 
-class GPTQ(Method):
-    """bits, group_size, symmetric: the grid, as in RTN. act_order: the inputs that matter most are
+class GPTQ(GridMethod):
+    """act_order: the inputs that matter most are
     rounded first. damping: share of the Hessian's mean diagonal that is added to it. clip: search
     the ranges that lose least under the Hessian's diagonal, instead of taking the whole.
     min_tokens: an expert that saw fewer calibration tokens is rounded to nearest and named in the
@@ -28,11 +29,8 @@ class GPTQ(Method):
     """
 
     name: ClassVar[str] = "gptq"
-    per_linear: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric", "clip")
+    per_linear: ClassVar[tuple[str, ...]] = (*GridMethod.per_linear, "clip")
 
-    bits: int = Field(4, ge=2, le=8)
-    group_size: int | None = Field(None, ge=1)
-    symmetric: bool = False
     act_order: bool = True
     damping: float = Field(0.01, gt=0)
     clip: bool = True
@@ -71,17 +69,14 @@ class GPTQ(Method):
     ) -> tuple[UniformLinear, dict[str, Any]]:
         weight = linear.weight.detach().float()
         if factor is None:
-            packed = pack(weight, linear.bias, minmax_grid(weight, *self._sizes()))
+            packed = pack(weight, linear.bias, minmax_grid(weight, *self.grid_shape))
             return packed, {"signal_to_noise_db": round(signal_to_noise(weight, packed), 2)}
         grid = self._grid(weight, hessian)
         packed, loss = pack_with_feedback(weight, linear.bias, grid, factor)
         noise = signal_to_noise(weight, packed)
         return packed, {"signal_to_noise_db": round(noise, 2), "proxy_loss": loss}
 
-    def _sizes(self) -> tuple[int, int | None, bool]:
-        return self.bits, self.group_size, self.symmetric
-
     def _grid(self, weight: Tensor, hessian: Hessian) -> Grid:
         if not self.clip:
-            return minmax_grid(weight, *self._sizes())
-        return clipped_grid(weight, hessian.matrix.diagonal(), *self._sizes())
+            return minmax_grid(weight, *self.grid_shape)
+        return clipped_grid(weight, hessian.matrix.diagonal(), self.grid_shape)

@@ -72,10 +72,9 @@ class Method(Config):
             install(block, result)
 
     def signature(self) -> dict[str, Any]:
-        """Everything that shapes the result, as JSON values; what is only this method's first."""
+        """Everything that shapes the result, as JSON values; what may differ per linear first."""
         fields = self.model_dump(mode="json")
-        own = {name: value for name, value in fields.items() if name in type(self).__annotations__}
-        return {"name": self.name, **own, **fields}
+        return {"name": self.name, **{name: fields[name] for name in self.per_linear}, **fields}
 
 
 def tell_without_feedback(task: BlockTask, result: BlockResult, linears: Sequence[str]) -> None:

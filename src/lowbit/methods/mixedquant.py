@@ -41,7 +41,7 @@ from lowbit.solvers.ordering import (
     sort_key,
 )
 from lowbit.solvers.reference_dynamic import ReferenceDynamicLinear
-from lowbit.solvers.rounding import Grid, minmax_grid
+from lowbit.solvers.rounding import Grid, GridShape, minmax_grid
 
 # What linears that read the same input have in common.
 OF_THE_INPUT = ("activation_bits", "group_size", "salient_ratio", "alignment", "salience", "sort")
@@ -274,11 +274,11 @@ class MixedQuant(Method):
         return made, {"proxy_loss": proxy_loss(weight, made.ordered(), split.hessian)}
 
     def _grid(self, weight: Tensor, ordered: "_Group") -> Grid:
-        shape = self.bits, self.group_size, True
+        shape = GridShape(self.bits, self.group_size, symmetric=True)
         if not self.clip or ordered.starved:
             return minmax_grid(weight, *shape)
         square = ordered.seen.square[ordered.columns[: ordered.kept]]
-        return clipped_grid(weight, square, *shape)
+        return clipped_grid(weight, square, shape)
 
 
 @dataclass

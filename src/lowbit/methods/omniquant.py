@@ -28,13 +28,14 @@ from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.blocks.training import fit, mean_loss
 from lowbit.formats.activation import Activation
 from lowbit.formats.uniform import UniformLinear
+from lowbit.methods.grid import GridMethod
 from lowbit.methods.learned import LearningMethod, keep_if_better, packed_block, training_report
 from lowbit.methods.method import tell_without_feedback
 from lowbit.methods.packing import pack, pack_with_feedback
 from lowbit.solvers.activation import rounding_twin
 from lowbit.solvers.block_learner import BlockLearner, starved_linears
 from lowbit.solvers.gptq import OrderedFactor
-from lowbit.solvers.rounding import Grid, GridShape, fake_quantize
+from lowbit.solvers.rounding import Grid, fake_quantize
 
 FLOAT_ATTENTION = (
     "queries, keys and values are not quantized, only the inputs of linears: this model does not "
@@ -42,26 +43,20 @@ FLOAT_ATTENTION = (
 )
 
 
-class OmniQuant(LearningMethod):
-    """bits, group_size, symmetric: the grid, as in RTN.
-
-    activation_bits: of what these linears read, and attentions that hold some of them; None leaves
-    it as it is. activation_symmetric: around 0, without a zero point for each token. rounding:
-    "nearest" as published, or "gptq": with grid and scales learned, codes are chosen with feedback.
+class OmniQuant(LearningMethod, GridMethod):
+    """activation_bits: of what these linears read, and attentions that hold some of them; None
+    leaves it as it is. activation_symmetric: around 0, without a zero point for each token.
+    rounding: "nearest" as published, or "gptq": with grid and scales learned, codes are chosen with
+    feedback.
     """
 
     name: ClassVar[str] = "omniquant"
     per_linear: ClassVar[tuple[str, ...]] = (
-        "bits",
-        "group_size",
-        "symmetric",
+        *GridMethod.per_linear,
         "activation_bits",
         "activation_symmetric",
     )
 
-    bits: int = Field(4, ge=2, le=8)
-    group_size: int | None = Field(None, ge=1)
-    symmetric: bool = False
     activation_bits: int | None = Field(None, ge=3, le=8)
     activation_symmetric: bool = False
     rounding: Literal["nearest", "gptq"] = "nearest"
@@ -136,7 +131,7 @@ class _Learner(BlockLearner):
             for attention in task.attentions
             if whole and any(name.startswith(f"{attention}.") for name in names)
         }
-        shapes = {n: GridShape(s.bits, s.group_size, s.symmetric) for n, s in settings.items()}
+        shapes = {name: s.grid_shape for name, s in settings.items()}
         learning = method.learning(inputs=bool(self.activations))
         task = replace(task, attentions=tuple(self.attention))
         super().__init__(task, statistics, starved, learning, shapes)

@@ -22,6 +22,7 @@ def pack(weight: Tensor, bias: Tensor | None, grid: Grid) -> UniformLinear:
         grid.zero,
         bits=grid.bits,
         group_size=grid.group_size,
+        zero_shift=grid.zero_shift,
         bias=bias,
     )
 
@@ -38,6 +39,7 @@ def pack_with_feedback(
         None if grid.zero is None else stored.zeros(),
         bits=grid.bits,
         group_size=grid.group_size,
+        zero_shift=grid.zero_shift,
         bias=bias,
     )
     return layer, loss
@@ -73,5 +75,5 @@ def pack_nested(
 
 def as_stored(grid: Grid, layer: UniformLinear | NestedLinear) -> Grid:
     """The grid that a layer's codes are counted on: scales and zero points as it holds them."""
-    zero = None if grid.zero is None else layer.zeros().float()
+    zero = None if grid.zero is None else layer.zeros() * 2.0**-grid.zero_shift
     return replace(grid, scale=layer.scale.float(), zero=zero)

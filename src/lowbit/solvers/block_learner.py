@@ -123,7 +123,7 @@ class BlockLearner:
                 per_column = scale if fold.reader_channels is None else scale[fold.reader_channels]
                 square = square / per_column.square()
         ratios = search_clipping(
-            weight, square, *shape, rounded=lambda w, grid: self.rounded(name, w, grid)
+            weight, square, shape, rounded=lambda w, grid: self.rounded(name, w, grid)
         )
         return LearnedClipping.from_ratios(*ratios)
 
@@ -143,7 +143,7 @@ class BlockLearner:
     def grid(self, name: str, weight: Tensor) -> Grid:
         if name not in self.clipping:
             return self.whole_grid(name, weight)
-        return self.clipping[name].grid(weight, *self.shapes[name])
+        return self.clipping[name].grid(weight, self.shapes[name])
 
     def whole_grid(self, name: str, weight: Tensor) -> Grid:
         """Of the range as it is."""

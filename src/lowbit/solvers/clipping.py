@@ -5,7 +5,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lowbit.solvers.rounding import Grid, extremes, fake_quantize, grid_from_range, grouped
+from lowbit.solvers.rounding import (
+    Grid,
+    GridShape,
+    extremes,
+    fake_quantize,
+    grid_from_range,
+    grouped,
+)
 
 START = 4.0  # sigmoid(4) = 0.982: OmniQuant's initial logit
 RATIOS = tuple(1 - 0.05 * step for step in range(11))  # searched shares of a range
@@ -35,24 +42,18 @@ class LearnedClipping(nn.Module):
         ratios = (r.clamp(1 - WIDEST, WIDEST) for r in (low, high))
         return cls(*(torch.logit(r) for r in ratios))
 
-    def grid(self, weight: Tensor, bits: int, group_size: int | None, symmetric: bool) -> Grid:
+    def grid(self, weight: Tensor, shape: GridShape) -> Grid:
         """The grid of the clipped ranges; differentiable in the logits and in the weight."""
-        low, high = extremes(weight, group_size)
+        low, high = extremes(weight, shape.group_size)
         return grid_from_range(
-            torch.sigmoid(self.low) * low,
-            torch.sigmoid(self.high) * high,
-            bits,
-            group_size,
-            symmetric,
+            torch.sigmoid(self.low) * low, torch.sigmoid(self.high) * high, *shape
         )
 
 
 def search_clipping(
     weight: Tensor,
     importance: Tensor,
-    bits: int,
-    group_size: int | None,
-    symmetric: bool,
+    shape: GridShape,
     ratios: Sequence[float] = RATIOS,
     rounded: Callable[[Tensor, Grid], Tensor] = fake_quantize,
 ) -> tuple[Tensor, Tensor]:
@@ -62,15 +63,15 @@ def search_clipping(
     channels were uncorrelated. Both ends are searched together, then each alone around the best.
     rounded: the weight that a grid leaves of it.
     """
-    low, high = extremes(weight, group_size)
+    low, high = extremes(weight, shape.group_size)
     best_low, best_high = torch.ones_like(low), torch.ones_like(high)
     least = torch.full_like(low, float("inf"))
 
     def attempt(try_low: Tensor, try_high: Tensor) -> None:
         nonlocal best_low, best_high, least
-        grid = grid_from_range(try_low * low, try_high * high, bits, group_size, symmetric)
+        grid = grid_from_range(try_low * low, try_high * high, *shape)
         wrong = (rounded(weight, grid) - weight).square() * importance
-        error = _group_sums(wrong, group_size)
+        error = _group_sums(wrong, shape.group_size)
         better = error < least
         best_low = torch.where(better, try_low, best_low)
         best_high = torch.where(better, try_high, best_high)
@@ -79,7 +80,7 @@ def search_clipping(
     with torch.no_grad():
         for ratio in ratios:
             attempt(torch.full_like(low, ratio), torch.full_like(high, ratio))
-        if not symmetric:
+        if not shape.symmetric:
             for ratio in ratios:
                 attempt(torch.full_like(low, ratio), best_high)
             for ratio in ratios:
@@ -87,13 +88,10 @@ def search_clipping(
     return best_low, best_high
 
 
-def clipped_grid(
-    weight: Tensor, importance: Tensor, bits: int, group_size: int | None, symmetric: bool
-) -> Grid:
+def clipped_grid(weight: Tensor, importance: Tensor, shape: GridShape) -> Grid:
     """The grid of the ranges that `search_clipping` finds."""
-    shape = bits, group_size, symmetric
-    low, high = search_clipping(weight, importance, *shape)
-    least, most = extremes(weight, group_size)
+    low, high = search_clipping(weight, importance, shape)
+    least, most = extremes(weight, shape.group_size)
     return grid_from_range(low * least, high * most, *shape)
 
 

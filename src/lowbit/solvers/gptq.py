@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.solvers.feedback import damped_factor, proxy_loss, round_with_feedback
-from lowbit.solvers.rounding import Grid
+from lowbit.solvers.rounding import Grid, nearest_code
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def gptq_codes(weight: Tensor, grid: Grid, hessian: OrderedFactor) -> tuple[Tens
     def nearest(column: int, target: Tensor) -> tuple[Tensor, Tensor]:
         group = group_of[column]
         scale, zero = grid.scale[:, group, None], zeros[:, group, None]
-        codes = (torch.round(target / scale) + zero).clamp(0, grid.top)
+        codes = nearest_code(target / scale, zero).clamp(0, grid.top)
         return codes.to(torch.uint8), scale * (codes - zero)
 
     ordered = weight[:, hessian.order]

@@ -5,6 +5,7 @@ group of a row may be shorter; groups never straddle rows. OmniQuant section 3.2
 the corrections that the range always includes 0 and that zero points stay within the codes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,11 +21,12 @@ class GridShape(NamedTuple):
     bits: int
     group_size: int | None
     symmetric: bool
+    zero_shift: int = 0
 
 
 @dataclass(frozen=True)
 class Grid:
-    """scale, zero: (out, groups) float32; zero is integer-valued, None for symmetric grids.
+    """scale, zero: (out, groups) float32; zero in multiples of 2^-zero_shift, None for symmetric.
 
     Code q stands for scale * (q - zero); symmetric grids have their zero at 2^(bits - 1).
     """
@@ -33,6 +35,7 @@ class Grid:
     zero: Tensor | None
     bits: int
     group_size: int | None
+    zero_shift: int = 0
 
     @property
     def top(self) -> int:
@@ -64,7 +67,12 @@ def extremes(weight: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
 
 
 def grid_from_range(
-    low: Tensor, high: Tensor, bits: int, group_size: int | None, symmetric: bool
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    zero_shift: int = 0,
 ) -> Grid:
     """The grid that spans [low, high]; low <= 0 <= high, (out, groups). Differentiable in both."""
     top = 2**bits - 1
@@ -73,13 +81,17 @@ def grid_from_range(
         reach = torch.maximum(high, -low)
         return Grid(_positive(2 * reach / top, reach), None, bits, group_size)
     scale = _positive((high - low) / top, high - low)
-    zero = torch.round(-low / scale).clamp(0, top).detach()
-    return Grid(scale, zero, bits, group_size)
+    step = 2.0**-zero_shift
+    zero = (torch.round(-low / scale / step) * step).clamp(0, top).detach()
+    return Grid(scale, zero, bits, group_size, zero_shift)
 
 
-def minmax_grid(weight: Tensor, bits: int, group_size: int | None, symmetric: bool) -> Grid:
+def minmax_grid(
+    weight: Tensor, bits: int, group_size: int | None, symmetric: bool, zero_shift: int = 0
+) -> Grid:
     """Round-to-nearest's grid: the whole range of every group."""
-    return grid_from_range(*extremes(weight, group_size), bits, group_size, symmetric)
+    ends = extremes(weight, group_size)
+    return grid_from_range(*ends, bits, group_size, symmetric, zero_shift)
 
 
 def _positive(scale: Tensor, reach: Tensor) -> Tensor:
@@ -95,5 +107,14 @@ def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     values = grouped(weight, grid.group_size)
     scale = grid.scale.unsqueeze(-1)
     zero = 2.0 ** (grid.bits - 1) if grid.zero is None else grid.zero.unsqueeze(-1)
-    codes = (round_ste(values / scale) + zero).clamp(0, grid.top)
+    codes = nearest_code(values / scale, zero, round_ste).clamp(0, grid.top)
     return ungrouped((codes - zero) * scale, weight.shape[1])
+
+
+def nearest_code(
+    steps: Tensor, zero: Tensor | float, rounded: Callable[[Tensor], Tensor] = torch.round
+) -> Tensor:
+    """The code nearest to steps + zero, not clamped. Ties depend on what of zero is a fraction
+    alone: a whole zero point only moves the codes."""
+    fraction = zero % 1
+    return rounded(steps + fraction) + (zero - fraction)

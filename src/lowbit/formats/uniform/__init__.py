@@ -124,19 +124,30 @@ class UniformLinear(QuantizedLinear):
         *,
         bits: int,
         group_size: int | None,
+        zero_shift: int = 0,
         bias: Tensor | None = None,
     ) -> Self:
-        """The nearest codes to a float weight, counted from the scale as it is stored.
+        """The nearest codes to a float weight, counted from scale and zero as they are stored.
 
         weight: (out, in)  scale: (out, groups)  bias: (out,)
-        zero: (out, groups), rounded and clamped to a code; None when symmetric
+        zero: (out, groups), clamped to the codes and rounded to 2**-zero_shift; None when symmetric
         """
-        scale = storable(scale)
-        if zero is not None:
-            zero = finite("zero", zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
-        points = reference.zero_points(None, scale, bits, 0) if zero is None else zero
+        scale, unit = storable(scale), 2.0**-zero_shift
+        if zero is None:
+            points = reference.zero_points(None, scale, bits, 0)
+        else:
+            zero = (finite("zero", zero).clamp(0, 2**bits - 1) / unit).round().to(torch.uint8)
+            points = zero * unit
         codes = reference.quantize(finite("weight", weight), scale, points, bits, group_size)
-        return cls.from_codes(codes, scale, zero, bits=bits, group_size=group_size, bias=bias)
+        return cls.from_codes(
+            codes,
+            scale,
+            zero,
+            bits=bits,
+            group_size=group_size,
+            zero_shift=zero_shift,
+            bias=bias,
+        )
 
     @classmethod
     def from_codes(

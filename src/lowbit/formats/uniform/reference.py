@@ -31,13 +31,16 @@ def quantize(
 ) -> Tensor:
     """The nearest codes on a grid, ties to even; a group whose scale is 0 gets its zero point.
 
-    weight: (out, in)  scale, zero: (out, groups), zero in steps of the grid  ->  (out, in) uint8
+    weight: (out, in)  scale, zero: (out, groups), zero in steps of the grid, or between two of them
+    ->  (out, in) uint8
     """
     codes = weight.to(torch.float32, copy=True)
     # A division by infinity is the 0 that a group without a scale should get, and never NaN.
     step = scale.float().masked_fill(scale == 0, torch.inf)
+    fraction = zero % 1
     for group, columns in groups_of(codes, group_size):
-        group.div_(step[:, columns, None]).round_().add_(zero[:, columns, None])
+        group.div_(step[:, columns, None]).add_(fraction[:, columns, None])
+        group.round_().add_((zero - fraction)[:, columns, None])
     return codes.clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
