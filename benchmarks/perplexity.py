@@ -3,7 +3,8 @@
     python benchmarks/perplexity.py [--models DIR ...] [--data DIR] [--limit N] [--only NAME]
 
 Every model folder below the given directories (and the carried models) is quantized with rtn, GPTQ
-and OmniQuant at 4, 3 and 2 bits, per channel and in groups of 128 and 64, and with every codebook
+and OmniQuant at 4, 3 and 2 bits, per channel and in groups of 128 and 64, at 3 and 2 bits with
+GPTQ on grids with fine zeros too ("gptq fine", which takes some more bits), and with every codebook
 of QuIP# (E8P12 also trained after rounding), and measured on held-back stories and, with --data, on
 WikiText-2's test text. OmniQuant has the paper's learning rates and starts from searched scales and
 clips (`init: awq`); LET is learned where the original scripts do so (OPT). Calibration is on
@@ -29,6 +30,8 @@ def methods_for(bits: int, group_size: int | None, family: str) -> dict[str, Met
         "omniquant": learned,
         "omniquant+gptq": both,
     }
+    if bits < 4:
+        methods["gptq fine"] = GPTQ(**grid, fine_zeros=True)
     name = f"W{bits}" + (f" g{group_size}" if group_size else "")
     return {f"{method} {name}": settings for method, settings in methods.items()}
 

@@ -10,7 +10,7 @@ import re
 
 from results import rows_of
 
-METHODS = ("rtn", "gptq", "omniquant", "omniquant+gptq", "quip")
+METHODS = ("rtn", "gptq", "omniquant", "omniquant+gptq", "quip", "gptq fine")
 GRIDS = ("W4 g128", "W4", "W3 g128", "W3", "W2 g64", "W2")
 # A codebook takes as many bits as a grid with one scale per row.
 CODEBOOKS = {"W4": "E8P12RVQ4B", "W3": "E8P12RVQ3B", "W2": "E8P12"}
@@ -27,19 +27,25 @@ def main() -> None:
     print("| --- " * (3 + len(METHODS)) + "|")
     for model in args.models:
         whole = found[(model, "float", args.text)]
-        print(f"| **{model}**, float16 | 16 | 16 | {float(whole['value']):.2f} |" + " |" * 4)
+        print(f"| **{model}**, float16 | 16 | 16 | {float(whole['value']):.2f} |" + " |" * 5)
         for grid in GRIDS:
-            names = [f"{method} {grid}" for method in METHODS[:-1]]
-            names.append(f"quip {CODEBOOKS.get(grid)}")
+            names = [f"{method} {grid}" for method in METHODS]
+            names[METHODS.index("quip")] = f"quip {CODEBOOKS.get(grid)}"
             cells = [found.get((model, name, args.text)) for name in names]
             assert cells[0] is not None, f"{model} {grid} was not measured"
-            bits = re.match(r"([\d.]+) bits linears, ([\d.]+) bits model", cells[0]["notes"])
-            assert bits is not None
             values = [f"{float(cell['value']):.2f}" if cell else "" for cell in cells]
-            best = min(filter(None, values), key=float)
-            shown = [f"**{value}**" if value == best else value for value in values]
-            sizes = f"{float(bits[1]):.2f} | {float(bits[2]):.2f}"
-            print(f"| {grid} | {sizes} | {' | '.join(shown)} |")
+            # Fine zeros take more bits: they are no competitors in a row.
+            best = min(filter(None, values[:-1]), key=float)
+            shown = [f"**{value}**" if value == best else value for value in values[:-1]]
+            fine = f"{values[-1]} ({_bits(cells[-1])[0]})" if cells[-1] else ""
+            print(f"| {grid} | {' | '.join([*_bits(cells[0]), *shown, fine])} |")
+
+
+def _bits(row: dict[str, str]) -> list[str]:
+    """Of the linears, and of the whole model."""
+    found = re.match(r"([\d.]+) bits linears, ([\d.]+) bits model", row["notes"])
+    assert found is not None
+    return [f"{float(bits):.2f}" for bits in found.groups()]
 
 
 if __name__ == "__main__":
