@@ -62,6 +62,15 @@ def test_divergence_stands_beside_perplexity() -> None:
     assert lines[5] == "KL(base || model) in nats a token, on the same tokens; all in float32"
 
 
+def test_perplexities_of_other_tokenizers_are_not_compared() -> None:
+    plain = replace(row("", 0.0), reference=None, divergence={})
+    tokens = {"x/base": "1", "x/w4": "1", "x/opt": "2"}
+    rows = [replace(plain, model=m, tokens={"a/b.txt": t}) for m, t in tokens.items()]
+    lines = shown(show_texts, rows)
+    assert lines[3].split()[-3:] == ["12.000", "+0.0", "%"] and lines[4].split()[-1] == "12.000"
+    assert lines[6] == "another tokenizer, so no perplexity to compare: opt"
+
+
 def test_a_line_per_metric_and_a_column_per_task() -> None:
     tasks = {NAMES[0]: score(0.5, cut=2), NAMES[1]: TaskScore({"acc": 0.75}, {"acc": 0.1}, 8, 8, 0)}
     tasks["member"] = score(0.1, part_of=NAMES[1])

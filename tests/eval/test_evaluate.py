@@ -38,6 +38,8 @@ def test_rows(quantized: Path) -> None:
         wanted = {"perplexity", "bits_per_weight", "size_bytes", "seqlen", "windows"}
         assert wanted <= row.to_json().keys()
         assert row.windows == {str(STORIES): 4} and row.seqlen == 64
+    [fewer] = evaluate([quantized], options.model_copy(update={"limit": 3}))
+    assert whole.tokens == small.tokens != fewer.tokens and whole.tokens.keys() == {str(STORIES)}
 
 
 def test_per_document(quantized: Path) -> None:

@@ -22,6 +22,7 @@ def test_perplexity_and_sizes() -> None:
         row("out/b", perplexity={"x/t.txt": 25.0}),
         row("out/c", perplexity={"x/t.txt": float("inf")}),
         row("out/d", perplexity={"x/t.txt": None}, size_bytes=None, bits_per_weight={}),
+        row("out/e", perplexity={"x/t.txt": 30.0}, tokens={"x/t.txt": "of another tokenizer"}),
     ]
     (table,) = result_tables(found, Path("out/b"))
     assert table.head == [
@@ -36,12 +37,14 @@ def test_perplexity_and_sizes() -> None:
         ["25.000", "+25.0 %", "2.28", "3.74", "2.33 MB"],
         ["∞", "", "2.28", "3.74", "2.33 MB"],
         ["", "", "", "", ""],
+        ["30.000", "", "2.28", "3.74", "2.33 MB"],
     ]
     assert [(r.model, r.marked) for r in table.rows] == [
         ("a", False),
         ("b", True),
         ("c", False),
         ("d", False),
+        ("e", False),
     ]
     assert table.conditions == [
         "Perplexity over non-overlapping windows of 512 tokens: 1,024 of t.txt."

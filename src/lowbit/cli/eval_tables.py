@@ -28,13 +28,15 @@ def show_texts(screen: Console, rows: list[Evaluation]) -> None:
         for text, value in row.perplexity.items():
             cells.append(f"{value:.3f}" if value < 1000 else f"{value:.3g}")
             if len(rows) > 1:
-                cells.append("" if row is first else change(value, first.perplexity[text]))
+                comparable = row is not first and row.tokens == first.tokens
+                cells.append(change(value, first.perplexity[text]) if comparable else "")
             if text in row.divergence:
                 found = row.divergence[text]
                 cells += [_nats(found.kl), f"{100 * found.agreement:.1f} %"]
         table.add_row(*cells)
     screen.print(table)
-    for line in _conditions(first):
+    others = dict.fromkeys(short[row.model] for row in rows if row.tokens != first.tokens)
+    for line in _conditions(first, list(others)):
         screen.print(line, style="dim", soft_wrap=True)
 
 
@@ -149,11 +151,16 @@ def _share(score: TaskScore, metric: str) -> str:
     return f"{100 * value:.1f} ± {100 * error:.1f}"
 
 
-def _conditions(row: Evaluation) -> list[str]:
-    """What the numbers depend on, and must be equal where they are compared."""
+def _conditions(row: Evaluation, others: list[str]) -> list[str]:
+    """What the numbers depend on, and must be equal where they are compared.
+
+    others: models that read other tokens.
+    """
     if not row.windows:
         return []
     over = perplexity_over(row.windows, row.seqlen, row.per_document)
+    if others:
+        return [over, f"another tokenizer, so no perplexity to compare: {', '.join(others)}"]
     if row.reference is None:
         return [over]
     name = Path(row.reference).name or row.reference

@@ -1,6 +1,7 @@
 """Several models, one table: perplexity, divergence, tasks, bits and bytes of each."""
 
 import gc
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -71,7 +72,8 @@ class Evaluation:
     model. divergence: from `reference`; then text was streamed through the model in float32.
     tasks: by name; local ones are called local_NAME. bits: the width at which it ran, or the path
     of the plan; None: it was run as it is. trained: which share of the weights of its nested layers
-    was made for that width; the others are interpolated.
+    was made for that width; the others are interpolated. tokens: a digest of each text's tokens:
+    where two differ, so do the tokenizers, and perplexities cannot be compared.
 
     A perplexity may be infinite or not a number: then the model is broken, which is worth a row.
     """
@@ -90,6 +92,7 @@ class Evaluation:
     tasks: dict[str, TaskScore] = field(default_factory=dict)
     bits: int | str | None = None
     trained: float | None = None
+    tokens: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -223,6 +226,7 @@ class _Session:
             tasks=scores,
             bits=bits,
             trained=None if bits is None else _trained(folder, bits),
+            tokens={text: _digest(rows) for text, rows in subject.texts.items()},
         )
 
     def _seqlen(self, name: str) -> int:
@@ -325,6 +329,13 @@ def _one_device(device_map: Any) -> torch.device | str:
     if isinstance(device_map, dict):
         raise ValueError("a model is compared with a reference on one device: name that one")
     return torch.device(device_map)
+
+
+def _digest(rows: Sequence[Tensor]) -> str:
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(len(row).to_bytes(8, "little") + row.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _trained(folder: Path, bits: int | str) -> float:

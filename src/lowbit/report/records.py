@@ -141,6 +141,7 @@ class ResultRecord(Record):
     reference: str | None = None
     divergence: dict[str, DivergenceRecord] = {}
     tasks: dict[str, TaskRecord] = {}
+    tokens: dict[str, str] = {}
 
     @property
     def others(self) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def _texts(results: Sequence[ResultRecord], folder: Path) -> ResultTable:
         head += [("KL", name), ("same top token", name)] if diverged else []
         for row, mine in zip(results, cells, strict=True):
             value = row.perplexity.get(text)
-            against = "" if row is first else _change(value, first.perplexity.get(text))
+            comparable = row is not first and row.tokens.get(text) == first.tokens.get(text)
+            against = _change(value, first.perplexity.get(text)) if comparable else ""
             mine += [_fixed(value, 3), against]
             mine += _divergence(row, text) if diverged else []
     head += [(path[0].replace("_", " "), " ".join(path[1:])) for path in others]
