@@ -14,7 +14,7 @@ class GridMethod(Method):
     """bits: 2 to 8. group_size: input channels per scale, None for one per output row.
 
     symmetric: no zero points. fine_zeros: zero points of 8 bits, which lie between codes too; at 2
-    and 3 bits that is worth its 5 or 6 bits for each group.
+    bits a weight that is worth more than its 6 bits for each group.
     """
 
     per_linear: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric", "fine_zeros")
