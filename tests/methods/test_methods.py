@@ -66,7 +66,9 @@ EXAMPLES: dict[str, Example] = {
     "rtn": Example(RTN(**W3), "rtn", "group_sise", "group_size"),
     "gptq": Example(GPTQ(**W3, min_tokens=8), "rtn", "act_oder", "act_order"),
     "rtn, fine zeros": Example(RTN(**FINE), "rtn", "fine_zeroes", "fine_zeros"),
-    "gptq, fine zeros": Example(GPTQ(**FINE, min_tokens=8), "gptq", "symetric", "symmetric"),
+    "gptq, fine zeros": Example(
+        GPTQ(**FINE, min_tokens=8), "rtn, fine zeros", "symetric", "symmetric"
+    ),
     "omniquant": Example(OmniQuant(**OMNI), "rtn", "epoch", "epochs"),
     "omniquant, gptq": Example(OmniQuant(**OMNI, rounding="gptq"), "rtn", "dampin", "damping"),
     "w4a4, nearest": Example(OmniQuant(**NEAREST), "w4a4, nearest", "lwclr", "lwc_lr"),
