@@ -91,6 +91,16 @@ def folder(name: str = "llama", method: str = "rtn", dtype: torch.dtype = torch.
     return quantize(source(name, dtype), out, method)
 
 
+@cache
+def master(name: str = "llama", extra_precision: bool = False, scope: str = "all") -> Path:
+    """A model of the zoo as plain 8-bit codes to be sliced; only to be read."""
+    out = _ROOT / f"{name}-master-{extra_precision}-{scope}"
+    method = MatQuant(
+        group_size=16, lwc=False, epochs=0, extra_precision=extra_precision, scope=scope
+    )
+    return quantize(source(name), out, method)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, but those that differ from run to run."""
     paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}

@@ -1,7 +1,6 @@
 """A slice in a folder of its own is the master at that width, bit for bit."""
 
 import shutil
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,8 @@ from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.slices import size_of_slice
 from lowbit.convert import slice_folder
-from lowbit.methods import MatQuant
 
 PLAN = {"mlp.*": 4, "down_proj": 2, "layers.1.self_attn.q_proj": 3}
-
-
-@cache
-def master(name: str = "llama", extra_precision: bool = False, scope: str = "all") -> Path:
-    out = quantized._ROOT / f"{name}-to-slice-{extra_precision}-{scope}"
-    method = MatQuant(
-        group_size=16, lwc=False, epochs=0, extra_precision=extra_precision, scope=scope
-    )
-    return quantized.quantize(quantized.source(name), out, method)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +34,7 @@ def master(name: str = "llama", extra_precision: bool = False, scope: str = "all
 def test_it_computes_what_the_master_does(
     options: dict[str, Any], bits: Any, nested: bool, tmp_path: Path
 ) -> None:
-    folder = master(**options)
+    folder = quantized.master(**options)
     out = slice_folder(folder, tmp_path / "slice", bits, nested)
     QuantizedFolder(out).verify()
     found, wanted = lowbit.load(out)[0], lowbit.load(folder, bits=bits)[0]
@@ -59,12 +48,12 @@ def test_it_computes_what_the_master_does(
 
 
 def test_it_says_where_it_comes_from(tmp_path: Path) -> None:
-    out = slice_folder(master(), tmp_path / "slice", PLAN)
-    made, origin = (quantized.section(path)["made_by"] for path in (out, master()))
+    out = slice_folder(quantized.master(), tmp_path / "slice", PLAN)
+    made, origin = (quantized.section(path)["made_by"] for path in (out, quantized.master()))
     sliced = made.pop("sliced")
     assert made == origin
-    assert sliced["master"] == master().name
-    assert sliced["digest"] == quantized.section(master())["digest"]
+    assert sliced["master"] == quantized.master().name
+    assert sliced["digest"] == quantized.section(quantized.master())["digest"]
     assert sliced["bits"]["model.layers.{0-1}.mlp.down_proj"] == 2
     assert sliced["bits"]["model.layers.1.self_attn.q_proj"] == 3
     assert sliced["bits"]["model.layers.0.self_attn.q_proj"] == 8
@@ -84,24 +73,24 @@ def test_what_cannot_be_cut(
     options: dict[str, Any], bits: Any, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        slice_folder(master(**options), tmp_path / "slice", bits)
+        slice_folder(quantized.master(**options), tmp_path / "slice", bits)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_slice_is_cut_from_the_master_only(tmp_path: Path) -> None:
-    nested = slice_folder(master(), tmp_path / "4", 4, nested=True)
+    nested = slice_folder(quantized.master(), tmp_path / "4", 4, nested=True)
     with pytest.raises(ValueError, match=r"layer .* slice of 4 bits: another, of 2 bits"):
         slice_folder(nested, tmp_path / "2", 2)
     same = slice_folder(nested, tmp_path / "uniform", 4)
     assert torch.equal(*(quantized.logits(lowbit.load(path)[0]) for path in (nested, same)))
     with pytest.raises(ValueError, match="exists already"):
-        slice_folder(master(), nested, 4)
+        slice_folder(quantized.master(), nested, 4)
     with pytest.raises(ValueError, match="only what matquant has quantized"):
         slice_folder(quantized.folder(), tmp_path / "rtn", 4)
 
 
 def test_a_damaged_master_leaves_nothing(tmp_path: Path) -> None:
-    folder = shutil.copytree(master(), tmp_path / "master")
+    folder = shutil.copytree(quantized.master(), tmp_path / "master")
     shard = sorted(folder.glob("*.safetensors"))[-1]
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     with pytest.raises(ValueError, match="is damaged"):

@@ -1,6 +1,5 @@
 """One folder of 8-bit codes, run at every width and loaded as each of its slices."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,9 @@ import zoo
 
 import lowbit
 from lowbit.formats.nested import NestedLinear
-from lowbit.methods import MatQuant
 
 WIDTHS = (8, 6, 4, 3, 2)
 FAMILIES = ["llama", "opt", "mixtral", "falcon 40b"]
-
-
-@cache
-def folder(name: str = "llama", extra_precision: bool = False, scope: str = "all") -> Path:
-    out = quantized._ROOT / f"{name}-slices-{extra_precision}-{scope}"
-    method = MatQuant(
-        group_size=16, lwc=False, epochs=0, extra_precision=extra_precision, scope=scope
-    )
-    return quantized.quantize(quantized.source(name), out, method)
 
 
 def layers(model: Any) -> dict[str, NestedLinear]:
@@ -32,11 +21,11 @@ def layers(model: Any) -> dict[str, NestedLinear]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_slice_that_is_loaded_is_the_master_at_its_width(name: str) -> None:
-    whole, _ = lowbit.load(folder(name))
+    whole, _ = lowbit.load(quantized.master(name))
     seen = []
     for bits in WIDTHS:
         lowbit.set_bits(whole, bits)
-        sliced, _ = lowbit.load(folder(name), bits=bits)
+        sliced, _ = lowbit.load(quantized.master(name), bits=bits)
         assert torch.equal(quantized.logits(sliced), quantized.logits(whole))
         for layer in layers(sliced).values():
             assert layer.entry()["resident"] == "slice" and layer.bits == bits
@@ -50,22 +39,22 @@ def test_a_slice_that_is_loaded_is_the_master_at_its_width(name: str) -> None:
 
 
 def test_extra_precision() -> None:
-    whole, _ = lowbit.load(folder(extra_precision=True))
+    whole, _ = lowbit.load(quantized.master(extra_precision=True))
     lowbit.set_bits(whole, 2)
-    sliced, _ = lowbit.load(folder(extra_precision=True), bits=2)
+    sliced, _ = lowbit.load(quantized.master(extra_precision=True), bits=2)
     assert torch.equal(quantized.logits(sliced), quantized.logits(whole))
     assert any(int(layer.codes().max()) == 4 for layer in layers(sliced).values())
-    plain, _ = lowbit.load(folder(), bits=2)
+    plain, _ = lowbit.load(quantized.master(), bits=2)
     assert not torch.equal(quantized.logits(plain), quantized.logits(sliced))
 
 
 def test_a_width_for_each_layer(tmp_path: Path) -> None:
     plan = {"mlp.*": 4, "down_proj": 2, "model.layers.1.self_attn.q_proj": 3}
     (tmp_path / "plan.yaml").write_text("\n".join(f'"{k}": {v}' for k, v in plan.items()))
-    wanted, _ = lowbit.load(folder())
+    wanted, _ = lowbit.load(quantized.master())
     lowbit.set_bits(wanted, plan)
     for bits in (plan, tmp_path / "plan.yaml"):
-        model, _ = lowbit.load(folder(), bits=bits)
+        model, _ = lowbit.load(quantized.master(), bits=bits)
         widths = {name.removeprefix("model."): layer.bits for name, layer in layers(model).items()}
         assert widths["layers.0.mlp.up_proj"] == 4 and widths["layers.0.mlp.down_proj"] == 2
         assert widths["layers.1.self_attn.q_proj"] == 3 and widths["layers.0.self_attn.q_proj"] == 8
@@ -75,23 +64,23 @@ def test_a_width_for_each_layer(tmp_path: Path) -> None:
 def test_plans_name_layers_as_the_folder_does() -> None:
     """Where they have other names in memory: a plan for `load` is one for `set_bits`."""
     plan = {"block_sparse_moe.experts.*": 2, "block_sparse_moe.experts.1.w1": 3}
-    model, _ = lowbit.load(folder("mixtral"))
+    model, _ = lowbit.load(quantized.master("mixtral"))
     assert not any("block_sparse_moe" in name for name in layers(model))
     lowbit.set_bits(model, plan)
     assert sorted({layer.bits for layer in layers(model).values()}) == [2, 3, 8]
-    sliced, _ = lowbit.load(folder("mixtral"), bits=plan)
+    sliced, _ = lowbit.load(quantized.master("mixtral"), bits=plan)
     assert torch.equal(quantized.logits(sliced), quantized.logits(model))
 
 
 def test_what_is_not_nested_stays_as_it_is() -> None:
-    model, _ = lowbit.load(folder(scope="ffn"), bits=2)
+    model, _ = lowbit.load(quantized.master(scope="ffn"), bits=2)
     kinds = {type(m).__name__ for n, m in model.named_modules() if n.endswith("_proj")}
     assert kinds == {"NestedLinear", "UniformLinear"} and set(layers(model).values())
     assert {layer.bits for layer in layers(model).values()} == {2}
 
 
 def test_only_the_slice_stays_in_memory() -> None:
-    whole, sliced = (lowbit.load(folder(), bits=bits)[0] for bits in (None, 2))
+    whole, sliced = (lowbit.load(quantized.master(), bits=bits)[0] for bits in (None, 2))
     sizes = [sum(layer.weight_bytes() for layer in layers(m).values()) for m in (whole, sliced)]
     assert sizes[1] < 0.5 * sizes[0]
     with pytest.raises(
@@ -111,7 +100,7 @@ def test_only_the_slice_stays_in_memory() -> None:
 )
 def test_slices_that_cannot_be(bits: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lowbit.load(folder(), bits=bits, **options)
+        lowbit.load(quantized.master(), bits=bits, **options)
 
 
 def test_other_folders_have_no_widths() -> None:
@@ -123,10 +112,10 @@ def test_other_folders_have_no_widths() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_never_holds_the_master() -> None:
-    wanted = quantized.logits(lowbit.load(folder(), bits=2)[0])
+    wanted = quantized.logits(lowbit.load(quantized.master(), bits=2)[0])
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    model, _ = lowbit.load(folder(), bits=2, device_map="cuda:0", dtype=torch.float32)
+    model, _ = lowbit.load(quantized.master(), bits=2, device_map="cuda:0", dtype=torch.float32)
     assert {p.device.type for p in model.parameters()} == {"cuda"}
     held = torch.cuda.memory_allocated() - before
     assert torch.cuda.max_memory_allocated() - before < 1.1 * held

@@ -1,7 +1,8 @@
 """Write a folder in one go: shards one after another, then the index, then config.json."""
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,26 @@ def write_folder(
     companions: a folder whose other files (tokenizer, licences) are copied. Raises ValueError when
     `out` is there already, or the disk is full; then nothing of `out` remains.
     """
+    with written_aside(out) as aside:
+        aside.mkdir(parents=True)
+        _write(aside, shards, count, config)
+        for path in companions_of(companions):
+            shutil.copyfile(path, aside / path.name)
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """The folder to make, which becomes `out` when all went well; else nothing of it remains.
+
+    Raises ValueError when `out` is there already, or the disk is full.
+    """
     if out.exists():
         raise ValueError(f"{out} exists already: choose another folder, or remove it")
     aside = out.with_name(out.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with explained(out):
-            aside.mkdir(parents=True)
-            _write(aside, shards, count, config)
-            for path in companions_of(companions):
-                shutil.copyfile(path, aside / path.name)
+            yield aside
             aside.rename(out)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

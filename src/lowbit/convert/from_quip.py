@@ -30,11 +30,11 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
-from lowbit.checkpoint.folder import companions_of
+from lowbit.checkpoint.folder import companions_of, written_aside
 from lowbit.checkpoint.output import final_config
 from lowbit.checkpoint.reader import INDEX, SINGLE
 from lowbit.checkpoint.verify import read_config
-from lowbit.checkpoint.writer import RUN, explained
+from lowbit.checkpoint.writer import RUN
 from lowbit.config import explain, unknown_name
 from lowbit.convert.quip_codes import LAYOUTS, our_codes
 from lowbit.formats import build
@@ -97,18 +97,9 @@ def from_quip(folder: Path, out: Path) -> Path:
     section = _section(config, folder)
     reader = _reader(folder)
     layers = _layers(reader, section, config)
-    if out.exists():
-        raise ValueError(f"{out} exists already: choose another folder, or remove it")
-    aside = out.with_name(out.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        with explained(out):
-            _write(reader, layers, section, aside)
-            shutil.rmtree(aside / RUN)
-            aside.rename(out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with written_aside(out) as aside:
+        _write(reader, layers, section, aside)
+        shutil.rmtree(aside / RUN)
     return out
 
 
