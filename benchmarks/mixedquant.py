@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from outliers import add_outliers
+from reference_dynamic import reference_dynamic
 from results import append
 from rich.console import Console
 from rich.table import Table
@@ -119,7 +120,7 @@ class Bench:
             stream, block = Stream(hidden, arguments), source.load_block(name)
             parts = source.groups(name), source.folds(name), {"float": stream}
             task = BlockTask(name, block, *parts, torch.Generator(), lambda event: None)
-            replace_module(model, name, method.reference_dynamic(task))
+            replace_module(model, name, reference_dynamic(method, task))
             with torch.no_grad():
                 hidden = [call_block(block, batch) for batch in stream]
         return self._perplexity(model)

@@ -57,11 +57,11 @@ FALCON = SIZES | {"alibi": False, "bias": False, "multi_query": True, "parallel_
 FALCON_RW = {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False}
 FALCON_40B = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}
 
-GATED = Counter(norm=2, rows=1, rotary=1, gated=1)
-SPARSE = Counter(norm=2, rows=1, rotary=1, gated=4)
-PLAIN = Counter(norm=2, rows=1, rotary=1)
-PARALLEL = Counter(norm=1, rows=1, rotary=1)
-NORMLESS = Counter(rows=1, rotary=1)
+GATED = Counter(norm=2, values=1, rotary=1, gated=1)
+SPARSE = Counter(norm=2, values=1, rotary=1, gated=4)
+PLAIN = Counter(norm=2, values=1, rotary=1)
+PARALLEL = Counter(norm=1, values=1, rotary=1)
+NORMLESS = Counter(values=1, rotary=1)
 
 
 @dataclass(frozen=True)

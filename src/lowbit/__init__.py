@@ -11,12 +11,12 @@ from lowbit.auto_quip import QuipQuantizer, load_quantized_model
 from lowbit.calibration import Calibration
 from lowbit.formats.nested.widths import set_bits
 from lowbit.load import load
-from lowbit.pipeline import Plan, plan, quantize
+from lowbit.pipeline import Estimate, plan, quantize
 from lowbit.version import __version__
 
 __all__ = [
     "Calibration",
-    "Plan",
+    "Estimate",
     "QuipQuantizer",
     "__version__",
     "load",

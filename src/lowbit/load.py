@@ -35,7 +35,7 @@ from lowbit.checkpoint.verify import (
 from lowbit.formats import build, link
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear, slice_tensors
-from lowbit.formats.nested.widths import Plan, set_bits
+from lowbit.formats.nested.widths import WidthPlan, set_bits
 from lowbit.models.attention import round_attentions
 from lowbit.models.locate import locate
 from lowbit.models.skeleton import memory_names, unfuse_experts
@@ -52,7 +52,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
-    bits: Plan | None = None,
+    bits: WidthPlan | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer) of a quantized or a float folder, or of a hub id.
 
@@ -76,7 +76,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
-    bits: Plan | None = None,
+    bits: WidthPlan | None = None,
 ) -> PreTrainedModel:
     """The model alone; see `load`."""
     section = read_config(folder).get("quantization_config")
@@ -111,7 +111,7 @@ def load_model(
     return model
 
 
-def set_widths(model: PreTrainedModel, folder: Path, bits: Plan) -> None:
+def set_widths(model: PreTrainedModel, folder: Path, bits: WidthPlan) -> None:
     """Runs the model of a folder, which holds the masters, at other widths from now on.
 
     bits: as `load` takes it, with names on disk; what it does not name runs at its folder's width.
@@ -120,7 +120,7 @@ def set_widths(model: PreTrainedModel, folder: Path, bits: Plan) -> None:
 
 
 def stream(
-    folder: Path, trust_remote_code: bool = False, bits: Plan | None = None
+    folder: Path, trust_remote_code: bool = False, bits: WidthPlan | None = None
 ) -> StreamedModel:
     """The model of a float or a quantized folder, to be run block by block in float32.
 
@@ -174,7 +174,7 @@ class VerifiedSection(dict[str, Any]):
     bits: what `load` was told to slice.
     """
 
-    def __init__(self, section: dict[str, Any], bits: Plan | None = None) -> None:
+    def __init__(self, section: dict[str, Any], bits: WidthPlan | None = None) -> None:
         super().__init__(section)
         self.bits = bits
 

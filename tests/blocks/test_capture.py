@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.blocks import Batch
-from lowbit.blocks.capture import Stopped, Stub, call_block, observed, same
+from lowbit.blocks.capture import BlockStub, Stopped, call_block, observed, same
 
 HIDDEN = torch.ones(1, 2, 3)
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
 )
 @pytest.mark.parametrize("tuple_output", [False, True])
 def test_a_stub_records_how_a_block_is_called(call: Any, tuple_output: bool) -> None:
-    stub = Stub(Block(), tuple_output)
+    stub = BlockStub(Block(), tuple_output)
     out = call(stub)
     assert isinstance(out, tuple) == tuple_output
     assert (out[0] if tuple_output else out) is HIDDEN
@@ -47,7 +47,7 @@ def test_a_stub_records_how_a_block_is_called(call: Any, tuple_output: bool) -> 
 
 
 def test_a_stub_looks_like_its_block_but_has_no_parameters() -> None:
-    stub = Stub(Block(), False)
+    stub = BlockStub(Block(), False)
     assert (stub.attention_type, stub.layer_idx) == ("sliding_attention", 3)
     assert not list(stub.parameters()) and not stub.state_dict()
     with pytest.raises(AttributeError, match="nothing"):
@@ -55,7 +55,7 @@ def test_a_stub_looks_like_its_block_but_has_no_parameters() -> None:
 
 
 def test_a_stub_may_stop_the_pass() -> None:
-    stub = Stub(Block(), False, stop=True)
+    stub = BlockStub(Block(), False, stop=True)
     with pytest.raises(Stopped):
         nn.Sequential(nn.Identity(), stub, Block())(HIDDEN)
     assert len(stub.calls) == 1

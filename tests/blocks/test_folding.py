@@ -57,7 +57,7 @@ def test_values_into_the_output_of_grouped_query_attention() -> None:
         "o.weight": t["o.weight"] * S[GQA],
         "o.bias": t["o.bias"] + t["o.weight"] @ shift[GQA],
     }
-    fold = Fold("rows", "v", ("o",), 2, reader_channels=GQA, shiftable=True)
+    fold = Fold("values", "v", ("o",), 2, reader_channels=GQA, shiftable=True)
     check(t, apply_fold(t, fold, S, shift), wanted)
 
 
@@ -73,7 +73,7 @@ def test_rows_of_a_fused_matrix() -> None:
         "o.weight": t["o.weight"] * S,
         "o.bias": t["o.bias"] + t["o.weight"] @ shift,
     }
-    fold = Fold("rows", "qkv", ("o",), 2, source_rows=rows, shiftable=True)
+    fold = Fold("values", "qkv", ("o",), 2, source_rows=rows, shiftable=True)
     check(t, apply_fold(t, fold, S, shift), wanted)
 
 
@@ -136,7 +136,7 @@ def test_folds_that_share_a_matrix_in_any_order() -> None:
     t = tensors(n__weight=(3,), v__weight=(2, 3), o__weight=(3, 4))
     folds = {
         f.name: f
-        for f in (Fold("norm", "n", ("v",), 3), Fold("rows", "v", ("o",), 2, reader_channels=GQA))
+        for f in (Fold("norm", "n", ("v",), 3), Fold("values", "v", ("o",), 2, reader_channels=GQA))
     }
     scales = {"n>v": torch.tensor([2.0, 0.5, 3.0]), "v>o": S}
     wanted = apply_fold(apply_fold(t, folds["n>v"], scales["n>v"]), folds["v>o"], S)

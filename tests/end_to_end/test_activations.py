@@ -28,7 +28,7 @@ from lowbit.formats import uniform
 from lowbit.formats.base import QuantizedLinear
 from lowbit.load import stream
 from lowbit.methods import OmniQuant
-from lowbit.methods.omniquant import _Learner
+from lowbit.methods.omniquant.method import _Learner
 from lowbit.models.source import SourceModel
 from lowbit.pipeline.job import Job
 
@@ -300,5 +300,5 @@ def test_dequantized_it_rounds_no_more_and_says_so(
 def test_streamed_for_eval_it_computes_the_same(name: str) -> None:
     streamed, tokens = stream(folder(name)), zoo.tokens()
     hidden = streamed.run([tokens])[0].hidden
-    found = streamed.surroundings().logits(tokens, hidden)
+    found = streamed.without_blocks().logits(tokens, hidden)
     assert torch.equal(found, quantized.logits(lowbit.load(folder(name))[0]))

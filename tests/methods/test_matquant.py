@@ -13,7 +13,7 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear
 from lowbit.formats.uniform import UniformLinear
 from lowbit.methods import MatQuant
-from lowbit.methods.matquant import _Learner, _Loss
+from lowbit.methods.matquant.method import _Learner, _Loss
 
 G16: dict[str, Any] = {"group_size": 16, "min_tokens": 8}
 INT8 = MatQuant(**G16, lwc=False, epochs=0)  # slices of plain 8 bits
@@ -152,7 +152,7 @@ def test_the_report_is_true(options: dict[str, Any]) -> None:
 )
 def test_streams(options: dict[str, Any], wanted: tuple[str, ...]) -> None:
     method = MatQuant(**options, batch=3)
-    assert method.streams() == wanted and method.rows() == 3
+    assert method.streams() == wanted and method.windows_per_batch() == 3
 
 
 def test_each_width_learns_on_its_own_stream() -> None:

@@ -23,7 +23,7 @@ class Nothing(Method):
 
 
 def test_a_method_needs_no_text_unless_it_says_so() -> None:
-    assert (Nothing().streams(), Nothing().rows()) == ((), 1)
+    assert (Nothing().streams(), Nothing().windows_per_batch()) == ((), 1)
 
 
 def test_the_signature_names_method_and_options() -> None:

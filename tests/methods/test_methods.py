@@ -300,4 +300,7 @@ def test_an_option_that_nothing_reads_is_found() -> None:
 @every_method
 def test_the_streams_are_what_a_task_has(name: str) -> None:
     method = EXAMPLES[name].method
-    assert set(method.streams()) <= {"float", "quantized", *zoo.WIDTHS} and method.rows() >= 1
+    assert (
+        set(method.streams()) <= {"float", "quantized", *zoo.WIDTHS}
+        and method.windows_per_batch() >= 1
+    )

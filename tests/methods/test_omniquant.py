@@ -12,8 +12,9 @@ from lowbit.blocks import BlockResult, BlockTask, Event
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import Tensors, apply_fold, load_changed, tensors_of
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
-from lowbit.methods import RTN, OmniQuant, learned, omniquant
-from lowbit.methods.omniquant import _Learner, _loss, _targets
+from lowbit.methods import RTN, OmniQuant, learned
+from lowbit.methods.omniquant import method as omniquant
+from lowbit.methods.omniquant.method import _Learner, _loss, _targets
 from lowbit.solvers.clipping import WIDEST, LearnedClipping, search_clipping
 from lowbit.solvers.equivalence import searched_scale, smooth_scale
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, grid_from_range
@@ -64,7 +65,7 @@ def test_without_rounding_training_form_final_form_and_float_block_are_one(
     task = zoo.task(name, batches=2)
     learner = learner_for(task, let=True, init=init)
     perturb(learner)
-    assert len(learner.folds) == sum(zoo.ZOO[name].folds[0][kind] for kind in ("norm", "rows"))
+    assert len(learner.folds) == sum(zoo.ZOO[name].folds[0][kind] for kind in ("norm", "values"))
     assert all(scale.detach().exp().std() > 0.1 for scale in learner.log_scales.values())
     monkeypatch.setattr(omniquant, "fake_quantize", lambda weight, grid: weight)
     monkeypatch.setattr(omniquant, "pack", as_float_linear)
@@ -84,13 +85,13 @@ def test_with_activations_shifts_and_rotary_scales_are_exact_too(
 ) -> None:
     """What is learned of them changes nothing but what rounding sees."""
     line, task = zoo.ZOO[name], zoo.task(name, batches=2)
-    for place in ("lowbit.solvers.activation", "lowbit.models.attention"):
+    for place in ("lowbit.methods.omniquant.rounding_copy", "lowbit.models.attention"):
         monkeypatch.setattr(f"{place}.round_tokens", lambda x, **rounding: x)
     monkeypatch.setattr(omniquant, "fake_quantize", lambda weight, grid: weight)
     monkeypatch.setattr(omniquant, "pack", as_float_linear)
     monkeypatch.setattr(learned, "signal_to_noise", lambda weight, linear: 0.0)
     learner = learner_for(task, let=True, activation_bits=4)
-    kinds = ("norm", "rows", "rotary") if task.attentions else ("norm", "rows")
+    kinds = ("norm", "values", "rotary") if task.attentions else ("norm", "values")
     assert len(learner.folds) == sum(line.folds[0][kind] for kind in kinds)
     assert len(learner.shifts) == line.shiftable
     perturb(learner)
@@ -431,7 +432,10 @@ def test_every_option_matters(option: dict[str, Any]) -> None:
 
 
 def test_one_batch_holds_as_many_windows_as_asked_for() -> None:
-    assert OmniQuant(batch=3).rows() == 3 and OmniQuant().streams() == ("float", "quantized")
+    assert OmniQuant(batch=3).windows_per_batch() == 3 and OmniQuant().streams() == (
+        "float",
+        "quantized",
+    )
 
 
 def test_feedback_uses_the_grid_that_was_learned() -> None:

@@ -14,9 +14,10 @@ from lowbit.blocks.capture import call_block
 from lowbit.blocks.hessian import input_hessians
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.formats.binary import BinaryLinear, Salient
-from lowbit.methods import PTQ161, ptq161
-from lowbit.methods.ptq161 import LEAST_COSINE, _Learner, _rounded, _Shared
-from lowbit.solvers.binary import binarized, refit_gain, salient_count
+from lowbit.methods import PTQ161
+from lowbit.methods.ptq161 import method as ptq161
+from lowbit.methods.ptq161.binary import binarized, refit_gain, salient_count
+from lowbit.methods.ptq161.method import LEAST_COSINE, _Learner, _rounded, _Shared
 from lowbit.solvers.gptq import ordered_factor
 
 every_family = pytest.mark.parametrize("name", zoo.ZOO)

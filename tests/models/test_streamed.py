@@ -19,7 +19,7 @@ BATCHES = [zoo.tokens(0), zoo.tokens(1), zoo.tokens(2, rows=1, length=9)]
 
 def logits(model: StreamedModel, hidden: Stream, piece: int) -> list[Tensor]:
     """Of every batch, asked for in pieces of so many tokens."""
-    around = model.surroundings()
+    around = model.without_blocks()
     return [
         torch.cat(
             [
@@ -86,10 +86,10 @@ def test_a_token_beyond_the_vocabulary_is_no_end_of_the_batches() -> None:
         zoo.source("llama").capture([BATCHES[0], BATCHES[1] + zoo.VOCABULARY])
 
 
-def test_surroundings_can_be_used_again_and_forget() -> None:
+def test_without_blocks_can_be_used_again_and_forget() -> None:
     model = zoo.source("opt")
     hidden = model.run(BATCHES)
-    around = model.surroundings()
+    around = model.without_blocks()
     first = around.logits(BATCHES[0], hidden[0].hidden)
     around.logits(BATCHES[1], hidden[1].hidden)
     assert torch.equal(around.logits(BATCHES[0], hidden[0].hidden), first)

@@ -11,14 +11,14 @@ from lowbit.models.wiring import folds_of, groups_of, matrices_of
 
 # Free channels of every kind of fold: the largest number that leaves the output unchanged.
 SIZES = {
-    "opt": {"norm": 48, "rows": 48, "rotary": 48},
-    "llama": {"norm": 48, "rows": 2 * 12, "rotary": 2 * 6, "gated": 80},
-    "qwen3": {"norm": 48, "rows": 2 * 16, "rotary": 8, "gated": 80},
-    "qwen3_moe": {"norm": 48, "rows": 2 * 16, "rotary": 8, "gated": 24},
-    "falcon 7b": {"norm": 48, "rows": 12, "rotary": 6},
-    "falcon 40b": {"norm": 48, "rows": 2 * 12, "rotary": 2 * 6},
-    "falcon rw": {"norm": 48, "rows": 48, "rotary": 48},
-    "mixtral": {"norm": 48, "rows": 2 * 12, "rotary": 2 * 6, "gated": 80},
+    "opt": {"norm": 48, "values": 48, "rotary": 48},
+    "llama": {"norm": 48, "values": 2 * 12, "rotary": 2 * 6, "gated": 80},
+    "qwen3": {"norm": 48, "values": 2 * 16, "rotary": 8, "gated": 80},
+    "qwen3_moe": {"norm": 48, "values": 2 * 16, "rotary": 8, "gated": 24},
+    "falcon 7b": {"norm": 48, "values": 12, "rotary": 6},
+    "falcon 40b": {"norm": 48, "values": 2 * 12, "rotary": 2 * 6},
+    "falcon rw": {"norm": 48, "values": 48, "rotary": 48},
+    "mixtral": {"norm": 48, "values": 2 * 12, "rotary": 2 * 6, "gated": 80},
 }
 
 

@@ -10,7 +10,7 @@ from lowbit.checkpoint.output import size_of
 from lowbit.methods import GPTQ, RTN
 from lowbit.pipeline import RunOptions
 from lowbit.pipeline.job import Job
-from lowbit.pipeline.plan import LONG, Plan, _memory, longest, plan
+from lowbit.pipeline.plan import LONG, Estimate, _memory, longest, plan
 from lowbit.pipeline.rehearsal import Rehearsal, Stage, Trial
 
 OMNIQUANT = quantized.METHODS["omniquant"]
@@ -98,4 +98,4 @@ def test_a_run_that_could_be_long() -> None:
 
 def test_json() -> None:
     found = plan(quantized.source(), RTN(), device="cpu")
-    assert isinstance(found, Plan) and Plan(**found.to_json()) == found
+    assert isinstance(found, Estimate) and Estimate(**found.to_json()) == found

@@ -13,7 +13,7 @@ from lowbit.solvers.rounding import fake_quantize, minmax_grid
 NORM = Fold("norm", "n", ("a", "b"), 16)
 # Key heads of 4 channels, each read by two query heads.
 HEADS = torch.arange(8).view(2, 4).repeat_interleave(2, 0).flatten()
-ROWS = Fold("rows", "v", ("a",), 8, reader_channels=HEADS)
+ROWS = Fold("values", "v", ("a",), 8, reader_channels=HEADS)
 ROTARY = Fold("rotary", "a", ("b",), 5)
 
 

@@ -46,7 +46,7 @@ class Fold:
     kind      source is divided       readers are multiplied
     ========  ======================  =====================================================
     norm      its weight (and bias)   input columns
-    rows      output rows             input columns (v_proj to o_proj)
+    values    output rows             input columns (v_proj to o_proj)
     gated     output rows             input columns (up_proj to down_proj, times the gate)
     rotary    rows, or norm weight    rows, or norm weight (queries against keys)
     ========  ======================  =====================================================
@@ -58,7 +58,7 @@ class Fold:
     share one.
     """
 
-    kind: Literal["norm", "rows", "gated", "rotary"]
+    kind: Literal["norm", "values", "gated", "rotary"]
     source: str
     readers: tuple[str, ...]  # ALL modules that read the source, the router included
     size: int

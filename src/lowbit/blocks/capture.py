@@ -15,7 +15,7 @@ class Stopped(Exception):  # noqa: N818 - not an error
     """A stub has recorded its call and ends the forward pass."""
 
 
-class Stub(nn.Module):
+class BlockStub(nn.Module):
     """Stands where a block was: records the call, hands the hidden states on unchanged (or stops).
 
     The model's own forward, run with every block stubbed, tells each block's keyword arguments

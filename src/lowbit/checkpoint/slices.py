@@ -10,7 +10,7 @@ from torch import Tensor
 from lowbit.checkpoint.output import Size, size_of
 from lowbit.checkpoint.verify import QuantizedFolder, read_config
 from lowbit.formats.nested import NestedLinear, tensor_bytes
-from lowbit.formats.nested.widths import Plan, choose_widths, sliced_entries
+from lowbit.formats.nested.widths import WidthPlan, choose_widths, sliced_entries
 
 
 def nested_entries(folder: QuantizedFolder) -> dict[str, dict[str, Any]]:
@@ -27,7 +27,7 @@ def has_masters(folder: Path) -> bool:
     return any(entry["resident"] == "master" for entry in entries.values())
 
 
-def widths_of(folder: QuantizedFolder, bits: Plan) -> dict[str, int]:
+def widths_of(folder: QuantizedFolder, bits: WidthPlan) -> dict[str, int]:
     """The width of every nested layer, by name on disk; bits: as `choose_widths` takes it.
 
     Raises ValueError, by the name of the layer, where a folder holds a slice of another width.
@@ -43,7 +43,7 @@ def widths_of(folder: QuantizedFolder, bits: Plan) -> dict[str, int]:
     return widths
 
 
-def slices_of(folder: QuantizedFolder, bits: Plan | None) -> dict[str, dict[str, Any]]:
+def slices_of(folder: QuantizedFolder, bits: WidthPlan | None) -> dict[str, dict[str, Any]]:
     """Entries of the slices that take the place of the folder's masters, by name on disk."""
     if bits is None:
         return {}
@@ -55,7 +55,7 @@ def read_master(folder: QuantizedFolder, name: str) -> Tensor:
     return folder.reader.read([f"{name}.master"])[f"{name}.master"]
 
 
-def size_of_slice(folder: Path, bits: Plan) -> Size:
+def size_of_slice(folder: Path, bits: WidthPlan) -> Size:
     """What `size_of` would say of a folder with these slices in the place of the masters.
 
     With extra precision the masters are read, for its overflow depends on the codes.

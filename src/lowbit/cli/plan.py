@@ -12,7 +12,7 @@ from lowbit.cli.options import JobOptions, with_job
 from lowbit.cli.screen import console, duration, shortened, size
 from lowbit.models.locate import locate
 from lowbit.pipeline.job import physical_memory
-from lowbit.pipeline.plan import Plan
+from lowbit.pipeline.plan import Estimate
 from lowbit.pipeline.plan import plan as reckon
 
 
@@ -36,7 +36,7 @@ def plan(
     screen.print(_table(f"{model}: {chosen.label}", found, size_of(source).bytes))
 
 
-def _table(title: str, found: Plan, before: int) -> Table:
+def _table(title: str, found: Estimate, before: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     table.title, table.title_justify, table.title_style = title, "left", "bold"
     table.add_column(no_wrap=True)
@@ -63,7 +63,7 @@ def _table(title: str, found: Plan, before: int) -> Table:
     return table
 
 
-def _derived(found: Plan) -> str:
+def _derived(found: Estimate) -> str:
     basis = found.basis
     text = f"{shortened(basis['blocks'])} of {basis['of']} blocks"
     if basis["batches_of"]:

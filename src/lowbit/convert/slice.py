@@ -13,7 +13,7 @@ from lowbit.checkpoint.slices import widths_of
 from lowbit.checkpoint.verify import config_digest
 from lowbit.formats import build
 from lowbit.formats.nested import NestedLinear, to_uniform
-from lowbit.formats.nested.widths import Plan
+from lowbit.formats.nested.widths import WidthPlan
 
 Progress = Callable[[int, int], None]  # shards done, shards of
 
@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]  # shards done, shards of
 def slice_folder(
     folder: Path,
     out: Path,
-    bits: Plan,
+    bits: WidthPlan,
     nested: bool = False,
     verify: bool = True,
     progress: Progress = lambda done, of: None,

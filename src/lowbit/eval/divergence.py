@@ -64,12 +64,12 @@ class StreamedLogits:
             Path(self._files.name) if self._files else None,
             lambda done, of: progress(f"{folder.name}: blocks", done, of),
         )
-        self._surroundings = model.surroundings(device)
+        self._without_blocks = model.without_blocks(device)
 
     def __call__(self, index: int, part: slice) -> Tensor:
         """(tokens of the part, vocabulary) float32 of one row."""
         hidden = self._hidden[index].hidden[:, part]
-        return self._surroundings.logits(self.rows[index][None, part], hidden)[0].float()
+        return self._without_blocks.logits(self.rows[index][None, part], hidden)[0].float()
 
 
 def divergence(

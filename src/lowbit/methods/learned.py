@@ -50,7 +50,7 @@ class LearningMethod(Method):
     damping: float = Field(0.01, gt=0)
     min_tokens: int = Field(64, ge=1)
 
-    def rows(self) -> int:
+    def windows_per_batch(self) -> int:
         return self.batch
 
     def learning(self, inputs: bool = False) -> Learning:

@@ -58,7 +58,7 @@ class Method(Config):
         """The streams of hidden states that it needs; none: no calibration text."""
         return ()
 
-    def rows(self) -> int:
+    def windows_per_batch(self) -> int:
         """How many calibration windows make one batch of a stream."""
         return 1
 

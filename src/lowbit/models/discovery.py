@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.blocks.capture import Stopped, Stub, observed
+from lowbit.blocks.capture import BlockStub, Stopped, observed
 from lowbit.blocks.experts import Expert, UnfusedExperts
 from lowbit.blocks.stream import Batch, move
 from lowbit.models.family import Family, Group, always
@@ -87,13 +87,13 @@ def _calls(model: nn.Module, path: str) -> tuple[bool, list[Batch]]:
             if parameter.is_meta:
                 setattr(module, name, nn.Parameter(torch.zeros(parameter.shape)))
     tokens = torch.zeros(1, TOKENS, dtype=torch.long)
-    first = Stub(blocks[0], tuple_output=False, stop=True)
+    first = BlockStub(blocks[0], tuple_output=False, stop=True)
     setattr(holder, attribute, nn.ModuleList([first, *blocks[1:]]))
     with torch.no_grad(), suppress(Stopped):
         twin.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
     out = _on_meta(deepcopy(blocks[0]).to("meta"), first.calls[0])
     tuple_output = isinstance(out, tuple)
-    stubs = [Stub(block, tuple_output) for block in blocks]
+    stubs = [BlockStub(block, tuple_output) for block in blocks]
     setattr(holder, attribute, nn.ModuleList(stubs))
     with torch.no_grad():
         twin.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]

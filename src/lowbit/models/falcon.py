@@ -38,7 +38,7 @@ def _groups(config: Any) -> tuple[Group, ...]:
 def _folds(config: Any) -> tuple[FoldRule, ...]:
     return (
         *(FoldRule("norm", norm, readers) for norm, readers in _norms(config).items()),
-        FoldRule("rows", QKV, ("self_attention.dense",)),
+        FoldRule("values", QKV, ("self_attention.dense",)),
         FoldRule("rotary", QKV, (QKV,)),
     )
 

@@ -25,7 +25,7 @@ class Group:
 class FoldRule:
     """A Fold before the sizes are known; see `lowbit.blocks.Fold` for the kinds."""
 
-    kind: Literal["norm", "rows", "gated", "rotary"]
+    kind: Literal["norm", "values", "gated", "rotary"]
     source: str
     readers: tuple[str, ...]
 

@@ -14,7 +14,7 @@ MLP_GROUPS = (
 )
 ATTENTION_FOLDS = (
     FoldRule("norm", "input_layernorm", QKV),
-    FoldRule("rows", "self_attn.v_proj", ("self_attn.o_proj",)),
+    FoldRule("values", "self_attn.v_proj", ("self_attn.o_proj",)),
     FoldRule("rotary", "self_attn.q_proj", ("self_attn.k_proj",)),
 )
 MLP_FOLDS = (

@@ -14,7 +14,7 @@ def _heads(config: Any) -> Heads:
 
 def _folds(config: Any) -> tuple[FoldRule, ...]:
     inside = (
-        FoldRule("rows", "self_attn.v_proj", ("self_attn.out_proj",)),
+        FoldRule("values", "self_attn.v_proj", ("self_attn.out_proj",)),
         FoldRule("rotary", "self_attn.q_proj", ("self_attn.k_proj",)),
     )
     if not config.do_layer_norm_before:  # 350m: the residual reads the norms too

@@ -5,7 +5,7 @@ from lowbit.models.llama import ATTENTION_GROUPS, MLP_FOLDS, MLP_GROUPS, QKV
 
 ATTENTION_FOLDS = (
     FoldRule("norm", "input_layernorm", QKV),
-    FoldRule("rows", "self_attn.v_proj", ("self_attn.o_proj",)),
+    FoldRule("values", "self_attn.v_proj", ("self_attn.o_proj",)),
     FoldRule("rotary", "self_attn.q_norm", ("self_attn.k_norm",)),
 )
 EXPERTS_INPUT = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from lowbit.blocks.capture import Stub, call_block, same
+from lowbit.blocks.capture import BlockStub, call_block, same
 from lowbit.blocks.stream import Batch, Stream
 from lowbit.checkpoint import CheckpointReader
 from lowbit.models import family_of
@@ -62,19 +62,21 @@ class StreamedModel:
         load_tensors(block, name, self.disk_names, self.reader)
         return block.to(device)
 
-    def surroundings(self, device: torch.device | str = "cpu", head: bool = True) -> "Surroundings":
+    def without_blocks(
+        self, device: torch.device | str = "cpu", head: bool = True
+    ) -> "ModelWithoutBlocks":
         """What is in no block, with its weights in float32; `head=False`: no output layer."""
         model: Any = deepcopy(self.skeleton)
         if not head and not model.all_tied_weights_keys and model.get_output_embeddings():
             model.set_output_embeddings(nn.Identity())
-        found = Surroundings(model, self.family.blocks, self.family.tuple_output)
+        found = ModelWithoutBlocks(model, self.family.blocks, self.family.tuple_output)
         load_tensors(model, "", self.disk_names, self.reader)
         _share_tied(model)
         model.to(device)
         return found
 
     def capture(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
-        """Inputs of the first block, and the keyword arguments of every block, per batch.
+        """FirstBlockInputs of the first block, and the keyword arguments of every block, per batch.
 
         batches: (batch, tokens) int64 each
         -> ([(batch, tokens, channels) float32], kwargs[block][batch])
@@ -82,9 +84,13 @@ class StreamedModel:
         inputs = self.inputs(batches)
         return list(inputs), inputs.kwargs
 
-    def inputs(self, batches: Sequence[Tensor], device: torch.device | str = "cpu") -> "Inputs":
+    def inputs(
+        self, batches: Sequence[Tensor], device: torch.device | str = "cpu"
+    ) -> "FirstBlockInputs":
         """What goes into the first block; holds the embeddings as long as it lives."""
-        return Inputs(self.surroundings(device, head=False), batches, len(self.block_names))
+        return FirstBlockInputs(
+            self.without_blocks(device, head=False), batches, len(self.block_names)
+        )
 
     def run(
         self,
@@ -136,7 +142,7 @@ class StreamedModel:
                 )
 
 
-class Surroundings:
+class ModelWithoutBlocks:
     """A model's own forward without its blocks: embeddings and masks before, norm and head behind.
 
     model: parameters of its blocks may be on meta; stubs take their places.
@@ -145,8 +151,8 @@ class Surroundings:
     def __init__(self, model: PreTrainedModel, blocks: str, tuple_output: bool) -> None:
         self.model = model
         children = list(model.get_submodule(blocks).children())
-        self.stubs = [Stub(block, tuple_output) for block in children[:-1]]
-        self.last = _Outlet(children[-1], tuple_output)
+        self.stubs = [BlockStub(block, tuple_output) for block in children[:-1]]
+        self.last = LastBlockStub(children[-1], tuple_output)
         self.stubs.append(self.last)
         parent, _, attribute = blocks.rpartition(".")
         setattr(model.get_submodule(parent), attribute, nn.ModuleList(self.stubs))
@@ -184,7 +190,7 @@ class Surroundings:
         return next(self.model.parameters()).device
 
 
-class _Outlet(Stub):
+class LastBlockStub(BlockStub):
     """The stub of the last block: hands on `hidden`, where there is any, not what it was given."""
 
     hidden: Tensor | None = None
@@ -196,13 +202,13 @@ class _Outlet(Stub):
         return (self.hidden,) if self.tuple_output else self.hidden
 
 
-class Inputs(Sequence[Tensor]):
+class FirstBlockInputs(Sequence[Tensor]):
     """What goes into the first block, made batch by batch when it is read.
 
     kwargs: of every block and batch that was read; what equals the first batch's is kept only once.
     """
 
-    def __init__(self, around: Surroundings, batches: Sequence[Tensor], blocks: int) -> None:
+    def __init__(self, around: ModelWithoutBlocks, batches: Sequence[Tensor], blocks: int) -> None:
         self.around = around
         self.batches = batches
         self.kwargs: list[list[dict[str, Any]]] = [[] for _ in range(blocks)]

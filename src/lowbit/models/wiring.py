@@ -92,7 +92,7 @@ def _fold(
         return _rotary_fold(source, readers, heads, fused, modules)
     size = _channels(modules[source]) if fused is None else len(fused.values)
     channel_map = None
-    if rule.kind == "rows" and heads.queries != heads.keys:
+    if rule.kind == "values" and heads.queries != heads.keys:
         by_head = torch.arange(size).view(heads.keys, heads.width)
         channel_map = by_head.repeat_interleave(heads.queries // heads.keys, 0).flatten()
     biased = all(_has_bias(modules[name]) for name in (source, *readers))
@@ -103,7 +103,7 @@ def _fold(
         size=size,
         source_rows=None if fused is None else fused.values,
         reader_channels=channel_map,
-        shiftable=biased and rule.kind in ("norm", "rows"),
+        shiftable=biased and rule.kind in ("norm", "values"),
     )
 
 

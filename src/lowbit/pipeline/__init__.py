@@ -7,7 +7,7 @@ plan.py, which says beforehand what a run will take.
 """
 
 from lowbit.pipeline.options import RunOptions
-from lowbit.pipeline.plan import Plan, plan
+from lowbit.pipeline.plan import Estimate, plan
 from lowbit.pipeline.run import quantize
 
-__all__ = ["Plan", "RunOptions", "plan", "quantize"]
+__all__ = ["Estimate", "RunOptions", "plan", "quantize"]

@@ -126,7 +126,7 @@ class Job:
 
         tokens: (windows, seqlen)
         """
-        inputs = self.source.inputs(tokens.split(self.method.rows()))
+        inputs = self.source.inputs(tokens.split(self.method.windows_per_batch()))
         nothing: list[dict[str, Any]] = [{} for _ in range(len(inputs))]
         names = self.method.streams()
         first = Stream(inputs, nothing, self.device, folder and folder / names[0])

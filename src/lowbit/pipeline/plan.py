@@ -31,7 +31,7 @@ PASSES_PER_EPOCH = 4  # forward, backward (twice as much) and the loss afterward
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What a run will take.
 
     linears: bits per weight of the quantized linears, biases not counted. model: bits per parameter
@@ -56,7 +56,7 @@ class Plan:
 
 def plan(
     model: str | Path, method: Method, calibration: Calibration | None = None, **options: Any
-) -> Plan:
+) -> Estimate:
     """What `quantize` would take with the same arguments, from a rehearsal; see `rehearse`.
 
     Raises ValueError, or runs out of memory, where the run would.
@@ -64,21 +64,21 @@ def plan(
     started = time.perf_counter()
     job = Job(model, method, calibration, RunOptions(**options))
     windows = job.windows()
-    return plan_of(job, windows, time.perf_counter() - started)
+    return estimate(job, windows, time.perf_counter() - started)
 
 
-def plan_of(job: Job, windows: TokenWindows | None, begun: float = 0.0) -> Plan:
+def estimate(job: Job, windows: TokenWindows | None, begun: float = 0.0) -> Estimate:
     """The plan of a job; `begun`: seconds that its beginning took, the windows included."""
     started = time.perf_counter()
     found = rehearse(job, windows)
     rehearsed = time.perf_counter() - started
     nearest = [_nearest(found, index) for index in range(len(job.blocks))]
-    batches = math.ceil(len(windows.tokens) / job.method.rows()) if windows else 0
+    batches = math.ceil(len(windows.tokens) / job.method.windows_per_batch()) if windows else 0
     epochs = getattr(job.method, "epochs", 0)
     blocks = sum(share * trial.seconds(batches, epochs) for trial, share in nearest)
     streams = _streams(job, found, windows)
     device = [t.device_memory for t in found.trials.values() if t.device_memory is not None]
-    return Plan(
+    return Estimate(
         **_sizes(job, found, nearest),
         memory=_memory(found, streams),
         device_memory=max(device) if device else None,
@@ -149,7 +149,7 @@ def _memory(found: Rehearsal, streams: Mapping[str, Any] | None) -> int:
 
 
 def _sizes(job: Job, found: Rehearsal, nearest: list[tuple[Trial, float]]) -> dict[str, Any]:
-    """Plan's linears, model, bytes and learned."""
+    """Estimate's linears, model, bytes and learned."""
     reader, outside = job.source.reader, found.outside_tensors
     stored = _stored_by_kind(found)
     head = {

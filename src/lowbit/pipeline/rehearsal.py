@@ -94,7 +94,7 @@ def rehearse(job: Job, windows: TokenWindows | None) -> Rehearsal:
     Raises what the run would raise, and ValueError when a block computes something else once it has
     been written and read back.
     """
-    tokens = windows.tokens[: BATCHES * job.method.rows()] if windows else None
+    tokens = windows.tokens[: BATCHES * job.method.windows_per_batch()] if windows else None
     kinds = linear_kinds(job)
     with (
         TemporaryDirectory(prefix="lowbit-rehearsal-") as folder,
@@ -173,7 +173,7 @@ def _captured(
     if tokens is None:
         return [], [], None
     with _measured(job) as whole:
-        inputs = job.source.inputs(tokens.split(job.method.rows()))
+        inputs = job.source.inputs(tokens.split(job.method.windows_per_batch()))
         started = time.perf_counter()
         hidden, kwargs = list(inputs), inputs.kwargs
         per_batch = (time.perf_counter() - started) / len(hidden)

@@ -13,7 +13,7 @@ from lowbit.checkpoint.writer import explained
 from lowbit.methods import Method
 from lowbit.pipeline.job import Job, Log
 from lowbit.pipeline.options import RunOptions
-from lowbit.pipeline.plan import LONG, longest, plan_of
+from lowbit.pipeline.plan import LONG, estimate, longest
 from lowbit.pipeline.results import left_float, result_of
 
 # What OUT gets besides weights: tokenizer, chat template, generation settings, licences.
@@ -88,7 +88,7 @@ class _Run:
             return
         self.on_event(Event("rehearsal", {"blocks": len(self.job.blocks)}))
         try:
-            found = plan_of(self.job, windows)
+            found = estimate(self.job, windows)
         except (ValueError, RuntimeError, MemoryError) as error:
             reason = str(error) or type(error).__name__
             raise ValueError(

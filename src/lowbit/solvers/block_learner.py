@@ -173,7 +173,7 @@ def _is_seen(fold: Fold, rounded: Sequence[str], attends: bool) -> bool:
     """Whether something that is rounded sees a fold's scale. attends: attention rounds."""
     if fold.kind == "rotary":  # not the weights: a row's grid follows its scale
         return attends
-    return fold.kind in ("norm", "rows") and not set(rounded).isdisjoint(fold.readers)
+    return fold.kind in ("norm", "values") and not set(rounded).isdisjoint(fold.readers)
 
 
 def starved_linears(task: BlockTask, statistics: Statistics, min_tokens: int) -> dict[str, int]:

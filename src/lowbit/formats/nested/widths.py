@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowbit.formats.nested import NestedLinear, sliced_entry
 from lowbit.patterns import matches
 
-Plan = int | Mapping[str, int] | str | Path
+WidthPlan = int | Mapping[str, int] | str | Path
 
 
 def nested_layers(model: nn.Module) -> dict[str, NestedLinear]:
@@ -19,7 +19,7 @@ def nested_layers(model: nn.Module) -> dict[str, NestedLinear]:
     return {m.stored_as or name: m for name, m in modules if isinstance(m, NestedLinear)}
 
 
-def set_bits(model: nn.Module, bits: Plan) -> None:
+def set_bits(model: nn.Module, bits: WidthPlan) -> None:
     """Runs a model's nested layers at other widths from now on; the master must be resident.
 
     bits: as `choose_widths` takes it, with names on disk. Raises ValueError, by the name of the
@@ -38,7 +38,7 @@ def set_bits(model: nn.Module, bits: Plan) -> None:
 
 
 def sliced_entries(
-    entries: Mapping[str, dict[str, Any]], bits: Plan, read_master: Callable[[str], Tensor]
+    entries: Mapping[str, dict[str, Any]], bits: WidthPlan, read_master: Callable[[str], Tensor]
 ) -> dict[str, dict[str, Any]]:
     """The entries of the slices that take the place of a folder's masters, by name.
 
@@ -61,7 +61,7 @@ def sliced_entries(
     return sliced
 
 
-def choose_widths(current: Mapping[str, int], bits: Plan) -> dict[str, int]:
+def choose_widths(current: Mapping[str, int], bits: WidthPlan) -> dict[str, int]:
     """The width of every layer, by its name.
 
     current: the widths of all nested layers, which stay where a plan says nothing. bits: one for

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lowbit.kernels.hadamard import reference
 from lowbit.kernels.hadamard.construct import construction
+from lowbit.kernels.hadamard.factorization import Factorization, Kind, choose
 from lowbit.kernels.hadamard.fast import orthogonal_op
-from lowbit.kernels.hadamard.plan import Kind, Plan, choose
 
 __all__ = ["Kind", "Transform", "orthogonal"]
 
@@ -23,7 +23,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class Transform(Plan):
+class Transform(Factorization):
     """Made by `orthogonal`; orthogonal(t.n, t.kind, t.seed) == t, so these three describe it."""
 
     def __call__(self, x: Tensor) -> Tensor:

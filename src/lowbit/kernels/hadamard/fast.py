@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from lowbit.kernels.hadamard.construct import hadamard
+from lowbit.kernels.hadamard.factorization import Factorization, choose
 from lowbit.kernels.hadamard.hartley import fast_hartley
-from lowbit.kernels.hadamard.plan import Plan, choose
 from lowbit.kernels.hadamard.reference import factors
 
 Step = Callable[[Tensor, Tensor], None]  # reads its first argument, writes the second; both flat
@@ -61,17 +61,19 @@ torch.library.register_autograd("lowbit::orthogonal", _backward, setup_context=_
 orthogonal_op = torch.ops.lowbit.orthogonal.default
 
 
-def apply(x: Tensor, plan: Plan, inverse: bool) -> Tensor:
+def apply(x: Tensor, factorization: Factorization, inverse: bool) -> Tensor:
     """x: (..., n) of any float dtype, any strides  ->  (..., n), contiguous, of the same dtype"""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    steps = _steps(plan, inverse, dtype, x.device)
+    steps = _steps(factorization, inverse, dtype, x.device)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not steps:  # n = 1
         return out.copy_(x)
     source, target = x.contiguous().view(-1), out.view(-1)
     size = piece = source.numel()
     if x.device.type == "cpu":
-        piece = min(size, max(1, _PIECE * torch.get_num_threads() // plan.n) * plan.n)
+        piece = min(
+            size, max(1, _PIECE * torch.get_num_threads() // factorization.n) * factorization.n
+        )
     spare = [torch.empty(piece, dtype=dtype, device=x.device) for _ in range(2)]
     if piece == size:
         _run(steps, source, target, spare)
@@ -97,19 +99,21 @@ def _run(steps: tuple[Step, ...], source: Tensor, target: Tensor, spare: list[Te
 
 
 @lru_cache(maxsize=1024)
-def _steps(plan: Plan, inverse: bool, dtype: torch.dtype, device: torch.device) -> tuple[Step, ...]:
+def _steps(
+    factorization: Factorization, inverse: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Step, ...]:
     """Innermost first. They hold ordinary tensors, whatever mode they are first needed in."""
     with torch.inference_mode(False), torch.no_grad():
-        if plan.kind == "hartley" and plan.orders[0] > _FFT_FROM:
-            matrices, outermost = [], plan.orders[0]
+        if factorization.kind == "hartley" and factorization.orders[0] > _FFT_FROM:
+            matrices, outermost = [], factorization.orders[0]
         else:
-            matrices, outermost = factors(plan), 0
-        matrices += [hadamard(k).double() for k in _split(plan.power)]
-        few = 1 < plan.power < _COLUMNS and len(matrices) > 1
-        if few and len(matrices[-2]) * (plan.power - 1) <= _TURN:
+            matrices, outermost = factors(factorization), 0
+        matrices += [hadamard(k).double() for k in _split(factorization.power)]
+        few = 1 < factorization.power < _COLUMNS and len(matrices) > 1
+        if few and len(matrices[-2]) * (factorization.power - 1) <= _TURN:
             matrices[-2:] = [torch.kron(*matrices[-2:])]
-        if plan.scale != 1:
-            matrices[-1] = matrices[-1] * plan.scale
+        if factorization.scale != 1:
+            matrices[-1] = matrices[-1] * factorization.scale
         steps: list[Step] = []
         columns = 1
         for matrix in reversed(matrices):

@@ -30,11 +30,12 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear
 from lowbit.kernels.slicing import MASTER_BITS
 from lowbit.methods.learned import LearningMethod, keep_if_better, packed_block, training_report
+from lowbit.methods.matquant.packing import pack_nested
+from lowbit.methods.matquant.slices import fake_slice, master_codes
 from lowbit.methods.method import signal_to_noise, tell_without_feedback
-from lowbit.methods.packing import as_stored, pack, pack_nested
+from lowbit.methods.packing import as_stored, pack
 from lowbit.solvers.block_learner import BlockLearner, starved_linears
 from lowbit.solvers.gptq import OrderedFactor
-from lowbit.solvers.nested import fake_slice, master_codes
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, grouped
 
 ATTENTION = ("attn", "attention")  # what transformers calls it in the names of linears

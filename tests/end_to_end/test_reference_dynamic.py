@@ -1,12 +1,25 @@
 """What the original code does, faults included: they are why it is for comparison only."""
 
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 
-from lowbit.solvers.reference_dynamic import ReferenceDynamicLinear, fake_quantize_sorted
+from lowbit.blocks import Batch
+from lowbit.blocks.capture import call_block
+from lowbit.methods import MixedQuant
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from reference_dynamic import (  # noqa: E402
+    ReferenceDynamicLinear,
+    fake_quantize_sorted,
+    reference_dynamic,
+)
 
 SALIENT = torch.tensor([2, 17, 30])
 
@@ -74,3 +87,20 @@ def test_it_cannot_be_saved() -> None:
 def test_sorting_by_weights_is_no_sorting_of_its_own() -> None:
     with pytest.raises(ValueError, match="sort is weight_max: .*allowed are none, max, mean3std"):
         made("weight_max")
+
+
+def test_its_block_runs_sees_later_tokens_and_cannot_be_written() -> None:
+    given = zoo.task("llama")
+    method = MixedQuant(group_size=16, alignment=4, sort="max", clip=False)
+    block = reference_dynamic(method, given)
+    batch = given.streams["quantized"][0]
+    wanted = call_block(given.block, batch)
+    found = call_block(block, batch)
+    assert 0.01 < zoo.error(found, wanted) < 0.5
+    hidden = batch.hidden.clone()
+    hidden[:, -3:] = 20 * hidden[:, -3:].flip(2)
+    other = call_block(block, Batch(hidden, batch.kwargs))
+    assert not torch.allclose(found[:, :-3], other[:, :-3], atol=1e-3)
+    with pytest.raises(ValueError, match="for comparison only"):
+        block.state_dict()
+    assert isinstance(given.block.get_submodule("mlp.down_proj"), nn.Linear)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit.blocks.attention import MARK
 from lowbit.blocks.capture import call_block
-from lowbit.solvers.activation import rounding_twin
+from lowbit.methods.omniquant.rounding_copy import rounding_copy
 
 W4 = {"bits": 4, "symmetric": False}
 
@@ -16,7 +16,7 @@ def test_the_twin_rounds_and_the_block_stays() -> None:
     task = zoo.task("llama")
     batch = task.streams["float"][0]
     before = call_block(task.block, batch)
-    twin = rounding_twin(task.block, {"mlp.down_proj": W4}, {"self_attn": W4})
+    twin = rounding_copy(task.block, {"mlp.down_proj": W4}, {"self_attn": W4})
     assert list(map(id, twin.parameters())) == list(map(id, task.block.parameters()))
     assert getattr(twin.self_attn, MARK) == W4 and not hasattr(task.block.self_attn, MARK)
     assert torch.equal(call_block(task.block, batch), before)
@@ -37,5 +37,5 @@ def test_each_part_alone_rounds(part: str) -> None:
     linears = {"self_attn.q_proj": W4} if part == "linears" else {}
     attentions = {"self_attn": W4} if part == "attentions" else {}
     with torch.no_grad():
-        found = call_block(rounding_twin(task.block, linears, attentions), batch)
+        found = call_block(rounding_copy(task.block, linears, attentions), batch)
     assert zoo.error(found, call_block(task.block, batch)) > 1e-3

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from lowbit.kernels.hadamard import orthogonal
-from lowbit.kernels.hadamard.plan import choose, hadamard_orders
+from lowbit.kernels.hadamard.factorization import choose, hadamard_orders
 
 # odd part: (orders, widths of models that need them), from the specification of QuIP#, section 3.3
 TABLE = {

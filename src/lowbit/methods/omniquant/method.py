@@ -31,8 +31,8 @@ from lowbit.formats.uniform import UniformLinear
 from lowbit.methods.grid import GridMethod
 from lowbit.methods.learned import LearningMethod, keep_if_better, packed_block, training_report
 from lowbit.methods.method import tell_without_feedback
+from lowbit.methods.omniquant.rounding_copy import rounding_copy
 from lowbit.methods.packing import pack, pack_with_feedback
-from lowbit.solvers.activation import rounding_twin
 from lowbit.solvers.block_learner import BlockLearner, starved_linears
 from lowbit.solvers.gptq import OrderedFactor
 from lowbit.solvers.rounding import Grid, fake_quantize
@@ -141,7 +141,7 @@ class _Learner(BlockLearner):
         if not self.activations and not self.attention:
             return task.block
         linears = {name: found.model_dump() for name, found in self.activations.items()}
-        return rounding_twin(task.block, linears, self.attention)
+        return rounding_copy(task.block, linears, self.attention)
 
     def tensors(self) -> Tensors:
         """What the quantized block runs with, differentiable in all parameters."""

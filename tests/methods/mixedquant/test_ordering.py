@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from lowbit.blocks.statistics import ChannelStatistics
-from lowbit.solvers.ordering import (
+from lowbit.methods.mixedquant.ordering import (
     channel_order,
     column_max,
     column_norm,

@@ -16,7 +16,7 @@ from lowbit.kernels.tokens import round_tokens
 Rounding = dict[str, Any]  # the arguments of `round_tokens` after the first
 
 
-def rounding_twin(
+def rounding_copy(
     block: nn.Module, linears: Mapping[str, Rounding], attentions: Mapping[str, Rounding]
 ) -> nn.Module:
     """A copy of the block that has the very same parameters, but rounds.

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.solvers import words
+from lowbit.methods.quip import words
+from lowbit.methods.quip.words import DB_PER_BIT, Rounder, Spread, Words, spread
 from lowbit.solvers.feedback import row_losses
-from lowbit.solvers.words import DB_PER_BIT, Rounder, Spread, Words, spread
 
 SPREAD = Spread(
     size=1.0, ratios=(0.8, 1.0), rows="never", row_bits=0.1, stored=lambda s: s, passes=0

@@ -35,8 +35,8 @@ from lowbit.formats.lattice.incoherence import (
     rotation,
 )
 from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
-from lowbit.solvers.signs import Merged, merge_signs
-from lowbit.solvers.words import Rounder, RowScale, Spread, Words, spread
+from lowbit.methods.quip.signs import Merged, merge_signs
+from lowbit.methods.quip.words import Rounder, RowScale, Spread, Words, spread
 
 # Of a codebook's own scale, which is best without feedback: what is fed back adds to the weight.
 RATIOS = (0.8, 0.86, 0.92, 0.98, 1.04)
@@ -91,7 +91,7 @@ class QuIP(Method):
     def streams(self) -> tuple[str, ...]:
         return ("float",)
 
-    def rows(self) -> int:
+    def windows_per_batch(self) -> int:
         return self.batch
 
     def quantize(self, task: BlockTask) -> BlockResult:

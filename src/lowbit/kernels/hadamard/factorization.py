@@ -22,7 +22,7 @@ _PASS = 32
 
 
 @dataclass(frozen=True)
-class Plan:
+class Factorization:
     """B = (M (x) I_p)(I_K (x) H_p), M the tensor product of the matrices that `orders` names."""
 
     n: int
@@ -38,7 +38,7 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def choose(n: int, kind: str, seed: int) -> Plan:
+def choose(n: int, kind: str, seed: int) -> Factorization:
     """kind: one of Kind, or auto: hadamard where there is one, else hartley."""
     if n < 1:
         raise ValueError(f"n is {n}: allowed is 1 and above")
@@ -47,15 +47,15 @@ def choose(n: int, kind: str, seed: int) -> Plan:
     twos = (n & -n).bit_length() - 1
     odd = n >> twos
     if odd == 1:
-        return Plan(n, "hadamard", 0, (), n)
+        return Factorization(n, "hadamard", 0, (), n)
     if kind == "random":
-        return Plan(n, "random", seed, (odd,), 1 << twos)
+        return Factorization(n, "random", seed, (odd,), 1 << twos)
     orders = None if kind == "hartley" else hadamard_orders(odd, twos)
     if orders is not None:
-        return Plan(n, "hadamard", 0, orders, n // math.prod(orders))
+        return Factorization(n, "hadamard", 0, orders, n // math.prod(orders))
     if kind == "hadamard":
         raise ValueError(f"n is {n}: no Hadamard matrix is known here; kind auto takes hartley")
-    return Plan(n, "hartley", 0, (odd,), 1 << twos)
+    return Factorization(n, "hartley", 0, (odd,), 1 << twos)
 
 
 def hadamard_orders(odd: int, twos: int) -> tuple[int, ...] | None:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels.slicing import slice_codes, step
+from lowbit.methods.matquant.slices import fake_slice, joint_codes, master_codes
 from lowbit.solvers.clipping import LearnedClipping
 from lowbit.solvers.gptq import OrderedFactor, gptq_codes, ordered_factor
-from lowbit.solvers.nested import fake_slice, joint_codes, master_codes
 from lowbit.solvers.rounding import Grid, GridShape, grid_from_range, minmax_grid
 
 SIZE = 16

@@ -31,14 +31,14 @@ from lowbit.blocks.training import ParameterGroup, fit, mean_loss
 from lowbit.formats import link
 from lowbit.formats.binary import BinaryLinear, Salient
 from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
-from lowbit.solvers.binary import (
+from lowbit.methods.ptq161.binary import (
     alternated,
     binarized,
     refit_gain,
     salient_count,
     salient_mask,
 )
-from lowbit.solvers.factored import FactoredLinear
+from lowbit.methods.ptq161.factored import FactoredLinear
 from lowbit.solvers.gptq import OrderedFactor, gptq_codes, ordered_factor
 from lowbit.solvers.rounding import Grid, minmax_grid
 

@@ -6,11 +6,18 @@ an order of their own, so that there is no integer product; and salient columns 
 groups before they are put back. github.com/adithyab100/smoothquant-mixedprecision, fake_quant.py.
 """
 
+from copy import deepcopy
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from lowbit.blocks import BlockTask
+from lowbit.blocks.folding import tensors_of
+from lowbit.blocks.install import replace_module
+from lowbit.blocks.statistics import input_statistics
+from lowbit.methods import MixedQuant
 
 SORTS = ("none", "max", "mean3std", "argmax")
 LEAST = 1e-5  # of a group's largest value, as the original has it
@@ -84,3 +91,29 @@ class ReferenceDynamicLinear(nn.Module):
             "reference_dynamic is for comparison only: what it computes depends on the other "
             "tokens of a call, and cannot be saved; quantize with MixedQuant instead"
         )
+
+
+def reference_dynamic(method: MixedQuant, task: BlockTask) -> nn.Module:
+    """The block as the original code would run it, with statistics of the task's first stream.
+
+    The fields smooth, clip, rounding and salient_bits are not used: that code has no such settings.
+    """
+    stream = next(iter(task.streams.values()))
+    statistics = input_statistics(task.block, task.groups, stream)
+    made = deepcopy(task.block)
+    for group in task.groups:
+        here = method._common(task, group)
+        ordered = here._ordered(task, group, tensors_of(task.block), statistics[group.name])
+        for name in group.linears:
+            linear = task.block.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            dynamic = ReferenceDynamicLinear(
+                linear,
+                ordered.columns[len(ordered.columns) - ordered.order.salient :],
+                sort=here.sort,
+                bits=here.bits,
+                activation_bits=here.activation_bits,
+                group_size=here.group_size,
+            )
+            replace_module(made, name, dynamic)
+    return made

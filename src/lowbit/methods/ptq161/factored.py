@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowbit.solvers.binary import Binary
+from lowbit.methods.ptq161.binary import Binary
 
 
 class FactoredLinear(nn.Module):

@@ -7,29 +7,23 @@ SmoothQuant (Xiao et al., arXiv 2211.10438, equation 4) may go before, GPTQ may 
 """
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit.blocks import BlockResult, BlockTask, Fold, LinearGroup
 from lowbit.blocks.folding import Tensors, apply_folds, tensors_of
 from lowbit.blocks.hessian import Hessians, input_hessians
-from lowbit.blocks.install import replace_module
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.formats import link
 from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear
 from lowbit.formats.uniform.reference import group_count
 from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
-from lowbit.solvers.absorbing import SplitHessian, split_hessian
-from lowbit.solvers.clipping import clipped_grid
-from lowbit.solvers.equivalence import smooth_scale
-from lowbit.solvers.feedback import proxy_loss
-from lowbit.solvers.gptq import gptq_codes
-from lowbit.solvers.ordering import (
+from lowbit.methods.mixedquant.absorbing import SplitHessian, split_hessian
+from lowbit.methods.mixedquant.ordering import (
     Salience,
     Sort,
     channel_order,
@@ -40,7 +34,10 @@ from lowbit.solvers.ordering import (
     salient_count,
     sort_key,
 )
-from lowbit.solvers.reference_dynamic import ReferenceDynamicLinear
+from lowbit.solvers.clipping import clipped_grid
+from lowbit.solvers.equivalence import smooth_scale
+from lowbit.solvers.feedback import proxy_loss
+from lowbit.solvers.gptq import gptq_codes
 from lowbit.solvers.rounding import Grid, GridShape, minmax_grid
 
 # What linears that read the same input have in common.
@@ -116,32 +113,6 @@ class MixedQuant(Method):
             self._quantize_group(task, ordered, tensors, split, result)
         _keep_changed(task, tensors, result)
         return result
-
-    def reference_dynamic(self, task: BlockTask) -> nn.Module:
-        """The block as the original code would run it: for comparison, it refuses to be saved.
-
-        Statistics are those of the task's first stream. What that code does not have plays no part:
-        smooth, clip, rounding, salient_bits. See `solvers/reference_dynamic.py`.
-        """
-        stream = next(iter(task.streams.values()))
-        statistics = input_statistics(task.block, task.groups, stream)
-        made = deepcopy(task.block)
-        for group in task.groups:
-            here = self._common(task, group)
-            ordered = here._ordered(task, group, tensors_of(task.block), statistics[group.name])
-            for name in group.linears:
-                linear = task.block.get_submodule(name)
-                assert isinstance(linear, nn.Linear)
-                dynamic = ReferenceDynamicLinear(
-                    linear,
-                    ordered.columns[len(ordered.columns) - ordered.order.salient :],
-                    sort=here.sort,
-                    bits=here.bits,
-                    activation_bits=here.activation_bits,
-                    group_size=here.group_size,
-                )
-                replace_module(made, name, dynamic)
-        return made
 
     def _common(self, task: BlockTask, group: LinearGroup) -> Self:
         """The settings for an input. Raises ValueError where overrides part those who read it."""

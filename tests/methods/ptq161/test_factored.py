@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowbit.solvers.binary import alternated, salient_mask
-from lowbit.solvers.factored import FactoredLinear
+from lowbit.methods.ptq161.binary import alternated, salient_mask
+from lowbit.methods.ptq161.factored import FactoredLinear
 
 OUT, IN = 7, 20
 

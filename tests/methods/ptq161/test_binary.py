@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.solvers.binary import (
+from lowbit.methods.ptq161.binary import (
     Binary,
     alternated,
     binarized,

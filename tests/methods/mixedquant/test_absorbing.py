@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from lowbit.solvers.absorbing import split_hessian
+from lowbit.methods.mixedquant.absorbing import split_hessian
 from lowbit.solvers.feedback import row_losses
 from lowbit.solvers.gptq import gptq_codes, ordered_factor
 from lowbit.solvers.rounding import Grid, minmax_grid
