@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 import lowbit
-from lowbit.blocks import BlockTask, Stream
-from lowbit.blocks.capture import call_block
+from lowbit.blocks import BlockTask
 from lowbit.blocks.install import replace_module
+from lowbit.blocks.walk import Step
 from lowbit.calibration import evaluation_text
 from lowbit.checkpoint.output import size_of
 from lowbit.eval import perplexity
@@ -115,14 +115,14 @@ class Bench:
         method = MixedQuant(**COMMON, clip=False, **fields)
         model, _ = lowbit.load(self.folder)
         source = SourceModel(self.folder)
-        hidden, kwargs = source.capture(self.batches)
-        for name, arguments in zip(source.block_names, kwargs, strict=True):
-            stream, block = Stream(hidden, arguments), source.load_block(name)
-            parts = source.groups(name), source.folds(name), {"float": stream}
-            task = BlockTask(name, block, *parts, torch.Generator(), lambda event: None)
-            replace_module(model, name, reference_dynamic(method, task))
-            with torch.no_grad():
-                hidden = [call_block(block, batch) for batch in stream]
+
+        def visit(step: Step) -> None:
+            parts = source.groups(step.name), source.folds(step.name), step.streams
+            task = BlockTask(step.name, step.block, *parts, torch.Generator(), lambda event: None)
+            replace_module(model, step.name, reference_dynamic(method, task))
+            step.advance()
+
+        source.walk({"float": source.first_stream(self.batches)}, visit)
         return self._perplexity(model)
 
 

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lowbit.blocks import Batch, BlockTask, Stream
-from lowbit.blocks.capture import call_block
+from lowbit.blocks import BlockTask, Stream
 from lowbit.models.source import SourceModel
 
 MODELS = Path(__file__).parents[1] / "examples" / "models"
@@ -184,17 +183,18 @@ def task(
 ) -> BlockTask:
     """What a method is given; the quantized streams differ from the float one by some noise."""
     model = source(name)
-    hidden, kwargs = model.capture([tokens(i, length=length) for i in range(batches)])
+    first = model.first_stream([tokens(i, length=length) for i in range(batches)])
     block_name = model.block_names[block]
     draw = torch.Generator().manual_seed(7)
-    noisy = [h + noise * torch.randn(h.shape, generator=draw) * h.std() for h in hidden]
+    noisy = [h + noise * torch.randn(h.shape, generator=draw) * h.std() for h in first.hidden()]
+    quantized = Stream(noisy, first.arguments.copy(), block=block)
     return BlockTask(
         name=block_name,
         block=model.load_block(block_name),
         groups=model.groups(block_name),
         folds=model.folds(block_name),
-        streams={"float": Stream(hidden, kwargs[block])}
-        | dict.fromkeys(("quantized", *WIDTHS), Stream(noisy, kwargs[block])),
+        streams={"float": Stream(first.hidden(), first.arguments, block=block)}
+        | dict.fromkeys(("quantized", *WIDTHS), quantized),
         generator=torch.Generator().manual_seed(0),
         log=lambda event: None,
         attentions=model.attentions(block_name),
@@ -203,9 +203,7 @@ def task(
 
 def streamed_logits(model: SourceModel, whole: PreTrainedModel, batch: Tensor) -> Tensor:
     """Block by block through `model`; what comes before and behind the blocks is `whole`'s own."""
-    (hidden,), kwargs = model.capture([batch])
-    for name, (arguments,) in zip(model.block_names, kwargs, strict=True):
-        hidden = call_block(model.load_block(name), Batch(hidden, arguments))
+    (hidden,) = model.run([batch]).hidden()
     blocks = whole.get_submodule(model.family.blocks)
     hooks = [block.register_forward_hook(_instead(hidden)) for block in blocks.children()]
     logits = whole(batch).logits

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.blocks import Batch
-from lowbit.blocks.capture import BlockStub, Stopped, call_block, observed, same
+from lowbit.blocks.capture import BlockStub, Stopped, call_block, observed
 
 HIDDEN = torch.ones(1, 2, 3)
 
@@ -67,32 +67,6 @@ def test_call_block_takes_the_hidden_states_out_of_a_tuple() -> None:
             return x + add, "weights"
 
     assert (call_block(Pair(), Batch(HIDDEN, {"add": 2})) == 3).all()
-
-
-ONES = torch.ones(2)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "equal"),
-    [
-        (ONES, ONES.clone(), True),
-        (ONES, ONES + 1, False),
-        (ONES, ONES.double(), False),
-        (ONES, torch.ones(1), False),
-        (ONES, None, False),
-        (None, None, True),
-        (1, True, False),
-        ("a", "a", True),
-        ((ONES, None), (ONES.clone(), None), True),
-        ((ONES,), [ONES], False),
-        ((ONES,), (ONES, ONES), False),
-        ({"x": (ONES, 1)}, {"x": (ONES.clone(), 1)}, True),
-        ({"x": ONES}, {"y": ONES}, False),
-        ({"x": ONES}, {"x": ONES + 1}, False),
-    ],
-)
-def test_same(a: Any, b: Any, equal: bool) -> None:
-    assert same(a, b) is equal and same(b, a) is equal
 
 
 def test_observed_inputs_and_no_hook_left_behind() -> None:

@@ -47,8 +47,7 @@ def test_what_would_fill_the_memory_lives_on_disk(
     stream, streams, temporary = task.streams["float"], tmp_path / "streams", tmp_path / "temporary"
     temporary.mkdir()
     if stream_on_disk:
-        hidden = [batch.hidden for batch in stream]
-        stream = Stream(hidden, stream.kwargs, folder=streams)
+        stream = stream.copy(streams)
     kept = len(list(streams.iterdir())) if stream_on_disk else 0
     from_file: Callable[..., Any] = torch.from_file
 

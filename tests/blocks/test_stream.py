@@ -1,4 +1,5 @@
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.blocks.stream import Batch, Stream, move
+from lowbit.blocks.arguments import BlockArguments, move
+from lowbit.blocks.stream import Batch, Stream
 
 Folder = Path | None
 
@@ -23,7 +25,10 @@ def hidden() -> list[Tensor]:
 
 def stream(folder: Folder, batches: list[Tensor] | None = None) -> Stream:
     batches = hidden() if batches is None else batches
-    return Stream(batches, [{"number": i} for i in range(len(batches))], folder=folder)
+    arguments = BlockArguments()
+    for i in range(len(batches)):
+        arguments.append([{"number": i}, {"number": 10 + i}])
+    return Stream(batches, arguments, folder=folder)
 
 
 def contents(stream: Stream) -> list[Tensor]:
@@ -49,20 +54,39 @@ def test_hidden_states_are_float32(folder: Folder, dtype: torch.dtype) -> None:
     assert all(h.dtype == torch.float32 and not h.requires_grad for h in found)
 
 
-def test_replaced_batches(folder: Folder) -> None:
+def test_advanced_to_the_next_block(folder: Folder) -> None:
     found = stream(folder)
-    new = torch.ones(2, 5, 3, requires_grad=True)
-    found.replace(1, new)
-    assert equal(contents(found), [hidden()[0], new.detach(), hidden()[2]])
-    with pytest.raises(RuntimeError):
-        found.replace(2, torch.ones(2, 5, 4))
-
-
-def test_other_arguments_may_be_exchanged(folder: Folder) -> None:
-    found = stream(folder)
-    found.kwargs = [{"number": 10 + i} for i in range(3)]
+    found.advance(lambda batch: (batch.hidden + batch.kwargs["number"]).requires_grad_())
+    assert equal(contents(found), [h + i for i, h in enumerate(hidden())])
+    assert not any(h.requires_grad for h in found.hidden())
     assert [batch.kwargs["number"] for batch in found] == [10, 11, 12]
     assert [batch.kwargs["number"] for batch in found.map(lambda b: b.hidden)] == [10, 11, 12]
+    found.advance(lambda batch: batch.hidden)
+    assert [batch.kwargs for batch in found] == [{}, {}, {}]  # behind the last block
+    with pytest.raises(RuntimeError):
+        stream(folder).advance(lambda batch: batch.hidden[:, 1:])
+
+
+def test_a_copy_goes_its_own_way(folder: Folder, tmp_path: Path) -> None:
+    found = stream(folder)
+    other = found.copy(folder and tmp_path / "other")
+    other.advance(lambda batch: batch.hidden * 0)
+    assert equal(contents(found), hidden()) and (found.block, other.block) == (0, 1)
+
+
+def test_made_of_calls_one_batch_at_a_time(folder: Folder) -> None:
+    made: list[int] = []
+
+    def calls() -> Iterator[list[Batch]]:
+        for i, states in enumerate(hidden()):
+            made.append(i)
+            yield [Batch(states, {"block": 0, "batch": i}), Batch(states, {"block": 1})]
+
+    found = Stream.of_calls(calls(), folder=folder)
+    assert made == [0, 1, 2] and equal(contents(found), hidden())
+    assert found[2].kwargs == {"block": 0, "batch": 2}
+    found.advance(lambda batch: batch.hidden)
+    assert found[2].kwargs == {"block": 1}
 
 
 def test_mapped_streams_stand_side_by_side(folder: Folder) -> None:
@@ -75,7 +99,7 @@ def test_mapped_streams_stand_side_by_side(folder: Folder) -> None:
     assert equal(contents(products), [h * i for i, h in enumerate(hidden())])
     twice = sums.map(lambda batch: batch.hidden * 2)
     assert equal(contents(twice), [(h + i) * 2 for i, h in enumerate(hidden())])
-    sums.replace(0, torch.zeros(2, 5, 3))
+    sums.advance(lambda batch: batch.hidden * 0)
     assert equal(contents(found), hidden()) and not any(h.requires_grad for h in contents(sums))
 
 
@@ -83,7 +107,7 @@ def test_on_disk_is_on_disk(tmp_path: Path) -> None:
     found = stream(tmp_path / "a" / "b")
     files = sorted((tmp_path / "a" / "b").iterdir())
     assert [f.stat().st_size for f in files] == [h.nbytes for h in hidden()]
-    found.replace(0, torch.full((2, 5, 3), 2.0))
+    found.advance(lambda batch: torch.full_like(batch.hidden, 2.0))
     assert files[0].read_bytes() == struct.pack("<30f", *[2.0] * 30)
     mapped = found.map(lambda batch: batch.hidden + 1)
     assert len(list((tmp_path / "a" / "b").rglob("*.f32"))) == 6
@@ -99,7 +123,7 @@ def test_a_folder_of_an_earlier_run_is_overwritten(tmp_path: Path) -> None:
 
 def test_lengths_must_agree() -> None:
     with pytest.raises(ValueError, match="3 batches, but keyword arguments for 2"):
-        Stream(hidden(), [{}, {}])
+        Stream(hidden(), BlockArguments.of_one_block([{}, {}]))
 
 
 def test_everything_moves_to_the_device() -> None:
@@ -109,5 +133,6 @@ def test_everything_moves_to_the_device() -> None:
     assert moved["a"].is_meta and moved["b"][0].is_meta
     assert moved["b"][1] == [None, "x"] and isinstance(moved["b"], tuple) and moved["c"] == 3
     assert not value["a"].is_meta
-    batch = Stream([torch.ones(1, 2, 3)], [value], device="meta")[0]
+    arguments = BlockArguments.of_one_block([value])
+    batch = Stream([torch.ones(1, 2, 3)], arguments, device="meta")[0]
     assert isinstance(batch, Batch) and batch.hidden.is_meta and batch.kwargs["b"][0].is_meta

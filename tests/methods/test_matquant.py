@@ -162,8 +162,8 @@ def test_each_width_learns_on_its_own_stream() -> None:
         before = float(_Loss(INT8, task)(0, master))
         for name in ("4", "8", "3"):
             streams = dict(task.streams)
-            batch = streams[name][0]
-            streams[name] = Stream([batch.hidden * 1.5], [batch.kwargs])
+            hidden = [1.5 * states for states in streams[name].hidden()]
+            streams[name] = Stream(hidden, streams[name].arguments)
             other = BlockTask(**vars(task) | {"streams": streams})
             changed = float(_Loss(INT8, other)(0, master)) != before
             assert changed == (name != "3")

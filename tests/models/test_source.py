@@ -17,6 +17,11 @@ TIED = zoo.ZOO["llama, tied, biased"]
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 
+def first_inputs(model: SourceModel, *batches: Tensor) -> list[Tensor]:
+    """The hidden states that the first block gets."""
+    return model.first_stream(batches).hidden()
+
+
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> Path:
     """Rewrites the folder's one file after edit(tensors)."""
     path = folder / "model.safetensors"
@@ -60,7 +65,7 @@ def test_blocks_are_float32_with_the_stored_values(
     path = f"{model.family.blocks}."
     assert equal(found, {n: t for n, t in wanted.state_dict().items() if n.startswith(path)})
     assert not any(p.requires_grad for p in model.load_block(model.block_names[0]).parameters())
-    (hidden,), _ = model.capture([zoo.tokens()])
+    (hidden,) = first_inputs(model, zoo.tokens())
     assert hidden.dtype == torch.float32
     assert torch.equal(hidden, wanted.get_input_embeddings()(zoo.tokens()))
 
@@ -73,8 +78,8 @@ def test_shards_are_as_good_as_one_file(tmp_path: Path) -> None:
     assert len(many.reader.files) > 5
     assert many.disk_names == one.disk_names
     assert equal(weights(many), weights(one))
-    batch = [zoo.tokens()]
-    assert torch.equal(many.capture(batch)[0][0], one.capture(batch)[0][0])
+    (found,), (expected,) = (first_inputs(m, zoo.tokens()) for m in (many, one))
+    assert torch.equal(found, expected)
 
 
 def test_tensors_inside_and_outside_of_blocks() -> None:
@@ -110,8 +115,8 @@ def test_tied_weights_under_either_name(name: str, tmp_path: Path) -> None:
 
     model = SourceModel(change(zoo.write(TIED, tmp_path), rename))
     assert ("lm_head.weight" in model.outside_tensors()) == (name != "embed_tokens only")
-    batch = [zoo.tokens()]
-    assert torch.equal(model.capture(batch)[0][0], wanted.capture(batch)[0][0])
+    (found,), (expected,) = (first_inputs(m, zoo.tokens()) for m in (model, wanted))
+    assert torch.equal(found, expected)
 
 
 def test_a_checkpoint_of_the_bare_model(tmp_path: Path) -> None:
@@ -127,8 +132,8 @@ def test_a_checkpoint_of_the_bare_model(tmp_path: Path) -> None:
     )
     assert model.disk_name("model.layers.0.mlp.up_proj") == "layers.0.mlp.up_proj"
     assert equal(weights(model), weights(wanted))
-    batch = [zoo.tokens()]
-    assert torch.equal(model.capture(batch)[0][0], wanted.capture(batch)[0][0])
+    (found,), (expected,) = (first_inputs(m, zoo.tokens()) for m in (model, wanted))
+    assert torch.equal(found, expected)
 
 
 def test_a_head_that_is_not_tied_must_be_there(tmp_path: Path) -> None:
@@ -137,18 +142,18 @@ def test_a_head_that_is_not_tied_must_be_there(tmp_path: Path) -> None:
         SourceModel(folder)
 
 
-def test_capture_hands_out_every_batch_and_block() -> None:
+def test_the_first_stream_has_the_arguments_of_every_batch_and_block() -> None:
     model = zoo.source("qwen2")
     batches = [zoo.tokens(0), zoo.tokens(1), zoo.tokens(2, rows=1, length=9)]
-    hidden, kwargs = model.capture(batches)
-    assert [tuple(h.shape) for h in hidden] == [(2, 23, 48), (2, 23, 48), (1, 9, 48)]
-    assert [len(of_block) for of_block in kwargs] == [3, 3]
+    stream = model.first_stream(batches)
+    assert [tuple(h.shape) for h in stream.hidden()] == [(2, 23, 48), (2, 23, 48), (1, 9, 48)]
     # Equal arguments are kept once per block, unequal ones are not confused.
-    for of_block in kwargs:
-        tables = [arguments["position_embeddings"] for arguments in of_block]
-        assert tables[0] is tables[1] and tables[2][0].shape[1] == 9
-    alone = model.capture(batches[2:])
-    assert torch.equal(alone[0][0], hidden[2])
+    for block in range(2):
+        calls = [stream.arguments.call(block, i, torch.device("cpu")) for i in range(3)]
+        tables = [kwargs["position_embeddings"] for kwargs in calls]
+        assert tables[0][0] is tables[1][0] and tables[2][0].shape[1] == 9
+    (alone,) = first_inputs(model, batches[2])
+    assert torch.equal(alone, stream.hidden()[2])
 
 
 def test_a_block_that_is_loaded_leaves_the_skeleton_empty() -> None:
@@ -156,7 +161,7 @@ def test_a_block_that_is_loaded_leaves_the_skeleton_empty() -> None:
     a, b = (model.load_block("model.layers.0") for _ in range(2))
     assert torch.equal(a.mlp.up_proj.weight, b.mlp.up_proj.weight)
     assert a.mlp.up_proj.weight.data_ptr() != b.mlp.up_proj.weight.data_ptr()
-    model.capture([zoo.tokens()])
+    first_inputs(model, zoo.tokens())
     assert all(parameter.is_meta for parameter in model.skeleton.parameters())
 
 

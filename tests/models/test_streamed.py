@@ -23,7 +23,9 @@ def logits(model: StreamedModel, hidden: Stream, piece: int) -> list[Tensor]:
     return [
         torch.cat(
             [
-                around.logits(tokens[:, i : i + piece], hidden[number].hidden[:, i : i + piece])
+                around.logits(
+                    tokens[:, i : i + piece], hidden[number].hidden[..., i : i + piece, :]
+                )
                 for i in range(0, tokens.shape[1], piece)
             ],
             dim=1,
@@ -42,6 +44,28 @@ def test_logits_are_the_whole_models(name: str, make: object) -> None:
         for found, tokens in zip(logits(model, hidden, piece), BATCHES, strict=True):
             # Experts are summed in another order where they are fused: measured 2e-7.
             assert zoo.error(found, whole(tokens).logits) < 1e-6
+
+
+# Blocks 2 and 3 read the keys and values that blocks 0 and 1 have written into a shared dict.
+SHARED_KEYS = zoo.GQA | {
+    "num_hidden_layers": 4,
+    "head_dim": 12,
+    "vocab_size_per_layer_input": zoo.VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": zoo.WINDOW,
+    "altup_num_inputs": 2,
+    "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+
+
+def test_state_that_blocks_share_belongs_to_each_batch(tmp_path: Path) -> None:
+    folder = zoo.write(zoo.Line("gemma3n_text", SHARED_KEYS), tmp_path)
+    model, whole = stream(folder), load_model(folder)
+    for found, tokens in zip(logits(model, model.run(BATCHES), 5), BATCHES, strict=True):
+        assert zoo.error(found, whole(tokens).logits) < 1e-6
 
 
 def test_half_precision_is_computed_in_float32_and_codes_stay_codes() -> None:
@@ -83,7 +107,7 @@ def test_hidden_states_on_disk_are_those_in_memory(tmp_path: Path) -> None:
 
 def test_a_token_beyond_the_vocabulary_is_no_end_of_the_batches() -> None:
     with pytest.raises(IndexError):
-        zoo.source("llama").capture([BATCHES[0], BATCHES[1] + zoo.VOCABULARY])
+        zoo.source("llama").first_stream([BATCHES[0], BATCHES[1] + zoo.VOCABULARY])
 
 
 def test_without_blocks_can_be_used_again_and_forget() -> None:

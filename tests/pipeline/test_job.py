@@ -45,12 +45,12 @@ def test_streams_begin_alike_and_go_their_own_ways(place: str, batch: int, tmp_p
     made = job(OmniQuant(batch=batch))
     windows = made.windows()
     assert windows is not None
-    streams, kwargs = made.first_streams(windows.tokens, tmp_path if place == "disk" else None)
-    hidden, wanted = made.source.capture(windows.tokens.split(batch))
-    assert [len(block) for block in kwargs] == [len(block) for block in wanted]
+    streams = made.first_streams(windows.tokens, tmp_path if place == "disk" else None)
+    hidden = made.source.first_stream(windows.tokens.split(batch)).hidden()
     for stream in streams.values():
         assert all(torch.equal(b.hidden, h) for b, h in zip(stream, hidden, strict=True))
-    streams["float"].replace(0, torch.zeros_like(hidden[0]))
+    streams["float"].advance(lambda batch: torch.zeros_like(batch.hidden))
+    assert not streams["float"][0].hidden.any()
     assert torch.equal(streams["quantized"][0].hidden, hidden[0])
     size = sum(h.nbytes for h in hidden)
     assert made.stream_bytes(windows.tokens) == size

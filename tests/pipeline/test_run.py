@@ -111,9 +111,9 @@ def test_large_streams_go_to_disk_by_themselves(
     folders: list[Path | None] = []
     made = job.Stream.__init__
 
-    def spy(self: Any, hidden: Any, kwargs: Any, device: Any, folder: Path | None = None) -> None:
-        folders.append(folder)
-        made(self, hidden, kwargs, device, folder)
+    def spy(self: Any, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        folders.append(self.folder)
 
     monkeypatch.setattr(job.Stream, "__init__", spy)
     quantized.quantize(quantized.source(), tmp_path / "small", "omniquant")

@@ -57,19 +57,6 @@ def call_block(block: nn.Module, batch: Batch) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def same(a: Any, b: Any) -> bool:
-    """Equality of nested tuples, lists and dictionaries of tensors."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return bool(a == b)
-
-
 @contextmanager
 def observed(
     block: nn.Module, linears: Iterable[str], see: Callable[[str, Tensor], None]
@@ -87,3 +74,15 @@ def observed(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def observe_inputs(
+    block: nn.Module,
+    linears: Iterable[str],
+    stream: Iterable[Batch],
+    see: Callable[[str, Tensor], None],
+) -> None:
+    """Runs the block over a whole stream and calls see(name, input) for each named linear."""
+    with torch.no_grad(), observed(block, linears, see):
+        for batch in stream:
+            call_block(block, batch)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.blocks import LinearGroup, Stream
-from lowbit.blocks.capture import call_block, observed
+from lowbit.blocks.capture import observe_inputs
 
 MOST_OF_MEMORY = 0.25  # sums that need a larger share of the memory that there is go elsewhere
 GATHERED = 4  # a product is made of channels / GATHERED rows: they take an eighth of the sum's room
@@ -96,9 +96,7 @@ def input_hessians(block: nn.Module, groups: Sequence[LinearGroup], stream: Stre
     device = next(block.parameters()).device
     place = _place(sum(8 * n * n for n in widths.values()), device, stream.folder)
     sums = {first[name]: _Sum(_zeros(n, place)) for name, n in widths.items()}
-    with torch.no_grad(), observed(block, first, lambda name, x: sums[first[name]].update(x)):
-        for batch in stream:
-            call_block(block, batch)
+    observe_inputs(block, first, stream, lambda name, x: sums[first[name]].update(x))
     for found in sums.values():
         found.flush()
     return Hessians(sums, device)

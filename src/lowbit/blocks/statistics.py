@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.blocks import LinearGroup, Stream
-from lowbit.blocks.capture import call_block, observed
+from lowbit.blocks.capture import observe_inputs
 
 
 @dataclass
@@ -79,7 +79,5 @@ def input_statistics(
         module = block.get_submodule(linear)
         assert isinstance(module, nn.Linear)
         gathered[group] = ChannelStatistics.empty(module.in_features, module.weight.device)
-    with torch.no_grad(), observed(block, first, lambda n, x: gathered[first[n]].update(x)):
-        for batch in stream:
-            call_block(block, batch)
+    observe_inputs(block, first, stream, lambda name, x: gathered[first[name]].update(x))
     return gathered

@@ -68,7 +68,7 @@ class StreamedLogits:
 
     def __call__(self, index: int, part: slice) -> Tensor:
         """(tokens of the part, vocabulary) float32 of one row."""
-        hidden = self._hidden[index].hidden[:, part]
+        hidden = self._hidden[index].hidden[..., part, :]
         return self._without_blocks.logits(self.rows[index][None, part], hidden)[0].float()
 
 

@@ -6,6 +6,7 @@ scaled cannot be seen from outside.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.blocks.arguments import move
 from lowbit.blocks.capture import BlockStub, Stopped, observed
 from lowbit.blocks.experts import Expert, UnfusedExperts
-from lowbit.blocks.stream import Batch, move
+from lowbit.blocks.stream import Batch
 from lowbit.models.family import Family, Group, always
 
 # A linear so named chooses experts, and so does one inside a module so named.
@@ -69,7 +71,7 @@ def _largest_list(model: nn.Module) -> str:
 
 
 def _calls(model: nn.Module, path: str) -> tuple[bool, list[Batch]]:
-    """Whether blocks return tuples, and what each is called with for TOKENS tokens.
+    """Whether blocks return tuples, and what each is called with for TOKENS tokens, on meta.
 
     Everything outside the blocks runs for real (masks may not be made on meta), on an embedding of
     one row.
@@ -91,13 +93,21 @@ def _calls(model: nn.Module, path: str) -> tuple[bool, list[Batch]]:
     setattr(holder, attribute, nn.ModuleList([first, *blocks[1:]]))
     with torch.no_grad(), suppress(Stopped):
         twin.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
-    out = _on_meta(deepcopy(blocks[0]).to("meta"), first.calls[0])
+    (call,) = _to_meta(first.calls)
+    out = _on_meta(deepcopy(blocks[0]).to("meta"), call)
     tuple_output = isinstance(out, tuple)
     stubs = [BlockStub(block, tuple_output) for block in blocks]
     setattr(holder, attribute, nn.ModuleList(stubs))
     with torch.no_grad():
         twin.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
-    return tuple_output, [stub.calls[0] for stub in stubs]
+    return tuple_output, _to_meta([stub.calls[0] for stub in stubs])
+
+
+def _to_meta(calls: Sequence[Batch]) -> list[Batch]:
+    """The calls of one forward pass without data; state that blocks share stays shared."""
+    meta = torch.device("meta")
+    kwargs = move([call.kwargs for call in calls], meta)
+    return [Batch(call.hidden.to(meta), own) for call, own in zip(calls, kwargs, strict=True)]
 
 
 def _on_meta(block: nn.Module, call: Batch) -> Any:
@@ -105,9 +115,8 @@ def _on_meta(block: nn.Module, call: Batch) -> Any:
     experts = [module for module in block.modules() if isinstance(module, UnfusedExperts)]
     for module in experts:
         module.forward = lambda hidden, index, weights: hidden  # type: ignore[assignment, method-assign]
-    meta = torch.device("meta")
     with torch.no_grad():
-        out = block(call.hidden.to(meta), **move(call.kwargs, meta))
+        out = block(call.hidden, **call.kwargs)
     for module in experts:
         del module.forward
     return out

@@ -1,7 +1,8 @@
 """A model that is never whole in memory: read from its folder and run block by block."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from lowbit.blocks.capture import BlockStub, call_block, same
+from lowbit.blocks.capture import BlockStub
 from lowbit.blocks.stream import Batch, Stream
+from lowbit.blocks.walk import Step
 from lowbit.checkpoint import CheckpointReader
 from lowbit.models import family_of
 from lowbit.models.skeleton import build_skeleton, memory_names
@@ -75,22 +77,44 @@ class StreamedModel:
         model.to(device)
         return found
 
-    def capture(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
-        """FirstBlockInputs of the first block, and the keyword arguments of every block, per batch.
+    def first_stream(
+        self,
+        batches: Iterable[Tensor],
+        device: torch.device | str = "cpu",
+        folder: Path | None = None,
+        embed_on: torch.device | str = "cpu",
+    ) -> Stream:
+        """The stream at the first block.
 
-        batches: (batch, tokens) int64 each
-        -> ([(batch, tokens, channels) float32], kwargs[block][batch])
+        batches: (batch, tokens) int64 each, of any lengths.
+        device: where the stream's batches are moved when they are read.
+        folder: where hidden states are kept on disk; None: in memory.
+        embed_on: where embeddings and masks are computed.
         """
-        inputs = self.inputs(batches)
-        return list(inputs), inputs.kwargs
+        around = self.without_blocks(embed_on, head=False)
+        return Stream.of_calls(map(around.calls, batches), device, folder)
 
-    def inputs(
-        self, batches: Sequence[Tensor], device: torch.device | str = "cpu"
-    ) -> "FirstBlockInputs":
-        """What goes into the first block; holds the embeddings as long as it lives."""
-        return FirstBlockInputs(
-            self.without_blocks(device, head=False), batches, len(self.block_names)
-        )
+    def walk(
+        self,
+        streams: Mapping[str, Stream],
+        visit: Callable[[Step], None],
+        device: torch.device | str = "cpu",
+        indices: Iterable[int] | None = None,
+    ) -> None:
+        """Loads block after block and calls `visit` with each; the only loop over blocks.
+
+        streams: at the first of these blocks; `visit` moves them on with `Step.advance`.
+        visit: a block is freed when it returns, before the next one is loaded.
+        device: where blocks are loaded.
+        indices: of the blocks that are visited, ascending; None: all.
+        """
+        for index in range(len(self.block_names)) if indices is None else indices:
+            name = self.block_names[index]
+            block = self.load_block(name, device)
+            step = Step(index=index, name=name, block=block, streams=streams)
+            del block
+            visit(step)
+            del step
 
     def run(
         self,
@@ -101,21 +125,17 @@ class StreamedModel:
     ) -> Stream:
         """What comes out of the last block: (batch, tokens, channels) float32 per batch.
 
-        batches: (batch, tokens) int64 each, of any lengths. folder: where hidden states are kept;
-        None: in memory. progress: called after each batch in each block.
+        batches: (batch, tokens) int64 each, of any lengths.
+        folder: where hidden states are kept on disk; None: in memory.
+        progress: called after each batch in each block.
         """
-        inputs = self.inputs(batches, device)
-        stream = Stream(inputs, [{} for _ in batches], device, folder)
-        kwargs, steps = inputs.kwargs, len(self.block_names) * len(batches)
-        del inputs
-        for i, name in enumerate(self.block_names):
-            block = self.load_block(name, device)
-            stream.kwargs = kwargs[i]
-            with torch.no_grad():
-                for number, batch in enumerate(stream):
-                    stream.replace(number, call_block(block, batch))
-                    progress(i * len(batches) + number + 1, steps)
-        stream.kwargs = [{} for _ in batches]
+        stream = self.first_stream(batches, device, folder, embed_on=device)
+        steps = count(1)
+
+        def on_batch() -> None:
+            progress(next(steps), len(self.block_names) * len(batches))
+
+        self.walk({"hidden": stream}, lambda step: step.advance(on_batch=on_batch), device)
         return stream
 
     def _check_complete(self) -> None:
@@ -200,38 +220,6 @@ class LastBlockStub(BlockStub):
         if self.hidden is None:
             return given
         return (self.hidden,) if self.tuple_output else self.hidden
-
-
-class FirstBlockInputs(Sequence[Tensor]):
-    """What goes into the first block, made batch by batch when it is read.
-
-    kwargs: of every block and batch that was read; what equals the first batch's is kept only once.
-    """
-
-    def __init__(self, around: ModelWithoutBlocks, batches: Sequence[Tensor], blocks: int) -> None:
-        self.around = around
-        self.batches = batches
-        self.kwargs: list[list[dict[str, Any]]] = [[] for _ in range(blocks)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        # Not Sequence's own, which would take a token beyond the vocabulary, an IndexError of
-        # torch, for the end.
-        return (self[i] for i in range(len(self)))
-
-    def __getitem__(self, index: Any) -> Any:
-        calls = self.around.calls(self.batches[index])
-        for kept, call in zip(self.kwargs, calls, strict=True):
-            first = kept[0] if kept else call.kwargs
-            kept.append(
-                {
-                    key: first[key] if key in first and same(first[key], value) else value
-                    for key, value in call.kwargs.items()
-                }
-            )
-        return calls[0].hidden.float()
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:

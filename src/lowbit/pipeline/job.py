@@ -4,15 +4,15 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from copy import copy, deepcopy
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit.blocks import BlockResult, BlockTask, Event, Stream
-from lowbit.blocks.capture import call_block
+from lowbit.blocks.walk import Step
 from lowbit.calibration import Calibration, TokenWindows, token_windows
 from lowbit.checkpoint import CheckpointWriter, file_sha256
 from lowbit.checkpoint.learned import Learned
@@ -119,35 +119,22 @@ class Job:
         tensors, record = outside_blocks(self.source, self.options.lm_head_bits)
         writer.write_shard(0, tensors, None, record)
 
-    def first_streams(
-        self, tokens: Tensor, folder: Path | None
-    ) -> tuple[dict[str, Stream], list[list[dict[str, Any]]]]:
-        """All streams at the first block, in memory or in a folder; kwargs[block][batch].
+    def first_streams(self, tokens: Tensor, folder: Path | None) -> dict[str, Stream]:
+        """All streams at the first block, in memory or in a folder.
 
         tokens: (windows, seqlen)
         """
-        inputs = self.source.inputs(tokens.split(self.method.windows_per_batch()))
-        nothing: list[dict[str, Any]] = [{} for _ in range(len(inputs))]
-        names = self.method.streams()
-        first = Stream(inputs, nothing, self.device, folder and folder / names[0])
-        kwargs = inputs.kwargs
-        del inputs  # and the embeddings with it
-        streams = {names[0]: first}
-        for name in names[1:]:
-            hidden = (batch.hidden.clone() for batch in first)
-            streams[name] = Stream(hidden, nothing, self.device, folder and folder / name)
-        return streams, kwargs
+        first_name, *others = self.method.streams()
+        first = self.source.first_stream(
+            tokens.split(self.method.windows_per_batch()),
+            self.device,
+            folder and folder / first_name,
+        )
+        return {first_name: first} | {n: first.copy(folder and folder / n) for n in others}
 
-    def quantize_block(
-        self,
-        writer: CheckpointWriter,
-        index: int,
-        block: nn.Module,
-        streams: dict[str, Stream],
-        log: Log,
-    ) -> BlockResult:
+    def quantize_block(self, writer: CheckpointWriter, step: Step, log: Log) -> BlockResult:
         """Quantizes one block and writes its shard; the result is what was written."""
-        name, started = self.blocks[index], time.perf_counter()
+        index, name, block, started = step.index, step.name, step.block, time.perf_counter()
         place = {"block": name, "index": index, "of": len(self.blocks)}
         log(Event("block", place))
         task = BlockTask(
@@ -155,7 +142,7 @@ class Job:
             block,
             self.selection.groups(name),
             self.source.folds(name),
-            streams,
+            step.streams,
             generator_for(self.calibration.seed, name),
             lambda event: log(Event(event.kind, place | event.data)),
             self.start.of(index + 1) if self.start else {},
@@ -178,14 +165,9 @@ class Job:
         log(Event("finished", place | facts | seconds | peak.found))
         return result
 
-    def advance(self, block: nn.Module, result: BlockResult, streams: dict[str, Stream]) -> None:
-        """Every stream through what it must come through; the last one uses up the block."""
-        with torch.no_grad():
-            for i, (name, stream) in enumerate(streams.items()):
-                passed = block if i == len(streams) - 1 else deepcopy(block)
-                self.method.install(passed, result, name)
-                for number, batch in enumerate(stream):
-                    stream.replace(number, call_block(passed, batch))
+    def advance(self, step: Step, result: BlockResult) -> None:
+        """Moves every stream through what it must pass: the quantized block, or the float one."""
+        step.advance(lambda block, stream: self.method.install(block, result, stream))
 
 
 def generator_for(seed: int, block: str) -> torch.Generator:

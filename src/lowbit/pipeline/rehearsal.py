@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.blocks import Batch, BlockResult, Event, Stream
+from lowbit.blocks.walk import Step
 from lowbit.calibration import TokenWindows
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
 from lowbit.checkpoint.reader import TensorInfo
@@ -103,15 +104,21 @@ def rehearse(job: Job, windows: TokenWindows | None) -> Rehearsal:
         hashing = _hashing(job.source.folder / job.source.reader.files[0])
         with _measured(job) as outside:
             job.write_outside(writer)
-        hidden, kwargs, capture = _captured(job, tokens)
-        trials = {
-            index: _rehearsed(job, writer, index, hidden, kwargs[index] if kwargs else [])
-            for index in chosen_blocks(kinds)
-        }
+        stream, capture = _captured(job, tokens)
+        trials = {index: _rehearsed(job, writer, index, stream) for index in chosen_blocks(kinds)}
         record = writer.record(0)
         assert record is not None
         written = CheckpointReader.of_file(writer.folder / record["file"]).tensors
-        return Rehearsal(len(hidden), hashing, outside[0], written, record, capture, kinds, trials)
+        return Rehearsal(
+            len(stream) if stream else 0,
+            hashing,
+            outside[0],
+            written,
+            record,
+            capture,
+            kinds,
+            trials,
+        )
 
 
 def linear_kinds(job: Job) -> list[Kinds]:
@@ -167,37 +174,34 @@ def _measured(job: Job) -> Iterator[list[Stage]]:
     stages.append(Stage(seconds, peak.found["memory"], peak.found.get("device_memory")))
 
 
-def _captured(
-    job: Job, tokens: Tensor | None
-) -> tuple[list[Tensor], list[list[dict[str, Any]]], Stage | None]:
+def _captured(job: Job, tokens: Tensor | None) -> tuple[Stream | None, Stage | None]:
     if tokens is None:
-        return [], [], None
+        return None, None
+    moments: list[float] = []
+
+    def batches() -> Iterator[Tensor]:
+        for batch in tokens.split(job.method.windows_per_batch()):
+            moments.append(time.perf_counter())
+            yield batch
+
     with _measured(job) as whole:
-        inputs = job.source.inputs(tokens.split(job.method.windows_per_batch()))
-        started = time.perf_counter()
-        hidden, kwargs = list(inputs), inputs.kwargs
-        per_batch = (time.perf_counter() - started) / len(hidden)
-        del inputs
-    memory = whole[0].memory - sum(h.nbytes for h in hidden)
-    return hidden, kwargs, Stage(whole[0].seconds, memory, None, per_batch)
+        stream = job.source.first_stream(batches(), job.device)
+        moments.append(time.perf_counter())
+    per_batch = (moments[-1] - moments[0]) / len(stream)
+    memory = whole[0].memory - stream.bytes
+    return stream, Stage(whole[0].seconds, memory, None, per_batch)
 
 
-def _rehearsed(
-    job: Job,
-    writer: CheckpointWriter,
-    index: int,
-    hidden: Sequence[Tensor],
-    kwargs: list[dict[str, Any]],
-) -> Trial:
+def _rehearsed(job: Job, writer: CheckpointWriter, index: int, stream: Stream | None) -> Trial:
     """With no and with one epoch, where the method has epochs: the difference is an epoch."""
     epochs = getattr(job.method, "epochs", 0)
     counts = sorted({0, min(epochs, 1)})
     attempts = []
     for count in counts:
         known = job.with_epochs(count) if epochs else job
-        attempt = _attempt(known, writer, index, hidden, kwargs)
+        attempt = _attempt(known, writer, index, stream)
         if attempt.stage.seconds < BRIEF:
-            again = _attempt(known, writer, index, hidden, kwargs)
+            again = _attempt(known, writer, index, stream)
             attempt = min(attempt, again, key=lambda tried: tried.stage.seconds)
         attempts.append(attempt)
     least, most = attempts[0].stage, attempts[-1].stage
@@ -206,10 +210,11 @@ def _rehearsed(
     assert record is not None
     learned = writer.folder / "learned" / record["file"]
     # The hidden states that were captured are there besides those of the streams.
-    small = sum(h.nbytes for h in hidden) * (attempts[-1].held + 1)
+    batches = len(stream) if stream else 0
+    small = stream.bytes * (attempts[-1].held + 1) if stream else 0
     device = [a.stage.device_memory for a in attempts if a.stage.device_memory is not None]
     return Trial(
-        fixed=max(0.0, most.seconds - len(hidden) * most.per_batch),
+        fixed=max(0.0, most.seconds - batches * most.per_batch),
         per_batch=least.per_batch,
         per_epoch=max(0.0, most.per_batch - least.per_batch),
         memory=max(a.stage.memory for a in attempts) - small,
@@ -227,26 +232,23 @@ class _Attempt:
     result: BlockResult
 
 
-def _attempt(
-    job: Job,
-    writer: CheckpointWriter,
-    index: int,
-    hidden: Sequence[Tensor],
-    kwargs: list[dict[str, Any]],
-) -> _Attempt:
+def _attempt(job: Job, writer: CheckpointWriter, index: int, stream: Stream | None) -> _Attempt:
+    """The hidden states of the first block stand for those of every other."""
     trace = _Trace(job.device)
-    streams: dict[str, Stream] = {
-        name: _Traced([h.clone() for h in hidden], kwargs, job.device, trace)
-        for name in job.method.streams()
-    }
+    streams: dict[str, Stream] = {}
+    if stream is not None:
+        streams = {name: _Traced(stream, index, trace) for name in job.method.streams()}
+    results: list[BlockResult] = []
+
+    def visit(step: Step) -> None:
+        results.append(job.quantize_block(writer, step, _ignore))
+        job.advance(step, results[0])
+
     with _measured(job) as stages:
-        block = job.source.load_block(job.blocks[index], job.device)
-        result = job.quantize_block(writer, index, block, streams, _ignore)
-        job.advance(block, result, streams)
-        del block
+        job.source.walk(streams, visit, job.device, [index])
     stage = stages[0]
     found = Stage(stage.seconds, stage.memory, stage.device_memory, trace.per_batch())
-    return _Attempt(found, trace.most, result)
+    return _Attempt(found, trace.most, results[0])
 
 
 def _ignore(event: Event) -> None:
@@ -295,14 +297,9 @@ class _Trace:
 class _Traced(Stream):
     """A stream in memory that leaves its traces."""
 
-    def __init__(
-        self,
-        hidden: Sequence[Tensor],
-        kwargs: Sequence[dict[str, Any]],
-        device: torch.device,
-        trace: _Trace,
-    ) -> None:
-        super().__init__(hidden, kwargs, device)
+    def __init__(self, stream: Stream, block: int, trace: _Trace) -> None:
+        own = stream.copy()
+        super().__init__(own.hidden(), own.arguments, own.device, block=block)
         self.trace = trace
         trace.made(self)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.blocks import Event, Stream
+from lowbit.blocks.walk import Step
 from lowbit.calibration import Calibration, TokenWindows
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.checkpoint.output import final_config, report_of
@@ -101,28 +102,27 @@ class _Run:
         unfinished = [i for i in range(len(names)) if writer.record(i + 1) is None]
         if not unfinished:
             return
-        streams, kwargs = self._first_streams(writer, windows)
-        for i, name in enumerate(names[: unfinished[-1] + 1]):
-            record = writer.record(i + 1)
-            if record is not None and not streams:
-                continue
-            block = job.source.load_block(name, job.device)
-            for stream in streams.values():
-                stream.kwargs = kwargs[i]
+        streams, last = self._first_streams(writer, windows), unfinished[-1]
+
+        def visit(step: Step) -> None:
+            record = writer.record(step.index + 1)
             if record is None:
-                result = job.quantize_block(writer, i, block, streams, self._logger(writer))
+                result = job.quantize_block(writer, step, self._logger(writer))
             else:
-                result = result_of(writer.read_shard(i + 1), record, job.source)
-                self._log(writer, Event("resumed", {"block": name, "index": i, "of": len(names)}))
-            if i < unfinished[-1]:
-                job.advance(block, result, streams)
-            del block, result  # before the next one is loaded
+                result = result_of(writer.read_shard(step.index + 1), record, job.source)
+                place = {"block": step.name, "index": step.index, "of": len(names)}
+                self._log(writer, Event("resumed", place))
+            if step.index < last:
+                job.advance(step, result)
+
+        # Finished blocks are passed again for the sake of the streams alone.
+        job.source.walk(streams, visit, job.device, range(last + 1) if streams else unfinished)
 
     def _first_streams(
         self, writer: CheckpointWriter, windows: TokenWindows | None
-    ) -> tuple[dict[str, Stream], list[list[dict[str, Any]]]]:
+    ) -> dict[str, Stream]:
         if windows is None:
-            return {}, []
+            return {}
         about = {"samples": len(windows.tokens), "seqlen": windows.seqlen}
         self._log(writer, Event("capture", about))
         folder = self._stream_folder(writer, windows)
