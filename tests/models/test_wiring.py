@@ -94,8 +94,10 @@ def test_a_group_applies_where_its_linears_are(
 
 
 @pytest.mark.parametrize("linears", [("a",), ("b", "e.0.x", "e.0.y"), ("e.0.x",)], ids=str)
-def test_a_group_that_matches_by_halves_is_an_error(linears: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match=r"table of invented matches this block by halves \("):
+def test_a_group_with_some_of_its_linears_missing_is_an_error(linears: tuple[str, ...]) -> None:
+    with pytest.raises(
+        ValueError, match="family invented: some modules of this rule are missing in the block: "
+    ):
         groups_of(FAMILY, None, block_with(*linears))
 
 
@@ -112,7 +114,7 @@ def test_a_fold_needs_its_source_all_readers_and_a_weight() -> None:
     block.norm = nn.LayerNorm(4)
     assert names(block) == ["norm>a"]
     del block.b
-    with pytest.raises(ValueError, match="by halves"):
+    with pytest.raises(ValueError, match="some modules of this rule are missing"):
         names(block)
 
 
@@ -122,3 +124,11 @@ def test_matrices_of() -> None:
     block.fused = nn.Parameter(torch.zeros(2, 3, 4))
     block.b.conv = nn.Conv1d(2, 2, 1)
     assert matrices_of(block) == ["a", "b.c", "b.conv", "fused"]
+
+
+def test_a_rule_may_take_some_rows_of_a_fused_matrix() -> None:
+    """As in Phi-3, whose gate and up projections are the halves of one matrix."""
+    rule = FoldRule("gated", "gate_up", ("down",), source_rows=lambda config: torch.arange(2, 4))
+    family = replace(FAMILY, folds=always(rule))
+    (fold,) = folds_of(family, None, block_with("gate_up", "down"))
+    assert fold.size == 2 and torch.equal(fold.source_rows, torch.tensor([2, 3]))

@@ -8,8 +8,9 @@ or one (`num_ln_in_parallel_attn`, 11B). RW: query, key and value head by head, 
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lowbit.models.family import Family, FoldRule, FusedRows, Group, Heads
+from lowbit.models.family import Family, FoldRule, Group, Heads
 
 QKV = "self_attention.query_key_value"
 UP = "mlp.dense_h_to_4h"
@@ -35,14 +36,6 @@ def _groups(config: Any) -> tuple[Group, ...]:
     )
 
 
-def _folds(config: Any) -> tuple[FoldRule, ...]:
-    return (
-        *(FoldRule("norm", norm, readers) for norm, readers in _norms(config).items()),
-        FoldRule("values", QKV, ("self_attention.dense",)),
-        FoldRule("rotary", QKV, (QKV,)),
-    )
-
-
 def _heads(config: Any) -> Heads:
     if config.new_decoder_architecture:
         keys = config.num_kv_heads
@@ -53,12 +46,33 @@ def _heads(config: Any) -> Heads:
     return Heads(config.num_attention_heads, keys, width, rotary)
 
 
-def _fused_rows(config: Any) -> FusedRows:
+def _parts(config: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of the fused matrix that are queries, keys and values, heads in order."""
     heads = _heads(config)
     # All three arrangements: per key head its queries, then the key, then the value.
     rows = torch.arange((heads.queries + 2 * heads.keys) * heads.width)
     rows = rows.view(heads.keys, heads.queries // heads.keys + 2, heads.width)
-    return FusedRows(rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten())
+    return rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()
+
+
+def query_rows(config: Any) -> Tensor:
+    return _parts(config)[0]
+
+
+def key_rows(config: Any) -> Tensor:
+    return _parts(config)[1]
+
+
+def value_rows(config: Any) -> Tensor:
+    return _parts(config)[2]
+
+
+def _folds(config: Any) -> tuple[FoldRule, ...]:
+    return (
+        *(FoldRule("norm", norm, readers) for norm, readers in _norms(config).items()),
+        FoldRule("values", QKV, ("self_attention.dense",), _heads, value_rows),
+        FoldRule("rotary", QKV, (QKV,), _heads, query_rows, key_rows),
+    )
 
 
 FALCON = Family(
@@ -67,7 +81,5 @@ FALCON = Family(
     blocks="transformer.h",
     groups=_groups,
     folds=_folds,
-    heads=_heads,
-    fused_rows=_fused_rows,
     tuple_output=True,
 )

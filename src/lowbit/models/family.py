@@ -2,7 +2,7 @@
 
 Names are relative to a block, as transformers has them in memory; `*` stands for the number of an
 expert. A rule whose modules a block does not have does not apply to that block (Qwen3-MoE mixes
-dense and sparse blocks), but a rule that matches by halves is an error.
+dense and sparse blocks), but a rule of which a block has some modules and not others is an error.
 """
 
 from collections.abc import Callable
@@ -22,15 +22,6 @@ class Group:
 
 
 @dataclass(frozen=True)
-class FoldRule:
-    """A Fold before the sizes are known; see `lowbit.blocks.Fold` for the kinds."""
-
-    kind: Literal["norm", "values", "gated", "rotary"]
-    source: str
-    readers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Heads:
     """The geometry of attention, as config.json has it."""
 
@@ -38,15 +29,6 @@ class Heads:
     keys: int  # key and value heads
     width: int  # channels of one head
     rotary: int  # channels of a head that RoPE turns, in pairs (i, i + rotary / 2); 0: none
-
-
-@dataclass(frozen=True)
-class FusedRows:
-    """Which rows of one fused matrix are the queries, keys and values; int64, heads in order."""
-
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
 
 
 def heads_of(config: Any) -> Heads:
@@ -62,6 +44,27 @@ def heads_of(config: Any) -> Heads:
     )
 
 
+Rows = Callable[[Any], Tensor]  # a config to row numbers of one matrix, int64
+
+
+@dataclass(frozen=True)
+class FoldRule:
+    """A fold before the sizes are known; `lowbit.blocks.Fold` explains the kinds.
+
+    source: the module that is divided; readers: the modules that are multiplied.
+    heads: the attention heads, a function of the config; used by "values" and "rotary".
+    source_rows, reader_rows: functions of the config that pick the rows of a fused matrix which
+        belong to this fold (Falcon's query_key_value, Phi-3's gate_up_proj); None: all rows.
+    """
+
+    kind: Literal["norm", "values", "gated", "rotary"]
+    source: str
+    readers: tuple[str, ...]
+    heads: Callable[[Any], Heads] = heads_of
+    source_rows: Rows | None = None
+    reader_rows: Rows | None = None
+
+
 @dataclass(frozen=True)
 class Family:
     """One table. `groups` and `folds` are functions of config.json only where it changes them."""
@@ -72,8 +75,6 @@ class Family:
     groups: Callable[[Any], tuple[Group, ...]]
     folds: Callable[[Any], tuple[FoldRule, ...]]
     skip: tuple[str, ...] = ()  # matrices that are never quantized
-    heads: Callable[[Any], Heads] = heads_of
-    fused_rows: Callable[[Any], FusedRows] | None = None
     tuple_output: bool = False  # a block returns (hidden, ...) instead of hidden
 
 

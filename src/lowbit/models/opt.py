@@ -9,13 +9,14 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def _heads(config: Any) -> Heads:
+    """Positions are learned: no channel is rotated."""
     return replace(heads_of(config), rotary=0)
 
 
 def _folds(config: Any) -> tuple[FoldRule, ...]:
     inside = (
         FoldRule("values", "self_attn.v_proj", ("self_attn.out_proj",)),
-        FoldRule("rotary", "self_attn.q_proj", ("self_attn.k_proj",)),
+        FoldRule("rotary", "self_attn.q_proj", ("self_attn.k_proj",), heads=_heads),
     )
     if not config.do_layer_norm_before:  # 350m: the residual reads the norms too
         return inside
@@ -37,5 +38,4 @@ OPT = Family(
         Group("mlp.output", ("fc2",)),
     ),
     folds=_folds,
-    heads=_heads,
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.blocks import Fold, LinearGroup
-from lowbit.models.family import Family, FoldRule, FusedRows, Heads, rotary_channels
+from lowbit.models.family import Family, FoldRule, rotary_channels
 
 
 def groups_of(family: Family, config: Any, block: nn.Module) -> tuple[LinearGroup, ...]:
@@ -27,11 +27,11 @@ def folds_of(family: Family, config: Any, block: nn.Module) -> tuple[Fold, ...]:
     for rule in family.folds(config):
         if "*" in rule.source:
             for _, names in _matches((rule.source, *rule.readers), modules, family):
-                found.append(_fold(rule, names[0], names[1:], family, config, modules))
+                found.append(_fold(rule, names[0], names[1:], config, modules))
             continue
         readers = tuple(name for pattern in rule.readers for name in _expand(pattern, modules))
         if _applies(rule, modules, family) and _has_weight(modules[rule.source]):
-            found.append(_fold(rule, rule.source, readers, family, config, modules))
+            found.append(_fold(rule, rule.source, readers, config, modules))
     return tuple(found)
 
 
@@ -75,45 +75,46 @@ def _applies(rule: FoldRule, modules: dict[str, nn.Module], family: Family) -> b
 
 def _half_matched(patterns: tuple[str, ...], found: list[list[str]], family: Family) -> str:
     counts = ", ".join(f"{p}: {len(names)}" for p, names in zip(patterns, found, strict=True))
-    return f"the table of {family.name} matches this block by halves ({counts})"
+    return f"family {family.name}: some modules of this rule are missing in the block: {counts}"
 
 
 def _fold(
     rule: FoldRule,
     source: str,
     readers: tuple[str, ...],
-    family: Family,
     config: Any,
     modules: dict[str, nn.Module],
 ) -> Fold:
-    heads = family.heads(config)
-    fused = family.fused_rows(config) if family.fused_rows and rule.kind != "norm" else None
     if rule.kind == "rotary":
-        return _rotary_fold(source, readers, heads, fused, modules)
-    size = _channels(modules[source]) if fused is None else len(fused.values)
+        return _rotary_fold(rule, source, readers, config, modules)
+    rows = None if rule.source_rows is None else rule.source_rows(config)
+    size = _channels(modules[source]) if rows is None else len(rows)
     channel_map = None
-    if rule.kind == "values" and heads.queries != heads.keys:
-        by_head = torch.arange(size).view(heads.keys, heads.width)
-        channel_map = by_head.repeat_interleave(heads.queries // heads.keys, 0).flatten()
+    if rule.kind == "values":
+        heads = rule.heads(config)
+        if heads.queries != heads.keys:
+            by_head = torch.arange(size).view(heads.keys, heads.width)
+            channel_map = by_head.repeat_interleave(heads.queries // heads.keys, 0).flatten()
     biased = all(_has_bias(modules[name]) for name in (source, *readers))
     return Fold(
         kind=rule.kind,
         source=source,
         readers=readers,
         size=size,
-        source_rows=None if fused is None else fused.values,
+        source_rows=rows,
         reader_channels=channel_map,
         shiftable=biased and rule.kind in ("norm", "values"),
     )
 
 
 def _rotary_fold(
+    rule: FoldRule,
     source: str,
     readers: tuple[str, ...],
-    heads: Heads,
-    fused: FusedRows | None,
+    config: Any,
     modules: dict[str, nn.Module],
 ) -> Fold:
+    heads = rule.heads(config)
     channels, size = rotary_channels(heads)
     if isinstance(modules[source], nn.Linear):
         queries = channels.repeat_interleave(heads.queries // heads.keys, 0).flatten()
@@ -126,9 +127,9 @@ def _rotary_fold(
         source=source,
         readers=readers,
         size=size,
-        source_rows=None if fused is None else fused.queries,
+        source_rows=None if rule.source_rows is None else rule.source_rows(config),
         source_channels=queries,
-        reader_rows=None if fused is None else fused.keys,
+        reader_rows=None if rule.reader_rows is None else rule.reader_rows(config),
         reader_channels=keys,
     )
 
