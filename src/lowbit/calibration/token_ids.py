@@ -1,0 +1,72 @@
+"""Calibration windows that the caller has tokenized already."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.calibration.windows import TokenWindows
+
+NAME = "token ids"  # of the source, in config.json
+
+
+@dataclass(frozen=True, eq=False)
+class TokenIds:
+    """Calibration text as token ids, in place of a `Calibration`.
+
+    ids: (windows, tokens) of an integer dtype, or as many rows of equal length.
+    seed: of all random choices of the run.
+    """
+
+    ids: Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
+    seed: int = 0
+
+    def windows(self, vocabulary: int, context: int | None) -> TokenWindows:
+        """The windows, checked.
+
+        vocabulary: the number of tokens that the model knows.
+        context: the longest input that the model takes, if there is such a limit.
+        Raises ValueError for rows that differ in length, are too long, or hold other numbers.
+        """
+        tokens = self._as_tensor()
+        windows, seqlen = tokens.shape
+        if windows < 1 or seqlen < 2:
+            raise ValueError(
+                f"calibration token ids are {windows} rows of {seqlen}: at least one row of at "
+                "least 2 tokens is needed"
+            )
+        if context is not None and seqlen > context:
+            raise ValueError(
+                f"calibration token ids are rows of {seqlen:,}: the model's context is {context:,}"
+            )
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"calibration token ids go from {low} to {high}: allowed are 0 to {vocabulary - 1},"
+                " the model's vocabulary"
+            )
+        digest = hashlib.sha256(f"{windows} {seqlen} ".encode() + tokens.numpy().tobytes())
+        source = {"name": NAME, "windows": windows, "tokens": tokens.numel(), "documents": 0}
+        return TokenWindows(tokens, digest.hexdigest(), seqlen, [source])
+
+    def _as_tensor(self) -> Tensor:
+        """(windows, tokens) int64 on the CPU."""
+        rows = [torch.as_tensor(row) for row in self.ids]
+        lengths = sorted({tuple(row.shape) for row in rows})
+        if any(len(shape) != 1 for shape in lengths) or len(lengths) > 1:
+            shown = ", ".join(str(list(shape)) for shape in lengths[:3])
+            raise ValueError(
+                f"calibration token ids have rows of the shapes {shown}: allowed are rows of one "
+                "length; cut the text into windows"
+            )
+        if not rows:
+            raise ValueError("calibration token ids are empty: at least one row is needed")
+        tokens = torch.stack(rows).cpu()
+        whole = not (
+            tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool
+        )
+        if tokens.numel() and not whole:
+            raise ValueError(f"calibration token ids are {tokens.dtype}: allowed are integers")
+        return tokens.long()
