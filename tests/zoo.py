@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowbit.blocks import Batch, BlockTask, Stream
 from lowbit.blocks.capture import call_block
+from lowbit.events import BlockLog, OnEvent
 from lowbit.models.source import SourceModel
 
 MODELS = Path(__file__).parents[1] / "examples" / "models"
@@ -195,10 +196,15 @@ def task(
         folds=model.folds(block_name),
         streams={"float": Stream(hidden, kwargs[block])}
         | dict.fromkeys(("quantized", *WIDTHS), Stream(noisy, kwargs[block])),
-        generator=torch.Generator().manual_seed(0),
-        log=lambda event: None,
+        seed=0,
+        log=log(),
         attentions=model.attentions(block_name),
     )
+
+
+def log(emit: OnEvent = lambda event: None) -> BlockLog:
+    """A log of the block that `task` makes."""
+    return BlockLog(emit=emit, block="model.layers.0", index=0, of=2)
 
 
 def streamed_logits(model: SourceModel, whole: PreTrainedModel, batch: Tensor) -> Tensor:

@@ -17,10 +17,12 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from lowbit.blocks import Batch, BlockResult, Event, Stream
+from lowbit.blocks import Batch, Stream
 from lowbit.calibration import TokenWindows
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
 from lowbit.checkpoint.reader import TensorInfo
+from lowbit.events import Event
+from lowbit.methods.result import BlockResult
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.memory import PeakMemory
 from lowbit.pipeline.results import result_of
@@ -47,7 +49,7 @@ class Stage:
     per_batch: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One block loaded, quantized, written and left behind by all streams.
 
@@ -69,7 +71,7 @@ class Trial:
         return self.fixed + batches * (self.per_batch + epochs * self.per_epoch)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rehearsal:
     """batches: how many windows made one, and how many there were. hashing: seconds per byte.
 
@@ -111,7 +113,16 @@ def rehearse(job: Job, windows: TokenWindows | None) -> Rehearsal:
         record = writer.record(0)
         assert record is not None
         written = CheckpointReader.of_file(writer.folder / record["file"]).tensors
-        return Rehearsal(len(hidden), hashing, outside[0], written, record, capture, kinds, trials)
+        return Rehearsal(
+            batches=len(hidden),
+            hashing=hashing,
+            outside=outside[0],
+            outside_tensors=written,
+            outside_record=record,
+            capture=capture,
+            kinds=kinds,
+            trials=trials,
+        )
 
 
 def linear_kinds(job: Job) -> list[Kinds]:
