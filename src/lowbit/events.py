@@ -1,8 +1,9 @@
 """What a run reports while it works: what `on_event` gets, and the lines of OUT/events.jsonl.
 
-There is one class for each kind of event. Its `kind` is the word by which events.jsonl names it, and
-its fields are the other keys of the line, beside the time; a field that is None is left out. A run
-emits, in this order:
+There is one class for each kind of event. Its `kind` is the word by which events.jsonl names it;
+its fields are the other keys of the line, beside the time. A field that is None is left out.
+
+A run emits, in this order:
 
     DryRunStarted                     before a long run, or on request
     RunStarted                        DryRunFinished follows if there was a dry run
@@ -13,8 +14,8 @@ emits, in this order:
     BlockFinished
     RunFinished
 
-or RunComplete alone, where nothing was left to do. `lowbit.preprocess` emits the events of its first
-pass, then TrainingStarted, TrainingStep after every few steps, and RunFinished.
+or RunComplete alone, where nothing was left to do. `lowbit.preprocess` emits the events of its
+first pass, then TrainingStarted, TrainingStep after every few steps, and RunFinished.
 """
 
 from collections.abc import Callable
@@ -193,7 +194,7 @@ class TrainingStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStep(Event):
-    """`lowbit.preprocess` has trained for `step` of its steps. loss: the mean since the last one."""
+    """`lowbit.preprocess` has taken `step` of its steps. loss: the mean since the last event."""
 
     kind: ClassVar[str] = "step"
 

@@ -136,9 +136,7 @@ class RunReport(_Report):
     blocks: by the block's name; their linears are named relative to the block.
     """
 
-    fallbacks: dict[Name, str] = Field(
-        {}, validation_alias=AliasChoices("fallbacks", "given_up")
-    )
+    fallbacks: dict[Name, str] = Field({}, validation_alias=AliasChoices("fallbacks", "given_up"))
     left_float: list[Name] = []
     blocks: dict[Name, BlockReport] = {}
 

@@ -37,6 +37,7 @@ class Fit:
     curve: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
+
 def fit(
     groups: Sequence[ParameterGroup],
     loss: Callable[[int], Tensor],
@@ -45,7 +46,7 @@ def fit(
     log: BlockLog,
     weight_decay: float = 0.0,
 ) -> Fit:
-    """Minimises the mean of loss(0), ..., loss(batches - 1); the best values stay in the parameters.
+    """Minimises the mean of loss(0), ..., loss(batches - 1), and leaves the best values in place.
 
     Batches are taken in order. After each epoch the loss is measured over all batches at fixed
     parameters; the best of these and of the initial values are kept. A non-finite loss or gradient

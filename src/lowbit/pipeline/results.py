@@ -91,10 +91,7 @@ def _report_on_disk(report: BlockReport, source: SourceModel, block: str) -> Blo
     """The report with linears named as on disk, relative to the block."""
     inside = f"{block_on_disk(source, block)}."
     return report.renamed(
-        {
-            name: source.disk_name(f"{block}.{name}").removeprefix(inside)
-            for name in report.linears
-        }
+        {name: source.disk_name(f"{block}.{name}").removeprefix(inside) for name in report.linears}
     )
 
 

@@ -54,9 +54,9 @@ def quantize(
     """Quantizes `model` (a folder or a hub id) into the folder `out` and returns that folder.
 
     The same call continues an interrupted run to the same bytes. calibration: what the streams are
-    made of; unused by methods without streams. on_event: called with every event (see `lowbit.events`). options: the
-    fields of `RunOptions`. Raises ValueError for anything that the caller can mend; what was
-    finished stays in `out`.
+    made of; unused by methods without streams. on_event: called with every event (see
+    `lowbit.events`). options: the fields of `RunOptions`. Raises ValueError for anything that the
+    caller can mend; what was finished stays in `out`.
     """
     return _Run(Job(model, method, calibration, RunOptions(**options)), on_event).into(Path(out))
 

@@ -1,7 +1,7 @@
 """What OmniQuant learns of a block: how ranges are clipped, and how channels are scaled.
 
-OmniQuant (arXiv 2308.13137), sections 3.2 and 3.3. The methods that use it decide which rounding the
-grids are for, and what the loss is.
+OmniQuant (arXiv 2308.13137), sections 3.2 and 3.3. The methods that use it decide which rounding
+the grids are for, and what the loss is.
 """
 
 from collections.abc import Mapping, Sequence

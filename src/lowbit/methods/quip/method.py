@@ -34,7 +34,7 @@ from lowbit.formats.lattice.incoherence import (
 )
 from lowbit.methods.method import Method
 from lowbit.methods.quip.signs import Merged, merge_signs
-from lowbit.methods.quip.words import Rounder, RowScale, Spread, Words, spread
+from lowbit.methods.quip.words import Rounder, RowScale, Spread, spread
 from lowbit.methods.result import (
     NOT_POSITIVE_DEFINITE,
     BlockResult,
