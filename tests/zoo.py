@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lowbit.blocks import Batch, BlockTask, Stream
 from lowbit.blocks.capture import call_block
 from lowbit.events import BlockLog, OnEvent
+from lowbit.methods.result import BlockResult
 from lowbit.models.source import SourceModel
 
 MODELS = Path(__file__).parents[1] / "examples" / "models"
@@ -205,6 +206,12 @@ def task(
 def log(emit: OnEvent = lambda event: None) -> BlockLog:
     """A log of the block that `task` makes."""
     return BlockLog(emit=emit, block="model.layers.0", index=0, of=2)
+
+
+def fallbacks(result: BlockResult) -> dict[str, str]:
+    """The sentence of every linear that fell back."""
+    found = result.report.linears.items()
+    return {name: linear.fallback for name, linear in found if linear.fallback is not None}
 
 
 def streamed_logits(model: SourceModel, whole: PreTrainedModel, batch: Tensor) -> Tensor:

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit.blocks import BlockResult
 from lowbit.blocks.install import install, replace_module
+from lowbit.methods.result import BlockResult
 
 
 def block() -> nn.Module:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowbit.blocks import Event
 from lowbit.blocks.training import RATE_CUT, TRIES, Fit, ParameterGroup, fit, mean_loss
+from lowbit.events import Event
 
 TARGETS = torch.tensor([1.0, 2.0, 3.0])  # one for each batch; their mean is 2
 NAN, INF = float("nan"), float("inf")
@@ -84,7 +84,7 @@ def test_a_loss_that_is_never_finite_leaves_the_initial_values(bad: float) -> No
     assert run.x.item() == 0 and found.after == found.before and found.best_epoch == 0
     assert found.failures == [f"non-finite loss in epoch 1 of try {i}" for i in (1, 2, 3)]
     assert run.kinds() == ["warning"] * TRIES
-    assert run.events[0].data["text"] == found.failures[0]
+    assert run.events[0].text == found.failures[0]
     # Each try starts again at 0, with a tenth of the rate.
     steps = [x for x in run.visited if x]
     assert run.visited[::2] == [0] * TRIES

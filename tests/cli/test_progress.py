@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lowbit.blocks import Event
 from lowbit.cli import progress
 from lowbit.cli.progress import RunProgress
+from lowbit.events import Event
 
 
 class Flushed(io.StringIO):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from zoo import MODELS
 
-from lowbit.blocks import Event
 from lowbit.checkpoint.output import size_of
 from lowbit.cli.progress import RunProgress
+from lowbit.events import Event
 from lowbit.methods import RTN, OmniQuant
 from lowbit.recipes import load_recipe
 

@@ -12,11 +12,11 @@ import zoo
 from torch import Tensor
 
 import lowbit
-from lowbit.blocks import BlockResult
 from lowbit.blocks.capture import call_block
 from lowbit.checkpoint import CheckpointReader, QuantizedFolder
 from lowbit.formats.base import QuantizedLinear
 from lowbit.methods import OmniQuant
+from lowbit.methods.result import BlockResult
 from lowbit.models.source import SourceModel
 from lowbit.pipeline.job import Job
 

@@ -8,7 +8,7 @@ import quantized
 import torch
 from safetensors.torch import load_file
 
-from lowbit.blocks import Event
+from lowbit.events import Event
 from lowbit.methods import OmniQuant
 
 METHOD = quantized.METHODS["omniquant"]

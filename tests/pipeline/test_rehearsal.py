@@ -10,9 +10,9 @@ import pytest
 import quantized
 import torch
 
-from lowbit.blocks import BlockResult
 from lowbit.checkpoint import CheckpointReader
 from lowbit.methods import GPTQ, RTN, Method, OmniQuant
+from lowbit.methods.result import BlockResult
 from lowbit.pipeline import rehearsal
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import RunOptions

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lowbit
-from lowbit.blocks import BlockResult, BlockTask, Event
+from lowbit.blocks import BlockTask
 from lowbit.checkpoint import CheckpointReader
+from lowbit.events import Event
 from lowbit.methods import RTN, OmniQuant
+from lowbit.methods.result import BlockResult
 from lowbit.models.source import SourceModel
 from lowbit.pipeline import job, run
 

@@ -11,7 +11,7 @@ import torch
 import zoo
 from torch.nn import functional
 
-from lowbit.blocks import Event
+from lowbit.events import Event
 from lowbit.preprocess.lora import LoRA, train
 
 MODEL = zoo.make(zoo.ZOO["llama"])

@@ -9,9 +9,9 @@ import quantized
 import torch
 from transformers import AutoModelForCausalLM
 
-from lowbit.blocks import Event
 from lowbit.checkpoint import CheckpointReader
 from lowbit.convert import dequantize
+from lowbit.events import Event
 from lowbit.methods import RTN
 from lowbit.preprocess import LoRA, preprocess
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowbit.blocks import BlockTask, Fold
 from lowbit.blocks.folding import Tensors, apply_folds, tensors_of
 from lowbit.blocks.start import Start
-from lowbit.blocks.statistics import ChannelStatistics
+from lowbit.blocks.statistics import ChannelStatistics, tokens_by_linear
 from lowbit.blocks.training import ParameterGroup
 from lowbit.solvers.clipping import LearnedClipping, search_clipping
 from lowbit.solvers.equivalence import middle_shift, searched_scale, smooth_scale
@@ -61,7 +61,8 @@ class BlockLearner:
         self.learning = learning
         self.shapes = shapes
         self.float_tensors = tensors_of(task.block)
-        self.linears = [name for group in task.groups for name in group.linears]
+        self.tokens = tokens_by_linear(task.groups, statistics)
+        self.linears = list(self.tokens)
         self.start = Start(task)
         by_reader = {name: statistics[g.name] for g in task.groups for name in g.linears}
         seen = {name: s for name, s in by_reader.items() if s.tokens}

@@ -116,8 +116,7 @@ class MatQuant(LearningMethod):
 
     def quantize(self, task: BlockTask) -> BlockResult:
         statistics = input_statistics(task.block, task.groups, task.streams["float"])
-        tokens = tokens_by_linear(task.groups, statistics)
-        fallbacks = self.fallbacks(tokens)
+        fallbacks = self.fallbacks(tokens_by_linear(task.groups, statistics))
         learner = _Learner(self, task, statistics, set(fallbacks))
         loss = _Loss(self, task)
         fitted = fit(
@@ -138,7 +137,7 @@ class MatQuant(LearningMethod):
             factors = self.factors(task, learner, self._shares())
             failed = [n for n in learner.settings if n not in factors and n not in fallbacks]
             fallbacks |= dict.fromkeys(failed, NOT_POSITIVE_DEFINITE)
-        result = learner.result(factors, learned, tokens, fallbacks)
+        result = learner.result(factors, learned, fallbacks)
         warn_of_hessians(task, result.report.linears)
         after = fitted.after if keep else loss_nearest
         if self.rounding == "joint":  # so far it was measured with the nearest codes
@@ -245,13 +244,12 @@ class _Learner(BlockLearner):
         self,
         factors: Mapping[str, OrderedFactor],
         learned: bool,
-        tokens: Mapping[str, int],
         fallbacks: Mapping[str, str],
     ) -> BlockResult:
         """The packed block; linears in `factors` are rounded jointly, with feedback.
 
         learned: whether the grids of the linears that have enough tokens were made for the widths.
-        tokens, fallbacks: for the report of each linear.
+        fallbacks: the sentences for linears that fall back.
         """
         weights = dict(zip(self.method.widths, self.method.weights, strict=True))
 
@@ -264,7 +262,7 @@ class _Learner(BlockLearner):
                 return LinearReport(
                     signal_to_noise_db=signal_to_noise(weight, layer),
                     slices_db={width: signal_to_noise(weight, x) for width, x in slices.items()},
-                    tokens=tokens[name],
+                    tokens=self.tokens[name],
                     fallback=fallbacks.get(name),
                 )
 
@@ -272,7 +270,7 @@ class _Learner(BlockLearner):
                 plain = pack(weight, bias, grid)
                 return plain, report(plain, {})
             extra = self.settings[name].extra_precision
-            made = learned and tokens[name] >= self.method.min_tokens
+            made = learned and self.tokens[name] >= self.method.min_tokens
             nested = pack_nested(weight, bias, grid, factors.get(name), weights, extra, made)
             return nested, report(nested, {width: nested.at(width) for width in weights})
 

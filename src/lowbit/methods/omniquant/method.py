@@ -89,8 +89,7 @@ class OmniQuant(LearningMethod, GridMethod):
 
     def quantize(self, task: BlockTask) -> BlockResult:
         statistics = input_statistics(task.block, task.groups, task.streams["float"])
-        tokens = tokens_by_linear(task.groups, statistics)
-        fallbacks = self.fallbacks(tokens)
+        fallbacks = self.fallbacks(tokens_by_linear(task.groups, statistics))
         learner = _Learner(self, task, statistics, set(fallbacks))
         targets = _targets(task, self.aug_loss)
         task = replace(task, block=learner.rounding_block(task))
@@ -109,7 +108,7 @@ class OmniQuant(LearningMethod, GridMethod):
             factors = self.factors(task, learner, {"quantized": 1.0})
             failed = [n for n in learner.linears if n not in factors and n not in fallbacks]
             fallbacks |= dict.fromkeys(failed, NOT_POSITIVE_DEFINITE)
-        result = learner.result(factors, tokens, fallbacks)
+        result = learner.result(factors, fallbacks)
         warn_of_hessians(task, result.report.linears)
         after = fitted.after if keep else nearest
         if self.rounding == "gptq":  # so far it was measured with the nearest codes
@@ -179,12 +178,11 @@ class _Learner(BlockLearner):
     def result(
         self,
         factors: Mapping[str, OrderedFactor],
-        tokens: Mapping[str, int],
         fallbacks: Mapping[str, str],
     ) -> BlockResult:
         """The packed block; linears in `factors` are rounded with feedback.
 
-        tokens, fallbacks: for the report of each linear.
+        fallbacks: the sentences for linears that fall back.
         """
 
         def packed(
@@ -197,7 +195,7 @@ class _Learner(BlockLearner):
             layer.activation = self.activations.get(name)
             return layer, LinearReport(
                 signal_to_noise_db=signal_to_noise(weight, layer),
-                tokens=tokens[name],
+                tokens=self.tokens[name],
                 fallback=fallbacks.get(name),
             )
 
