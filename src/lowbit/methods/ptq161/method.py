@@ -305,7 +305,8 @@ def _rounded(weight: Tensor, error: Tensor, shared: _Shared) -> Salient:
     nearest = Salient.nearest(channels, weight, grid.scale.squeeze(1), grid.zero.squeeze(1))
     if shared.factor is None:
         return nearest
-    stored = Grid(nearest.scale.float().unsqueeze(1), grid.zero, SALIENT_BITS, None)
+    scale = nearest.scale.float().unsqueeze(1)
+    stored = Grid(scale, grid.zero, bits=SALIENT_BITS, group_size=None)
     codes, _ = gptq_codes(weight, stored, shared.factor)
     return replace(nearest, codes=codes)
 
