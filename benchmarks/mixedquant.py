@@ -36,6 +36,7 @@ from lowbit.blocks.walk import Step
 from lowbit.calibration import evaluation_text
 from lowbit.checkpoint.output import size_of
 from lowbit.eval import perplexity
+from lowbit.events import BlockLog
 from lowbit.methods import MixedQuant
 from lowbit.models.quiet import quiet
 from lowbit.models.source import SourceModel
@@ -117,8 +118,20 @@ class Bench:
         source = SourceModel(self.folder)
 
         def visit(step: Step) -> None:
-            parts = source.groups(step.name), source.folds(step.name), step.streams
-            task = BlockTask(step.name, step.block, *parts, torch.Generator(), lambda event: None)
+            task = BlockTask(
+                name=step.name,
+                block=step.block,
+                groups=source.groups(step.name),
+                folds=source.folds(step.name),
+                streams=step.streams,
+                seed=0,
+                log=BlockLog(
+                    emit=lambda event: None,
+                    block=step.name,
+                    index=step.index,
+                    of=len(source.block_names),
+                ),
+            )
             replace_module(model, step.name, reference_dynamic(method, task))
             step.advance()
 

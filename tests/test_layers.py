@@ -20,11 +20,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
     "quantities": set(),
     "patterns": set(),
+    "events": set(),
+    "run_report": set(),
     "config": set(),
     "recipes": {"config"},
     "kernels": set(),
     "formats": {"kernels", "config", "patterns"},
-    "blocks": set(),
+    "blocks": {"events"},
     "solvers": {"blocks", "kernels", "config"},
     "checkpoint": {"formats", "config", "version"},
     "models": {
@@ -33,17 +35,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         "kernels",
         "patterns",
     },  # kernels: attention rounds what it reads
-    "methods": {"blocks", "solvers", "formats", "kernels", "config", "patterns"},
+    "methods": {"blocks", "solvers", "formats", "kernels", "config", "patterns", "run_report"},
     "calibration": {"config"},
     "load": {"models", "formats", "checkpoint", "config", "version"},
     "eval": {"load", "calibration", "checkpoint", "config"},
     "export": {"formats", "checkpoint", "config", "version"},
     "convert": {"formats", "checkpoint", "config", "version"},
-    "report": {"checkpoint", "config", "quantities", "version"},
+    "report": {"checkpoint", "config", "events", "quantities", "run_report", "version"},
     "allocate": {"calibration", "checkpoint", "config", "eval", "formats", "load", "models"},
-    "preprocess": {"blocks", "calibration", "checkpoint", "config", "convert", "load", "methods"}
+    "preprocess": {"calibration", "checkpoint", "config", "convert", "events", "load", "methods"}
     | {"models", "patterns", "pipeline", "version"},
-    "auto_quip": {"blocks", "calibration", "checkpoint", "config", "load", "methods", "models"}
+    "auto_quip": {"calibration", "checkpoint", "config", "events", "load", "methods", "models"}
     | {"pipeline"},
 }
 MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {
@@ -63,11 +65,13 @@ THIRD_PARTY: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
     "blocks": {"torch"},
     "solvers": {"torch"},
+    "events": set(),
+    "run_report": {"pydantic"},
 }
 
 # one file per thing, none of which may import another: the modules that they do share
 SIBLINGS: dict[str, set[str]] = {
-    "methods": {"__init__", "grid", "learned", "method", "packing"},
+    "methods": {"__init__", "grid", "learned", "method", "packing", "result"},
     "export": {"__init__", "exporter"},
 }
 
@@ -213,7 +217,7 @@ def imports_of_siblings(module: Module) -> Iterator[str]:
 def imports_of_others(module: Module) -> Iterator[str]:
     """The layers at the bottom use torch and the standard library."""
     allowed = THIRD_PARTY.get(module.package)
-    for line, name in module.imports if allowed else ():
+    for line, name in module.imports if allowed is not None else ():
         library = name.split(".")[0]
         if library not in allowed | {"lowbit"} and library not in sys.stdlib_module_names:
             yield (

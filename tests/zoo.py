@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowbit.blocks import BlockTask, Stream
+from lowbit.events import BlockLog, OnEvent
+from lowbit.methods.result import BlockResult
 from lowbit.models.source import SourceModel
 
 MODELS = Path(__file__).parents[1] / "examples" / "models"
@@ -195,10 +197,21 @@ def task(
         folds=model.folds(block_name),
         streams={"float": Stream(first.hidden(), first.arguments, block=block)}
         | dict.fromkeys(("quantized", *WIDTHS), quantized),
-        generator=torch.Generator().manual_seed(0),
-        log=lambda event: None,
+        seed=0,
+        log=log(),
         attentions=model.attentions(block_name),
     )
+
+
+def log(emit: OnEvent = lambda event: None) -> BlockLog:
+    """A log of the block that `task` makes."""
+    return BlockLog(emit=emit, block="model.layers.0", index=0, of=2)
+
+
+def fallbacks(result: BlockResult) -> dict[str, str]:
+    """The sentence of every linear that fell back."""
+    found = result.report.linears.items()
+    return {name: linear.fallback for name, linear in found if linear.fallback is not None}
 
 
 def streamed_logits(model: SourceModel, whole: PreTrainedModel, batch: Tensor) -> Tensor:

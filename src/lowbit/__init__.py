@@ -6,7 +6,7 @@
 Importing it also teaches transformers to load what it writes.
 """
 
-from lowbit import methods
+from lowbit import events, methods
 from lowbit.auto_quip import QuipQuantizer, load_quantized_model
 from lowbit.calibration import Calibration
 from lowbit.formats.nested.widths import set_bits
@@ -19,6 +19,7 @@ __all__ = [
     "Estimate",
     "QuipQuantizer",
     "__version__",
+    "events",
     "load",
     "load_quantized_model",
     "methods",

@@ -11,7 +11,6 @@ a CPU will do, and an argument that is not known is an error.
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,10 +19,10 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedModel
 
-from lowbit.blocks import Event
 from lowbit.calibration import Calibration
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.config import Config
+from lowbit.events import OnEvent
 from lowbit.load import load_model
 from lowbit.methods import QuIP
 from lowbit.models.locate import locate
@@ -118,7 +117,7 @@ class QuipQuantizer(Config):
         model: PreTrainedModel,
         tokenizer: Any,
         save_dir: str | Path | None = None,
-        on_event: Callable[[Event], None] = lambda event: None,
+        on_event: OnEvent = lambda event: None,
     ) -> PreTrainedModel:
         """A quantized model that can generate at once; the one given stays as it was.
 
@@ -139,7 +138,7 @@ class QuipQuantizer(Config):
         self,
         model: str | Path,
         out: str | Path,
-        on_event: Callable[[Event], None] = lambda event: None,
+        on_event: OnEvent = lambda event: None,
     ) -> Path:
         """The same for a folder or a hub id; writes the folder `out` and returns it."""
         skip = self._skip(locate(model))

@@ -1,14 +1,16 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lowbit.blocks import Event
 from lowbit.blocks.training import RATE_CUT, TRIES, Fit, ParameterGroup, fit, mean_loss
+from lowbit.events import BlockLog, Event
 
 TARGETS = torch.tensor([1.0, 2.0, 3.0])  # one for each batch; their mean is 2
 NAN, INF = float("nan"), float("inf")
+QUIET = BlockLog(emit=lambda event: None, block="h.3", index=3, of=4)
 
 
 class Run:
@@ -29,7 +31,8 @@ class Run:
             return loss(self.x, index)
 
         self.recorded = recorded
-        self.fit = fit([ParameterGroup([self.x], rate)], recorded, 3, epochs, self.events.append)
+        log = replace(QUIET, emit=self.events.append)
+        self.fit = fit([ParameterGroup([self.x], rate)], recorded, 3, epochs, log)
 
     def kinds(self) -> list[str]:
         return [event.kind for event in self.events]
@@ -48,7 +51,9 @@ def test_learns() -> None:
     assert found.best_epoch == 1 + found.curve.index(found.after)
     assert found.after == mean_loss(run.recorded, 3)  # the parameters are those of the loss
     assert run.batches == [0, 1, 2] * 40 and not found.failures
-    assert [e.data["loss"] for e in run.events] == found.curve and set(run.kinds()) == {"epoch"}
+    assert [event.loss for event in run.events] == found.curve and set(run.kinds()) == {"epoch"}
+    assert [event.epoch for event in run.events] == [*range(1, 41)]
+    assert {(event.block, event.index, event.of) for event in run.events} == {("h.3", 3, 4)}
 
 
 def test_the_best_iterate_stays() -> None:
@@ -68,12 +73,12 @@ def test_the_initial_values_stay_where_all_is_worse() -> None:
 def test_one_rate_for_each_group_and_weight_decay() -> None:
     slow, fast, unused = (nn.Parameter(torch.ones(())) for _ in range(3))
     groups = [ParameterGroup([slow], 1e-3), ParameterGroup([fast, unused], 1e-1)]
-    fit(groups, lambda i: slow + fast, 1, 1, lambda e: None)
+    fit(groups, lambda i: slow + fast, 1, 1, QUIET)
     assert 1 - slow.item() == pytest.approx(1e-3, rel=1e-3)  # AdamW's first step
     assert 1 - fast.item() == pytest.approx(1e-1, rel=1e-3)
     assert unused.item() == 1
     decayed = nn.Parameter(torch.ones(()))
-    fit([ParameterGroup([decayed], 0.1)], lambda i: decayed, 1, 1, lambda e: None, weight_decay=0.5)
+    fit([ParameterGroup([decayed], 0.1)], lambda i: decayed, 1, 1, QUIET, weight_decay=0.5)
     assert decayed.item() == pytest.approx(1 - 0.1 * 0.5 - 0.1, rel=1e-3)
 
 
@@ -84,12 +89,11 @@ def test_a_loss_that_is_never_finite_leaves_the_initial_values(bad: float) -> No
     assert run.x.item() == 0 and found.after == found.before and found.best_epoch == 0
     assert found.failures == [f"non-finite loss in epoch 1 of try {i}" for i in (1, 2, 3)]
     assert run.kinds() == ["warning"] * TRIES
-    assert run.events[0].data["text"] == found.failures[0]
+    assert run.events[0].text == found.failures[0]
     # Each try starts again at 0, with a tenth of the rate.
     steps = [x for x in run.visited if x]
     assert run.visited[::2] == [0] * TRIES
     assert steps == pytest.approx([0.1 * RATE_CUT**i for i in range(TRIES)], rel=1e-3)
-    assert found.report()["failures"] == found.failures
 
 
 def test_a_smaller_rate_may_succeed() -> None:
@@ -134,12 +138,8 @@ def test_a_start_that_is_not_finite_is_left(bad: float) -> None:
 def test_nothing_to_learn(nothing: str) -> None:
     parameters = [] if nothing == "parameters" else [nn.Parameter(torch.ones(()))]
     epochs = 0 if nothing == "epochs" else 3
-    found = fit([ParameterGroup(parameters, 0.1)], lambda i: TARGETS[i], 3, epochs, print)
-    assert found == Fit(before=2, after=2) and found.report() == {
-        "before": 2,
-        "after": 2,
-        "best_epoch": 0,
-    }
+    found = fit([ParameterGroup(parameters, 0.1)], lambda i: TARGETS[i], 3, epochs, QUIET)
+    assert found == Fit(before=2, after=2)
 
 
 def test_same_steps_every_time() -> None:

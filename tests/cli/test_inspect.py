@@ -96,7 +96,8 @@ def test_mistakes(lowbit, rtn, tmp_path):
     assert shard.name in lowbit("inspect", broken, code=1).stderr
     (broken / "report.json").write_text('{"blocks": [1]}')
     shutil.copyfile(rtn / shard.name, shard)
-    assert "report.json or made_by" in lowbit("inspect", broken, code=1).stderr
+    error = lowbit("inspect", broken, code=1).stderr
+    assert "report.json was edited: blocks: should be a valid dictionary" in error
     (broken / "report.json").unlink()
     assert "uniform" in lowbit("inspect", broken).stdout
     (broken / "config.json").unlink()

@@ -7,9 +7,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lowbit.blocks import Event
 from lowbit.cli import progress
 from lowbit.cli.progress import RunProgress
+from lowbit.events import (
+    BlockFinished,
+    BlockResumed,
+    BlockStarted,
+    CalibrationRead,
+    DryRunFinished,
+    DryRunStarted,
+    EpochFinished,
+    Event,
+    RunStarted,
+    Warned,
+)
 
 
 class Flushed(io.StringIO):
@@ -40,8 +51,8 @@ def place(index: int, **data: Any) -> dict[str, Any]:
 
 def start(drawn: RunProgress) -> None:
     method = {"name": "omniquant", "epochs": 4}
-    drawn(Event("run", {"out": "out", "blocks": 12, "device": "cpu", "method": method}))
-    drawn(Event("capture", {"samples": 128, "seqlen": 2048}))
+    drawn(RunStarted(out="out", blocks=12, device="cpu", method=method))
+    drawn(CalibrationRead(samples=128, seqlen=2048))
 
 
 def test_plain_lines_are_flushed_one_by_one(clock):
@@ -49,17 +60,17 @@ def test_plain_lines_are_flushed_one_by_one(clock):
     with RunProgress(Console(file=file, width=40)) as drawn:
         start(drawn)
         assert file.seen == "12 blocks on cpu\ncalibration: 128 windows of 2048 tokens\n"
-        drawn(Event("block", place(0)))
-        drawn(Event("epoch", place(0, epoch=2, loss=0.5)))
+        drawn(BlockStarted(**place(0)))
+        drawn(EpochFinished(**place(0, epoch=2, loss=0.5)))
         clock(30)
-        drawn(Event("finished", place(0, loss_rtn=2e-5, loss_after=1.5e-5, seconds=30.2)))
+        drawn(BlockFinished(**place(0, loss_rtn=2e-5, loss_after=1.5e-5, seconds=30.2)))
         line = (
             "block  1/12  rtn loss 2.00e-05 → 1.50e-05   -25.0 %      30 s  about 5 min 30 s left"
         )
         assert file.seen.splitlines()[-1] == line  # in one piece, although wider than the screen
-        drawn(Event("finished", place(11, seconds=0.04)))
+        drawn(BlockFinished(**place(11, seconds=0.04)))
         assert file.seen.splitlines()[-1] == "block 12/12     0.0 s"
-        drawn(Event("finished", place(11, seconds=1, proxy_loss=0.0123)))
+        drawn(BlockFinished(**place(11, seconds=1, proxy_loss=0.0123)))
         assert file.seen.splitlines()[-1] == "block 12/12  proxy loss up to   0.0123     1.0 s"
     assert len(file.getvalue().splitlines()) == 5 and "\x1b" not in file.getvalue()
 
@@ -69,34 +80,43 @@ def test_an_estimate_counts_the_blocks_of_this_run_only(clock):
     with RunProgress(Console(file=file)) as drawn:
         start(drawn)
         for index in range(8):
-            drawn(Event("resumed", place(index)))
+            drawn(BlockResumed(**place(index)))
         clock(1000)
-        drawn(Event("block", place(8)))
+        drawn(BlockStarted(**place(8)))
         clock(20)
-        drawn(Event("finished", place(8, seconds=20)))
+        drawn(BlockFinished(**place(8, seconds=20)))
     assert "8 of them were finished by an earlier run" in file.seen
     assert file.seen.endswith("about 1 min 00 s left\n")
 
 
-def test_a_rehearsal():
+def test_a_dry_run():
     file = Flushed()
-    found = {"linears": 4.125, "bytes": 3_370_000, "memory": 1.5e9, "seconds": 4000.0}
+    found = DryRunFinished(
+        linears=4.125,
+        model=5.0,
+        bytes=3_370_000,
+        learned=0,
+        memory=1_500_000_000,
+        seconds=4000.0,
+        seconds_per_block=300.0,
+        basis={},
+    )
     with RunProgress(Console(file=file)) as drawn:
-        drawn(Event("rehearsal", {"blocks": 12}))
-        assert drawn.bar.tasks[0].description == "rehearsing a block"
-        drawn(Event("rehearsed", found))
+        drawn(DryRunStarted(blocks=12))
+        assert drawn.bar.tasks[0].description == "dry run of one block"
+        drawn(found)
     line = "4.12 bits per weight in the linears, 3.37 MB, 1.5 GB of memory, about 1 h 06 min"
-    assert file.seen == f"rehearsed: {line}\n"
+    assert file.seen == f"dry run: {line}\n"
 
 
 def test_warnings_name_their_block():
     file = Flushed()
     with RunProgress(Console(file=file)) as drawn:
-        drawn(Event("warning", place(3, text="non-finite loss")))
-        drawn(Event("warning", place(3, text="model.layers.3: rounding to nearest was better")))
+        drawn(Warned(**place(3, text="non-finite loss")))
+        drawn(Warned(text="of the whole run"))
     assert file.seen.splitlines() == [
         "warning: model.layers.3: non-finite loss",
-        "warning: model.layers.3: rounding to nearest was better",
+        "warning: of the whole run",
     ]
 
 
@@ -107,15 +127,18 @@ def test_a_terminal_gets_a_bar(clock):
         drawn.bar.refresh()
         assert "reading the model" in file.seen
         start(drawn)
-        drawn(Event("block", place(0)))
+        drawn(BlockStarted(**place(0)))
         clock(30)
-        drawn(Event("epoch", place(0, epoch=2, loss=0.0123)))
+        drawn(EpochFinished(**place(0, epoch=2, loss=0.0123)))
         drawn.bar.refresh()
         assert "block 1/12, epoch 2/4, loss 0.0123" in file.seen
         assert "about 11 min 30 s left" in file.seen
     assert file.getvalue().endswith("\x1b[2K")  # the bar is wiped away, the lines stay
 
 
-def test_events_of_tomorrow_are_left_out():
+def test_events_that_nothing_draws_are_left_out():
+    class New(Event):
+        kind = "something new"
+
     with RunProgress(Console(file=io.StringIO())) as drawn:
-        drawn(Event("something new"))
+        drawn(New())

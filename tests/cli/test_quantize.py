@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from zoo import MODELS
 
-from lowbit.blocks import Event
 from lowbit.checkpoint.output import size_of
 from lowbit.cli.progress import RunProgress
+from lowbit.events import BlockStarted, Event
 from lowbit.methods import RTN, OmniQuant
 from lowbit.recipes import load_recipe
 
@@ -63,7 +63,7 @@ def test_the_share_of_salient_inputs_is_said(lowbit, tmp_path):
 
 def test_stopped_and_continued(lowbit, learned, learning, tmp_path, monkeypatch):
     def stop(self: RunProgress, event: Event) -> None:
-        if event.kind == "block" and event.data["index"] == 2:
+        if isinstance(event, BlockStarted) and event.index == 2:
             raise KeyboardInterrupt
         draw(self, event)
 
@@ -85,12 +85,12 @@ def test_stopped_and_continued(lowbit, learned, learning, tmp_path, monkeypatch)
     assert "the same command without --restart continues" in text
 
 
-def test_what_was_given_up_is_said(lowbit, learning, tmp_path):
+def test_what_fell_back_is_named(lowbit, learning, tmp_path):
     out = tmp_path / "out"
-    starved = ("--set", "min_tokens=1000", "--set", "epochs=0")
-    text = lowbit("quantize", MODEL, out, *learning, *starved).stdout
+    few = ("--set", "min_tokens=1000", "--set", "epochs=0")
+    text = lowbit("quantize", MODEL, out, *learning, *few).stdout
     names = "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj, "
-    assert f"gave up: 42 layers, in {out}/report.json: {names}" in text
+    assert f"fell back: 42 layers, in {out}/report.json: {names}" in text
     assert "and 39 more" in text
 
 

@@ -66,14 +66,14 @@ def test_every_family_rounds_what_its_linears_and_attentions_read(name: str) -> 
     attentions = {f"{b}.{a}" for b in source.block_names for a in source.attentions(b)}
     assert marks(model) == dict.fromkeys(attentions, ROUNDING)
     assert set(QuantizedFolder(out).attention) == {source.disk_path(a) for a in attentions}
-    given_up = json.loads((out / "report.json").read_text())["given_up"]
+    fallbacks = json.loads((out / "report.json").read_text())["fallbacks"]
     if name.startswith("falcon"):
         assert not attentions and "attention" not in quantized.section(out)
-        assert set(given_up) == set(source.block_names)
-        assert all("only the inputs of linears" in reason for reason in given_up.values())
+        assert set(fallbacks) == set(source.block_names)
+        assert all("only the inputs of linears" in reason for reason in fallbacks.values())
     else:
         assert len(quantized.section(out)["attention"]) == 1  # a range
-        assert not any("queries" in reason for reason in given_up.values())
+        assert not any("queries" in reason for reason in fallbacks.values())
     assert quantized.logits(model).isfinite().all()
 
 
@@ -93,11 +93,11 @@ def test_what_is_trained_is_what_is_packed(name: str, monkeypatch: pytest.Monkey
     seen = input_statistics(task.block, task.groups, task.streams["float"])
     learner = _Learner(method, task, seen, set())
     batch = task.streams["quantized"][0]
-    twin, packed = learner.rounding_block(task), deepcopy(task.block)
+    rounding, packed = learner.rounding_block(task), deepcopy(task.block)
     with torch.no_grad():
-        out = functional_call(twin, learner.tensors(), (batch.hidden,), batch.kwargs)
+        out = functional_call(rounding, learner.tensors(), (batch.hidden,), batch.kwargs)
         out = out[0] if isinstance(out, tuple) else out
-        method.install(packed, learner.result({}), "quantized")
+        method.install(packed, learner.result({}, {}), "quantized")
         # A scale's last bit may send a value to the next code.
         assert zoo.error(call_block(packed, batch), out) < 0.01
         assert zoo.error(call_block(task.block, batch), out) > 0.03
@@ -240,8 +240,8 @@ def test_only_some_linears(tmp_path: Path) -> None:
     assert set(marks(loaded)) == {"model.layers.1.self_attn"}
     bits = {n: m.activation.bits for n, m in loaded.named_modules() if hasattr(m, "activation")}
     assert {n for n, b in bits.items() if b == 8} == {n for n in bits if n.endswith("down_proj")}
-    given_up = json.loads((out / "report.json").read_text())["given_up"]
-    assert not any("queries" in reason for reason in given_up.values())
+    fallbacks = json.loads((out / "report.json").read_text())["fallbacks"]
+    assert not any("queries" in reason for reason in fallbacks.values())
 
 
 @pytest.mark.parametrize("name", ["opt", "mixtral"])

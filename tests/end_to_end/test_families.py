@@ -12,16 +12,16 @@ import zoo
 from torch import Tensor
 
 import lowbit
-from lowbit.blocks import BlockResult
 from lowbit.blocks.capture import call_block
 from lowbit.checkpoint import CheckpointReader, QuantizedFolder
 from lowbit.formats.base import QuantizedLinear
 from lowbit.methods import OmniQuant
+from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.models.source import SourceModel
 from lowbit.pipeline.job import Job
 
 DISCOVERED = [name for name in zoo.STRANGERS if name != "gpt2"]
-STARVING = OmniQuant(bits=3, group_size=16, epochs=1, min_tokens=12)
+FEW = OmniQuant(bits=3, group_size=16, epochs=1, min_tokens=12)
 
 
 @pytest.mark.parametrize("method", quantized.METHODS)
@@ -119,20 +119,19 @@ def test_names_on_disk_are_those_of_the_family() -> None:
 
 
 def test_an_expert_that_saw_too_little_is_named(tmp_path: Path) -> None:
-    out = quantized.quantize(quantized.source("mixtral"), tmp_path / "out", STARVING)
+    out = quantized.quantize(quantized.source("mixtral"), tmp_path / "out", FEW)
     report = json.loads((out / "report.json").read_text())
     wanted = {}
     for block, facts in report["blocks"].items():
-        assert sum(facts["tokens"][f"mlp.experts.{i}.input"] for i in range(4)) == 64
-        for group, tokens in facts["tokens"].items():
-            parts = {"input": ("w1", "w3"), "output": ("w2",)}[group.rpartition(".")[2]]
-            if tokens < STARVING.min_tokens:
-                expert = group.rpartition(".")[0].replace("mlp", "block_sparse_moe")  # on disk
-                names = [f"{block}.{expert}.{part}" for part in parts]
-                said = f"rounded to nearest: it saw only {tokens} calibration tokens"
-                wanted |= dict.fromkeys(names, said)
-    given_up = {n: t for n, t in report["given_up"].items() if ".experts." in n}
-    assert given_up == wanted != {}
+        experts = {n: known for n, known in facts["linears"].items() if ".experts." in n}
+        assert sum(known["tokens"] for n, known in experts.items() if n.endswith("w1")) == 64
+        wanted |= {
+            f"{block}.{name}": too_few_tokens(known["tokens"])
+            for name, known in experts.items()
+            if known["tokens"] < FEW.min_tokens
+        }
+    fallbacks = {n: t for n, t in report["fallbacks"].items() if ".experts." in n}
+    assert fallbacks == wanted != {}
     assert len(wanted) < 24
 
 

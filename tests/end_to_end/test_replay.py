@@ -8,7 +8,7 @@ import quantized
 import torch
 from safetensors.torch import load_file
 
-from lowbit.blocks import Event
+from lowbit.events import BlockFinished, Event
 from lowbit.methods import OmniQuant
 
 METHOD = quantized.METHODS["omniquant"]
@@ -30,8 +30,8 @@ def test_training_goes_on_where_it_ended(tmp_path: Path) -> None:
     first, losses = quantized.folder("llama", "omniquant"), {}
 
     def note(event: Event) -> None:
-        if event.kind == "finished" and event.data["index"] == 0:
-            losses[event.data["block"]] = event.data["loss_after"]
+        if isinstance(event, BlockFinished) and event.index == 0:
+            losses[event.block] = event.loss_after
 
     out = quantized.quantize(
         quantized.source(), tmp_path / "out", METHOD, start_from=first / "learned", on_event=note

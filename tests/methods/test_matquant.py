@@ -6,14 +6,16 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from lowbit.blocks import BlockResult, BlockTask, Event, Stream
+from lowbit.blocks import BlockTask, Stream
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.statistics import input_statistics
+from lowbit.events import Event
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear
 from lowbit.formats.uniform import UniformLinear
 from lowbit.methods import MatQuant
 from lowbit.methods.matquant.method import _Learner, _Loss
+from lowbit.methods.result import BlockResult, too_few_tokens
 
 G16: dict[str, Any] = {"group_size": 16, "min_tokens": 8}
 INT8 = MatQuant(**G16, lwc=False, epochs=0)  # slices of plain 8 bits
@@ -62,7 +64,7 @@ def test_what_runs_in_training_is_what_is_packed(name: str, extra_precision: boo
     learner = learner_for(task, method)
     with torch.no_grad():
         master = learner.master()
-        result = learner.result({}, True)
+        result = learner.result({}, True, {})
         for bits in (8, 4, 3, 2):
             tensors = master.at(bits, master.parts())
             for linear, packed in result.linears.items():
@@ -125,19 +127,19 @@ def test_the_report_is_true(options: dict[str, Any]) -> None:
     method = MatQuant(**G16, **options, epochs=2, init="awq")
     result = method.quantize(task)
     report = result.report
-    learned = min(report["loss_before"], *report["training"]["curve"])
-    assert (report["loss_after"] == learned) == ("rounding" not in options)
-    assert report["loss_after"] < report["loss_rtn"] and "fell_back" not in report
+    learned = min(report.loss_before, *report.training.curve)
+    assert (report.loss_after == learned) == ("rounding" not in options)
+    assert report.loss_after < report.loss_rtn and not report.fallback
     if "aug_loss" not in options:
         of_grid = {key: options[key] for key in ("symmetric", "scope") if key in options}
         plain = INT8.model_copy(update=of_grid).quantize(task)
         for key, made in (("loss_after", result), ("loss_rtn", plain)):
             found = errors(task, method, made)
             total = 0.1 * found[8] + 0.1 * found[4] + found[2]
-            assert total == pytest.approx(report[key], rel=0.02)
-    facts = report["linears"]["mlp.up_proj"]
-    assert facts["slices_db"]["8"] == facts["signal_to_noise_db"]
-    assert facts["slices_db"]["8"] > facts["slices_db"]["4"] > facts["slices_db"]["2"]
+            assert total == pytest.approx(getattr(report, key), rel=0.02)
+    found = report.linears["mlp.up_proj"]
+    assert found.slices_db[8] == found.signal_to_noise_db
+    assert found.slices_db[8] > found.slices_db[4] > found.slices_db[2]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ def test_attention_can_be_left_at_8_bits(name: str) -> None:
 
 @pytest.mark.parametrize("unseen", [False, True])
 @pytest.mark.parametrize("options", [{"let": True}, {"init": "awq", "rounding": "joint"}], ids=str)
-def test_starved_experts_are_rounded_to_nearest_and_named(
+def test_experts_with_too_few_tokens_are_rounded_to_nearest_and_named(
     options: dict[str, Any], unseen: bool
 ) -> None:
     task = zoo.task("mixtral", batches=1)
@@ -261,14 +263,14 @@ def test_starved_experts_are_rounded_to_nearest_and_named(
     least = min(seen.tokens for name, seen in statistics.items() if "experts" in name) + 1
     options = {"group_size": 16, "min_tokens": least, "epochs": 1} | options
     result = MatQuant(**options).quantize(task)
-    starved = result.report["rounded_to_nearest"]
-    assert starved and all(tokens < least for tokens in starved.values())
+    few = {n: linear.tokens for n, linear in result.report.linears.items() if linear.tokens < least}
+    assert few and zoo.fallbacks(result) == {n: too_few_tokens(seen) for n, seen in few.items()}
     plain = MatQuant(group_size=16, lwc=False, let=False, epochs=0).quantize(task)
     if "let" not in options:
-        for name in starved:
+        for name in few:
             assert torch.equal(result.linears[name].master, plain.linears[name].master)
         for name, layer in result.linears.items():
-            assert layer.entry()["trained"] == ([8] if name in starved else [8, 4, 2])
+            assert layer.entry()["trained"] == ([8] if name in few else [8, 4, 2])
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
@@ -303,9 +305,9 @@ def test_layers_say_which_widths_they_were_made_for(
 def test_what_is_worse_than_slices_of_int8_is_dropped() -> None:
     task = zoo.task("opt")
     events: list[Event] = []
-    task.log = events.append
+    task.log = zoo.log(events.append)
     result = MatQuant(**G16, let=True, alpha=0, epochs=0).quantize(task)
-    assert "fell_back" in result.report and not result.learned and not result.tensors
+    assert result.report.fallback and not result.learned and not result.tensors
     wanted = INT8.quantize(task)
     for name, layer in result.linears.items():
         assert torch.equal(layer.master, wanted.linears[name].master)

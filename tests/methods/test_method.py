@@ -1,4 +1,3 @@
-import math
 from typing import Any
 
 import pytest
@@ -6,9 +5,10 @@ import torch
 from pydantic import Field, ValidationError
 from torch import nn
 
-from lowbit.blocks import BlockResult, BlockTask
+from lowbit.blocks import BlockTask
 from lowbit.formats.uniform import UniformLinear
-from lowbit.methods.method import Method, signal_to_noise
+from lowbit.methods.method import Method
+from lowbit.methods.result import BlockResult
 
 
 class Nothing(Method):
@@ -19,7 +19,7 @@ class Nothing(Method):
     speed: float = 1.0
 
     def quantize(self, task: BlockTask) -> BlockResult:
-        return BlockResult({})
+        return BlockResult()
 
 
 def test_a_method_needs_no_text_unless_it_says_so() -> None:
@@ -67,8 +67,8 @@ def test_overrides_are_checked(fields: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("stream", "installed"), [("float", False), ("quantized", True)])
 def test_only_the_float_stream_passes_the_block_as_it_was(stream: str, installed: bool) -> None:
-    block, linear = nn.ModuleDict({"a": nn.Linear(2, 2)}), nn.Linear(2, 2)
-    Nothing().install(block, BlockResult({"a": linear}), stream)
+    block, linear = nn.ModuleDict({"a": nn.Linear(2, 2)}), packed([[9, 8], [8, 6]], 0.5)
+    Nothing().install(block, BlockResult(linears={"a": linear}), stream)
     assert (block["a"] is linear) == installed
 
 
@@ -80,13 +80,3 @@ def packed(codes: list[list[int]], scale: float) -> UniformLinear:
         bits=4,
         group_size=None,
     )
-
-
-def test_signal_to_noise() -> None:
-    linear = packed([[9, 8], [8, 6]], 0.5)  # 0.5, 0; 0, -1
-    weight = linear.dequantize()
-    assert signal_to_noise(weight, linear) == math.inf
-    assert signal_to_noise(weight + 0.25, linear) == pytest.approx(
-        10 * math.log10((0.75**2 + 0.25**2 * 2 + 0.75**2) / (4 * 0.25**2))
-    )
-    assert signal_to_noise(torch.zeros(2, 2), linear) == math.inf

@@ -9,14 +9,14 @@ import torch
 import zoo
 from torch import Tensor
 
-from lowbit.blocks import Batch, BlockResult, BlockTask
+from lowbit.blocks import Batch, BlockTask
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import apply_folds, load_changed, tensors_of
-from lowbit.blocks.install import install
 from lowbit.blocks.statistics import input_statistics
 from lowbit.formats.sorted_group import SortedGroupLinear
 from lowbit.methods import MixedQuant
 from lowbit.methods.mixedquant.ordering import column_max, column_norm
+from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.solvers.clipping import search_clipping
 from lowbit.solvers.rounding import GridShape, extremes, grid_from_range
 
@@ -41,7 +41,7 @@ def task(name: str) -> BlockTask:
 
 def output(task: BlockTask, result: BlockResult, batch: Batch | None = None) -> Tensor:
     block = deepcopy(task.block)
-    install(block, result)
+    result.install(block)
     with torch.no_grad():
         return call_block(block, batch or task.streams["quantized"][0])
 
@@ -69,9 +69,10 @@ def test_the_function_stays_in_every_family(name: str, gated: bool, smooth: floa
         assert not any("permutation" in other.state_dict() for other in others)
         folded = gated and len(group.linears) == 1 and group.name.startswith("mlp")
         assert (first.permutation is None) == folded
-        report = result.report["groups"][group.name]
-        assert report["permutation"] == ("folded" if folded else "stored")
-        assert report["salient"] == first.entry()["salient"] > 0
+        for linear in (result.report.linears[name] for name in group.linears):
+            assert linear.permutation == ("folded" if folded else "stored")
+            share = first.entry()["salient"] / first.in_features
+            assert linear.salient_ratio == round(share, 4) > 0
 
 
 def test_what_an_input_has_in_common() -> None:
@@ -128,17 +129,16 @@ def test_ranges_are_clipped_by_what_each_input_counts() -> None:
 def test_nothing_to_order(options: dict[str, Any]) -> None:
     method = MixedQuant(**COARSE | {"salient_ratio": 0.0} | options)
     result = method.quantize(task("llama"))
-    assert {g["permutation"] for g in result.report["groups"].values()} == {"none"}
+    assert {linear.permutation for linear in result.report.linears.values()} == {"none"}
     names = {key for linear in result.linears.values() for key in linear.state_dict()}
     assert names == {"packed", "scale"}
 
 
 def test_the_salient_share_that_is_reached() -> None:
     method = MixedQuant(**COARSE | {"alignment": 8, "salient_ratio": 0.05})
-    report = method.quantize(task("llama")).report["groups"]
-    found = {name: (facts["salient"], facts["salient_ratio"]) for name, facts in report.items()}
-    assert found["attention.input"] == (8, round(8 / 48, 4))
-    assert found["mlp.output"] == (8, 0.1)
+    linears = method.quantize(task("llama")).report.linears
+    assert linears["self_attn.q_proj"].salient_ratio == round(8 / 48, 4)
+    assert linears["mlp.down_proj"].salient_ratio == 8 / 80
 
 
 OUTLIERS = [5, 21, 37]
@@ -206,15 +206,16 @@ def test_a_token_is_not_changed_by_what_comes_behind_it() -> None:
     assert not torch.allclose(found[:, -3:], other[:, -3:], atol=0.1)
 
 
-def test_starved_experts_are_ordered_by_their_weights_and_named() -> None:
+def test_experts_with_too_few_tokens_are_ordered_by_their_weights_and_named() -> None:
     given = zoo.task("mixtral")
     with torch.no_grad():
         given.block.mlp.gate.weight.zero_()
     result = MixedQuant(**COARSE, rounding="gptq", smooth=0.5).quantize(given)
-    named = result.report["rounded_to_nearest"]
-    assert len(named) == 6 and set(named.values()) == {0}  # w1, w2 and w3 of two experts
-    starved = sorted({name.rpartition(".")[0] for name in named})
-    group = next(g for g in given.groups if g.linears[0] == f"{starved[0]}.w1")
+    named = zoo.fallbacks(result)
+    sentence = too_few_tokens(0, "ordered by its weights and rounded to nearest")
+    assert len(named) == 6 and set(named.values()) == {sentence}  # w1, w2 and w3 of two experts
+    experts = sorted({name.rpartition(".")[0] for name in named})
+    group = next(g for g in given.groups if g.linears[0] == f"{experts[0]}.w1")
     weights = [result.linears[name].dequantize() for name in group.linears]
     order = result.linears[group.linears[0]].permutation.long()
     largest, norm = column_max(weights)[order], column_norm(weights)[order]

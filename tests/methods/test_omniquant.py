@@ -8,13 +8,16 @@ import zoo
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lowbit.blocks import BlockResult, BlockTask, Event
+from lowbit.blocks import BlockTask
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import Tensors, apply_fold, load_changed, tensors_of
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
-from lowbit.methods import RTN, OmniQuant, learned
+from lowbit.events import Event
+from lowbit.methods import RTN, OmniQuant
+from lowbit.methods.learned import NEAREST_BETTER
 from lowbit.methods.omniquant import method as omniquant
 from lowbit.methods.omniquant.method import _Learner, _loss, _targets
+from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.solvers.clipping import WIDEST, LearnedClipping, search_clipping
 from lowbit.solvers.equivalence import searched_scale, smooth_scale
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, grid_from_range
@@ -69,12 +72,12 @@ def test_without_rounding_training_form_final_form_and_float_block_are_one(
     assert all(scale.detach().exp().std() > 0.1 for scale in learner.log_scales.values())
     monkeypatch.setattr(omniquant, "fake_quantize", lambda weight, grid: weight)
     monkeypatch.setattr(omniquant, "pack", as_float_linear)
-    monkeypatch.setattr(learned, "signal_to_noise", lambda weight, linear: 0.0)
+    monkeypatch.setattr(omniquant, "signal_to_noise", lambda weight, linear: 0.0)
     wanted = branches(task.block, {}, task)
     with torch.no_grad():
         training = branches(task.block, learner.tensors(), task)
     final = deepcopy(task.block)
-    learner.method.install(final, learner.result({}), "quantized")
+    learner.method.install(final, learner.result({}, {}), "quantized")
     assert zoo.error(training, wanted) < EXACT
     assert zoo.error(branches(final, {}, task), wanted) < EXACT
 
@@ -85,11 +88,11 @@ def test_with_activations_shifts_and_rotary_scales_are_exact_too(
 ) -> None:
     """What is learned of them changes nothing but what rounding sees."""
     line, task = zoo.ZOO[name], zoo.task(name, batches=2)
-    for place in ("lowbit.methods.omniquant.rounding_copy", "lowbit.models.attention"):
-        monkeypatch.setattr(f"{place}.round_tokens", lambda x, **rounding: x)
+    for place in ("lowbit.formats.activation", "lowbit.models.attention"):
+        monkeypatch.setattr(f"{place}.round_tokens", lambda x, *args, **rounding: x)
     monkeypatch.setattr(omniquant, "fake_quantize", lambda weight, grid: weight)
     monkeypatch.setattr(omniquant, "pack", as_float_linear)
-    monkeypatch.setattr(learned, "signal_to_noise", lambda weight, linear: 0.0)
+    monkeypatch.setattr(omniquant, "signal_to_noise", lambda weight, linear: 0.0)
     learner = learner_for(task, let=True, activation_bits=4)
     kinds = ("norm", "values", "rotary") if task.attentions else ("norm", "values")
     assert len(learner.folds) == sum(line.folds[0][kind] for kind in kinds)
@@ -99,7 +102,7 @@ def test_with_activations_shifts_and_rotary_scales_are_exact_too(
     with torch.no_grad():
         training = branches(learner.rounding_block(task), learner.tensors(), task)
     final = deepcopy(task.block)
-    learner.method.install(final, learner.result({}), "quantized")
+    learner.method.install(final, learner.result({}, {}), "quantized")
     assert zoo.error(training, wanted) < EXACT
     assert zoo.error(branches(final, {}, task), wanted) < EXACT
 
@@ -163,8 +166,8 @@ def test_transformation_repairs_outliers(name: str) -> None:
     task = BlockTask(**vars(task) | {"block": block})
     w4a4: dict[str, Any] = {"bits": 4, "activation_bits": 4, "epochs": 1}
     clipped, moved = (OmniQuant(**w4a4, let=let).quantize(task).report for let in (False, True))
-    assert moved["loss_after"] < 0.2 * clipped["loss_after"]
-    assert moved["loss_rtn"] == clipped["loss_rtn"] > 5 * moved["loss_after"]
+    assert moved.loss_after < 0.2 * clipped.loss_after
+    assert moved.loss_rtn == clipped.loss_rtn > 5 * moved.loss_after
 
 
 @every_family
@@ -204,7 +207,7 @@ def test_codes_in_training_are_the_codes_that_are_packed(
     options: dict[str, Any] = {"bits": bits, "group_size": group_size} | zeros
     learner = learner_for(task, let=True, **options)
     perturb(learner)
-    result, folded, tensors = learner.result({}), learner.folded(), learner.tensors()
+    result, folded, tensors = learner.result({}, {}), learner.folded(), learner.tensors()
     different = total = 0
     for linear, packed in result.linears.items():
         weight = folded[f"{linear}.weight"].detach()
@@ -229,12 +232,13 @@ def test_learning_helps_and_the_report_is_true(name: str, options: dict[str, Any
     method = OmniQuant(**W3, epochs=3, min_tokens=8, **options)
     result = method.quantize(task)
     report = result.report
-    before, after, curve = (report["training"][key] for key in ("before", "after", "curve"))
-    assert report["loss_before"] == before and len(curve) == 3
-    assert report["loss_after"] == after == min(before, *curve) < report["loss_rtn"]
-    assert "fell_back" not in report and "rounded_to_nearest" not in report
+    before, after, curve = (getattr(report.training, key) for key in ("before", "after", "curve"))
+    assert report.loss_before == before and len(curve) == 3
+    assert report.loss_after == after == min(before, *curve) < report.loss_rtn
+    assert not report.fallback and not zoo.fallbacks(result)
     for key, made in (("loss_after", result), ("loss_rtn", RTN(**W3).quantize(task))):
-        assert measured(task, made, "aug_loss" in options) == pytest.approx(report[key], rel=0.02)
+        found = measured(task, made, "aug_loss" in options)
+        assert found == pytest.approx(getattr(report, key), rel=0.02)
     kinds = {kind for n in result.learned for kind in ("fold.", ".clip_") if kind in n}
     wanted = {"fold."} if "let" in options else set()
     assert kinds == wanted | ({".clip_"} if options.get("lwc", True) else set())
@@ -256,8 +260,8 @@ def measured(task: BlockTask, result: BlockResult, aug_loss: bool = False) -> fl
 @pytest.mark.parametrize("name", ["llama", "opt", "falcon 11b", "qwen3_moe"])
 def test_clipping_is_learned(name: str) -> None:
     """Training, not only its start, makes the loss smaller."""
-    fit = OmniQuant(**W3, epochs=12, min_tokens=8).quantize(zoo.task(name)).report["training"]
-    assert fit["after"] < 0.99 * fit["before"] and fit["best_epoch"] > 0
+    fit = OmniQuant(**W3, epochs=12, min_tokens=8).quantize(zoo.task(name)).report.training
+    assert fit.after < 0.99 * fit.before and fit.best_epoch > 0
 
 
 def test_the_second_target_is_the_float_block_on_the_quantized_stream() -> None:
@@ -277,15 +281,13 @@ def test_the_second_target_is_the_float_block_on_the_quantized_stream() -> None:
 def test_training_that_blows_up_falls_back_and_says_so() -> None:
     task = zoo.task("llama")
     events: list[Event] = []
-    task.log = events.append
+    task.log = zoo.log(events.append)
     method = OmniQuant(**W3, let=True, epochs=2, let_lr=1e5)  # exp of three steps of it is infinite
     report = method.quantize(task).report
-    assert report["training"]["failures"] == [
-        f"non-finite loss in epoch 1 of try {i}" for i in (1, 2, 3)
-    ]
-    assert report["training"]["best_epoch"] == 0
-    assert report["training"]["after"] == report["training"]["before"] == report["loss_before"]
-    assert report["loss_after"] == min(report["loss_before"], report["loss_rtn"])
+    assert report.training.failures == [f"non-finite loss in epoch 1 of try {i}" for i in (1, 2, 3)]
+    assert report.training.best_epoch == 0
+    assert report.training.after == report.training.before == report.loss_before
+    assert report.loss_after == min(report.loss_before, report.loss_rtn)
     assert [e.kind for e in events].count("warning") >= 3
 
 
@@ -293,24 +295,24 @@ def test_what_is_worse_than_rounding_to_nearest_is_dropped() -> None:
     """Untrained clipping, at 8 bits."""
     task = zoo.task("opt")
     events: list[Event] = []
-    task.log = events.append
+    task.log = zoo.log(events.append)
     result = OmniQuant(bits=8, let=True, alpha=0, epochs=0).quantize(task)
     wanted = RTN(bits=8).quantize(task)
     assert not result.tensors and not result.learned
     for name, packed in result.linears.items():
         assert torch.equal(packed.packed, wanted.linears[name].packed)
         assert torch.equal(packed.dequantize(), wanted.linears[name].dequantize())
-    assert "better than rounding to nearest" in result.report["fell_back"]
-    assert result.report["loss_before"] > result.report["loss_rtn"] == result.report["loss_after"]
+    assert result.report.fallback == NEAREST_BETTER
+    assert result.report.loss_before > result.report.loss_rtn == result.report.loss_after
     assert [event.kind for event in events] == ["warning"]
-    assert "rounding to nearest was better" in events[0].data["text"]
+    assert events[0].text == NEAREST_BETTER
 
 
 @pytest.mark.parametrize(
     "options", [{"let": True}, {"init": "awq", "let": True}, {"rounding": "gptq"}]
 )
 @pytest.mark.parametrize("unseen", [False, True])
-def test_starved_experts_are_rounded_to_nearest_and_named(
+def test_experts_with_too_few_tokens_are_rounded_to_nearest_and_named(
     unseen: bool, options: dict[str, Any]
 ) -> None:
     task = zoo.task("mixtral", batches=1)
@@ -318,18 +320,19 @@ def test_starved_experts_are_rounded_to_nearest_and_named(
         task.block.mlp.gate.weight.zero_()
     tokens = {n: s.tokens for n, s in statistics_of(task).items() if "experts" in n}
     least = min(tokens.values()) + 1
-    starved = {
+    few = {
         linear: tokens[group.name]
         for group in task.groups
         for linear in group.linears
         if tokens.get(group.name, least) < least
     }
-    assert len(starved) == (6 if unseen else 3) and (min(tokens.values()) == 0) == unseen
+    assert len(few) == (6 if unseen else 3) and (min(tokens.values()) == 0) == unseen
     result = OmniQuant(**W3, epochs=2, min_tokens=least, **options).quantize(task)
-    assert result.report["rounded_to_nearest"] == starved
-    assert {n: t for n, t in result.report["tokens"].items() if "experts" in n} == tokens
+    assert zoo.fallbacks(result) == {n: too_few_tokens(count) for n, count in few.items()}
+    found = {group.linears[0]: group.name for group in task.groups if group.name in tokens}
+    assert {g: result.report.linears[n].tokens for n, g in found.items()} == tokens
     clipped = {n.removesuffix(".clip_low") for n in result.learned if n.endswith("low")}
-    assert clipped == set(result.linears) - set(starved)
+    assert clipped == set(result.linears) - set(few)
     # The weights that they were rounded from are those of the transformed block.
     folded = deepcopy(task.block)
     if "let" in options:
@@ -340,7 +343,7 @@ def test_starved_experts_are_rounded_to_nearest_and_named(
             log_scale.data = result.learned[f"fold.{name}.log_scale"]
         load_changed(folded, learner.folded())
     wanted = RTN(**W3).quantize(BlockTask(**vars(task) | {"block": folded}))
-    for name in starved:
+    for name in few:
         assert torch.equal(result.linears[name].dequantize(), wanted.linears[name].dequantize())
 
 
@@ -383,7 +386,7 @@ def test_awq_starts_better_than_rounding_to_nearest(name: str) -> None:
     task = zoo.task(name)
     method = OmniQuant(**W3, let=True, init="awq", epochs=0, min_tokens=8)
     report = method.quantize(task).report
-    assert report["loss_before"] == report["loss_after"] < 0.95 * report["loss_rtn"]
+    assert report.loss_before == report.loss_after < 0.95 * report.loss_rtn
 
 
 @pytest.mark.parametrize("lwc", [False, True])
@@ -396,9 +399,7 @@ def test_what_is_switched_off_is_not_learned(lwc: bool, let: bool) -> None:
     assert (scales.rate, logits.rate) == (0.125, 0.25)
     if not lwc and not let:
         report = OmniQuant(lwc=False, epochs=2).quantize(task).report
-        assert (
-            report["training"]["after"] == report["loss_rtn"] and "curve" not in report["training"]
-        )
+        assert report.training.after == report.loss_rtn and not report.training.curve
 
 
 @pytest.mark.parametrize(
@@ -449,7 +450,7 @@ def test_feedback_uses_the_grid_that_was_learned() -> None:
         assert torch.equal(packed.zeros(), nearest.linears[name].zeros())
         assert not torch.equal(packed.codes(), nearest.linears[name].codes())
     assert measured(task, feedback) < measured(task, nearest)
-    assert feedback.report["loss_after"] == pytest.approx(measured(task, feedback), rel=1e-3)
+    assert feedback.report.loss_after == pytest.approx(measured(task, feedback), rel=1e-3)
 
 
 def test_a_clipped_range_keeps_its_own_zero_point() -> None:
@@ -465,6 +466,6 @@ def test_a_clipped_range_keeps_its_own_zero_point() -> None:
     wanted = grid_from_range(
         torch.sigmoid(clipping.low) * low, torch.sigmoid(clipping.high) * high, 3, 16, False
     )
-    packed = learner.result({}).linears["fc1"]
+    packed = learner.result({}, {}).linears["fc1"]
     assert torch.equal(packed.zeros().float(), wanted.zero)
     torch.testing.assert_close(packed.scale.float(), wanted.scale, rtol=1e-3, atol=0)

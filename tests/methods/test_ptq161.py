@@ -9,15 +9,17 @@ import zoo
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowbit.blocks import BlockResult, BlockTask, Event
+from lowbit.blocks import BlockTask
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.hessian import input_hessians
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
+from lowbit.events import Event
 from lowbit.formats.binary import BinaryLinear, Salient
 from lowbit.methods import PTQ161
 from lowbit.methods.ptq161 import method as ptq161
 from lowbit.methods.ptq161.binary import binarized, refit_gain, salient_count
 from lowbit.methods.ptq161.method import LEAST_COSINE, _Learner, _rounded, _Shared
+from lowbit.methods.result import NOT_POSITIVE_DEFINITE, BlockResult, too_few_tokens
 from lowbit.solvers.gptq import ordered_factor
 
 every_family = pytest.mark.parametrize("name", zoo.ZOO)
@@ -85,7 +87,7 @@ def test_the_channels_of_a_group_are_those_with_most_activation(name: str) -> No
             assert layer.shares == group.linears[0] and layer.mask is None
             assert layer.owner is first and torch.equal(layer.order(), order)  # type: ignore[arg-type]
         for linear in group.linears:
-            ratio = result.report["linears"][linear]["salient_ratio"]
+            ratio = result.report.linears[linear].salient_ratio
             assert ratio == pytest.approx(count / first.in_features, abs=1e-4)
 
 
@@ -124,11 +126,11 @@ def test_learning_helps_and_the_report_is_true(name: str, options: dict[str, Any
     method = PTQ161(**QUICK, **options)
     result = method.quantize(task)
     report = result.report
-    before, after, curve = (report["training"][key] for key in ("before", "after", "curve"))
-    assert report["loss_before"] == before <= report["loss_rtn"] and len(curve) == 3
-    assert report["loss_after"] == after == min(before, *curve) < 0.95 * before
-    assert (before == report["loss_rtn"]) == (not options)
-    assert "fell_back" not in report and "rounded_to_nearest" not in report
+    before, after, curve = (getattr(report.training, key) for key in ("before", "after", "curve"))
+    assert report.loss_before == before <= report.loss_rtn and len(curve) == 3
+    assert report.loss_after == after == min(before, *curve) < 0.95 * before
+    assert (before == report.loss_rtn) == (not options)
+    assert not report.fallback and not zoo.fallbacks(result)
     assert measured(task, result, method) == pytest.approx(after, rel=0.01)
     assert all(f"{n}.{part}" in result.learned for n in result.linears for part in LOGS)
 
@@ -254,7 +256,7 @@ def test_codes_with_feedback_stay_on_the_stored_grid() -> None:
     hessian = x.T @ x / 100
     gain = refit_gain(hessian, mask, 0.01)
     factor = ordered_factor(hessian[mask][:, mask], 0.01, act_order=True)
-    shared = _Shared("q", mask, torch.ones(20), gain, factor)
+    shared = _Shared(owner="q", mask=mask, square=torch.ones(20), gain=gain, factor=factor)
     error = weight[:, ~mask] - binarized(weight[:, ~mask], True).weight()
     found = _rounded(weight[:, mask], error, shared)
     target = weight[:, mask] + error @ gain  # type: ignore[operator]
@@ -271,7 +273,7 @@ def test_codes_with_feedback_stay_on_the_stored_grid() -> None:
 
 @pytest.mark.parametrize("unseen", [False, True])
 @pytest.mark.parametrize("options", [{}, {"init": "als", "refit_salient": True}])
-def test_starved_experts_are_binarised_by_their_weights_and_named(
+def test_experts_with_too_few_tokens_are_binarised_by_their_weights_and_named(
     unseen: bool, options: dict[str, Any]
 ) -> None:
     task = zoo.task("mixtral", batches=1)
@@ -279,19 +281,22 @@ def test_starved_experts_are_binarised_by_their_weights_and_named(
         task.block.get_parameter("mlp.gate.weight").zero_()
     tokens = {n: s.tokens for n, s in statistics_of(task).items() if "experts" in n}
     least = min(tokens.values()) + 1
-    starved = {
+    few = {
         linear: tokens[group.name]
         for group in task.groups
         for linear in group.linears
         if tokens.get(group.name, least) < least
     }
-    assert starved and (min(tokens.values()) == 0) == unseen
+    assert few and (min(tokens.values()) == 0) == unseen
     result = PTQ161(epochs=2, min_tokens=least, **options).quantize(task)
-    assert result.report["rounded_to_nearest"] == starved
-    assert {n: t for n, t in result.report["tokens"].items() if "experts" in n} == tokens
+    assert zoo.fallbacks(result) == {
+        n: too_few_tokens(count, "binarised by its weights alone") for n, count in few.items()
+    }
+    found = {group.linears[0]: group.name for group in task.groups if group.name in tokens}
+    assert {g: result.report.linears[n].tokens for n, g in found.items()} == tokens
     learned = {n.removesuffix(".row_log") for n in result.learned if n.endswith("row_log")}
-    assert learned == set(result.linears) - set(starved)
-    for name in starved:
+    assert learned == set(result.linears) - set(few)
+    for name in few:
         layer = result.linears[name]
         weight = task.block.get_parameter(f"{name}.weight")
         assert isinstance(layer, BinaryLinear) and layer.column_scale is None
@@ -306,17 +311,17 @@ def test_starved_experts_are_binarised_by_their_weights_and_named(
 def test_training_that_blows_up_falls_back_and_says_so() -> None:
     task = zoo.task("llama")
     events: list[Event] = []
-    task.log = events.append
+    task.log = zoo.log(events.append)
     report = PTQ161(epochs=2, row_lr=1e5).quantize(task).report
-    assert len(report["training"]["failures"]) == 3
-    assert report["loss_after"] == report["loss_before"] == report["loss_rtn"]
+    assert len(report.training.failures) == 3
+    assert report.loss_after == report.loss_before == report.loss_rtn
     assert [e.kind for e in events].count("warning") == 3
 
 
 def test_what_is_worse_than_mean_scales_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     task = zoo.task("opt")
     events: list[Event] = []
-    task.log = events.append
+    task.log = zoo.log(events.append)
     wanted = PTQ161(epochs=0).quantize(task)
 
     def bad(weight: Tensor, importance: Tensor, with_mean: bool) -> Any:
@@ -327,22 +332,22 @@ def test_what_is_worse_than_mean_scales_is_dropped(monkeypatch: pytest.MonkeyPat
     result = PTQ161(epochs=0, init="als").quantize(task)
     for name, layer in result.linears.items():
         assert torch.equal(layer.dequantize(), wanted.linears[name].dequantize())  # type: ignore[operator]
-    assert "signs with mean scales were better" in result.report["fell_back"]
-    assert result.report["loss_before"] > result.report["loss_rtn"] == result.report["loss_after"]
+    assert "signs with mean scales were better" in result.report.fallback
+    assert result.report.loss_before > result.report.loss_rtn == result.report.loss_after
     assert [event.kind for event in events] == ["warning"]
 
 
-def test_a_hessian_that_will_not_factor_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hessian_that_is_not_positive_definite_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     task = zoo.task("llama")
     monkeypatch.setattr(ptq161, "ordered_factor", lambda *args, **more: None)
     overrides = {"down_proj": {"salient_ratio": 0}}  # has nothing to refit
     method = PTQ161(epochs=0, refit_salient=True, overrides=overrides)
     events: list[Event] = []
-    task.log = events.append
-    report = method.quantize(task).report
-    assert report["without_feedback"] == [n for n in report["linears"] if "down" not in n]
-    assert [event.kind for event in events] == ["warning"]
-    assert ", ".join(report["without_feedback"]) in events[0].data["text"]
+    task.log = zoo.log(events.append)
+    result = method.quantize(task)
+    named = [name for name in result.linears if "down" not in name]
+    assert zoo.fallbacks(result) == dict.fromkeys(named, NOT_POSITIVE_DEFINITE)
+    assert [event.text for event in events] == [f"{', '.join(named)}: {NOT_POSITIVE_DEFINITE}"]
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
@@ -352,7 +357,7 @@ def test_what_was_learned_is_replayed_without_epochs(name: str, options: dict[st
     first = PTQ161(**options).quantize(task)
     task.start = first.learned
     again = PTQ161(**options | {"epochs": 0}).quantize(task)
-    assert again.report["loss_before"] == first.report["loss_after"]
+    assert again.report.loss_before == first.report.loss_after
     for n, layer in first.linears.items():
         for key, tensor in layer.state_dict().items():
             assert torch.equal(tensor, again.linears[n].state_dict()[key])

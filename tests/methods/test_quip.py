@@ -11,15 +11,16 @@ import torch
 import zoo
 
 import lowbit
-from lowbit.blocks import BlockResult, BlockTask
+from lowbit.blocks import BlockTask
 from lowbit.blocks.capture import call_block
-from lowbit.blocks.install import install
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.verify import quantized_entries
 from lowbit.convert import dequantize
+from lowbit.events import Event
 from lowbit.formats.lattice import LatticeLinear
 from lowbit.formats.lattice.codebooks import CODEBOOKS
 from lowbit.methods import QuIP
+from lowbit.methods.result import BlockResult, too_few_tokens
 
 QUICK: dict[str, Any] = {"codebook": "HI", "min_tokens": 8, "tune_iters": 0}
 TUNED = QuIP(**QUICK | {"codebook": "D4"}, finetune_epochs=2, sign_lr=2e-3)
@@ -28,13 +29,13 @@ TUNED = QuIP(**QUICK | {"codebook": "D4"}, finetune_epochs=2, sign_lr=2e-3)
 def outputs(task: BlockTask, result: BlockResult | None = None) -> torch.Tensor:
     block = zoo.task("llama").block if result is None else task.block
     if result is not None:
-        install(block, result)
+        result.install(block)
     with torch.no_grad():
         return torch.cat([call_block(block, batch) for batch in task.streams["float"]])
 
 
 def losses(result: BlockResult) -> dict[str, float]:
-    return {name: facts["proxy_loss"] for name, facts in result.report["linears"].items()}
+    return {name: linear.proxy_loss for name, linear in result.report.linears.items()}
 
 
 @cache
@@ -80,7 +81,7 @@ def test_the_reported_loss_is_that_of_the_layer() -> None:
 def test_row_scales_on_request(row_scale: str, kinds: set[str]) -> None:
     result = QuIP(**QUICK, row_scale=row_scale).quantize(zoo.task("llama"))
     assert {layer.entry()["scale"] for layer in result.linears.values()} == kinds
-    assert {facts["scale"] for facts in result.report["linears"].values()} == kinds
+    assert {linear.scale for linear in result.report.linears.values()} == kinds
 
 
 def test_a_scale_of_ones_own() -> None:
@@ -106,16 +107,18 @@ def test_a_group_shares_its_input(name: str) -> None:
     assert result.linears[last].entry()["codebook"] == "D4"
 
 
-def test_starved_experts_are_named() -> None:
+def test_experts_with_too_few_tokens_are_named() -> None:
     """Their inputs are those of all experts; of what is inside one that saw nothing, none know."""
     task = zoo.task("mixtral")
     with torch.no_grad():  # a tie: every token goes to the same two experts
         task.block.mlp.gate.weight.zero_()
     result = QuIP(**QUICK).quantize(task)
-    shared, nearest = (result.report[k] for k in ("shared_hessian", "rounded_to_nearest"))
+    inside = {name: sentence for name, sentence in zoo.fallbacks(result).items() if "w2" in name}
+    shared = {n: sentence for n, sentence in zoo.fallbacks(result).items() if n not in inside}
     assert len(shared) == 4 and {n.rpartition(".")[2] for n in shared} == {"w1", "w3"}
-    assert len(nearest) == 2 and {n.rpartition(".")[2] for n in nearest} == {"w2"}
-    assert {*shared.values(), *nearest.values()} == {0}
+    of_all = too_few_tokens(0, "rounded with the Hessian of all experts")
+    assert set(shared.values()) == {of_all}
+    assert len(inside) == 2 and set(inside.values()) == {too_few_tokens(0)}
     for name, layer in result.linears.items():
         weight = task.block.get_submodule(name).weight
         error = float((layer.dequantize() - weight).norm() / weight.norm())
@@ -151,10 +154,10 @@ def test_merged_signs_cost_nothing_and_change_little(name: str) -> None:
 
 
 def test_where_nothing_can_be_merged_it_is_said() -> None:
-    task, events = zoo.task("gemma2"), []
-    task.log = events.append
+    task, events = zoo.task("gemma2"), list[Event]()
+    task.log = zoo.log(events.append)
     result = QuIP(**QUICK, merge_suv=True).quantize(task)
-    assert not task.folds and "none was merged" in events[0].data["text"]
+    assert not task.folds and "none was merged" in events[0].text
     assert {layer.entry()["seed_in"] for layer in result.linears.values()} == {0}
 
 
@@ -195,11 +198,11 @@ def test_other_transforms(transform: str) -> None:
 def test_tuning_lowers_the_loss_of_the_block(name: str) -> None:
     task = zoo.task(name)
     result = TUNED.quantize(task)
-    assert result.report["loss_after"] < 0.97 * result.report["loss_before"]
+    assert result.report.loss_after < 0.97 * result.report.loss_before
     wanted = torch.cat([call_block(task.block, batch) for batch in task.streams["float"]])
     found = outputs(zoo.task(name), result)
     share = float((found - wanted).square().mean() / wanted.square().mean())
-    assert result.report["loss_after"] == pytest.approx(share, rel=1e-3)
+    assert result.report.loss_after == pytest.approx(share, rel=1e-3)
     assert result.tensors and not any(
         n.rpartition(".")[0] in result.linears for n in result.tensors
     )
@@ -214,8 +217,8 @@ def test_tuning_that_spoils_is_forgotten() -> None:
     method = TUNED.model_copy(update={"sign_lr": 10.0, "norm_lr": 10.0})
     result = method.quantize(zoo.task("llama"))
     plain = QuIP(**QUICK | {"codebook": "D4"}).quantize(zoo.task("llama"))
-    assert result.report["fell_back"] and not result.tensors
-    assert result.report["loss_after"] == result.report["loss_before"]
+    assert result.report.fallback and not result.tensors
+    assert result.report.loss_after == result.report.loss_before
     for name, layer in result.linears.items():
         assert layer.entry() == plain.linears[name].entry()
         assert torch.equal(layer.packed, plain.linears[name].packed)

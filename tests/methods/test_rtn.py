@@ -28,14 +28,14 @@ def test_every_group_over_its_whole_range(
             wrong = (found[:, start : start + size] - group).abs().amax(1) / step
             # Half a step; storing the scale in float16 moves the ends by half its last bit.
             assert float(wrong.max()) <= 0.5 + 2**bits * 2**-11
-    assert set(result.report["linears"]) == set(result.linears)
+    assert set(result.report.linears) == set(result.linears)
     assert not result.tensors and not result.learned
 
 
 def test_more_bits_make_less_noise() -> None:
     task = zoo.task("llama")
     noise = [
-        RTN(bits=bits).quantize(task).report["linears"]["mlp.up_proj"]["signal_to_noise_db"]
+        RTN(bits=bits).quantize(task).report.linears["mlp.up_proj"].signal_to_noise_db
         for bits in range(2, 9)
     ]
     gains = [b - a for a, b in zip(noise, noise[1:], strict=False)]

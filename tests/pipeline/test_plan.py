@@ -64,9 +64,19 @@ def test_what_it_is_derived_from() -> None:
 
 def rehearsal(outside: int, capture: int | None, *trials: tuple[int, int]) -> Rehearsal:
     """Peaks of each stage; a trial's, and how many streams it holds."""
-    made = [Trial(1.0, 0.0, 0.0, memory, None, held, {}, 0) for memory, held in trials]
-    captured = None if capture is None else Stage(1.0, capture)
-    return Rehearsal(4, 0.0, Stage(1.0, outside), {}, {}, captured, [], dict(enumerate(made)))
+    times: dict[str, Any] = {"fixed": 1.0, "per_batch": 0.0, "per_epoch": 0.0}
+    rest: dict[str, Any] = {"device_memory": None, "record": {}, "learned": 0}
+    made = [Trial(**times, **rest, memory=memory, held=held) for memory, held in trials]
+    return Rehearsal(
+        batches=4,
+        hashing=0.0,
+        outside=Stage(1.0, outside),
+        outside_tensors={},
+        outside_record={},
+        capture=None if capture is None else Stage(1.0, capture),
+        kinds=[],
+        trials=dict(enumerate(made)),
+    )
 
 
 MEMORY = {

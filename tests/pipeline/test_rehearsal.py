@@ -10,9 +10,10 @@ import pytest
 import quantized
 import torch
 
-from lowbit.blocks import BlockResult
 from lowbit.checkpoint import CheckpointReader
+from lowbit.formats.activation import Activation
 from lowbit.methods import GPTQ, RTN, Method, OmniQuant
+from lowbit.methods.result import BlockResult
 from lowbit.pipeline import rehearsal
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import RunOptions
@@ -67,7 +68,16 @@ def test_seconds_of_a_batch(name: str) -> None:
 
 
 def test_seconds_of_a_block() -> None:
-    trial = Trial(10.0, 2.0, 3.0, 0, None, 1, {}, 0)
+    trial = Trial(
+        fixed=10.0,
+        per_batch=2.0,
+        per_epoch=3.0,
+        memory=0,
+        device_memory=None,
+        held=1,
+        record={},
+        learned=0,
+    )
     assert trial.seconds(batches=5, epochs=4) == 10 + 5 * (2 + 4 * 3)
 
 
@@ -127,7 +137,7 @@ def test_what_reads_back_as_something_else(part: str, monkeypatch: pytest.Monkey
         if part in result.linears:
             result.linears[part].scale *= 2
         else:
-            result.attention[part]["bits"] += 1
+            result.attention[part] = Activation(bits=5, symmetric=False)
         return result
 
     monkeypatch.setattr(rehearsal, "result_of", damaged)

@@ -1,4 +1,4 @@
-"""What a run says of linears, it says by their names on disk."""
+"""What a run reports of linears has their names on disk."""
 
 import json
 import shutil
@@ -10,9 +10,9 @@ import quantized
 import lowbit
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.models.source import SourceModel
-from lowbit.pipeline.results import block_on_disk, left_float
+from lowbit.pipeline.results import block_on_disk, left_float, run_report
 
-STARVING = lowbit.methods.GPTQ(min_tokens=10_000)
+FEW = lowbit.methods.GPTQ(min_tokens=10_000)
 
 
 @pytest.fixture
@@ -32,12 +32,23 @@ def test_the_block_and_its_linears(headless: Path, tmp_path: Path) -> None:
     source = SourceModel(headless)
     assert source.block_names[1] == "model.decoder.layers.1"
     assert block_on_disk(source, "model.decoder.layers.1") == "decoder.layers.1"
-    out = quantized.quantize(headless, tmp_path / "out", STARVING)
+    out = quantized.quantize(headless, tmp_path / "out", FEW)
     report = json.loads((out / "report.json").read_text())
     entries = set(QuantizedFolder(out).entries)
     assert "decoder.layers.1.self_attn.q_proj" in entries
     listed = {f"{block}.{name}" for block, r in report["blocks"].items() for name in r["linears"]}
-    assert listed == entries == set(report["given_up"])
+    assert listed == entries == set(report["fallbacks"])
+
+
+def test_the_report_is_made_of_the_records() -> None:
+    up = {"linears": {"up": {"signal_to_noise_db": None, "fallback": "why"}}}
+    blocks = {"h.0": up, "h.1": {}}
+    records = [{"file": "outside"}, *({"on_disk": n, "report": r} for n, r in blocks.items())]
+    assert run_report(records, ["h.1.gate"]).to_json() == {
+        "fallbacks": {"h.0.up": "why"},
+        "left_float": ["h.1.gate"],
+        "blocks": blocks,
+    }
 
 
 def test_one_linear_is_the_whole_block() -> None:
@@ -57,3 +68,14 @@ def test_what_is_left_float() -> None:
     matrices = left_float(SourceModel(quantized.source("recurrent_gemma"), allowed), [])
     block = "model.layers.0.temporal_block"
     assert {f"{block}.conv_1d", f"{block}.rg_lru.input_gate_weight"} < set(matrices)
+
+
+@pytest.mark.parametrize("name", ["opt", "mixtral"])
+def test_the_report_lists_every_linear(name: str) -> None:
+    """Mixtral's experts have other names in memory."""
+    report = json.loads((quantized.folder(name) / "report.json").read_text())
+    entries = QuantizedFolder(quantized.folder(name)).entries
+    listed = {
+        f"{b}.{linear}" for b, facts in report["blocks"].items() for linear in facts["linears"]
+    }
+    assert listed == set(entries)

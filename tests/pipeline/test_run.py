@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lowbit
-from lowbit.blocks import BlockResult, BlockTask, Event
+from lowbit.blocks import BlockTask
 from lowbit.checkpoint import CheckpointReader
+from lowbit.events import Event
 from lowbit.methods import RTN, OmniQuant
+from lowbit.methods.result import BlockResult
 from lowbit.models.source import SourceModel
 from lowbit.pipeline import job, run
 
@@ -178,7 +180,8 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     out = quantized.quantize(model, tmp_path / "out", "omniquant")
     report = strict_json((out / "report.json").read_text())
     block, _, linear = name.rpartition(".mlp.")
-    assert report["blocks"][block]["linears"][f"mlp.{linear}"] == {"signal_to_noise_db": None}
+    found = report["blocks"][block]["linears"][f"mlp.{linear}"]
+    assert found == {"signal_to_noise_db": None, "tokens": quantized.SAMPLES * quantized.SEQLEN}
 
 
 def test_what_the_models_config_says_is_kept(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 import zoo
 from torch.nn import functional
 
-from lowbit.blocks import Event
+from lowbit.events import Event
 from lowbit.preprocess.lora import LoRA, train
 
 MODEL = zoo.make(zoo.ZOO["llama"])
@@ -61,7 +61,7 @@ def test_a_state_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) 
         if text is not None:
             (broken / "trainer_state.json").write_text(text)
     steps: list[int] = []
-    found = run(tmp_path, lambda e: steps.append(e.data["step"]), steps=4, batch=1, save_every=2)
+    found = run(tmp_path, lambda e: steps.append(e.step), steps=4, batch=1, save_every=2)
     assert steps == [3, 4] and found == wanted
 
 
@@ -100,6 +100,4 @@ def test_what_cannot_be_trained_is_said(
 def test_steps_are_events(tmp_path: Path) -> None:
     seen: list[Event] = []
     run(tmp_path, seen.append, steps=3)
-    assert [(e.kind, e.data["step"], e.data["of"]) for e in seen] == [
-        ("step", i, 3) for i in (1, 2, 3)
-    ]
+    assert [(e.kind, e.step, e.of) for e in seen] == [("step", i, 3) for i in (1, 2, 3)]

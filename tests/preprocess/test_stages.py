@@ -9,9 +9,9 @@ import quantized
 import torch
 from transformers import AutoModelForCausalLM
 
-from lowbit.blocks import Event
 from lowbit.checkpoint import CheckpointReader
 from lowbit.convert import dequantize
+from lowbit.events import Event, TrainingStarted, TrainingStep
 from lowbit.methods import RTN
 from lowbit.preprocess import LoRA, preprocess
 
@@ -45,7 +45,7 @@ def test_a_float_model_with_its_stock_names_comes_out(
     }
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
-    assert [event.data["step"] for event in events if event.kind == "step"] == [*range(1, 9)]
+    assert [event.step for event in events if isinstance(event, TrainingStep)] == [*range(1, 9)]
     again = quantized.quantize(out, tmp_path / "again")
     said = json.loads((out / "config.json").read_text())["lowbit_preprocess"]
     assert said["first_pass"] == FIRST.signature()
@@ -73,7 +73,7 @@ def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(
     tmp_path: Path, moment: str | int, name: str
 ) -> None:
     def stop(event: Event) -> None:
-        if moment in (event.kind, event.data.get("step")):
+        if moment in (event.kind, getattr(event, "step", None)):
             raise KeyboardInterrupt
 
     source = quantized.source(name)
@@ -82,7 +82,7 @@ def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(
         restore(source, tmp_path / "out", stop)
     assert not (tmp_path / "out").exists()
     steps: list[int] = []
-    restore(source, tmp_path / "out", lambda e: steps.append(e.data.get("step", 0)))
+    restore(source, tmp_path / "out", lambda e: steps.append(getattr(e, "step", 0)))
     assert weights(tmp_path / "out").keys() == weights(wanted).keys()
     for name, tensor in weights(wanted).items():
         assert torch.equal(weights(tmp_path / "out")[name], tensor), name
@@ -91,7 +91,7 @@ def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(
 
 def test_a_changed_run_is_refused_and_an_existing_folder_too(tmp_path: Path) -> None:
     def stop(event: Event) -> None:
-        if event.kind == "training":
+        if isinstance(event, TrainingStarted):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -141,5 +141,5 @@ def test_a_window_is_as_long_as_the_model_allows(tmp_path: Path) -> None:
     context = json.loads((source / "config.json").read_text())["max_position_embeddings"]
     events: list[Event] = []
     restore(source, tmp_path / "out", events.append, seqlen=None, steps=1, held_out=1)
-    training = next(event for event in events if event.kind == "training")
-    assert training.data["tokens"] == min(context, 2048) * 2 * 2
+    training = next(event for event in events if isinstance(event, TrainingStarted))
+    assert training.tokens == min(context, 2048) * 2 * 2

@@ -17,25 +17,32 @@ from lowbit.report.drawing import (
 )
 from lowbit.report.history import BlockHistory
 from lowbit.report.layers import Linear, layers_of
-from lowbit.report.records import BlockRecord
 from lowbit.report.run import Block
+from lowbit.run_report import BlockReport, LinearReport
 
 
-def linear(name: str, error: float | None, bytes_: int = 8, gave_up: str | None = None) -> Linear:
-    return Linear(name, {"format": "uniform", "shape": [4, 8]}, bytes_, error, None, {}, gave_up)
+def linear(name: str, error: float | None, bytes_: int = 8, fallback: str | None = None) -> Linear:
+    report = None if error is None else LinearReport(signal_to_noise_db=error)
+    entry = {"format": "uniform", "shape": [4, 8]}
+    return Linear(name=name, entry=entry, bytes=bytes_, report=report, fallback=fallback)
 
 
-def block(number: int, *linears: Linear, curve: Any = (), **record: Any) -> Block:
-    history = BlockHistory(curve=list(curve))
-    found = BlockRecord(**record)
-    return Block(f"h.{number}", number, layers_of(linears), found, history, None)
+def block(number: int, *linears: Linear, curve: Any = (), **facts: Any) -> Block:
+    return Block(
+        name=f"h.{number}",
+        number=number,
+        layers=layers_of(linears),
+        report=BlockReport(**facts),
+        history=BlockHistory(curve=list(curve)),
+        fallback=None,
+    )
 
 
 def test_the_least_signal_has_the_strongest_shade() -> None:
     grid = error_grid(
         [
             block(0, linear("up", 20.0), linear("moe.0.w", 12.0), linear("moe.1.w", 10.0)),
-            block(1, linear("up", 15.0, gave_up="why"), linear("down", math.inf)),
+            block(1, linear("up", 15.0, fallback="why"), linear("down", math.inf)),
         ]
     )
     assert grid is not None and grid.legend == ("20.0 dB", "10.0 dB") and grid.with_text

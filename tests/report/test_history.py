@@ -1,43 +1,55 @@
-"""What events say of each block: the last try counts, and time that was lost counts too."""
+"""What events tell of each block: the last try counts, and time that was lost counts too."""
 
 from typing import Any
 
-from lowbit.report.history import history_of
-from lowbit.report.records import EventRecord
-
-
-def events(*lines: tuple[float, str, dict[str, Any]]) -> list[EventRecord]:
-    return [EventRecord(time=time, kind=kind, **data) for time, kind, data in lines]
-
-
-def epoch(time: float, index: int, number: int, loss: float | None) -> tuple[float, str, Any]:
-    return time, "epoch", {"index": index, "epoch": number, "loss": loss}
-
-
-INTERRUPTED = events(
-    (0, "run", {}),
-    (1, "block", {"index": 0}),
-    (1.5, "warning", {"index": 0, "text": "odd"}),
-    (1.5, "warning", {"index": 0, "text": "odd"}),
-    (2, "finished", {"index": 0, "seconds": 1.0, "memory": 7, "device_memory": 9}),
-    (3, "block", {"index": 1}),
-    epoch(4, 1, 1, 5.0),
-    (4, "warning", {"index": 1, "text": "gone with its try"}),
-    (100, "run", {}),
-    (100, "warning", {"text": "of no block"}),
-    (101, "block", {"index": 1}),
-    epoch(102, 1, 1, 4.0),
-    epoch(103, 1, 1, 3.5),  # the first try met a loss that was not finite
-    epoch(104, 1, 2, 3.0),
-    epoch(104, 1, 3, None),
-    (105, "finished", {"index": 1, "seconds": 4.0}),
-    (106, "done", {}),
-    (900, "complete", {}),
+from lowbit.events import (
+    BlockFinished,
+    BlockStarted,
+    EpochFinished,
+    Event,
+    RunComplete,
+    RunFinished,
+    RunStarted,
+    Warned,
 )
+from lowbit.report.history import history_of
+from lowbit.report.records import LoggedEvent
+
+
+def place(index: int) -> dict[str, Any]:
+    return {"block": f"h.{index}", "index": index, "of": 2}
+
+
+def epoch(index: int, number: int, loss: float) -> Event:
+    return EpochFinished(epoch=number, loss=loss, **place(index))
+
+
+STARTED = RunStarted(out="out", blocks=2, device="cpu", method={})
+INTERRUPTED: list[tuple[float, Event | None]] = [
+    (0, STARTED),
+    (1, BlockStarted(**place(0))),
+    (1.5, Warned(text="odd", **place(0))),
+    (1.5, Warned(text="odd", **place(0))),
+    (2, BlockFinished(seconds=1.0, memory=7, device_memory=9, **place(0))),
+    (3, BlockStarted(**place(1))),
+    (4, epoch(1, 1, 5.0)),
+    (4, Warned(text="gone with its try", **place(1))),
+    (100, STARTED),
+    (100, Warned(text="of no block")),
+    (101, BlockStarted(**place(1))),
+    (102, epoch(1, 1, 4.0)),
+    (103, epoch(1, 1, 3.5)),  # the first try met a loss that was not finite
+    (104, epoch(1, 2, 3.0)),
+    (104, epoch(7, 1, 9.0)),  # of a block that was never started
+    (105, BlockFinished(seconds=4.0, **place(1))),
+    (105.5, None),
+    (106, RunFinished(out="out")),
+    (900, RunComplete(out="out")),
+]
 
 
 def test_an_interrupted_run() -> None:
-    found = history_of(INTERRUPTED)
+    found = history_of([LoggedEvent(time, event) for time, event in INTERRUPTED])
     assert (found.starts, found.seconds, found.date) == (2, 4.0 + 6.0, 106)
     assert found.warnings == ["of no block"]
     first, second = found.of(0), found.of(1)

@@ -6,19 +6,20 @@ from typing import Any
 import pytest
 
 from lowbit.report.layers import Layer, Linear, layers_of, settings
+from lowbit.run_report import LinearReport
 
 ENTRY = {"format": "uniform", "shape": [4, 16], "bias": None, "bits": 2, "group_size": 8}
 
 
-def linear(name: str, error: float | None = None, **differing: Any) -> Linear:
-    given = {
-        "bytes": 16,
-        "error": error,
-        "proxy_loss": None,
-        "slices": {},
-        "gave_up": None,
-    } | differing
-    return Linear(name=name, entry=ENTRY, **given)
+def linear(
+    name: str,
+    error: float | None = None,
+    bytes_: int = 16,
+    fallback: str | None = None,
+    **facts: Any,
+) -> Linear:
+    report = None if error is None else LinearReport(signal_to_noise_db=error, **facts)
+    return Linear(name=name, entry=ENTRY, bytes=bytes_, report=report, fallback=fallback)
 
 
 def test_experts_are_one_layer() -> None:
@@ -32,7 +33,7 @@ def test_what_several_have_together() -> None:
         "moe.*.w",
         (
             linear("moe.0.w", 9.0, proxy_loss=0.5),
-            linear("moe.1.w", 7.0, bytes=24, gave_up="it saw only 3 tokens"),
+            linear("moe.1.w", 7.0, bytes_=24, fallback="it saw only 3 tokens"),
             linear("moe.2.w", None),
             linear("moe.3.w", math.inf, proxy_loss=0.7),
         ),
@@ -40,14 +41,15 @@ def test_what_several_have_together() -> None:
     assert (layer.bytes, layer.weights, layer.bits) == (72, 256, 2.25)
     assert layer.worst is layer.linears[1] and layer.error == 7.0
     assert layer.best_error == math.inf and layer.proxy_loss == 0.7
-    assert [x.name for x in layer.gave_up] == ["moe.1.w"]
+    assert [x.name for x in layer.fallen] == ["moe.1.w"]
     assert (layer.settings, layer.shapes) == ("uniform, 2 bits, groups of 8", "4 × 16")
 
 
 def test_slices_of_a_nested_format() -> None:
-    made = linear("a", slices={"8": None, "4": 20.0}), linear("b", slices={"8": 45.0, "4": 21.0})
-    assert Layer("*", made).slices == {"8": 45.0, "4": 20.0}
-    assert Layer("*", made[:1]).slices == {"8": math.inf, "4": 20.0}
+    slices = {8: math.inf, 4: 20.0}, {8: 45.0, 4: 21.0}
+    made = tuple(linear(name, 9.0, slices_db=s) for name, s in zip("ab", slices, strict=True))
+    assert Layer("*", made).slices == {8: 45.0, 4: 20.0}
+    assert Layer("*", made[:1]).slices == {8: math.inf, 4: 20.0}
 
 
 def test_nothing_is_known() -> None:

@@ -76,8 +76,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made_by["calibration"]["sources"][0]["name"] = EVIL
 
     def forge_report(report: Any) -> None:
-        report["given_up"] |= {EVIL: EVIL, "model.layers.0": EVIL}
-        report["given_up"]["model.layers.0.mlp.up_proj"] = EVIL
+        report["fallbacks"] |= {EVIL: EVIL, "model.layers.0": EVIL}
+        report["fallbacks"]["model.layers.0.mlp.up_proj"] = EVIL
         report["left_float"].append(EVIL)
         report["blocks"][f"h.{EVIL}.7"] = {"linears": {EVIL: {"signal_to_noise_db": 3.0}}}
 
@@ -131,16 +131,16 @@ def test_nothing_can_be_fetched_or_run(hostile: Path) -> None:
     assert read.text.count(EVIL) > 15  # it is all there, as text
 
 
-def test_what_fell_back_is_said_in_groups() -> None:
+def test_what_fell_back_is_grouped_by_reason() -> None:
     run = read_run(quantized.folder())
-    said = {f"h.{i}.up": f"it saw only {i} tokens" for i in (7, 3, 5)} | {"h.1": "no better"}
-    run.record.given_up.update(said)
-    run.record.left_float.append("h.1.gate")
+    sentences = {f"h.{i}.up": f"it saw only {i} tokens" for i in (7, 3, 5)} | {"h.1": "no better"}
+    run.report.fallbacks.update(sentences)
+    run.report.left_float.append("h.1.gate")
     try:
         found = {group.reason: group.names for group in fallen_back(run)}
     finally:
-        run.record.given_up.clear()
-        run.record.left_float.clear()
+        run.report.fallbacks.clear()
+        run.report.left_float.clear()
     assert found == {
         "it saw only 3 to 7 tokens": [("h.7.up", "7"), ("h.3.up", "3"), ("h.5.up", "5")],
         "no better": [("h.1", "")],
@@ -150,10 +150,35 @@ def test_what_fell_back_is_said_in_groups() -> None:
 
 def test_long_lists_end(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(quantized.folder(), tmp_path / "out"))
-    many = {f"h.{i}": "starved" for i in range(MOST_NAMES + 50)}
-    quantized.edit_json(folder / "report.json", lambda report: report["given_up"].update(many))
+    many = {f"h.{i}": "no better" for i in range(MOST_NAMES + 50)}
+    quantized.edit_json(folder / "report.json", lambda report: report["fallbacks"].update(many))
     read = Reader(page_of(folder))
     assert read.tags.count("li") == MOST_NAMES and "and 50 more, in report.json" in read.text
+
+
+EARLIER = Path(__file__).parent / "earlier"
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(EARLIER.iterdir())])
+def test_reports_of_an_earlier_version(name: str, tmp_path: Path) -> None:
+    model = {"falcon": "falcon 40b"}.get(name.split("-")[1], name.split("-")[1])
+    folder = Path(shutil.copytree(quantized.folder(model), tmp_path / "out"))
+    for file in ("report.json", "events.jsonl"):
+        shutil.copyfile(EARLIER / name / file, folder / file)
+    read = Reader(page_of(folder))
+    report = json.loads((folder / "report.json").read_text())
+    for facts in report["blocks"].values():
+        errors = {name: known["signal_to_noise_db"] for name, known in facts["linears"].items()}
+        alone = [error for name, error in errors.items() if ".experts." not in name]
+        assert all(f"{error:.1f} dB" in read.text for error in alone)
+        assert f"{min(errors.values()):.1f}" in read.text
+    assert all(linear in read.text for linear in report["given_up"])
+    assert "peak memory" in read.text
+    if "loss_rtn" in facts:
+        assert "loss vs. rtn" in read.text
+    if name == "omniquant-falcon":
+        assert read.text.count("rounding to nearest was better") == 1
+        assert "transformer.h.1: rounding" not in read.text  # the block's name is not repeated
 
 
 SETTINGS = {

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.report.records import LinearRecord, read_events, read_report, read_results
+from lowbit.events import EpochFinished
+from lowbit.report.records import LoggedEvent, read_events, read_report, read_results
 
 
 def test_a_folder_that_no_run_made(tmp_path: Path) -> None:
@@ -16,16 +17,14 @@ def test_unknown_keys_are_passed_over(tmp_path: Path) -> None:
     block = {"linears": {"up": {"signal_to_noise_db": 7, "new": [1]}}, "tokens": {"up": 3}}
     (tmp_path / "report.json").write_text(json.dumps({"blocks": {"h.0": block}, "more": 1}))
     assert read_report(tmp_path).blocks["h.0"].linears["up"].signal_to_noise_db == 7
-    event = {"kind": "surprise", "time": 1.5, "anything": {"goes": 1}}
-    (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
-    assert [e.kind for e in read_events(tmp_path)] == ["surprise"]
-
-
-@pytest.mark.parametrize(
-    ("record", "exact"), [({"signal_to_noise_db": None}, True), ({}, False), ({"x": 1}, False)]
-)
-def test_null_decibels_are_an_exact_copy(record: dict[str, object], exact: bool) -> None:
-    assert LinearRecord.model_validate(record).exact == exact
+    unknown = {"kind": "surprise", "time": 1.5, "anything": {"goes": 1}}
+    place = {"block": "h.0", "index": 0, "of": 2}
+    known = {"kind": "epoch", "time": 2, "epoch": 1, "loss": 0.5, "more": [1]} | place
+    (tmp_path / "events.jsonl").write_text("".join(f"{json.dumps(e)}\n" for e in (unknown, known)))
+    assert read_events(tmp_path) == [
+        LoggedEvent(1.5, None),
+        LoggedEvent(2.0, EpochFinished(epoch=1, loss=0.5, **place)),
+    ]
 
 
 EDITED = {
@@ -43,10 +42,49 @@ def test_what_was_edited_is_named(name: str, tmp_path: Path) -> None:
         read_events(tmp_path)
 
 
-def test_an_event_without_a_time(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").write_text('{"kind": "x"}\n')
-    with pytest.raises(ValueError, match="line 1, was edited: time: is missing"):
+LINES = {
+    '{"kind": "x"}': "time: is missing",
+    '{"kind": "x", "time": 1e999}': "time: should be a valid number",
+    '{"kind": "done", "time": 1}': "out: is missing",
+    '{"kind": "warning", "time": 1, "text": [1]}': "text: should be a valid string",
+    "[1]": "should be a valid dictionary",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_that_is_no_event(line: str, tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=f"events.jsonl, line 1, was edited: .*{LINES[line]}"):
         read_events(tmp_path)
+
+
+# Written before reports had classes: names of keys, and where they stood, were others.
+EARLIER = Path(__file__).parent / "earlier"
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(EARLIER.iterdir())])
+def test_files_of_an_earlier_version(name: str) -> None:
+    written = json.loads((EARLIER / name / "report.json").read_text())
+    report, events = read_report(EARLIER / name), read_events(EARLIER / name)
+    assert report.fallbacks == written["given_up"] and report.left_float == written["left_float"]
+    for block, facts in written["blocks"].items():
+        found = report.blocks[block]
+        for linear, known in facts["linears"].items():
+            for key in known:
+                slices = {
+                    int(bits): decibels for bits, decibels in known.get("slices_db", {}).items()
+                }
+                wanted = slices if key == "slices_db" else known[key]
+                assert getattr(found.linears[linear], key) == wanted
+        for key in ("loss_rtn", "loss_before", "loss_after"):
+            assert getattr(found, key) == facts.get(key)
+        curve = facts.get("training", {}).get("curve", [])
+        assert found.training is None or found.training.curve == curve
+    lines = (EARLIER / name / "events.jsonl").read_text().splitlines()
+    for line, event in zip(map(json.loads, lines), events, strict=True):
+        assert event.event is not None and line["time"] == event.time
+        known = {key: value for key, value in line.items() if value is not None and key != "time"}
+        assert event.event.to_json() == known
 
 
 def test_results_in_the_order_of_the_command(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def test_every_linear_with_its_error(name: str) -> None:
     weights = sum(linear.weights for linear in found.values())
     bits = 8 * sum(linear.bytes for linear in found.values()) / weights
     assert bits == pytest.approx(size_of(folder).linears)
-    assert {linear.name for linear in found.values() if linear.gave_up} == {
-        name.split(".", 3)[3] for name in report["given_up"] if ".experts." in name
+    assert {linear.name for linear in found.values() if linear.fallback} == {
+        name.split(".", 3)[3] for name in report["fallbacks"] if ".experts." in name
     }
 
 

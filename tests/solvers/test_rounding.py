@@ -87,7 +87,7 @@ def test_fine_zeros_place_the_grid_better(bits: int) -> None:
     plain, fine = (minmax_grid(matrix, bits, 16, False, shift) for shift in (0, 8 - bits))
     wrong = [(fake_quantize(matrix, g) - matrix).square().mean() for g in (plain, fine)]
     assert torch.equal(plain.scale, fine.scale) and float(wrong[1] / wrong[0]) < 0.97
-    whole = Grid(plain.scale, plain.zero, bits, 16, zero_shift=8 - bits)
+    whole = Grid(plain.scale, plain.zero, bits=bits, group_size=16, zero_shift=8 - bits)
     assert torch.equal(fake_quantize(matrix, whole), fake_quantize(matrix, plain))
 
 

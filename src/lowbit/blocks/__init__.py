@@ -2,29 +2,23 @@
 
 A method does not know the model and a model does not know the method. They meet in `LinearGroup`
 (which linears read the same input), `Fold` (where a per-channel change can be absorbed) and
-`BlockTask` / `BlockResult` (what goes into a method, and what comes out).
+`BlockTask` (what a method gets). What a method returns is `lowbit.methods.result.BlockResult`.
 
 Names are relative to the block, as in memory: "self_attn.q_proj", "input_layernorm".
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import hashlib
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.blocks.stream import Batch, Stream
+from lowbit.events import BlockLog
 
-__all__ = ["Batch", "BlockResult", "BlockTask", "Event", "Fold", "LinearGroup", "Stream"]
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that the pipeline or a method tells the world; written to OUT/events.jsonl."""
-
-    kind: str  # "run", "block", "epoch", "warning", ...
-    data: dict[str, Any] = field(default_factory=dict)
+__all__ = ["Batch", "BlockTask", "Fold", "LinearGroup", "Stream"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +56,7 @@ class Fold:
     source: str
     readers: tuple[str, ...]  # ALL modules that read the source, the router included
     size: int
+    _: KW_ONLY
     source_rows: Tensor | None = None
     source_channels: Tensor | None = None
     reader_rows: Tensor | None = None
@@ -73,30 +68,35 @@ class Fold:
         return f"{self.source}>{self.readers[0]}"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BlockTask:
-    """All that a method sees of one block."""
+    """All that a method sees of one block.
 
-    name: str  # "model.layers.3"
-    block: nn.Module  # float32; every matrix an nn.Linear
+    name: the block's, as in "model.layers.3".
+    block: in float32; every matrix is an nn.Linear.
+    groups, folds: of its linears.
+    streams: the inputs of this block, by the name of the stream.
+    seed: of the run; see `generator`.
+    log: reports what happens.
+    start: what an earlier run learned for this block (its `BlockResult.learned`): where to begin.
+    attentions: modules whose queries, keys and values can be rounded.
+    """
+
+    name: str
+    block: nn.Module
     groups: tuple[LinearGroup, ...]
     folds: tuple[Fold, ...]
-    streams: Mapping[str, Stream]  # the inputs of this block, by stream name
-    # Seeded by seed and block name: a resumed block draws the same numbers.
-    generator: torch.Generator
-    log: Callable[[Event], None]
-    # What an earlier run learned for this block (its `BlockResult.learned`): where to begin.
+    streams: Mapping[str, Stream]
+    seed: int
+    log: BlockLog
     start: Mapping[str, Tensor] = field(default_factory=dict)
-    attentions: tuple[str, ...] = ()  # modules whose queries, keys and values can be rounded
+    attentions: tuple[str, ...] = ()
 
+    def generator(self, linear: str) -> torch.Generator:
+        """The random numbers of one linear, on the CPU.
 
-@dataclass
-class BlockResult:
-    """All that a method says about one block."""
-
-    linears: dict[str, nn.Module]  # QuantizedLinear by the name of the linear that it replaces
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # EVERYTHING else that changed
-    # How queries, keys and values are rounded, by attention: {"bits": ..., "symmetric": ...}.
-    attention: dict[str, dict[str, Any]] = field(default_factory=dict)
-    learned: dict[str, Tensor] = field(default_factory=dict)  # to OUT/learned/
-    report: dict[str, Any] = field(default_factory=dict)
+        They depend on seed, block and linear alone: in whatever order linears are quantized, and
+        wherever a run goes on, each gets the same numbers.
+        """
+        digest = hashlib.sha256(f"{self.seed} {self.name}.{linear}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

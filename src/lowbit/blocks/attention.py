@@ -1,8 +1,8 @@
-"""Round what attention reads: a mark on its module, obeyed by `lowbit.models.attention`.
+"""Let an attention round what it reads: sets an attribute that `lowbit.models.attention` obeys.
 
 transformers' attentions hand their queries, keys and values (after rotary embeddings, the whole
 cache) to a function that they find by the name of their config's implementation. An attention that
-rounds has the mark, and a config that names one of our functions instead of transformers' own.
+rounds has the attribute, and a config that names one of our functions instead of transformers' own.
 """
 
 from typing import Any
@@ -15,9 +15,11 @@ MARK = "lowbit_rounding"
 
 
 def round_attention(attention: nn.Module, rounding: dict[str, Any]) -> None:
-    """From now on queries, keys and values are rounded per token and head, in place.
+    """Makes an attention round its queries, keys and values, each token and head on its own grid.
 
-    rounding: {"bits": ..., "symmetric": ...}, as `BlockResult.attention` and config.json have it.
+    attention: is changed in place.
+    rounding: {"bits": ..., "symmetric": ...}, as in config.json.
+
     Raises ValueError where the attention runs in a function that has no rounding counterpart.
     """
     config: Any = attention.config
@@ -34,7 +36,7 @@ def round_attention(attention: nn.Module, rounding: dict[str, Any]) -> None:
 
 
 def _check_routed(attention: nn.Module, args: tuple[Any, ...]) -> None:
-    """Whoever gives the model another implementation would silently lose the rounding."""
+    """Refuses an implementation that was set later: it would silently leave the rounding out."""
     config: Any = attention.config
     if not str(config._attn_implementation).startswith(PREFIX):
         raise ValueError(

@@ -1,9 +1,11 @@
-"""Put a result into a block: the next input of a stream must come through it."""
+"""Put what was made of a block into it: the next input of a stream must come through it."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lowbit.blocks import BlockResult
 from lowbit.blocks.attention import round_attention
 
 
@@ -13,13 +15,23 @@ def replace_module(parent: nn.Module, name: str, module: nn.Module) -> None:
     setattr(parent.get_submodule(path), attribute, module)
 
 
-def install(block: nn.Module, result: BlockResult) -> None:
-    """Replaces the quantized linears, writes everything else that changed and marks attentions."""
-    for name, linear in result.linears.items():
+def install(
+    block: nn.Module,
+    linears: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    attention: Mapping[str, dict[str, Any]],
+) -> None:
+    """Changes a block in place.
+
+    linears: modules by the name of the linear that each replaces; they move to its device.
+    tensors: new values of parameters, by name.
+    attention: how attentions round their queries, keys and values; see `round_attention`.
+    """
+    for name, linear in linears.items():
         old = block.get_submodule(name)
         replace_module(block, name, linear.to(next(old.parameters()).device))
     with torch.no_grad():
-        for name, tensor in result.tensors.items():
+        for name, tensor in tensors.items():
             block.get_parameter(name).copy_(tensor)
-    for name, rounding in result.attention.items():
+    for name, rounding in attention.items():
         round_attention(block.get_submodule(name), rounding)

@@ -1,6 +1,6 @@
 """Inputs of linears to statistics per channel: one streaming pass over a block, in float32."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from lowbit.blocks import LinearGroup, Stream
 from lowbit.blocks.capture import observe_inputs
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ChannelStatistics:
     """What a group's input looks like, channel by channel.
 
@@ -32,7 +32,9 @@ class ChannelStatistics:
     def empty(cls, channels: int, device: torch.device) -> "ChannelStatistics":
         absmax, absmean, square, low, high = torch.zeros(5, channels, device=device)
         position = torch.zeros(channels, dtype=torch.int64, device=device)
-        return cls(absmax, absmean, square, low, high, position)
+        return cls(
+            absmax=absmax, absmean=absmean, square=square, low=low, high=high, position=position
+        )
 
     @property
     def deviation(self) -> Tensor:
@@ -42,13 +44,13 @@ class ChannelStatistics:
     def divided(self, scale: Tensor) -> "ChannelStatistics":
         """Those of x / scale.  scale: (channels,) positive."""
         return ChannelStatistics(
-            self.absmax / scale,
-            self.absmean / scale,
-            self.square / scale.square(),
-            self.low / scale,
-            self.high / scale,
-            self.position,
-            self.tokens,
+            absmax=self.absmax / scale,
+            absmean=self.absmean / scale,
+            square=self.square / scale.square(),
+            low=self.low / scale,
+            high=self.high / scale,
+            position=self.position,
+            tokens=self.tokens,
         )
 
     def update(self, x: Tensor) -> None:
@@ -81,3 +83,10 @@ def input_statistics(
         gathered[group] = ChannelStatistics.empty(module.in_features, module.weight.device)
     observe_inputs(block, first, stream, lambda name, x: gathered[first[name]].update(x))
     return gathered
+
+
+def tokens_by_linear(
+    groups: Sequence[LinearGroup], statistics: Mapping[str, ChannelStatistics]
+) -> dict[str, int]:
+    """How many tokens each linear saw.  statistics: by the name of a group"""
+    return {name: statistics[group.name].tokens for group in groups for name in group.linears}

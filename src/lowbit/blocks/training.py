@@ -1,14 +1,13 @@
-"""The one block-wise trainer: AdamW over learned parameters, the best iterate, never a dead run."""
+"""Train the learned parameters of a block with AdamW, and keep the best values that occurred."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.blocks import Event
+from lowbit.events import BlockLog
 
 RATE_CUT = 0.1  # a run that met a non-finite loss is tried again with this share of its rates
 TRIES = 3
@@ -22,18 +21,21 @@ class ParameterGroup:
     rate: float
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Fit:
-    """How a training went. Losses are means over the batches, at fixed parameters."""
+    """How a training went; losses are means over the batches, at fixed parameters.
+
+    before, after: the loss of the initial and of the best values.
+    best_epoch: when the best values were found; 0 are the initial ones.
+    curve: the loss after each epoch.
+    failures: what ended a try.
+    """
 
     before: float
     after: float
-    best_epoch: int = 0  # 0: the initial values
+    best_epoch: int = 0
     curve: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-
-    def report(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if value != []}
 
 
 def fit(
@@ -41,15 +43,20 @@ def fit(
     loss: Callable[[int], Tensor],
     batches: int,
     epochs: int,
-    log: Callable[[Event], None],
+    log: BlockLog,
     weight_decay: float = 0.0,
 ) -> Fit:
-    """Minimises the mean of loss(0), ..., loss(batches - 1) and leaves the best iterate in place.
+    """Minimises the mean of loss(0), ..., loss(batches - 1), and leaves the best values in place.
 
     Batches are taken in order. After each epoch the loss is measured over all batches at fixed
-    parameters; the best of these and of the initial values wins. A non-finite loss or gradient ends
-    the try: the next starts from the initial values with a tenth of the rates; after TRIES the best
-    values so far, at worst the initial ones, stay.
+    parameters; the best of these and of the initial values are kept. A non-finite loss or gradient
+    ends the try: the next one starts from the initial values with a tenth of the rates, up to TRIES
+    tries in all.
+
+    groups: the parameters and their rates.
+    loss: the loss of a batch, by its number.
+    epochs: passes over all batches.
+    log: gets every epoch and a warning for every try that failed.
     """
     parameters = [p for group in groups for p in group.parameters]
     initial = [p.detach().clone() for p in parameters]
@@ -67,10 +74,10 @@ def fit(
             now = mean_loss(loss, batches) if stepped else math.nan
             if not math.isfinite(now):
                 result.failures.append(f"non-finite loss in epoch {epoch} of try {attempt + 1}")
-                log(Event("warning", {"text": result.failures[-1]}))
+                log.warn(result.failures[-1])
                 break
             result.curve.append(now)
-            log(Event("epoch", {"epoch": epoch, "loss": now}))
+            log.epoch(epoch, now)
             if now < result.after or math.isnan(result.after):
                 result.after, result.best_epoch = now, epoch
                 best = [p.detach().clone() for p in parameters]

@@ -1,4 +1,4 @@
-"""What OUT says about itself: config.json, report.json, and its size in bits."""
+"""What OUT says about itself: config.json, and its size in bits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,34 +34,6 @@ def final_config(
     config = {**read_json(source / "config.json"), **changed, "quantization_config": section}
     section["digest"] = config_digest(config)
     return config
-
-
-def report_of(records: Sequence[Record], left_float: Sequence[str]) -> dict[str, Any]:
-    """report.json: what each block reported, and by layer name what the run gave up on.
-
-    All names are those on disk.
-    """
-    blocks = {r["on_disk"]: r["report"] for r in records if "on_disk" in r}
-    given_up = {
-        f"{block}.{linear}": f"rounded to nearest: it saw only {tokens} calibration tokens"
-        for block, report in blocks.items()
-        for linear, tokens in report.get("rounded_to_nearest", {}).items()
-    }
-    given_up |= {
-        f"{block}.{linear}": "rounded to nearest: its Hessian would not factor"
-        for block, report in blocks.items()
-        for linear in report.get("without_feedback", ())
-    }
-    given_up |= {
-        f"{block}.{linear}": f"took the Hessian of all experts: it saw only {tokens} tokens"
-        for block, report in blocks.items()
-        for linear, tokens in report.get("shared_hessian", {}).items()
-    }
-    for block, report in blocks.items():
-        reasons = [report[key] for key in ("fell_back", "attention") if key in report]
-        if reasons:
-            given_up[block] = "; ".join(reasons)
-    return {"given_up": given_up, "left_float": list(left_float), "blocks": blocks}
 
 
 @dataclass(frozen=True)

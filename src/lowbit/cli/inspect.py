@@ -13,11 +13,13 @@ from typer import Argument, Option
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.ranges import expand
-from lowbit.checkpoint.reader import read_json
 from lowbit.checkpoint.verify import read_config
 from lowbit.cli.integrity import check_files
 from lowbit.cli.screen import console, shortened, size
 from lowbit.models.locate import locate
+from lowbit.report.drawing import decibels
+from lowbit.report.records import read_report
+from lowbit.run_report import LinearReport
 
 
 def inspect(
@@ -42,14 +44,18 @@ def inspect(
         return
     quantized = QuantizedFolder(folder)
     quantized.verify(hashes=False)
-    report = read_json(folder / "report.json") if (folder / "report.json").exists() else {}
+    report = read_report(folder)
     try:
-        errors, proxies = _said(report, "signal_to_noise_db"), _said(report, "proxy_loss")
         origin = _provenance(quantized.quantization.get("made_by") or {})
-        given_up, left = report.get("given_up", {}), report.get("left_float", [])
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{folder}: report.json or made_by in config.json was edited") from None
-    screen.print(_table(list(_layers(quantized, errors, proxies, brief)), brief))
+        raise ValueError(f"{folder}: made_by in config.json was edited") from None
+    linears = {
+        f"{block}.{name}": linear
+        for block, found in report.blocks.items()
+        for name, linear in found.linears.items()
+    }
+    layers = list(_layers(quantized, linears, brief))
+    screen.print(_table(layers, brief))
     found = size_of(folder)
     facts = {
         "linears": f"{len(quantized.entries):,} of {found.linears:.2f} bits per weight",
@@ -57,11 +63,11 @@ def inspect(
         f"{len(quantized.reader.files)} files",
         "attention": _attention(quantized),
         **origin,
-        "gave up": _named(given_up),
-        "left float": _named(left),
+        "fell back": _named(report.fallbacks),
+        "left float": _named(report.left_float),
     }
     meaning = "dB: signal to noise of the weights that were rounded"
-    if proxies:
+    if any(layer.proxies for layer in layers):
         meaning += "; proxy: share of the output's energy that is lost, by the inputs' Hessian"
     screen.print(f"{meaning}\n", style="dim", soft_wrap=True)
     for name, fact in facts.items():
@@ -83,8 +89,9 @@ class _Layer:
 
 
 def _layers(
-    quantized: QuantizedFolder, errors: dict[str, float], proxies: dict[str, float], brief: bool
+    quantized: QuantizedFolder, linears: dict[str, LinearReport], brief: bool
 ) -> Iterator[_Layer]:
+    """linears: what the run reported, by full name."""
     modules = quantized.quantization["modules"] if brief else quantized.entries
     for pattern in sorted(modules, key=_place):
         entry = modules[pattern]
@@ -95,8 +102,11 @@ def _layers(
             for tensor in quantized.tensors_of(name)
             if tensor != f"{name}.bias"
         ]
-        known = [[said[name] for name in names if name in said] for said in (errors, proxies)]
-        yield _Layer(pattern, entry, sum(stored), len(names) * prod(entry["shape"]), *known)
+        known = [linears[name] for name in names if name in linears]
+        errors = [linear.signal_to_noise_db for linear in known]
+        proxies = [linear.proxy_loss for linear in known if linear.proxy_loss is not None]
+        weights = len(names) * prod(entry["shape"])
+        yield _Layer(pattern, entry, sum(stored), weights, errors, proxies)
 
 
 def _place(name: str) -> list[int]:
@@ -108,10 +118,10 @@ def _table(layers: Sequence[_Layer], brief: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("\nlayer", overflow="fold")
     table.add_column("\nformat", no_wrap=True)
-    decibels = "worst\ndB" if brief else "\ndB"
+    errors = "worst\ndB" if brief else "\ndB"
     inputs = ["input\nbits"] if any(layer.entry.get("activation") for layer in layers) else []
     proxies = ["worst\nproxy" if brief else "\nproxy"] if any(x.proxies for x in layers) else []
-    for name in ("\nbits", "\ngroup", *inputs, "\nsize", "real\nbits", *proxies, decibels):
+    for name in ("\nbits", "\ngroup", *inputs, "\nsize", "real\nbits", *proxies, errors):
         table.add_column(name, justify="right", no_wrap=True)
     for layer in layers:
         rounding = layer.entry.get("activation") or {}
@@ -124,7 +134,7 @@ def _table(layers: Sequence[_Layer], brief: bool) -> Table:
             size(layer.bytes),
             f"{8 * layer.bytes / layer.weights:.2f}",
             *[f"{max(layer.proxies):.3g}" if layer.proxies else "" for _ in proxies],
-            f"{min(layer.errors):.1f}" if layer.errors else "",
+            decibels(min(layer.errors), unit=False) if layer.errors else "",
         )
     return table
 
@@ -133,16 +143,6 @@ def _attention(quantized: QuantizedFolder) -> str:
     bits = sorted({str(rounding["bits"]) for rounding in quantized.attention.values()})
     count = len(quantized.attention)
     return f"queries, keys and values of {count} at {' and '.join(bits)} bits" if bits else ""
-
-
-def _said(report: dict[str, Any], fact: str) -> dict[str, float]:
-    """What report.json says of linears, by name on disk."""
-    return {
-        f"{block}.{linear}": facts[fact]
-        for block, found in report.get("blocks", {}).items()
-        for linear, facts in found.get("linears", {}).items()
-        if facts.get(fact) is not None
-    }
 
 
 def _provenance(made_by: dict[str, Any]) -> dict[str, str]:

@@ -1,25 +1,40 @@
 """Draw the events of a run: a line for every finished block and, on a terminal, a bar below."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import singledispatchmethod
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from lowbit.blocks import Event
 from lowbit.cli.screen import change, duration, size
+from lowbit.events import (
+    BlockFinished,
+    BlockResumed,
+    BlockStarted,
+    CalibrationRead,
+    DryRunFinished,
+    DryRunStarted,
+    EpochFinished,
+    Event,
+    RunComplete,
+    RunStarted,
+    TrainingStarted,
+    TrainingStep,
+    Warned,
+)
 
 INTERRUPTED = 130  # the exit status of a program that was stopped with Ctrl-C
 
 
 @contextmanager
 def stoppable_run(console: Console, on_stop: str) -> Iterator["RunProgress"]:
-    """A run's progress; Ctrl-C says `on_stop` and ends the command."""
+    """Draws the progress of a run; Ctrl-C prints `on_stop` and ends the command."""
     try:
         with RunProgress(console) as progress:
             yield progress
@@ -48,20 +63,6 @@ class RunProgress:
         self.epochs = 0
         self.started: float | None = None  # when the first block of this run was begun
         self.before = 0  # blocks that an earlier run had finished
-        self.draw: dict[str, Callable[[dict[str, Any]], None]] = {
-            "run": self._run,
-            "rehearsal": self._rehearsal,
-            "rehearsed": self._rehearsed,
-            "capture": self._capture,
-            "block": self._block,
-            "epoch": self._epoch,
-            "warning": self._warning,
-            "resumed": self._resumed,
-            "finished": self._finished,
-            "complete": self._complete,
-            "training": self._training,
-            "step": self._step,
-        }
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -76,83 +77,98 @@ class RunProgress:
         self.bar.stop()
 
     def __call__(self, event: Event) -> None:
-        if event.kind in self.draw:
-            self.draw[event.kind](event.data)
+        self._draw(event)
 
     def _line(self, *parts: str | tuple[str, str]) -> None:
         # soft_wrap: a line stays one line, however narrow the terminal.
         self.console.print(Text.assemble(*parts), soft_wrap=True)
 
-    def _run(self, data: dict[str, Any]) -> None:
-        self.epochs = data["method"].get("epochs", 0)
-        self.bar.update(self.task, total=data["blocks"])
-        self._line(f"{data['blocks']} blocks on {data['device']}")
+    @singledispatchmethod
+    def _draw(self, event: Event) -> None:
+        """Draws an event; those without a method of their own change nothing on the screen."""
 
-    def _rehearsal(self, data: dict[str, Any]) -> None:
-        self.bar.update(self.task, description="rehearsing a block")
+    @_draw.register
+    def _run_started(self, event: RunStarted) -> None:
+        self.epochs = event.method.get("epochs", 0)
+        self.bar.update(self.task, total=event.blocks)
+        self._line(f"{event.blocks} blocks on {event.device}")
 
-    def _rehearsed(self, data: dict[str, Any]) -> None:
+    @_draw.register
+    def _dry_run_started(self, event: DryRunStarted) -> None:
+        self.bar.update(self.task, description="dry run of one block")
+
+    @_draw.register
+    def _dry_run_finished(self, event: DryRunFinished) -> None:
         facts = (
-            f"{data['linears']:.2f} bits per weight in the linears",
-            size(data["bytes"]),
-            f"{size(data['memory'])} of memory",
-            f"about {duration(data['seconds'])}",
+            f"{event.linears:.2f} bits per weight in the linears",
+            size(event.bytes),
+            f"{size(event.memory)} of memory",
+            f"about {duration(event.seconds)}",
         )
-        self._line(f"rehearsed: {', '.join(facts)}")
+        self._line(f"dry run: {', '.join(facts)}")
 
-    def _capture(self, data: dict[str, Any]) -> None:
-        self._line(f"calibration: {data['samples']} windows of {data['seqlen']} tokens")
+    @_draw.register
+    def _calibration_read(self, event: CalibrationRead) -> None:
+        self._line(f"calibration: {event.samples} windows of {event.seqlen} tokens")
         self.bar.update(self.task, description="reading the text")
 
-    def _block(self, data: dict[str, Any]) -> None:
+    @_draw.register
+    def _block_started(self, event: BlockStarted) -> None:
         if self.started is None:
-            self.started, self.before = time.monotonic(), data["index"]
+            self.started, self.before = time.monotonic(), event.index
             if self.before:
                 self._line(f"{self.before} of them were finished by an earlier run")
-        self._move(data["index"], data["of"], f"block {data['index'] + 1}/{data['of']}")
+        self._move(event.index, event.of, f"block {event.index + 1}/{event.of}")
 
-    def _epoch(self, data: dict[str, Any]) -> None:
-        where = f"block {data['index'] + 1}/{data['of']}, epoch {data['epoch']}/{self.epochs}"
-        done = data["index"] + data["epoch"] / max(self.epochs, data["epoch"])
-        self._move(done, data["of"], f"{where}, loss {data['loss']:#.3g}")
+    @_draw.register
+    def _epoch_finished(self, event: EpochFinished) -> None:
+        where = f"block {event.index + 1}/{event.of}, epoch {event.epoch}/{self.epochs}"
+        done = event.index + event.epoch / max(self.epochs, event.epoch)
+        self._move(done, event.of, f"{where}, loss {event.loss:#.3g}")
 
-    def _warning(self, data: dict[str, Any]) -> None:
-        place = "" if data["text"].startswith(data["block"]) else f"{data['block']}: "
-        self._line(("warning: ", "yellow"), place + data["text"])
+    @_draw.register
+    def _warned(self, event: Warned) -> None:
+        place = f"{event.block}: " if event.block else ""
+        self._line(("warning: ", "yellow"), place + event.text)
 
-    def _resumed(self, data: dict[str, Any]) -> None:
-        self._move(data["index"] + 1, data["of"], "catching up with an earlier run")
+    @_draw.register
+    def _block_resumed(self, event: BlockResumed) -> None:
+        self._move(event.index + 1, event.of, "catching up with an earlier run")
 
-    def _finished(self, data: dict[str, Any]) -> None:
-        done = data["index"] + 1
-        count = f"{done:{len(str(data['of']))}}/{data['of']}"
+    @_draw.register
+    def _block_finished(self, event: BlockFinished) -> None:
+        done = event.index + 1
+        count = f"{done:{len(str(event.of))}}/{event.of}"
         parts: list[str | tuple[str, str]] = [f"block {count}"]
-        if "loss_rtn" in data and "loss_after" in data:
-            before, after = data["loss_rtn"], data["loss_after"]
+        before, after = event.loss_rtn, event.loss_after
+        if before is not None and after is not None:
             parts += [
                 f"  rtn loss {before:#8.3g} → {after:#8.3g}",
                 (f"  {change(after, before):>8}", "green" if after < before else "yellow"),
             ]
-        if "proxy_loss" in data:
-            parts += [f"  proxy loss up to {data['proxy_loss']:#8.3g}"]
-        parts += [f"  {duration(data['seconds']):>8}"]
-        left = self._left(done, data["of"])
+        if event.proxy_loss is not None:
+            parts += [f"  proxy loss up to {event.proxy_loss:#8.3g}"]
+        parts += [f"  {duration(event.seconds):>8}"]
+        left = self._left(done, event.of)
         self._line(*parts, (f"  {left}", "dim") if left else "")
-        self._move(done, data["of"], f"block {done}/{data['of']}")
+        self._move(done, event.of, f"block {done}/{event.of}")
 
-    def _training(self, data: dict[str, Any]) -> None:
+    @_draw.register
+    def _training_started(self, event: TrainingStarted) -> None:
         self.started = time.monotonic()
         self.before = 0
-        self._line(f"training: {data['steps']:,} steps, {data['tokens']:,} tokens")
-        self.bar.update(self.task, total=data["steps"])
+        self._line(f"training: {event.steps:,} steps, {event.tokens:,} tokens")
+        self.bar.update(self.task, total=event.steps)
 
-    def _step(self, data: dict[str, Any]) -> None:
-        place = f"step {data['step']:,}/{data['of']:,}, loss {data['loss']:.3f}"
-        self._move(data["step"], data["of"], place)
+    @_draw.register
+    def _training_step(self, event: TrainingStep) -> None:
+        place = f"step {event.step:,}/{event.of:,}, loss {event.loss:.3f}"
+        self._move(event.step, event.of, place)
         if not self.console.is_terminal:
             self._line(place)
 
-    def _complete(self, data: dict[str, Any]) -> None:
+    @_draw.register
+    def _run_complete(self, event: RunComplete) -> None:
         self.finished_before = True
 
     def _move(self, done: float, of: int, description: str) -> None:

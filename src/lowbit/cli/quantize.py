@@ -2,18 +2,19 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from rich.console import Console
 from typer import Argument, Option
 
 from lowbit.checkpoint.output import size_of
-from lowbit.checkpoint.reader import read_json
 from lowbit.cli.options import JobOptions, with_job
 from lowbit.cli.progress import stoppable_run
 from lowbit.cli.screen import console, shortened, size
 from lowbit.models.locate import locate
 from lowbit.pipeline import quantize as run
+from lowbit.report.records import read_report
+from lowbit.run_report import RunReport
 
 
 @with_job
@@ -49,12 +50,12 @@ def _summary(screen: Console, model: str, source: Path, out: Path) -> None:
         style="bold",
         soft_wrap=True,
     )
-    report = read_json(out / "report.json")
+    report = read_report(out)
     if ratios := _salient_ratios(report):
         least, most = min(ratios), max(ratios)
         shown = f"{least:.1%}" + (f" to {most:.1%}" if most > least else "")
         screen.print(f"salient: {shown} of a linear's inputs", soft_wrap=True)
-    for what, names in (("gave up", report["given_up"]), ("left float", report["left_float"])):
+    for what, names in (("fell back", report.fallbacks), ("left float", report.left_float)):
         if names:
             line = (
                 f"{what}: {len(names)} layers, in {out / 'report.json'}: {shortened(list(names))}"
@@ -71,12 +72,11 @@ def _summary(screen: Console, model: str, source: Path, out: Path) -> None:
     screen.print(f"next:{lines}", style="dim", soft_wrap=True)
 
 
-def _salient_ratios(report: dict[str, Any]) -> list[float]:
+def _salient_ratios(report: RunReport) -> list[float]:
     """The effective shares, of all linears that have salient inputs."""
     return [
-        facts["salient_ratio"]
-        for block in report["blocks"].values()
-        for part in ("linears", "groups")
-        for facts in block.get(part, {}).values()
-        if "salient_ratio" in facts
+        linear.salient_ratio
+        for block in report.blocks.values()
+        for linear in block.linears.values()
+        if linear.salient_ratio is not None
     ]

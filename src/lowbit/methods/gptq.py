@@ -4,17 +4,24 @@ The Hessian is that of the quantized stream. Grids are fixed before rounding (st
 order of activations needs no index at run time.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from lowbit.blocks import BlockResult, BlockTask
+from lowbit.blocks import BlockTask
 from lowbit.blocks.hessian import Hessian, input_hessians
 from lowbit.formats.uniform import UniformLinear
 from lowbit.methods.grid import GridMethod
-from lowbit.methods.method import signal_to_noise, tell_without_feedback
 from lowbit.methods.packing import pack, pack_with_feedback
+from lowbit.methods.result import (
+    NOT_POSITIVE_DEFINITE,
+    BlockResult,
+    signal_to_noise,
+    too_few_tokens,
+    warn_of_hessians,
+)
+from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.clipping import clipped_grid
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 from lowbit.solvers.rounding import Grid, minmax_grid
@@ -41,40 +48,43 @@ class GPTQ(GridMethod):
 
     def quantize(self, task: BlockTask) -> BlockResult:
         hessians = input_hessians(task.block, task.groups, task.streams["quantized"])
-        result = BlockResult({}, report={"linears": {}})
+        result, reports = BlockResult(), dict[str, LinearReport]()
         for group in task.groups:
             hessian = hessians[group.name]
             factor = self._factor(hessian)
-            if hessian.tokens < self.min_tokens:
-                starved = dict.fromkeys(group.linears, hessian.tokens)
-                result.report.setdefault("rounded_to_nearest", {}).update(starved)
-            elif factor is None:
-                tell_without_feedback(task, result, group.linears)
             for name in group.linears:
                 linear = task.block.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
                 here = self.at(f"{task.name}.{name}")
-                result.linears[name], facts = here._linear(linear, hessian, factor)
-                result.report["linears"][name] = facts
+                result.linears[name], reports[name] = here._linear(linear, hessian, factor)
+        warn_of_hessians(task, reports)
+        result.report = BlockReport(linears=reports)
         return result
 
-    def _factor(self, hessian: Hessian) -> OrderedFactor | None:
-        """None: this Hessian cannot be used."""
+    def _factor(self, hessian: Hessian) -> OrderedFactor | str:
+        """The Hessian ready for rounding, or why it cannot be used."""
         if hessian.tokens < self.min_tokens:
-            return None
-        return ordered_factor(hessian.matrix, self.damping, self.act_order)
+            return too_few_tokens(hessian.tokens)
+        factor = ordered_factor(hessian.matrix, self.damping, self.act_order)
+        return NOT_POSITIVE_DEFINITE if factor is None else factor
 
     def _linear(
-        self, linear: nn.Linear, hessian: Hessian, factor: OrderedFactor | None
-    ) -> tuple[UniformLinear, dict[str, Any]]:
+        self, linear: nn.Linear, hessian: Hessian, factor: OrderedFactor | str
+    ) -> tuple[UniformLinear, LinearReport]:
         weight = linear.weight.detach().float()
-        if factor is None:
+        loss = fallback = None
+        if isinstance(factor, str):
+            fallback = factor
             packed = pack(weight, linear.bias, minmax_grid(weight, *self.grid_shape))
-            return packed, {"signal_to_noise_db": round(signal_to_noise(weight, packed), 2)}
-        grid = self._grid(weight, hessian)
-        packed, loss = pack_with_feedback(weight, linear.bias, grid, factor)
-        noise = signal_to_noise(weight, packed)
-        return packed, {"signal_to_noise_db": round(noise, 2), "proxy_loss": loss}
+        else:
+            grid = self._grid(weight, hessian)
+            packed, loss = pack_with_feedback(weight, linear.bias, grid, factor)
+        return packed, LinearReport(
+            signal_to_noise_db=signal_to_noise(weight, packed),
+            proxy_loss=loss,
+            tokens=hessian.tokens,
+            fallback=fallback,
+        )
 
     def _grid(self, weight: Tensor, hessian: Hessian) -> Grid:
         if not self.clip:

@@ -2,25 +2,26 @@
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from lowbit.blocks import BlockResult, BlockTask, Event
+from lowbit.blocks import BlockTask
 from lowbit.blocks.folding import load_changed
 from lowbit.blocks.hessian import input_hessians
-from lowbit.blocks.statistics import ChannelStatistics
-from lowbit.blocks.training import Fit
 from lowbit.formats.base import QuantizedLinear
-from lowbit.methods.method import Method, signal_to_noise
+from lowbit.methods.method import Method
+from lowbit.methods.result import BlockResult, too_few_tokens
+from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.block_learner import BlockLearner, Learning
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 from lowbit.solvers.rounding import Grid
 
-# (name, folded weight, folded bias, grid) -> the layer
-Pack = Callable[[str, Tensor, Tensor | None, Grid], QuantizedLinear]
+# (name, folded weight, folded bias, grid) -> the layer, and what is known of it
+Pack = Callable[[str, Tensor, Tensor | None, Grid], tuple[QuantizedLinear, LinearReport]]
+NEAREST_BETTER = "rounding to nearest was better than what was learned, and is kept"
 
 
 class LearningMethod(Method):
@@ -55,8 +56,23 @@ class LearningMethod(Method):
 
     def learning(self, inputs: bool = False) -> Learning:
         """inputs: whether what the linears read is rounded too."""
-        rates = self.lwc_lr, self.let_lr
-        return Learning(self.lwc, self.let, *rates, self.alpha, self.init, inputs)
+        return Learning(
+            lwc=self.lwc,
+            let=self.let,
+            lwc_lr=self.lwc_lr,
+            let_lr=self.let_lr,
+            alpha=self.alpha,
+            init=self.init,
+            inputs=inputs,
+        )
+
+    def fallbacks(self, tokens: Mapping[str, int]) -> dict[str, str]:
+        """The linears that saw too few tokens, and the sentence for each.
+
+        tokens: how many each linear saw.
+        """
+        few = {name: count for name, count in tokens.items() if count < self.min_tokens}
+        return {name: too_few_tokens(count) for name, count in few.items()}
 
     def factors(
         self, task: BlockTask, learner: BlockLearner, shares: Mapping[str, float]
@@ -86,17 +102,15 @@ class LearningMethod(Method):
 def packed_block(learner: BlockLearner, pack: Pack) -> BlockResult:
     """The block with every linear packed and everything else that folding has changed."""
     tensors = learner.folded()
-    result = BlockResult({}, learned=learner.learned(), report={"linears": {}})
+    result, reports = BlockResult(learned=learner.learned()), dict[str, LinearReport]()
     for name in learner.linears:
         weight = tensors.pop(f"{name}.weight")
         bias, grid = tensors.pop(f"{name}.bias", None), learner.grid(name, weight)
-        packed = pack(name, weight, bias, grid)
-        result.linears[name] = packed
-        error = signal_to_noise(weight, packed)
-        result.report["linears"][name] = {"signal_to_noise_db": round(error, 2)}
+        result.linears[name], reports[name] = pack(name, weight, bias, grid)
     for name, tensor in tensors.items():
         if not torch.equal(tensor, learner.float_tensors[name]):
             result.tensors[name] = tensor
+    result.report = BlockReport(linears=reports)
     return result
 
 
@@ -104,27 +118,6 @@ def keep_if_better(learner: BlockLearner, task: BlockTask, learned: float, neare
     """Whether what was learned is as good as rounding to nearest; else it is forgotten."""
     keep = learned <= nearest
     if not keep:
-        task.log(Event("warning", {"text": f"{task.name}: rounding to nearest was better"}))
+        task.log.warn(NEAREST_BETTER)
         learner.forget()
     return keep
-
-
-def training_report(
-    fitted: Fit,
-    nearest: float,
-    keep: bool,
-    starved: Mapping[str, int],
-    statistics: Mapping[str, ChannelStatistics],
-) -> dict[str, Any]:
-    """nearest: the loss of rounding to nearest. keep: whether what was learned is used."""
-    report: dict[str, Any] = {"training": fitted.report(), "loss_rtn": nearest}
-    report["loss_before"], report["loss_after"] = fitted.before, fitted.after
-    tokens = {name: seen.tokens for name, seen in statistics.items()}
-    if len(set(tokens.values())) > 1:
-        report["tokens"] = tokens
-    if starved:
-        report["rounded_to_nearest"] = dict(starved)
-    if not keep:
-        report["loss_after"] = nearest
-        report["fell_back"] = "nothing learned was better than rounding to nearest"
-    return report

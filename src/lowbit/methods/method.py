@@ -1,17 +1,14 @@
 """What a method is: a frozen configuration that turns a block in float into a quantized one."""
 
-import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 from pydantic import ValidationError, model_validator
-from torch import Tensor, nn
+from torch import nn
 
-from lowbit.blocks import BlockResult, BlockTask, Event
-from lowbit.blocks.install import install
+from lowbit.blocks import BlockTask
 from lowbit.config import Config, explain, unknown_name
-from lowbit.formats.base import QuantizedLinear
+from lowbit.methods.result import BlockResult
 from lowbit.patterns import matches
 
 
@@ -69,27 +66,9 @@ class Method(Config):
     def install(self, block: nn.Module, result: BlockResult, stream: str) -> None:
         """Changes the block to what `stream` must pass through; "float" is left alone."""
         if stream != "float":
-            install(block, result)
+            result.install(block)
 
     def signature(self) -> dict[str, Any]:
         """Everything that shapes the result, as JSON values; what may differ per linear first."""
         fields = self.model_dump(mode="json")
         return {"name": self.name, **{name: fields[name] for name in self.per_linear}, **fields}
-
-
-def tell_without_feedback(task: BlockTask, result: BlockResult, linears: Sequence[str]) -> None:
-    """Linears that saw tokens enough, but whose Hessian was of no use."""
-    if linears:
-        result.report.setdefault("without_feedback", []).extend(linears)
-        text = f"{', '.join(linears)}: the Hessian would not factor; rounded to nearest"
-        task.log(Event("warning", {"text": text}))
-
-
-def signal_to_noise(weight: Tensor, linear: QuantizedLinear) -> float:
-    """10 log10(|W|^2 / |W - dequantize()|^2), in decibels; inf for an exact copy.
-
-    weight: (out, in) float32, the weight that was rounded.
-    """
-    noise = float((weight - linear.dequantize().to(weight.device)).square().sum())
-    signal = float(weight.square().sum())
-    return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf

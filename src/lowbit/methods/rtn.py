@@ -4,10 +4,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from lowbit.blocks import BlockResult, BlockTask
+from lowbit.blocks import BlockTask
 from lowbit.methods.grid import GridMethod
-from lowbit.methods.method import signal_to_noise
 from lowbit.methods.packing import pack
+from lowbit.methods.result import BlockResult, signal_to_noise
+from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.rounding import minmax_grid
 
 
@@ -17,7 +18,7 @@ class RTN(GridMethod):
     name: ClassVar[str] = "rtn"
 
     def quantize(self, task: BlockTask) -> BlockResult:
-        result = BlockResult({}, report={"linears": {}})
+        result, reports = BlockResult(), dict[str, LinearReport]()
         for group in task.groups:
             for name in group.linears:
                 linear = task.block.get_submodule(name)
@@ -27,5 +28,6 @@ class RTN(GridMethod):
                 packed = pack(linear.weight, linear.bias, grid)
                 result.linears[name] = packed
                 error = signal_to_noise(linear.weight, packed)
-                result.report["linears"][name] = {"signal_to_noise_db": round(error, 2)}
+                reports[name] = LinearReport(signal_to_noise_db=error)
+        result.report = BlockReport(linears=reports)
         return result

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.blocks import BlockResult, BlockTask, Event, Stream
+from lowbit.blocks import BlockTask, Stream
 from lowbit.blocks.walk import Step
 from lowbit.calibration import Calibration, TokenWindows, token_windows
 from lowbit.checkpoint import CheckpointWriter, file_sha256
 from lowbit.checkpoint.learned import Learned
+from lowbit.events import BlockFinished, BlockLog, BlockStarted, OnEvent
 from lowbit.methods import Method
+from lowbit.methods.result import BlockResult
 from lowbit.models.locate import locate
 from lowbit.models.source import SourceModel
 from lowbit.models.tokenizer import load_tokenizer
@@ -27,7 +28,6 @@ from lowbit.pipeline.results import as_stored, shard_of
 from lowbit.pipeline.selection import Selection, pack_float_experts
 from lowbit.version import __version__
 
-Log = Callable[[Event], None]
 MOST_OF_MEMORY = 0.25  # streams that need a larger share of the machine's memory go to disk
 
 
@@ -132,48 +132,47 @@ class Job:
         )
         return {first_name: first} | {n: first.copy(folder and folder / n) for n in others}
 
-    def quantize_block(self, writer: CheckpointWriter, step: Step, log: Log) -> BlockResult:
+    def quantize_block(self, writer: CheckpointWriter, step: Step, log: OnEvent) -> BlockResult:
         """Quantizes one block and writes its shard; the result is what was written."""
         index, name, block, started = step.index, step.name, step.block, time.perf_counter()
-        place = {"block": name, "index": index, "of": len(self.blocks)}
-        log(Event("block", place))
+        of = len(self.blocks)
+        log(BlockStarted(block=name, index=index, of=of))
         task = BlockTask(
-            name,
-            block,
-            self.selection.groups(name),
-            self.source.folds(name),
-            step.streams,
-            generator_for(self.calibration.seed, name),
-            lambda event: log(Event(event.kind, place | event.data)),
-            self.start.of(index + 1) if self.start else {},
-            self.source.attentions(name),
+            name=name,
+            block=block,
+            groups=self.selection.groups(name),
+            folds=self.source.folds(name),
+            streams=step.streams,
+            seed=self.calibration.seed,
+            log=BlockLog(emit=log, block=name, index=index, of=of),
+            start=self.start.of(index + 1) if self.start else {},
+            attentions=self.source.attentions(name),
         )
         with PeakMemory(self.device) as peak:
-            result = self.method.quantize(task) if task.groups else BlockResult({})
+            result = self.method.quantize(task) if task.groups else BlockResult()
             pack_float_experts(block, result)
             result = as_stored(result, self.source, name)
             first = not any((writer.record(i) or {}).get("modules") for i in range(index + 1))
             tensors, record = shard_of(result, self.source, name, first)
             learned = result.learned if self.method.learns else None
             writer.write_shard(index + 1, tensors, learned, record)
-        said = result.report
-        facts: dict[str, Any] = {k: said[k] for k in ("loss_rtn", "loss_after") if k in said}
-        linears = said.get("linears", {}).values()
-        if proxies := [found["proxy_loss"] for found in linears if "proxy_loss" in found]:
-            facts["proxy_loss"] = max(proxies)
-        seconds = {"seconds": round(time.perf_counter() - started, 3)}
-        log(Event("finished", place | facts | seconds | peak.found))
+        finished = BlockFinished(
+            block=name,
+            index=index,
+            of=of,
+            seconds=round(time.perf_counter() - started, 3),
+            memory=peak.found["memory"],
+            device_memory=peak.found.get("device_memory"),
+            loss_rtn=result.report.loss_rtn,
+            loss_after=result.report.loss_after,
+            proxy_loss=result.report.worst_proxy_loss,
+        )
+        log(finished)
         return result
 
     def advance(self, step: Step, result: BlockResult) -> None:
         """Moves every stream through what it must pass: the quantized block, or the float one."""
         step.advance(lambda block, stream: self.method.install(block, result, stream))
-
-
-def generator_for(seed: int, block: str) -> torch.Generator:
-    """Seeded by seed and block alone: a resumed run draws the same numbers."""
-    digest = hashlib.sha256(f"{seed} {block}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def physical_memory() -> int:

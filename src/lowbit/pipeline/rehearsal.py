@@ -17,11 +17,13 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from lowbit.blocks import Batch, BlockResult, Event, Stream
+from lowbit.blocks import Batch, Stream
 from lowbit.blocks.walk import Step
 from lowbit.calibration import TokenWindows
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
 from lowbit.checkpoint.reader import TensorInfo
+from lowbit.events import Event
+from lowbit.methods.result import BlockResult
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.memory import PeakMemory
 from lowbit.pipeline.results import result_of
@@ -48,7 +50,7 @@ class Stage:
     per_batch: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One block loaded, quantized, written and left behind by all streams.
 
@@ -70,7 +72,7 @@ class Trial:
         return self.fixed + batches * (self.per_batch + epochs * self.per_epoch)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rehearsal:
     """batches: how many windows made one, and how many there were. hashing: seconds per byte.
 
@@ -110,14 +112,14 @@ def rehearse(job: Job, windows: TokenWindows | None) -> Rehearsal:
         assert record is not None
         written = CheckpointReader.of_file(writer.folder / record["file"]).tensors
         return Rehearsal(
-            len(stream) if stream else 0,
-            hashing,
-            outside[0],
-            written,
-            record,
-            capture,
-            kinds,
-            trials,
+            batches=len(stream) if stream else 0,
+            hashing=hashing,
+            outside=outside[0],
+            outside_tensors=written,
+            outside_record=record,
+            capture=capture,
+            kinds=kinds,
+            trials=trials,
         )
 
 

@@ -7,18 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.blocks import BlockResult
 from lowbit.formats import build, link
+from lowbit.formats.activation import Activation
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.dense import DenseLinear
+from lowbit.methods.result import BlockResult
 from lowbit.models.source import SourceModel
-
-BY_LINEAR = (
-    "linears",
-    "rounded_to_nearest",
-    "without_feedback",
-    "shared_hessian",
-)  # what a report says of linears
+from lowbit.run_report import BlockReport, RunReport
 
 
 def as_stored(result: BlockResult, source: SourceModel, block: str) -> BlockResult:
@@ -28,14 +23,13 @@ def as_stored(result: BlockResult, source: SourceModel, block: str) -> BlockResu
         return source.reader.tensors[source.disk_names[f"{block}.{name}"]].dtype
 
     for name, linear in result.linears.items():
-        assert isinstance(linear, QuantizedLinear)
         if isinstance(linear, DenseLinear):
             weight = linear.values.to(dtype_of(f"{name}.weight"))
             result.linears[name] = linear = DenseLinear.from_weight(weight, linear.bias)
         if linear.bias is not None:
             bias = linear.bias.detach().to(dtype_of(f"{name}.bias"))
             result.linears[name] = with_bias(linear, bias)
-    link({n: x for n, x in result.linears.items() if isinstance(x, QuantizedLinear)})
+    link(result.linears)
     result.tensors = {name: t.detach().to(dtype_of(name)) for name, t in result.tensors.items()}
     return result
 
@@ -60,7 +54,6 @@ def shard_of(
     modules: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for name, linear in result.linears.items():
-        assert isinstance(linear, QuantizedLinear)
         disk = source.disk_name(f"{block}.{name}")
         modules[disk] = linear.entry()
         if linear.shares is not None:
@@ -78,12 +71,12 @@ def shard_of(
         "on_disk": block_on_disk(source, block),
         "modules": modules,
         "attention": {
-            source.disk_path(f"{block}.{name}"): rounding
+            source.disk_path(f"{block}.{name}"): rounding.model_dump()
             for name, rounding in result.attention.items()
         },
         "changed": list(changed),
         "marker": marker,
-        "report": _report_on_disk(result.report, source, block),
+        "report": _report_on_disk(result.report, source, block).to_json(),
     }
     return tensors, record
 
@@ -94,20 +87,22 @@ def block_on_disk(source: SourceModel, block: str) -> str:
     return ".".join(shared[: shared.index(block.rpartition(".")[2]) + 1])
 
 
-def _report_on_disk(report: dict[str, Any], source: SourceModel, block: str) -> dict[str, Any]:
+def _report_on_disk(report: BlockReport, source: SourceModel, block: str) -> BlockReport:
     """The report with linears named as on disk, relative to the block."""
     inside = f"{block_on_disk(source, block)}."
+    return report.renamed(
+        {name: source.disk_name(f"{block}.{name}").removeprefix(inside) for name in report.linears}
+    )
 
-    def renamed(name: str) -> str:
-        return source.disk_name(f"{block}.{name}").removeprefix(inside)
 
-    found = dict(report)
-    for key in BY_LINEAR:
-        if isinstance(value := report.get(key), dict):
-            found[key] = {renamed(name): fact for name, fact in value.items()}
-        elif value is not None:
-            found[key] = [renamed(name) for name in value]
-    return found
+def run_report(records: Sequence[Mapping[str, Any]], left_float: Sequence[str]) -> RunReport:
+    """report.json, from the records of all shards."""
+    blocks = {
+        record["on_disk"]: BlockReport.model_validate(record["report"])
+        for record in records
+        if "on_disk" in record
+    }
+    return RunReport.of(blocks, left_float)
 
 
 def left_float(source: SourceModel, skipped: Sequence[str]) -> list[str]:
@@ -125,7 +120,7 @@ def result_of(
     """The inverse of `shard_of`, as far as the streams need it."""
     block = record["block"]
     memory = {disk: name for name, disk in source.disk_names.items()}
-    result = BlockResult({})
+    result = BlockResult()
     by_disk: dict[str, QuantizedLinear] = {}
     for disk, entry in record["modules"].items():
         name = memory[f"{disk}.weight"].removeprefix(f"{block}.").removesuffix(".weight")
@@ -134,7 +129,7 @@ def result_of(
         result.linears[name] = by_disk[disk] = linear
     link(by_disk)
     result.attention = {
-        name: record["attention"][disk]
+        name: Activation.model_validate(record["attention"][disk])
         for name in source.attentions(block)
         if (disk := source.disk_path(f"{block}.{name}")) in record["attention"]
     }

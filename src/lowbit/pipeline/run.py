@@ -5,17 +5,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lowbit.blocks import Event, Stream
+from lowbit.blocks import Stream
 from lowbit.blocks.walk import Step
 from lowbit.calibration import Calibration, TokenWindows
 from lowbit.checkpoint import CheckpointWriter
-from lowbit.checkpoint.output import final_config, report_of
+from lowbit.checkpoint.output import final_config
 from lowbit.checkpoint.writer import explained
+from lowbit.events import (
+    BlockResumed,
+    CalibrationRead,
+    DryRunFinished,
+    DryRunStarted,
+    Event,
+    OnEvent,
+    RunComplete,
+    RunFinished,
+    RunStarted,
+)
 from lowbit.methods import Method
-from lowbit.pipeline.job import Job, Log
+from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import RunOptions
 from lowbit.pipeline.plan import LONG, estimate, longest
-from lowbit.pipeline.results import left_float, result_of
+from lowbit.pipeline.results import left_float, result_of, run_report
 
 # What OUT gets besides weights: tokenizer, chat template, generation settings, licences.
 COMPANIONS = (
@@ -38,24 +49,24 @@ def quantize(
     out: str | Path,
     method: Method,
     calibration: Calibration | None = None,
-    on_event: Log = lambda event: None,
+    on_event: OnEvent = lambda event: None,
     **options: Any,
 ) -> Path:
     """Quantizes `model` (a folder or a hub id) into the folder `out` and returns that folder.
 
     The same call continues an interrupted run to the same bytes. calibration: what the streams are
-    made of; unused by methods without streams. on_event: called with every `Event`. options: the
-    fields of `RunOptions`. Raises ValueError for anything that the caller can mend; what was
-    finished stays in `out`.
+    made of; unused by methods without streams. on_event: called with every event (see
+    `lowbit.events`). options: the fields of `RunOptions`. Raises ValueError for anything that the
+    caller can mend; what was finished stays in `out`.
     """
     return _Run(Job(model, method, calibration, RunOptions(**options)), on_event).into(Path(out))
 
 
 class _Run:
-    def __init__(self, job: Job, on_event: Log) -> None:
+    def __init__(self, job: Job, on_event: OnEvent) -> None:
         self.job = job
         self.on_event = on_event
-        self.rehearsed: Event | None = None
+        self.rehearsed: DryRunFinished | None = None
 
     def into(self, out: Path) -> Path:
         job, windows = self.job, self.job.windows()
@@ -67,10 +78,15 @@ class _Run:
             lambda: self._rehearse(windows),
         ) as writer:
             if writer.complete:
-                self._log(writer, Event("complete", {"out": str(out)}))
+                self._log(writer, RunComplete(out=str(out)))
                 return out
-            start = {"out": str(out), "blocks": len(job.blocks), "device": str(job.device)}
-            self._log(writer, Event("run", start | {"method": job.method.signature()}))
+            started = RunStarted(
+                out=str(out),
+                blocks=len(job.blocks),
+                device=str(job.device),
+                method=job.method.signature(),
+            )
+            self._log(writer, started)
             if self.rehearsed:
                 self._log(writer, self.rehearsed)
             if writer.record(0) is None:
@@ -79,7 +95,7 @@ class _Run:
                 self._blocks(writer, windows)
             writer.clear_streams()
             self._finish(writer, windows)
-            self._log(writer, Event("done", {"out": str(out)}))
+            self._log(writer, RunFinished(out=str(out)))
         return out
 
     def _rehearse(self, windows: TokenWindows | None) -> None:
@@ -87,7 +103,7 @@ class _Run:
         wanted = self.job.options.dry_run_block
         if wanted is False or (wanted is None and longest(self.job, windows) <= LONG):
             return
-        self.on_event(Event("rehearsal", {"blocks": len(self.job.blocks)}))
+        self.on_event(DryRunStarted(blocks=len(self.job.blocks)))
         try:
             found = estimate(self.job, windows)
         except (ValueError, RuntimeError, MemoryError) as error:
@@ -95,7 +111,7 @@ class _Run:
             raise ValueError(
                 f"the rehearsal failed, and so would the run, which was not begun: {reason}"
             ) from error
-        self.rehearsed = Event("rehearsed", found.to_json())
+        self.rehearsed = DryRunFinished(**found.to_json())
 
     def _blocks(self, writer: CheckpointWriter, windows: TokenWindows | None) -> None:
         job, names = self.job, self.job.blocks
@@ -110,8 +126,8 @@ class _Run:
                 result = job.quantize_block(writer, step, self._logger(writer))
             else:
                 result = result_of(writer.read_shard(step.index + 1), record, job.source)
-                place = {"block": step.name, "index": step.index, "of": len(names)}
-                self._log(writer, Event("resumed", place))
+                resumed = BlockResumed(block=step.name, index=step.index, of=len(names))
+                self._log(writer, resumed)
             if step.index < last:
                 job.advance(step, result)
 
@@ -123,8 +139,7 @@ class _Run:
     ) -> dict[str, Stream]:
         if windows is None:
             return {}
-        about = {"samples": len(windows.tokens), "seqlen": windows.seqlen}
-        self._log(writer, Event("capture", about))
+        self._log(writer, CalibrationRead(samples=len(windows.tokens), seqlen=windows.seqlen))
         folder = self._stream_folder(writer, windows)
         return self.job.first_streams(windows.tokens, folder)
 
@@ -150,7 +165,7 @@ class _Run:
                     writer.copy_file(path)
         records = [writer.record(i) or {} for i in range(writer.shards)]
         names = left_float(job.source, job.selection.left_float)
-        writer.write_json("report.json", report_of(records, names))
+        writer.write_json("report.json", run_report(records, names).to_json())
         made_by = {
             **writer.signature,
             "source": job.name,
@@ -164,9 +179,9 @@ class _Run:
         }
         writer.finish(final_config(job.source.folder, records, made_by))
 
-    def _logger(self, writer: CheckpointWriter) -> Log:
+    def _logger(self, writer: CheckpointWriter) -> OnEvent:
         return lambda event: self._log(writer, event)
 
     def _log(self, writer: CheckpointWriter, event: Event) -> None:
-        writer.append_event({"time": round(time.time(), 3), "kind": event.kind, **event.data})
+        writer.append_event({"time": round(time.time(), 3), **event.to_json()})
         self.on_event(event)

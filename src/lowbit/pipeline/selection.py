@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lowbit.blocks import BlockResult, LinearGroup
+from lowbit.blocks import LinearGroup
 from lowbit.blocks.experts import UnfusedExperts
 from lowbit.formats.dense import DenseLinear
+from lowbit.methods.result import BlockResult
 from lowbit.models.source import SourceModel
 from lowbit.patterns import matches, matches_any
 

@@ -4,7 +4,7 @@ import json
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from lowbit.blocks import Event
 from lowbit.config import Config
+from lowbit.events import OnEvent, TrainingStep
 from lowbit.patterns import matches_any
 
-Log = Callable[[Event], None]
 WRITTEN_LAST = "trainer_state.json"  # of the files of a state, by Trainer
 
 
@@ -77,7 +76,7 @@ def train(
     lora: LoRA,
     state: Path,
     seed: int,
-    log: Log,
+    log: OnEvent,
 ) -> dict[str, Any]:
     """Trains adapters on `linears` and merges them into the model, in place; says what it saw.
 
@@ -213,7 +212,7 @@ def _arguments(model: nn.Module, lora: LoRA, state: Path, seed: int) -> Training
 class _Progress(TrainerCallback):
     """Trainer's log as events."""
 
-    def __init__(self, steps: int, log: Log) -> None:
+    def __init__(self, steps: int, log: OnEvent) -> None:
         self.steps = steps
         self.log = log
 
@@ -221,5 +220,4 @@ class _Progress(TrainerCallback):
         if logs and "loss" in logs:
             loss = float(logs["loss"])
             _check_finite(loss, state.global_step)
-            facts = {"step": state.global_step, "of": self.steps, "loss": loss}
-            self.log(Event("step", facts))
+            self.log(TrainingStep(step=state.global_step, of=self.steps, loss=loss))

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowbit.blocks import Event
 from lowbit.calibration import Calibration
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
 from lowbit.checkpoint.folder import write_folder
 from lowbit.checkpoint.reader import read_json
 from lowbit.convert import dequantize
+from lowbit.events import OnEvent, RunFinished, TrainingStarted
 from lowbit.load import load_model
 from lowbit.methods import Method
 from lowbit.models.locate import locate
@@ -28,7 +28,6 @@ from lowbit.preprocess.lora import LoRA, train
 from lowbit.preprocess.packing import packed_windows
 from lowbit.version import __version__
 
-Log = Callable[[Event], None]
 LONGEST_DEFAULT = 2048  # tokens; what the paper trains with
 MARK = "lowbit_preprocess"  # the key of config.json under which OUT says how it was made
 
@@ -39,7 +38,7 @@ def preprocess(
     first_pass: Method,
     lora: LoRA,
     calibration: Calibration | None = None,
-    on_event: Log = lambda event: None,
+    on_event: OnEvent = lambda event: None,
     **options: Any,
 ) -> Path:
     """Writes the restored float model into the folder `out`, and returns that folder.
@@ -85,14 +84,14 @@ def preprocess(
             for linear in group.linears
         ]
         training, held_out = windows[: lora.windows], windows[lora.windows :]
-        on_event(Event("training", {"steps": lora.steps, "tokens": training.numel()}))
+        on_event(TrainingStarted(steps=lora.steps, tokens=training.numel()))
         state, seed = work / "trainer", calibration.seed
         report = train(restored, linears, training, held_out, lora, state, seed, on_event)
         config = {**read_json(dense / "config.json"), MARK: {**made_by, "training": report}}
         reader = CheckpointReader(dense)
         write_folder(out, _shards(restored, reader), len(reader.files), config, folder)
     shutil.rmtree(work, ignore_errors=True)
-    on_event(Event("done", {"out": str(out)}))
+    on_event(RunFinished(out=str(out)))
     return out
 
 

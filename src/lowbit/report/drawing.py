@@ -78,10 +78,13 @@ class Bars:
     line: float | None = None  # where a reference lies, 0 to 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Curve:
-    """points: for an SVG polyline. line: the height at which rounding to nearest lies. best: where
-    the values that were kept stand.
+    """A loss over epochs.
+
+    points: for an SVG polyline.
+    line: the height of the loss of rounding to nearest.
+    best: where the values that were kept stand.
     """
 
     points: str
@@ -132,8 +135,8 @@ def _grid(
         if layer is None or (v := value(layer)) is None:
             return None
         where = f"{block.name}.{layer.name}: {title(layer)}"
-        gave_up = bool(block.gave_up or layer.gave_up)
-        return Cell(share(scale.sign * v, low, high), scale.text(v), where, gave_up)
+        flagged = bool(block.fallback or layer.fallen)
+        return Cell(share(scale.sign * v, low, high), scale.text(v), where, flagged)
 
     rows = []
     for name in names:
@@ -187,7 +190,7 @@ def _bars(
 
 def curve_of(block: Block) -> Curve | None:
     """The loss over the epochs, with rounding to nearest as a line across."""
-    values, rtn = block.curve, block.record.loss_rtn
+    values, rtn = block.curve, block.report.loss_rtn
     if len(values) < 2:
         return None
     low, high = min(values), max(values)
@@ -203,12 +206,12 @@ def curve_of(block: Block) -> Curve | None:
     best = min(range(len(values)), key=lambda i: values[i])
     against = f", rounding to nearest {loss(rtn)}" if rtn is not None else ""
     return Curve(
-        " ".join(f"{x},{y}" for x, y in points),
-        None if rtn is None else y(rtn),
-        points[best],
-        loss(low),
-        loss(high),
-        f"loss from {loss(values[0])} to {loss(values[best])}{against}",
+        points=" ".join(f"{x},{y}" for x, y in points),
+        line=None if rtn is None else y(rtn),
+        best=points[best],
+        low=loss(low),
+        high=loss(high),
+        title=f"loss from {loss(values[0])} to {loss(values[best])}{against}",
     )
 
 

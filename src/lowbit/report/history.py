@@ -3,12 +3,24 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lowbit.report.records import EventRecord
+from lowbit.events import (
+    BlockFinished,
+    BlockStarted,
+    EpochFinished,
+    RunComplete,
+    RunStarted,
+    Warned,
+)
+from lowbit.report.records import LoggedEvent
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BlockHistory:
-    """The last try of one block. curve: the loss after each epoch. memory: bytes, at the peak."""
+    """The last try of one block.
+
+    curve: the loss after each epoch.
+    memory, device_memory: bytes, at their peak.
+    """
 
     curve: list[float] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -17,10 +29,15 @@ class BlockHistory:
     device_memory: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class History:
-    """blocks: by number. warnings: of no block. starts: how often the command was called before it
-    was done; seconds: what all of them took together. date: of the last event, seconds since 1970.
+    """What happened in a run.
+
+    blocks: by number.
+    warnings: those that concern no block.
+    starts: how often the command was called before it was done.
+    seconds: what all of these calls took together.
+    date: of the last event, in seconds since 1970.
     """
 
     blocks: dict[int, BlockHistory]
@@ -33,44 +50,44 @@ class History:
         return self.blocks.get(number, BlockHistory())
 
 
-def history_of(logged: Sequence[EventRecord]) -> History:
+def history_of(logged: Sequence[LoggedEvent]) -> History:
     """logged: in order. A call that found everything done is left out."""
-    events = [event for event in logged if event.kind != "complete"]
+    lines = [line for line in logged if not isinstance(line.event, RunComplete)]
     blocks: dict[int, BlockHistory] = {}
     warnings: list[str] = []
-    for event in events:
-        if event.kind == "block" and event.index is not None:
-            blocks[event.index] = BlockHistory()  # an interrupted run had begun it before
-        elif event.index in blocks:
-            _note(blocks[event.index], event)
-        elif event.kind == "warning" and event.text and event.text not in warnings:
-            warnings.append(event.text)
-    spans = list(_spans(events))
-    date = events[-1].time if events else None
-    return History(blocks, warnings, len(spans), sum(spans), date)
+    for line in lines:
+        match line.event:
+            case BlockStarted(index=index):
+                blocks[index] = BlockHistory()  # an interrupted run had begun it before
+            case EpochFinished(index=index, epoch=epoch, loss=loss) if index in blocks:
+                if epoch == 1:
+                    blocks[index].curve.clear()  # a try that failed came before
+                blocks[index].curve.append(loss)
+            case BlockFinished(index=index) as finished if index in blocks:
+                blocks[index].seconds = finished.seconds
+                blocks[index].memory = finished.memory
+                blocks[index].device_memory = finished.device_memory
+            case Warned(index=index, text=text):
+                block = None if index is None else blocks.get(index)
+                place = warnings if block is None else block.warnings
+                if text not in place:
+                    place.append(text)
+    spans = list(_spans(lines))
+    date = lines[-1].time if lines else None
+    return History(
+        blocks=blocks, warnings=warnings, starts=len(spans), seconds=sum(spans), date=date
+    )
 
 
-def _note(block: BlockHistory, event: EventRecord) -> None:
-    if event.kind == "epoch" and event.loss is not None:
-        if event.epoch == 1:
-            block.curve.clear()  # a try that failed came before
-        block.curve.append(event.loss)
-    elif event.kind == "warning" and event.text and event.text not in block.warnings:
-        block.warnings.append(event.text)
-    elif event.kind == "finished":
-        block.seconds = event.seconds
-        block.memory, block.device_memory = event.memory, event.device_memory
-
-
-def _spans(events: Iterable[EventRecord]) -> Iterable[float]:
-    """Seconds from each start to the last that was heard of it."""
+def _spans(lines: Iterable[LoggedEvent]) -> Iterable[float]:
+    """Seconds from each start to the last event that followed it."""
     first: float | None = None
     last = 0.0
-    for event in events:
-        if event.kind == "run":
+    for line in lines:
+        if isinstance(line.event, RunStarted):
             if first is not None:
                 yield last - first
-            first = event.time
-        last = event.time
+            first = line.time
+        last = line.time
     if first is not None:
         yield last - first

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from lowbit.checkpoint import QuantizedFolder
-from lowbit.report.records import LinearRecord
+from lowbit.run_report import LinearReport
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a name: of an expert, of a block
 # Not settings, or of one layer alone.
@@ -17,20 +17,31 @@ UNSHOWN = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Linear:
-    """name: on disk, relative to its block. bytes: without the bias. error: signal to noise in
-    decibels, inf for an exact copy, None where it is not known. slices: the same when it is read
-    with fewer bits, by their number. gave_up: why it fell back.
+    """A quantized linear.
+
+    name: on disk, relative to its block.
+    entry: of config.json.
+    bytes: without the bias.
+    report: what the run reported, if it is known.
+    fallback: why and how it was quantized in a simpler way than asked for.
     """
 
     name: str
     entry: dict[str, Any]
     bytes: int
-    error: float | None
-    proxy_loss: float | None
-    slices: dict[str, float | None]
-    gave_up: str | None
+    report: LinearReport | None
+    fallback: str | None
+
+    @property
+    def error(self) -> float | None:
+        """Signal to noise in decibels, inf for an exact copy, None where it is not known."""
+        return None if self.report is None else self.report.signal_to_noise_db
+
+    @property
+    def proxy_loss(self) -> float | None:
+        return None if self.report is None else self.report.proxy_loss
 
     @property
     def weights(self) -> int:
@@ -85,18 +96,18 @@ class Layer:
         return max((x.proxy_loss for x in self.linears if x.proxy_loss is not None), default=None)
 
     @property
-    def slices(self) -> dict[str, float]:
-        """The worst of each width."""
-        found: dict[str, float] = {}
+    def slices(self) -> dict[int, float]:
+        """The worst signal to noise at each number of bits, of weights that have several."""
+        found: dict[int, float] = {}
         for linear in self.linears:
-            for bits, error in linear.slices.items():
-                exact = math.inf if error is None else error
-                found[bits] = min(exact, found.get(bits, math.inf))
+            for bits, error in linear.report.slices_db.items() if linear.report else ():
+                found[bits] = min(error, found.get(bits, math.inf))
         return found
 
     @property
-    def gave_up(self) -> list[Linear]:
-        return [linear for linear in self.linears if linear.gave_up]
+    def fallen(self) -> list[Linear]:
+        """Those that fell back."""
+        return [linear for linear in self.linears if linear.fallback]
 
 
 def settings(entry: dict[str, Any]) -> str:
@@ -118,15 +129,22 @@ def settings(entry: dict[str, Any]) -> str:
 
 
 def linear_of(
-    quantized: QuantizedFolder, name: str, inside: str, record: LinearRecord, gave_up: str | None
+    quantized: QuantizedFolder,
+    name: str,
+    inside: str,
+    report: LinearReport | None,
+    fallback: str | None,
 ) -> Linear:
     """name: on disk, in full. inside: the block's prefix, which is left out."""
     tensors = quantized.reader.tensors
     stored = (tensors[t].bytes for t in quantized.tensors_of(name) if t != f"{name}.bias")
-    error = math.inf if record.exact else record.signal_to_noise_db
-    short = name.removeprefix(inside)
-    entry, slices = quantized.entries[name], record.slices_db
-    return Linear(short, entry, sum(stored), error, record.proxy_loss, slices, gave_up)
+    return Linear(
+        name=name.removeprefix(inside),
+        entry=quantized.entries[name],
+        bytes=sum(stored),
+        report=report,
+        fallback=fallback,
+    )
 
 
 def layers_of(linears: Iterable[Linear]) -> tuple[Layer, ...]:

@@ -74,19 +74,19 @@ class Fallen:
 
 
 def fallen_back(run: Run) -> list[Fallen]:
-    """What was given up, by reason, and what was left float."""
+    """What fell back, by reason, and what was left float."""
     found: dict[tuple[str, ...], list[tuple[str, list[int]]]] = {}
-    for name, reason in run.record.given_up.items():
+    for name, reason in run.report.fallbacks.items():
         text, numbers = COUNT.split(reason), [int(count) for count in COUNT.findall(reason)]
         found.setdefault(tuple(text), []).append((name, numbers))
     fallen = [_fallen(text, members) for text, members in found.items()]
-    if run.record.left_float:
-        fallen.append(Fallen("left in float", [(name, "") for name in run.record.left_float]))
+    if run.report.left_float:
+        fallen.append(Fallen("left in float", [(name, "") for name in run.report.left_float]))
     return fallen
 
 
 def _fallen(text: tuple[str, ...], members: list[tuple[str, list[int]]]) -> Fallen:
-    """Reasons that differ in numbers only, as one: "it saw only 3 to 15 calibration tokens"."""
+    """Reasons that differ in numbers only, as one: "too few calibration tokens (3 to 15): ..."."""
     columns = list(zip(*(numbers for _, numbers in members), strict=True))
     spans = [f"{min(c)} to {max(c)}" if min(c) < max(c) else f"{min(c)}" for c in columns]
     reason = "".join(part + span for part, span in zip(text, [*spans, ""], strict=True))

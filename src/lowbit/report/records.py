@@ -1,75 +1,39 @@
-"""What `lowbit quantize` and `lowbit eval` write as JSON, as far as the report shows it.
+"""The JSON files that `lowbit quantize` and `lowbit eval` write, read into classes.
 
-Unknown keys are passed over: methods and measurements may say more than is shown here.
+What `lowbit quantize` reports has its classes in `lowbit.run_report` and `lowbit.events`; those of
+the other files are here. Unknown keys are passed over: another version may have written them.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from lowbit.checkpoint.reader import read_json
+from lowbit.checkpoint.writer import finite
 from lowbit.config import explain
+from lowbit.events import KINDS, Event
+from lowbit.run_report import RunReport
 
-Model = TypeVar("Model", bound=BaseModel)
-Name = Annotated[str, Field(max_length=10_000)]
+Read = TypeVar("Read")
 
 
 class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
-class LinearRecord(Record):
-    """signal_to_noise_db: null is infinite, an exact copy; absent is not known. slices_db: the same
-    by the bits that are read of a nested format.
+@dataclass(frozen=True)
+class LoggedEvent:
+    """A line of events.jsonl.
+
+    time: when it was written, in seconds since 1970.
+    event: None for one of a kind that is not known here, as another version may have.
     """
 
-    signal_to_noise_db: FiniteFloat | None = None
-    proxy_loss: FiniteFloat | None = None
-    slices_db: dict[str, FiniteFloat | None] = {}
-
-    @property
-    def exact(self) -> bool:
-        known = "signal_to_noise_db" in self.model_fields_set
-        return known and self.signal_to_noise_db is None
-
-
-class Training(Record):
-    before: FiniteFloat | None = None
-    best_epoch: int | None = None
-    failures: list[str] = []
-
-
-class BlockRecord(Record):
-    linears: dict[str, LinearRecord] = {}
-    training: Training = Training()
-    loss_rtn: FiniteFloat | None = None
-    loss_before: FiniteFloat | None = None
-    loss_after: FiniteFloat | None = None
-
-
-class RunRecord(Record):
-    """report.json. All names are those on disk; linears are relative to their block."""
-
-    given_up: dict[Name, str] = {}
-    left_float: list[Name] = []
-    blocks: dict[Name, BlockRecord] = {}
-
-
-class EventRecord(Record):
-    """One line of events.jsonl."""
-
-    kind: str
-    time: FiniteFloat
-    index: int | None = None  # of a block
-    block: str | None = None
-    epoch: int | None = None
-    loss: FiniteFloat | None = None
-    text: str | None = None
-    seconds: FiniteFloat | None = None
-    memory: int | None = None
-    device_memory: int | None = None
+    time: float
+    event: Event | None
 
 
 class Source(Record):
@@ -148,33 +112,43 @@ class ResultRecord(Record):
         return self.model_extra or {}
 
 
-def parse(kind: type[Model], value: Any, where: Path | str) -> Model:
-    """`value` as a record; ValueError that names `where` it stands when it is none."""
+class _Line(Record):
+    """What all lines of events.jsonl have."""
+
+    time: FiniteFloat
+    kind: str
+
+
+def parse(kind: type[Read], value: Any, where: Path | str) -> Read:
+    """`value` as one of these classes; ValueError that names `where` it stands if it is none."""
     try:
-        return kind.model_validate(value)
+        return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         raise ValueError(f"{where} was edited: {explain(error)}") from None
 
 
-def read_report(folder: Path) -> RunRecord:
+def read_report(folder: Path) -> RunReport:
     """report.json; empty where there is none, as in a folder that was converted."""
     path = folder / "report.json"
-    return parse(RunRecord, read_json(path), path) if path.exists() else RunRecord()
+    return parse(RunReport, read_json(path), path) if path.exists() else RunReport()
 
 
-def read_events(folder: Path) -> list[EventRecord]:
+def read_events(folder: Path) -> list[LoggedEvent]:
     """events.jsonl in order; empty where there is none."""
     path = folder / "events.jsonl"
     if not path.exists():
         return []
     events = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         where = f"{path}, line {number},"
         try:
-            value = json.loads(line)
+            value = finite(json.loads(text))
         except (ValueError, RecursionError):
             raise ValueError(f"{where} cannot be read as JSON") from None
-        events.append(parse(EventRecord, value, where))
+        line = parse(_Line, value, where)
+        kind = KINDS.get(line.kind)
+        event = None if kind is None else parse(kind, value, where)
+        events.append(LoggedEvent(line.time, event))
     return events
 
 
@@ -184,5 +158,5 @@ def read_results(path: Path) -> list[ResultRecord]:
     try:
         return list(TypeAdapter(dict[str, ResultRecord]).validate_python(value).values())
     except ValidationError as error:
-        said = explain(error)
-        raise ValueError(f"{path} was not written by lowbit eval --json: {said}") from None
+        reason = explain(error)
+        raise ValueError(f"{path} was not written by lowbit eval --json: {reason}") from None

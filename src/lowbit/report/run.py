@@ -5,35 +5,31 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import Size, size_of
 from lowbit.report.history import BlockHistory, History, history_of
 from lowbit.report.layers import Layer, layers_of, linear_of
-from lowbit.report.records import (
-    BlockRecord,
-    LinearRecord,
-    MadeBy,
-    RunRecord,
-    parse,
-    read_events,
-    read_report,
-)
+from lowbit.report.records import MadeBy, parse, read_events, read_report
+from lowbit.run_report import BlockReport, RunReport
 
 BLOCK = re.compile(r"(?:.*?\.)?(\d+)(?=\.|$)")  # a name up to its first number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Block:
-    """One transformer block; `number` counts from 0. gave_up: why the whole of it fell back."""
+    """One transformer block.
+
+    number: from 0.
+    fallback: why and how the whole block was quantized in a simpler way than asked for.
+    """
 
     name: str
     number: int
     layers: tuple[Layer, ...]
-    record: BlockRecord
+    report: BlockReport
     history: BlockHistory
-    gave_up: str | None
+    fallback: str | None
 
     @property
     def bits(self) -> float | None:
@@ -49,7 +45,7 @@ class Block:
     @property
     def curve(self) -> list[float]:
         """The loss over the epochs; epoch 0 is what the learning began with."""
-        before, after = self.record.loss_before, self.history.curve
+        before, after = self.report.loss_before, self.history.curve
         return [before, *after] if before is not None and after else after
 
     @property
@@ -57,12 +53,12 @@ class Block:
         """The share that learning saved of the loss of rounding to nearest (rtn), or, where that
         was not measured, of the loss that it started with.
         """
-        before, after = self.record.loss_rtn, self.record.loss_after
-        before = self.record.loss_before if before is None else before
+        before, after = self.report.loss_rtn, self.report.loss_after
+        before = self.report.loss_before if before is None else before
         return 1 - after / before if before and after is not None else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """A quantized folder. outside: its linears that are in no block, as lm_head."""
 
@@ -70,7 +66,7 @@ class Run:
     quantized: QuantizedFolder
     size: Size
     made_by: MadeBy
-    record: RunRecord
+    report: RunReport
     history: History
     blocks: tuple[Block, ...]
     outside: tuple[Layer, ...]
@@ -101,7 +97,7 @@ class Run:
     @property
     def loss_reference(self) -> str:
         """What `Block.loss_saved` compares with."""
-        return "rtn" if any(b.record.loss_rtn is not None for b in self.blocks) else "start"
+        return "rtn" if any(b.report.loss_rtn is not None for b in self.blocks) else "start"
 
     @property
     def date(self) -> str:
@@ -122,7 +118,10 @@ class Run:
 
     @property
     def warnings(self) -> list[tuple[str, str]]:
-        """(block or nothing, text that does not repeat it)."""
+        """(the block's name or nothing, the text).
+
+        Earlier versions began a text with the block's name, which is left out here.
+        """
         found = [("", text) for text in self.history.warnings]
         for block in self.blocks:
             for text in block.history.warnings:
@@ -156,27 +155,35 @@ def read_run(folder: Path) -> Run:
     quantized.verify(hashes=False)
     config = folder / "config.json"
     made_by = parse(MadeBy, quantized.quantization.get("made_by") or {}, f"made_by in {config}")
-    record, history = read_report(folder), history_of(read_events(folder))
-    names: dict[str, list[str]] = {name: [] for name in record.blocks}
+    report, history = read_report(folder), history_of(read_events(folder))
+    names: dict[str, list[str]] = {name: [] for name in report.blocks}
     for name in quantized.entries:
         found = BLOCK.match(name)
         names.setdefault(found[0] if found else "", []).append(name)
-    layers = {block: _layers(quantized, record, block, inside) for block, inside in names.items()}
+    layers = {block: _layers(quantized, report, block, inside) for block, inside in names.items()}
     outside = layers.pop("", ())
     blocks = [
         Block(
-            name,
-            number := _number(name),
-            found_layers,
-            record.blocks.get(name, BlockRecord()),
-            history.of(number),
-            record.given_up.get(name),
+            name=name,
+            number=(number := _number(name)),
+            layers=found_layers,
+            report=report.blocks.get(name, BlockReport()),
+            history=history.of(number),
+            fallback=report.fallbacks.get(name),
         )
         for name, found_layers in layers.items()
     ]
     blocks.sort(key=lambda block: block.number)
-    size = size_of(folder)
-    return Run(folder, quantized, size, made_by, record, history, tuple(blocks), outside)
+    return Run(
+        folder=folder,
+        quantized=quantized,
+        size=size_of(folder),
+        made_by=made_by,
+        report=report,
+        history=history,
+        blocks=tuple(blocks),
+        outside=outside,
+    )
 
 
 def _number(block: str) -> int:
@@ -185,17 +192,17 @@ def _number(block: str) -> int:
 
 
 def _layers(
-    quantized: QuantizedFolder, record: RunRecord, block: str, names: list[str]
+    quantized: QuantizedFolder, report: RunReport, block: str, names: list[str]
 ) -> tuple[Layer, ...]:
     inside = f"{block}." if block else ""
-    known: dict[str, Any] = record.blocks[block].linears if block in record.blocks else {}
+    known = report.blocks.get(block, BlockReport()).linears
     return layers_of(
         linear_of(
             quantized,
             name,
             inside,
-            known.get(name.removeprefix(inside), LinearRecord()),
-            record.given_up.get(name),
+            known.get(name.removeprefix(inside)),
+            report.fallbacks.get(name),
         )
         for name in names
     )

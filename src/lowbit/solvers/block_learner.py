@@ -1,7 +1,7 @@
-"""What is learned of a block, OmniQuant's way: how ranges are clipped, how channels are scaled.
+"""What OmniQuant learns of a block: how ranges are clipped, and how channels are scaled.
 
-OmniQuant (arXiv 2308.13137), sections 3.2 and 3.3. Which rounding the grids are for, and what the
-loss is, the methods that use it say.
+OmniQuant (arXiv 2308.13137), sections 3.2 and 3.3. The methods that use it decide which rounding
+the grids are for, and what the loss is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowbit.blocks import BlockTask, Fold
 from lowbit.blocks.folding import Tensors, apply_folds, tensors_of
 from lowbit.blocks.start import Start
-from lowbit.blocks.statistics import ChannelStatistics
+from lowbit.blocks.statistics import ChannelStatistics, tokens_by_linear
 from lowbit.blocks.training import ParameterGroup
 from lowbit.solvers.clipping import LearnedClipping, search_clipping
 from lowbit.solvers.equivalence import middle_shift, searched_scale, smooth_scale
@@ -23,12 +23,15 @@ from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, minmax_grid
 Statistics = Mapping[str, ChannelStatistics]  # by the name of a group
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Learning:
-    """lwc, let: what is learned, and at which rates. alpha, init: where scales and clips begin.
+    """What is learned, and how.
 
+    lwc: whether clips are learned, at the rate lwc_lr.
+    let: whether scales of channels are learned, at the rate let_lr.
+    alpha, init: where scales and clips begin.
     inputs: whether what the linears and attentions read is rounded too. Then `let` also shifts
-    channels, where biases can take it up, and scales queries against keys.
+        channels, where biases can take it up, and scales queries against keys.
     """
 
     lwc: bool
@@ -58,7 +61,8 @@ class BlockLearner:
         self.learning = learning
         self.shapes = shapes
         self.float_tensors = tensors_of(task.block)
-        self.linears = [name for group in task.groups for name in group.linears]
+        self.tokens = tokens_by_linear(task.groups, statistics)
+        self.linears = list(self.tokens)
         self.start = Start(task)
         by_reader = {name: statistics[g.name] for g in task.groups for name in g.linears}
         seen = {name: s for name, s in by_reader.items() if s.tokens}
@@ -174,13 +178,3 @@ def _is_seen(fold: Fold, rounded: Sequence[str], attends: bool) -> bool:
     if fold.kind == "rotary":  # not the weights: a row's grid follows its scale
         return attends
     return fold.kind in ("norm", "values") and not set(rounded).isdisjoint(fold.readers)
-
-
-def starved_linears(task: BlockTask, statistics: Statistics, min_tokens: int) -> dict[str, int]:
-    """Linears of experts that saw too few tokens, with how many they saw."""
-    return {
-        linear: statistics[group.name].tokens
-        for group in task.groups
-        for linear in group.linears
-        if statistics[group.name].tokens < min_tokens
-    }

@@ -6,7 +6,7 @@ the corrections that the range always includes 0 and that zero points stay withi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ class Grid:
 
     scale: Tensor
     zero: Tensor | None
+    _: KW_ONLY
     bits: int
     group_size: int | None
     zero_shift: int = 0
@@ -79,11 +80,12 @@ def grid_from_range(
     if symmetric:
         # 2^bits - 1 steps, one more of them below zero: the error stays within half a step.
         reach = torch.maximum(high, -low)
-        return Grid(_positive(2 * reach / top, reach), None, bits, group_size)
+        scale = _positive(2 * reach / top, reach)
+        return Grid(scale, None, bits=bits, group_size=group_size)
     scale = _positive((high - low) / top, high - low)
     step = 2.0**-zero_shift
     zero = (torch.round(-low / scale / step) * step).clamp(0, top).detach()
-    return Grid(scale, zero, bits, group_size, zero_shift)
+    return Grid(scale, zero, bits=bits, group_size=group_size, zero_shift=zero_shift)
 
 
 def minmax_grid(

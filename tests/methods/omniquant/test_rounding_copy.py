@@ -1,4 +1,4 @@
-"""The twin of a block rounds what it reads and shares its parameters; the block itself stays."""
+"""The copy of a block rounds what it reads and shares its parameters; the block stays as it is."""
 
 import pytest
 import torch
@@ -7,25 +7,27 @@ from torch import Tensor
 
 from lowbit.blocks.attention import MARK
 from lowbit.blocks.capture import call_block
+from lowbit.formats.activation import Activation
 from lowbit.methods.omniquant.rounding_copy import rounding_copy
 
-W4 = {"bits": 4, "symmetric": False}
+W4 = Activation(bits=4, symmetric=False)
 
 
-def test_the_twin_rounds_and_the_block_stays() -> None:
+def test_the_copy_rounds_and_the_block_stays() -> None:
     task = zoo.task("llama")
     batch = task.streams["float"][0]
     before = call_block(task.block, batch)
-    twin = rounding_copy(task.block, {"mlp.down_proj": W4}, {"self_attn": W4})
-    assert list(map(id, twin.parameters())) == list(map(id, task.block.parameters()))
-    assert getattr(twin.self_attn, MARK) == W4 and not hasattr(task.block.self_attn, MARK)
+    copy = rounding_copy(task.block, {"mlp.down_proj": W4}, {"self_attn": W4})
+    assert list(map(id, copy.parameters())) == list(map(id, task.block.parameters()))
+    assert getattr(copy.self_attn, MARK) == W4.model_dump()
+    assert not hasattr(task.block.self_attn, MARK)
     assert torch.equal(call_block(task.block, batch), before)
     read: dict[str, Tensor] = {}
     for name in ("mlp.down_proj", "mlp.up_proj"):
-        twin.get_submodule(name).register_forward_pre_hook(
+        copy.get_submodule(name).register_forward_pre_hook(
             lambda module, args, name=name: read.setdefault(name, args[0])
         )
-    assert zoo.error(call_block(twin, batch), before) > 0.01
+    assert zoo.error(call_block(copy, batch), before) > 0.01
     levels = {name: len(x.flatten(0, -2)[0].unique()) for name, x in read.items()}
     assert levels["mlp.down_proj"] <= 16 < levels["mlp.up_proj"]
 

@@ -19,22 +19,28 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from lowbit.blocks import BlockResult, BlockTask, Stream
+from lowbit.blocks import BlockTask, Stream
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import Tensors
-from lowbit.blocks.install import install
 from lowbit.blocks.parts import sum_of_parts
-from lowbit.blocks.statistics import ChannelStatistics, input_statistics
+from lowbit.blocks.statistics import ChannelStatistics, input_statistics, tokens_by_linear
 from lowbit.blocks.training import fit, mean_loss
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear
 from lowbit.kernels.slicing import MASTER_BITS
-from lowbit.methods.learned import LearningMethod, keep_if_better, packed_block, training_report
+from lowbit.methods.learned import NEAREST_BETTER, LearningMethod, keep_if_better, packed_block
 from lowbit.methods.matquant.packing import pack_nested
 from lowbit.methods.matquant.slices import fake_slice, master_codes
-from lowbit.methods.method import signal_to_noise, tell_without_feedback
 from lowbit.methods.packing import as_stored, pack
-from lowbit.solvers.block_learner import BlockLearner, starved_linears
+from lowbit.methods.result import (
+    NOT_POSITIVE_DEFINITE,
+    BlockResult,
+    signal_to_noise,
+    trained_report,
+    warn_of_hessians,
+)
+from lowbit.run_report import LinearReport
+from lowbit.solvers.block_learner import BlockLearner
 from lowbit.solvers.gptq import OrderedFactor
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, grouped
 
@@ -102,16 +108,16 @@ class MatQuant(LearningMethod):
         """The stream "4" passes through the layers at 4 bits."""
         if stream == "float":
             return
-        linears = {
+        linears: dict[str, QuantizedLinear] = {
             name: layer.at(int(stream)) if isinstance(layer, NestedLinear) else layer
             for name, layer in result.linears.items()
         }
-        install(block, replace(result, linears=linears))
+        replace(result, linears=linears).install(block)
 
     def quantize(self, task: BlockTask) -> BlockResult:
         statistics = input_statistics(task.block, task.groups, task.streams["float"])
-        starved = starved_linears(task, statistics, self.min_tokens)
-        learner = _Learner(self, task, statistics, set(starved))
+        fallbacks = self.fallbacks(tokens_by_linear(task.groups, statistics))
+        learner = _Learner(self, task, statistics, set(fallbacks))
         loss = _Loss(self, task)
         fitted = fit(
             learner.parameter_groups(),
@@ -126,19 +132,23 @@ class MatQuant(LearningMethod):
         keep = keep_if_better(learner, task, fitted.after, loss_nearest)
         searched = self.epochs > 0 or self.init == "awq" or bool(task.start)
         learned = keep and searched and (self.lwc or self.let)
-        joint = self.rounding == "joint"
-        factors = self.factors(task, learner, self._shares()) if joint else {}
-        result = learner.result(factors, learned)
-        result.report |= training_report(fitted, loss_nearest, keep, starved, statistics)
-        if joint:  # so far it was measured with the nearest codes
-            missed = [n for n in learner.settings if n not in factors and n not in starved]
-            tell_without_feedback(task, result, missed)
+        factors: dict[str, OrderedFactor] = {}
+        if self.rounding == "joint":
+            factors = self.factors(task, learner, self._shares())
+            failed = [n for n in learner.settings if n not in factors and n not in fallbacks]
+            fallbacks |= dict.fromkeys(failed, NOT_POSITIVE_DEFINITE)
+        result = learner.result(factors, learned, fallbacks)
+        warn_of_hessians(task, result.report.linears)
+        after = fitted.after if keep else loss_nearest
+        if self.rounding == "joint":  # so far it was measured with the nearest codes
             packed = learner.packed(result.linears)
-            result.report["loss_after"] = mean_loss(lambda i: loss(i, packed), loss.batches)
+            after = mean_loss(lambda index: loss(index, packed), loss.batches)
+        reasons = [] if keep else [NEAREST_BETTER]
+        result.report = trained_report(result.report.linears, fitted, loss_nearest, after, reasons)
         return result
 
     def _shares(self) -> dict[str, float]:
-        """Of each stream: its widths' part of the weights."""
+        """Loss weight of each stream: the sum over its bit widths, of 1 in all."""
         shares: dict[str, float] = {}
         for width, weight in zip(self.widths, self.weights, strict=True):
             stream = self.stream_of(width)
@@ -181,9 +191,9 @@ class _Learner(BlockLearner):
         method: MatQuant,
         task: BlockTask,
         statistics: dict[str, ChannelStatistics],
-        starved: set[str],
+        unclipped: set[str],
     ) -> None:
-        self.method, self.starved = method, starved
+        self.method = method
         names = [name for group in task.groups for name in group.linears]
         settings = {name: method.at(f"{task.name}.{name}") for name in names}
         shapes = {
@@ -193,7 +203,7 @@ class _Learner(BlockLearner):
         if not self.settings:
             raise ValueError(f"{task.name} has no linear outside attention: use scope all")
         outside = set(settings) - set(self.settings)
-        super().__init__(task, statistics, starved | outside, method.learning(), shapes)
+        super().__init__(task, statistics, unclipped | outside, method.learning(), shapes)
 
     def rounded(self, name: str, weight: Tensor, grid: Grid) -> Tensor:
         """At the width whose error counts most; a bit less has four times the squared error."""
@@ -213,7 +223,7 @@ class _Learner(BlockLearner):
         return self._master(self.float_tensors, self.whole_grid)
 
     @torch.no_grad()
-    def packed(self, layers: Mapping[str, nn.Module]) -> _Master:
+    def packed(self, layers: Mapping[str, QuantizedLinear]) -> _Master:
         """What was packed, whichever codes were chosen."""
         made = self.master()
         grids, codes = dict(made.grids), dict(made.codes)
@@ -230,29 +240,41 @@ class _Learner(BlockLearner):
         }
         return _Master(tensors, grids, codes, self.settings)
 
-    def result(self, factors: Mapping[str, OrderedFactor], learned: bool) -> BlockResult:
+    def result(
+        self,
+        factors: Mapping[str, OrderedFactor],
+        learned: bool,
+        fallbacks: Mapping[str, str],
+    ) -> BlockResult:
         """The packed block; linears in `factors` are rounded jointly, with feedback.
 
-        learned: whether the grids were made for the widths.
+        learned: whether the grids of the linears that have enough tokens were made for the widths.
+        fallbacks: the sentences for linears that fall back.
         """
         weights = dict(zip(self.method.widths, self.method.weights, strict=True))
-        slices: dict[str, dict[str, float]] = {}
 
-        def packed(name: str, weight: Tensor, bias: Tensor | None, grid: Grid) -> QuantizedLinear:
+        def packed(
+            name: str, weight: Tensor, bias: Tensor | None, grid: Grid
+        ) -> tuple[QuantizedLinear, LinearReport]:
+            def report(
+                layer: QuantizedLinear, slices: Mapping[int, QuantizedLinear]
+            ) -> LinearReport:
+                return LinearReport(
+                    signal_to_noise_db=signal_to_noise(weight, layer),
+                    slices_db={width: signal_to_noise(weight, x) for width, x in slices.items()},
+                    tokens=self.tokens[name],
+                    fallback=fallbacks.get(name),
+                )
+
             if name not in self.settings:
-                return pack(weight, bias, grid)
+                plain = pack(weight, bias, grid)
+                return plain, report(plain, {})
             extra = self.settings[name].extra_precision
-            made = learned and name not in self.starved
-            layer = pack_nested(weight, bias, grid, factors.get(name), weights, extra, made)
-            slices[name] = {
-                str(width): round(signal_to_noise(weight, layer.at(width)), 2) for width in weights
-            }
-            return layer
+            made = learned and self.tokens[name] >= self.method.min_tokens
+            nested = pack_nested(weight, bias, grid, factors.get(name), weights, extra, made)
+            return nested, report(nested, {width: nested.at(width) for width in weights})
 
-        result = packed_block(self, packed)
-        for name, found in slices.items():
-            result.report["linears"][name]["slices_db"] = found
-        return result
+        return packed_block(self, packed)
 
 
 class _Loss:

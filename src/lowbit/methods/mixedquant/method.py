@@ -14,14 +14,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from lowbit.blocks import BlockResult, BlockTask, Fold, LinearGroup
+from lowbit.blocks import BlockTask, Fold, LinearGroup
 from lowbit.blocks.folding import Tensors, apply_folds, tensors_of
 from lowbit.blocks.hessian import Hessians, input_hessians
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.formats import link
 from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear
 from lowbit.formats.uniform.reference import group_count
-from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
+from lowbit.methods.method import Method
 from lowbit.methods.mixedquant.absorbing import SplitHessian, split_hessian
 from lowbit.methods.mixedquant.ordering import (
     Salience,
@@ -34,6 +34,14 @@ from lowbit.methods.mixedquant.ordering import (
     salient_count,
     sort_key,
 )
+from lowbit.methods.result import (
+    NOT_POSITIVE_DEFINITE,
+    BlockResult,
+    signal_to_noise,
+    too_few_tokens,
+    warn_of_hessians,
+)
+from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.clipping import clipped_grid
 from lowbit.solvers.equivalence import smooth_scale
 from lowbit.solvers.feedback import proxy_loss
@@ -105,12 +113,17 @@ class MixedQuant(Method):
             groups.append(self._ordered(task, group, tensors, statistics[group.name], scale))
         _permute_producers(task, groups, tensors)
         hessians = self._hessians(task)
-        result = BlockResult({}, report={"linears": {}, "groups": {}})
+        result, reports = BlockResult(), dict[str, LinearReport]()
         for ordered in groups:
             split = None
-            if hessians is not None and not ordered.starved:
-                split = self._split(task, ordered, hessians, result)
-            self._quantize_group(task, ordered, tensors, split, result)
+            if hessians is not None and ordered.fallback is None:
+                split = self._split(ordered, hessians)
+                ordered.fallback = NOT_POSITIVE_DEFINITE if split is None else None
+            layers, facts = self._quantize_group(task, ordered, tensors, split)
+            result.linears |= layers
+            reports |= facts
+        warn_of_hessians(task, reports)
+        result.report = BlockReport(linears=reports)
         _keep_changed(task, tensors, result)
         return result
 
@@ -155,9 +168,9 @@ class MixedQuant(Method):
         """Which inputs stay float, and the order of the others. scale: by which x was divided."""
         here = self._common(task, group)
         weights = [tensors[f"{name}.weight"] for name in group.linears]
-        starved = seen.tokens < here.min_tokens
+        enough = seen.tokens >= here.min_tokens
         seen = seen if scale is None else seen.divided(scale)
-        if starved:
+        if not enough:
             matters, key = column_norm(weights), column_max(weights)
         else:
             matters, key = (
@@ -174,7 +187,11 @@ class MixedQuant(Method):
             here.group_size,
             None if here.activation_bits == UNROUNDED else here.activation_bits,
         )
-        return _Group(group, columns, order, seen, starved, scale)
+        instead = "ordered by its weights and rounded to nearest"
+        fallback = None if enough else too_few_tokens(seen.tokens, instead)
+        return _Group(
+            group=group, columns=columns, order=order, seen=seen, scale=scale, fallback=fallback
+        )
 
     def _hessians(self, task: BlockTask) -> Hessians | None:
         names = [name for group in task.groups for name in group.linears]
@@ -182,18 +199,13 @@ class MixedQuant(Method):
             return None
         return input_hessians(task.block, task.groups, task.streams["quantized"])
 
-    def _split(
-        self, task: BlockTask, ordered: "_Group", hessians: Hessians, result: BlockResult
-    ) -> SplitHessian | None:
-        """In the order of the inputs. None, and said so: it would not factor."""
+    def _split(self, ordered: "_Group", hessians: Hessians) -> SplitHessian | None:
+        """The group's Hessian in the order of the inputs; None if it is not positive definite."""
         matrix = hessians[ordered.group.name].matrix
         if ordered.scale is not None:
             matrix = matrix / ordered.scale / ordered.scale.unsqueeze(1)
         matrix = matrix[ordered.columns][:, ordered.columns]
-        split = split_hessian(matrix, ordered.kept, self.damping)
-        if split is None:
-            tell_without_feedback(task, result, ordered.group.linears)
-        return split
+        return split_hessian(matrix, ordered.kept, self.damping)
 
     def _quantize_group(
         self,
@@ -201,24 +213,25 @@ class MixedQuant(Method):
         ordered: "_Group",
         tensors: Tensors,
         split: SplitHessian | None,
-        result: BlockResult,
-    ) -> None:
-        made: dict[str, SortedGroupLinear] = {}
+    ) -> tuple[dict[str, SortedGroupLinear], dict[str, LinearReport]]:
+        made, reports = dict[str, SortedGroupLinear](), dict[str, LinearReport]()
         first = ordered.group.linears[0]
         for name in ordered.group.linears:
             weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
             here = self.at(f"{task.name}.{name}")
             shares = None if name == first else first
-            made[name], facts = here._linear(weight, bias, ordered, split, shares)
+            made[name], loss = here._linear(weight, bias, ordered, split, shares)
             link(made)
             wanted = weight if ordered.order.permutation is not None else ordered.of(weight)
-            noise = round(signal_to_noise(wanted, made[name]), 2)
-            result.report["linears"][name] = {"signal_to_noise_db": noise} | facts
-        result.linears |= made
-        result.report["groups"][ordered.group.name] = ordered.report()
-        if ordered.starved:
-            tokens = dict.fromkeys(ordered.group.linears, ordered.seen.tokens)
-            result.report.setdefault("rounded_to_nearest", {}).update(tokens)
+            reports[name] = LinearReport(
+                signal_to_noise_db=signal_to_noise(wanted, made[name]),
+                proxy_loss=loss,
+                salient_ratio=round(ordered.order.salient / len(ordered.columns), 4),
+                permutation=ordered.permutation,
+                tokens=ordered.seen.tokens,
+                fallback=ordered.fallback,
+            )
+        return made, reports
 
     def _linear(
         self,
@@ -227,7 +240,8 @@ class MixedQuant(Method):
         ordered: "_Group",
         split: SplitHessian | None,
         shares: str | None,
-    ) -> tuple[SortedGroupLinear, dict[str, Any]]:
+    ) -> tuple[SortedGroupLinear, float | None]:
+        """The layer, and its proxy loss where it is rounded with feedback."""
         weight = ordered.of(weight.float())
         ordinary, salient = weight.tensor_split([ordered.kept], 1)
         facts: dict[str, Any] = {"bits": self.bits, "salient_bits": self.salient_bits}
@@ -235,37 +249,40 @@ class MixedQuant(Method):
         grid = self._grid(ordinary, ordered)
         layer = SortedGroupLinear.from_grid(weight, grid.scale, ordered.order, **facts)
         if split is None or self.rounding == "nearest":
-            return layer, {}
+            return layer, None
         stored = replace(grid, scale=layer.scale.float())
         codes, _ = gptq_codes(ordinary, stored, split.factor)
         rounded = SortedGroupLinear.from_codes(codes, layer.scale, salient, ordered.order, **facts)
         error = ordinary - rounded.ordered()[:, : ordered.kept]
         salient = split.absorbed(salient, error)
         made = SortedGroupLinear.from_codes(codes, layer.scale, salient, ordered.order, **facts)
-        return made, {"proxy_loss": proxy_loss(weight, made.ordered(), split.hessian)}
+        return made, proxy_loss(weight, made.ordered(), split.hessian)
 
     def _grid(self, weight: Tensor, ordered: "_Group") -> Grid:
         shape = GridShape(self.bits, self.group_size, symmetric=True)
-        if not self.clip or ordered.starved:
+        if not self.clip or ordered.seen.tokens < self.min_tokens:
             return minmax_grid(weight, *shape)
         square = ordered.seen.square[ordered.columns[: ordered.kept]]
         return clipped_grid(weight, square, shape)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Group:
     """A group with the order of its inputs.
 
     columns: (in,) int64, the input at each place, whether it is stored or folded into what makes
-    the input. seen: after smoothing, in the input's own order. scale: (in,) of the smoothing.
+        the input.
+    seen: after smoothing, in the input's own order.
+    scale: (in,) of the smoothing.
+    fallback: the sentence for its linears, if they are quantized in a simpler way than asked for.
     """
 
     group: LinearGroup
     columns: Tensor
     order: InputOrder
     seen: ChannelStatistics
-    starved: bool
     scale: Tensor | None
+    fallback: str | None
 
     @property
     def kept(self) -> int:
@@ -275,14 +292,12 @@ class _Group:
         """weight (out, in) with its columns in the order"""
         return weight[:, self.columns]
 
-    def report(self) -> dict[str, Any]:
-        folded = self.order.permutation is None and not is_identity(self.columns)
-        stored = "none" if self.order.permutation is None else "stored"
-        return {
-            "salient": self.order.salient,
-            "salient_ratio": round(self.order.salient / len(self.columns), 4),
-            "permutation": "folded" if folded else stored,
-        }
+    @property
+    def permutation(self) -> Literal["none", "stored", "folded"]:
+        """How the order is kept; see `LinearReport`."""
+        if self.order.permutation is not None:
+            return "stored"
+        return "none" if is_identity(self.columns) else "folded"
 
 
 def _of_columns(

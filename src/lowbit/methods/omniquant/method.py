@@ -21,19 +21,27 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from lowbit.blocks import BlockResult, BlockTask, Stream
+from lowbit.blocks import BlockTask, Stream
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import Tensors
-from lowbit.blocks.statistics import ChannelStatistics, input_statistics
+from lowbit.blocks.statistics import ChannelStatistics, input_statistics, tokens_by_linear
 from lowbit.blocks.training import fit, mean_loss
 from lowbit.formats.activation import Activation
+from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.uniform import UniformLinear
 from lowbit.methods.grid import GridMethod
-from lowbit.methods.learned import LearningMethod, keep_if_better, packed_block, training_report
-from lowbit.methods.method import tell_without_feedback
+from lowbit.methods.learned import NEAREST_BETTER, LearningMethod, keep_if_better, packed_block
 from lowbit.methods.omniquant.rounding_copy import rounding_copy
 from lowbit.methods.packing import pack, pack_with_feedback
-from lowbit.solvers.block_learner import BlockLearner, starved_linears
+from lowbit.methods.result import (
+    NOT_POSITIVE_DEFINITE,
+    BlockResult,
+    signal_to_noise,
+    trained_report,
+    warn_of_hessians,
+)
+from lowbit.run_report import LinearReport
+from lowbit.solvers.block_learner import BlockLearner
 from lowbit.solvers.gptq import OrderedFactor
 from lowbit.solvers.rounding import Grid, fake_quantize
 
@@ -81,8 +89,8 @@ class OmniQuant(LearningMethod, GridMethod):
 
     def quantize(self, task: BlockTask) -> BlockResult:
         statistics = input_statistics(task.block, task.groups, task.streams["float"])
-        starved = starved_linears(task, statistics, self.min_tokens)
-        learner = _Learner(self, task, statistics, set(starved))
+        fallbacks = self.fallbacks(tokens_by_linear(task.groups, statistics))
+        learner = _Learner(self, task, statistics, set(fallbacks))
         targets = _targets(task, self.aug_loss)
         task = replace(task, block=learner.rounding_block(task))
         fitted = fit(
@@ -95,18 +103,21 @@ class OmniQuant(LearningMethod, GridMethod):
         )
         nearest = mean_loss(_loss(task, learner.nearest, targets), len(targets[0]))
         keep = keep_if_better(learner, task, fitted.after, nearest)
-        feedback = self.rounding == "gptq"
-        factors = self.factors(task, learner, {"quantized": 1.0}) if feedback else {}
-        result = learner.result(factors)
-        result.report |= training_report(fitted, nearest, keep, starved, statistics)
-        if feedback:  # so far it was measured with the nearest codes
-            missed = [n for n in result.linears if n not in factors and n not in starved]
-            tell_without_feedback(task, result, missed)
+        factors: dict[str, OrderedFactor] = {}
+        if self.rounding == "gptq":
+            factors = self.factors(task, learner, {"quantized": 1.0})
+            failed = [n for n in learner.linears if n not in factors and n not in fallbacks]
+            fallbacks |= dict.fromkeys(failed, NOT_POSITIVE_DEFINITE)
+        result = learner.result(factors, fallbacks)
+        warn_of_hessians(task, result.report.linears)
+        after = fitted.after if keep else nearest
+        if self.rounding == "gptq":  # so far it was measured with the nearest codes
             packed = learner.packed(result.linears)
             after = mean_loss(_loss(task, lambda: packed, targets), len(targets[0]))
-            result.report["loss_after"] = after
+        reasons = [] if keep else [NEAREST_BETTER]
         if self.activation is not None and not task.attentions:
-            result.report["attention"] = FLOAT_ATTENTION
+            reasons.append(FLOAT_ATTENTION)
+        result.report = trained_report(result.report.linears, fitted, nearest, after, reasons)
         return result
 
 
@@ -118,7 +129,7 @@ class _Learner(BlockLearner):
         method: OmniQuant,
         task: BlockTask,
         statistics: dict[str, ChannelStatistics],
-        starved: set[str],
+        unclipped: set[str],
     ) -> None:
         self.method = method
         names = [name for group in task.groups for name in group.linears]
@@ -127,21 +138,20 @@ class _Learner(BlockLearner):
         self.activations = {name: a for name, a in found.items() if a is not None}
         whole = method.activation
         self.attention = {
-            attention: whole.model_dump()
+            attention: whole
             for attention in task.attentions
             if whole and any(name.startswith(f"{attention}.") for name in names)
         }
         shapes = {name: s.grid_shape for name, s in settings.items()}
         learning = method.learning(inputs=bool(self.activations))
         task = replace(task, attentions=tuple(self.attention))
-        super().__init__(task, statistics, starved, learning, shapes)
+        super().__init__(task, statistics, unclipped, learning, shapes)
 
     def rounding_block(self, task: BlockTask) -> nn.Module:
         """The block, or one with its parameters that rounds inputs."""
         if not self.activations and not self.attention:
             return task.block
-        linears = {name: found.model_dump() for name, found in self.activations.items()}
-        return rounding_copy(task.block, linears, self.attention)
+        return rounding_copy(task.block, self.activations, self.attention)
 
     def tensors(self) -> Tensors:
         """What the quantized block runs with, differentiable in all parameters."""
@@ -160,22 +170,34 @@ class _Learner(BlockLearner):
         return tensors
 
     @torch.no_grad()
-    def packed(self, layers: Mapping[str, nn.Module]) -> Tensors:
+    def packed(self, layers: Mapping[str, QuantizedLinear]) -> Tensors:
         """What was packed, whichever codes were chosen."""
-        made = {name: layer for name, layer in layers.items() if isinstance(layer, UniformLinear)}
-        weights = {f"{name}.weight": layer.dequantize() for name, layer in made.items()}
+        weights = {f"{name}.weight": layer.dequantize() for name, layer in layers.items()}
         return self.folded() | weights
 
-    def result(self, factors: Mapping[str, OrderedFactor]) -> BlockResult:
-        """The packed block; linears in `factors` are rounded with feedback."""
+    def result(
+        self,
+        factors: Mapping[str, OrderedFactor],
+        fallbacks: Mapping[str, str],
+    ) -> BlockResult:
+        """The packed block; linears in `factors` are rounded with feedback.
 
-        def packed(name: str, weight: Tensor, bias: Tensor | None, grid: Grid) -> UniformLinear:
+        fallbacks: the sentences for linears that fall back.
+        """
+
+        def packed(
+            name: str, weight: Tensor, bias: Tensor | None, grid: Grid
+        ) -> tuple[UniformLinear, LinearReport]:
             if name in factors:
                 layer, _ = pack_with_feedback(weight, bias, grid, factors[name])
             else:
                 layer = pack(weight, bias, grid)
             layer.activation = self.activations.get(name)
-            return layer
+            return layer, LinearReport(
+                signal_to_noise_db=signal_to_noise(weight, layer),
+                tokens=self.tokens[name],
+                fallback=fallbacks.get(name),
+            )
 
         result = packed_block(self, packed)
         result.attention = self.attention

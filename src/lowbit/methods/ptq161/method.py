@@ -21,16 +21,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowbit.blocks import BlockResult, BlockTask, Event, LinearGroup, Stream
+from lowbit.blocks import BlockTask, LinearGroup, Stream
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.hessian import Hessian, Hessians, input_hessians
 from lowbit.blocks.install import replace_module
 from lowbit.blocks.start import Start
-from lowbit.blocks.statistics import ChannelStatistics, input_statistics
+from lowbit.blocks.statistics import ChannelStatistics, input_statistics, tokens_by_linear
 from lowbit.blocks.training import ParameterGroup, fit, mean_loss
 from lowbit.formats import link
 from lowbit.formats.binary import BinaryLinear, Salient
-from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
+from lowbit.methods.method import Method
 from lowbit.methods.ptq161.binary import (
     alternated,
     binarized,
@@ -39,12 +39,22 @@ from lowbit.methods.ptq161.binary import (
     salient_mask,
 )
 from lowbit.methods.ptq161.factored import FactoredLinear
+from lowbit.methods.result import (
+    NOT_POSITIVE_DEFINITE,
+    BlockResult,
+    signal_to_noise,
+    too_few_tokens,
+    trained_report,
+    warn_of_hessians,
+)
+from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.gptq import OrderedFactor, gptq_codes, ordered_factor
 from lowbit.solvers.rounding import Grid, minmax_grid
 
 SALIENT_BITS = 4
 LEAST_COSINE = 1e-3  # what a smaller one counts as: the logarithm stays finite
 TARGETS = ("float", "quantized")
+MEANS_BETTER = "signs with mean scales were better than what was learned, and are kept"
 
 
 class PTQ161(Method):
@@ -103,12 +113,11 @@ class PTQ161(Method):
             fitted = fit(groups, loss_of(learner), len(targets[0]), self.epochs, task.log)
         keep = fitted.after <= nearest
         result = (learner if keep else learner_of(plain, {})).result()
-        result.report |= {"training": fitted.report(), "loss_rtn": nearest}
-        result.report |= {"loss_before": fitted.before, "loss_after": fitted.after}
+        after, reasons = fitted.after, list[str]()
         if not keep:
-            text = "signs with mean scales were better than what was learned"
-            task.log(Event("warning", {"text": f"{task.name}: {text}"}))
-            result.report |= {"loss_after": nearest, "fell_back": text}
+            task.log.warn(MEANS_BETTER)
+            after, reasons = nearest, [MEANS_BETTER]
+        result.report = trained_report(result.report.linears, fitted, nearest, after, reasons)
         return result
 
     def _loss(
@@ -129,7 +138,7 @@ class PTQ161(Method):
         return functional.mse_loss(out, target) + self.angular * angle
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Shared:
     """What linears of one group with equally many salient channels have in common.
 
@@ -188,7 +197,7 @@ class _Learner:
             count = salient_count(len(salience), here.salient_ratio, here.alignment)
             if count not in kinds:
                 mask = self._started_mask(name, salience, count)
-                shared = _Shared(name, mask, seen.square if enough else None)
+                shared = _Shared(owner=name, mask=mask, square=seen.square if enough else None)
                 kinds[count] = shared if known is None else self._with_feedback(shared, known)
             self._add(name, kinds[count], here.row_mean)
 
@@ -257,41 +266,30 @@ class _Learner:
         ]
 
     def result(self) -> BlockResult:
-        result = BlockResult({}, report={"linears": {}})
+        result, reports = BlockResult(), dict[str, LinearReport]()
+        tokens = tokens_by_linear(self.task.groups, self.statistics)
         layers = {name: _packed(name, linear) for name, linear in self.linears.items()}
         link(layers)
         for name, linear in self.linears.items():
             result.linears[name] = layers[name]
             if linear.learns:
                 result.learned |= _learned(name, linear)
-            result.report["linears"][name] = {
-                "signal_to_noise_db": round(signal_to_noise(self._weight(name), layers[name]), 2),
-                "salient_ratio": round(float(linear.shared.mask.float().mean()), 4),
-            }
-        self._tell_given_up(result)
+            reports[name] = LinearReport(
+                signal_to_noise_db=signal_to_noise(self._weight(name), layers[name]),
+                salient_ratio=round(float(linear.shared.mask.float().mean()), 4),
+                tokens=tokens[name],
+                fallback=self._fallback(linear, tokens[name]),
+            )
+        warn_of_hessians(self.task, reports)
+        result.report = BlockReport(linears=reports)
         return result
 
-    def _tell_given_up(self, result: BlockResult) -> None:
-        tokens = {name: seen.tokens for name, seen in self.statistics.items()}
-        if len(set(tokens.values())) > 1:
-            result.report["tokens"] = tokens
-        starved = {
-            name: tokens[group.name]
-            for group in self.task.groups
-            for name in group.linears
-            if self.linears[name].shared.square is None
-        }
-        if starved:
-            result.report["rounded_to_nearest"] = starved
-        unrefitted = [
-            name
-            for name, linear in self.linears.items()
-            if self.method.refit_salient
-            and linear.salient is not None
-            and name not in starved
-            and linear.shared.factor is None
-        ]
-        tell_without_feedback(self.task, result, unrefitted)
+    def _fallback(self, linear: _Linear, tokens: int) -> str | None:
+        """The sentence for a linear that is quantized in a simpler way than asked for."""
+        if linear.shared.square is None:
+            return too_few_tokens(tokens, "binarised by its weights alone")
+        refits = self.method.refit_salient and linear.salient is not None
+        return NOT_POSITIVE_DEFINITE if refits and linear.shared.factor is None else None
 
 
 def _rounded(weight: Tensor, error: Tensor, shared: _Shared) -> Salient:
@@ -307,7 +305,8 @@ def _rounded(weight: Tensor, error: Tensor, shared: _Shared) -> Salient:
     nearest = Salient.nearest(channels, weight, grid.scale.squeeze(1), grid.zero.squeeze(1))
     if shared.factor is None:
         return nearest
-    stored = Grid(nearest.scale.float().unsqueeze(1), grid.zero, SALIENT_BITS, None)
+    scale = nearest.scale.float().unsqueeze(1)
+    stored = Grid(scale, grid.zero, bits=SALIENT_BITS, group_size=None)
     codes, _ = gptq_codes(weight, stored, shared.factor)
     return replace(nearest, codes=codes)
 

@@ -10,21 +10,19 @@ the float model, as in the paper.
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from lowbit.blocks import BlockResult, BlockTask, Event, LinearGroup
+from lowbit.blocks import BlockTask, LinearGroup
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import tensors_of
 from lowbit.blocks.hessian import Hessians, input_hessians
-from lowbit.blocks.install import install
 from lowbit.blocks.training import ParameterGroup, fit, mean_loss
 from lowbit.formats import link
-from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.lattice import LatticeLinear, stored_scale, tensor_bytes
 from lowbit.formats.lattice.codebooks import Codebook, codebook
 from lowbit.formats.lattice.incoherence import (
@@ -34,12 +32,22 @@ from lowbit.formats.lattice.incoherence import (
     rotate_weight,
     rotation,
 )
-from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
+from lowbit.methods.method import Method
 from lowbit.methods.quip.signs import Merged, merge_signs
-from lowbit.methods.quip.words import Rounder, RowScale, Spread, Words, spread
+from lowbit.methods.quip.words import Rounder, RowScale, Spread, spread
+from lowbit.methods.result import (
+    NOT_POSITIVE_DEFINITE,
+    BlockResult,
+    signal_to_noise,
+    too_few_tokens,
+    trained_report,
+    warn_of_hessians,
+)
+from lowbit.run_report import BlockReport, LinearReport
 
 # Of a codebook's own scale, which is best without feedback: what is fed back adds to the weight.
 RATIOS = (0.8, 0.86, 0.92, 0.98, 1.04)
+NOTHING_GAINED = "fine-tuning made nothing better"
 
 
 class QuIP(Method):
@@ -97,16 +105,14 @@ class QuIP(Method):
     def quantize(self, task: BlockTask) -> BlockResult:
         merged = self._merged(task)
         hessians = input_hessians(task.block, task.groups, task.streams["float"])
-        result = BlockResult({}, report={"linears": {}})
+        result, reports = BlockResult(), dict[str, LinearReport]()
         for group in task.groups:
-            hessian = self._hessian(task, group, hessians, result.report)
-            inputs = self._inputs(task, group, merged, hessian)
+            inputs = self._inputs(task, group, merged, hessians)
             for name in group.linears:
-                layer, facts = self._linear(task, name, inputs, merged)
-                result.linears[name], result.report["linears"][name] = layer, facts
-            if hessian is not None and not all(r.factored for r in inputs.rounders.values()):
-                tell_without_feedback(task, result, group.linears)
-        link(_layers(result))
+                result.linears[name], reports[name] = self._linear(task, name, inputs, merged)
+        warn_of_hessians(task, reports)
+        result.report = BlockReport(linears=reports)
+        link(result.linears)
         quantized = {f"{name}.{part}" for name in result.linears for part in ("weight", "bias")}
         before = tensors_of(task.block)
         result.tensors = {
@@ -124,8 +130,7 @@ class QuIP(Method):
         if not self.merge_suv:
             return Merged(tensors, {}, frozenset())
         if not task.folds:
-            text = f"{task.name}: no norm is known that could take signs; none was merged"
-            task.log(Event("warning", {"text": text}))
+            task.log.warn("no norm is known that could take signs; none was merged")
         return merge_signs(tensors, task.folds, lambda n: draw_signs(n, self._seed_in, device))
 
     @property
@@ -138,24 +143,26 @@ class QuIP(Method):
         return 2 * self.seed + 1
 
     def _hessian(
-        self, task: BlockTask, group: LinearGroup, hessians: Hessians, report: dict[str, Any]
-    ) -> Tensor | None:
-        """Of the group's input, or of all that read the same norm; None: it is not known."""
+        self, task: BlockTask, group: LinearGroup, hessians: Hessians
+    ) -> tuple[Tensor | None, str | None]:
+        """The Hessian of the group's input, or of all groups that read the same norm, or none.
+
+        With it the sentence to report, if it is not the group's own.
+        """
         tokens = hessians.tokens(group.name)
         if tokens >= self.min_tokens:
-            return hessians[group.name].matrix
-        starved = dict.fromkeys(group.linears, tokens)
+            return hessians[group.name].matrix, None
         together = _reading_the_same(task, group)
         if sum(map(hessians.tokens, together)) >= self.min_tokens:
-            report.setdefault("shared_hessian", {}).update(starved)
-            return hessians.together(together).matrix
-        report.setdefault("rounded_to_nearest", {}).update(starved)
-        return None
+            fallback = too_few_tokens(tokens, "rounded with the Hessian of all experts")
+            return hessians.together(together).matrix, fallback
+        return None, too_few_tokens(tokens)
 
     def _inputs(
-        self, task: BlockTask, group: LinearGroup, merged: Merged, hessian: Tensor | None
+        self, task: BlockTask, group: LinearGroup, merged: Merged, hessians: Hessians
     ) -> "_Inputs":
         """The group's input side."""
+        hessian, fallback = self._hessian(task, group, hessians)
         columns = merged.tensors[f"{group.linears[0]}.weight"].shape[1]
         signs = merged.columns.get(group.linears[0])
         seed = self._seed_in if signs is None else None
@@ -164,7 +171,14 @@ class QuIP(Method):
             merged_in = hessian if signs is None else hessian * signs * signs[:, None]
             hessian = rotate_hessian(merged_in, side)
         device = next(task.block.parameters()).device
-        return _Inputs(side, hessian, self.damping, device)
+        return _Inputs(
+            side=side,
+            hessian=hessian,
+            tokens=hessians.tokens(group.name),
+            fallback=fallback,
+            damping=self.damping,
+            device=device,
+        )
 
     def _rotation(self, linear: str, width: int, seed: int | None) -> Rotation:
         try:
@@ -174,7 +188,7 @@ class QuIP(Method):
 
     def _linear(
         self, task: BlockTask, name: str, inputs: "_Inputs", merged: Merged
-    ) -> tuple[LatticeLinear, dict[str, Any]]:
+    ) -> tuple[LatticeLinear, LinearReport]:
         here = self.at(f"{task.name}.{name}")
         book = codebook(here.codebook, here.resid_scale)
         weight, bias = merged.tensors[f"{name}.weight"], merged.tensors.get(f"{name}.bias")
@@ -182,7 +196,8 @@ class QuIP(Method):
         side = self._rotation(f"{task.name}.{name}", len(weight), seed)
         rotated = rotate_weight(weight, inputs.side, side)
         rounder = inputs.rounder(book.dim)
-        words = spread(rotated, rounder, book.nearest, here._spread(book, weight), task.generator)
+        generator = task.generator(name)
+        words = spread(rotated, rounder, book.nearest, here._spread(book, weight), generator)
         layer = LatticeLinear.from_codes(
             words.codes,
             words.scale,
@@ -193,7 +208,14 @@ class QuIP(Method):
             bias=bias,
         )
         inputs.owner = inputs.owner or name
-        return layer, _facts(weight, layer, rotated, words, rounder)
+        energy = rounder.energy(rotated)
+        return layer, LinearReport(
+            signal_to_noise_db=signal_to_noise(weight, layer),
+            proxy_loss=float(words.loss.sum()) / energy if energy > 0 else 0.0,
+            scale=layer.spec.scale,
+            tokens=inputs.tokens,
+            fallback=inputs.fallback_with(rounder),
+        )
 
     def _spread(self, book: Codebook, weight: Tensor) -> Spread:
         auto = self.scale == "auto"
@@ -212,16 +234,21 @@ class QuIP(Method):
         )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Inputs:
     """What linears with the same input share.
 
-    side: the rotation of their input. hessian: rotated, None if it is not known. owner: the first
-    of them, which holds what they share, once there is one.
+    side: the rotation of their input.
+    hessian: rotated, None if it is not known.
+    tokens: how many calibration tokens they saw.
+    fallback: the sentence for a Hessian that is not their own, or not known.
+    owner: the first of them, which holds what they share, once there is one.
     """
 
     side: Rotation
     hessian: Tensor | None
+    tokens: int
+    fallback: str | None
     damping: float
     device: torch.device
     owner: str | None = None
@@ -234,6 +261,11 @@ class _Inputs:
             self.rounders[dim] = made
         return self.rounders[dim]
 
+    def fallback_with(self, rounder: Rounder) -> str | None:
+        """The sentence for a linear that this rounder rounds."""
+        failed = self.hessian is not None and not rounder.factored
+        return NOT_POSITIVE_DEFINITE if failed else self.fallback
+
 
 def _reading_the_same(task: BlockTask, group: LinearGroup) -> tuple[str, ...]:
     """The groups of all experts that read the norm which this group reads."""
@@ -241,17 +273,6 @@ def _reading_the_same(task: BlockTask, group: LinearGroup) -> tuple[str, ...]:
         if fold.kind == "norm" and group.linears[0] in fold.readers:
             return tuple(g.name for g in task.groups if g.linears[0] in fold.readers)
     return ()
-
-
-def _facts(
-    weight: Tensor, layer: LatticeLinear, rotated: Tensor, words: Words, rounder: Rounder
-) -> dict[str, Any]:
-    energy = rounder.energy(rotated)
-    return {
-        "signal_to_noise_db": round(signal_to_noise(weight, layer), 2),
-        "proxy_loss": float(words.loss.sum()) / energy if energy > 0 else 0.0,
-        "scale": layer.spec.scale,
-    }
 
 
 def _layers(result: BlockResult) -> dict[str, LatticeLinear]:
@@ -266,10 +287,9 @@ def _finetune(method: QuIP, task: BlockTask, result: BlockResult) -> None:
     block = deepcopy(task.block)
 
     def put(dtype: torch.dtype, layers: Mapping[str, LatticeLinear]) -> BlockResult:
-        made: dict[str, QuantizedLinear] = {n: x.with_signs(dtype) for n, x in layers.items()}
-        link(made)
-        changed = BlockResult(dict(made))
-        install(block, changed)
+        changed = BlockResult(linears={n: x.with_signs(dtype) for n, x in layers.items()})
+        link(changed.linears)
+        changed.install(block)
         return changed
 
     def loss(index: int) -> Tensor:
@@ -292,10 +312,15 @@ def _finetune(method: QuIP, task: BlockTask, result: BlockResult) -> None:
     fitted = fit(groups, loss, len(stream), method.finetune_epochs, task.log)
     tuned = put(torch.float16, trained)
     after = mean_loss(loss, len(stream))
-    result.report |= {"training": fitted.report(), "loss_before": fitted.before}
-    result.report["loss_after"] = min(after, fitted.before)
-    if not after < fitted.before:
-        result.report["fell_back"] = "fine-tuning made nothing better"
+    better = after < fitted.before
+    result.report = trained_report(
+        result.report.linears,
+        fitted,
+        None,
+        min(after, fitted.before),
+        [] if better else [NOTHING_GAINED],
+    )
+    if not better:
         return
     before = tensors_of(task.block)
     result.linears = tuned.linears

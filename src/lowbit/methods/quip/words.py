@@ -46,7 +46,7 @@ class Rounder:
     """Rounds weights that read one input, in words of `dim` weights, with that input's Hessian.
 
     hessian: (columns, columns), None for one that is not known. factored: False where rounding goes
-    without feedback, since the Hessian is not known or would not factor.
+    without feedback, since the Hessian is not known or is not positive definite.
     """
 
     def __init__(
