@@ -135,21 +135,21 @@ class BlockResumed(BlockEvent):
 class BlockFinished(BlockEvent):
     """A block is quantized and written.
 
+    loss_rtn, loss_after: the loss of rounding to nearest, and of what was written.
+    proxy_loss: the largest of its linears.
     seconds: since it was started.
     memory: the most bytes that the process held, without mapped files.
     device_memory: the most bytes that torch held on a CUDA device.
-    loss_rtn, loss_after: the loss of rounding to nearest, and of what was written.
-    proxy_loss: the largest of its linears.
     """
 
     kind: ClassVar[str] = "finished"
 
-    seconds: float
-    memory: int | None = None
-    device_memory: int | None = None
     loss_rtn: float | None = None
     loss_after: float | None = None
     proxy_loss: float | None = None
+    seconds: float
+    memory: int | None = None
+    device_memory: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +158,10 @@ class Warned(Event):
 
     kind: ClassVar[str] = "warning"
 
-    text: str
     block: str | None = None
     index: int | None = None
     of: int | None = None
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,12 +101,12 @@ def test_no_text_for_a_method_that_needs_none(lowbit, tmp_path):
     assert "rtn needs no calibration text: it is not read" in text
 
 
-def test_rehearsed(lowbit, tmp_path):
+def test_a_dry_run(lowbit, tmp_path):
     lines = lowbit(
         "quantize", MODEL, tmp_path / "out", "--method", "rtn", "--dry-run-block"
     ).stdout.splitlines()
     assert lines[1] == "6 blocks on cpu"
-    assert lines[2].startswith("rehearsed: 4.07 bits per weight in the linears, 3.32 MB")
+    assert lines[2].startswith("dry run: 4.07 bits per weight in the linears, 3.32 MB")
     assert "of memory, about" in lines[2]
 
 

@@ -1,5 +1,6 @@
 """--start-from: what a run has learned is replayed to the same bytes, or trained on."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ def test_training_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[n], after[n]) for n in before)
     (loss,) = losses.values()
-    events = (first / "events.jsonl").read_text().splitlines()
-    (earlier,) = (line for line in events if '"finished"' in line and '"index": 0' in line)
-    assert loss <= float(earlier.partition('"loss_after": ')[2].split(",")[0])
+    events = map(json.loads, (first / "events.jsonl").read_text().splitlines())
+    (earlier,) = (e for e in events if e["kind"] == "finished" and e["index"] == 0)
+    assert loss <= earlier["loss_after"]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
