@@ -8,6 +8,7 @@ from typing import Any
 from lowbit.blocks import Event, Stream
 from lowbit.calibration import Calibration, TokenWindows
 from lowbit.checkpoint import CheckpointWriter
+from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.output import final_config, report_of
 from lowbit.checkpoint.writer import explained
 from lowbit.methods import Method
@@ -15,21 +16,6 @@ from lowbit.pipeline.job import Job, Log
 from lowbit.pipeline.options import RunOptions
 from lowbit.pipeline.plan import LONG, estimate, longest
 from lowbit.pipeline.results import left_float, result_of
-
-# What OUT gets besides weights: tokenizer, chat template, generation settings, licences.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def quantize(
@@ -144,10 +130,8 @@ class _Run:
 
     def _finish(self, writer: CheckpointWriter, windows: TokenWindows | None) -> None:
         job = self.job
-        for pattern in COMPANIONS + (("*.py",) if job.options.trust_remote_code else ()):
-            for path in sorted(job.source.folder.glob(pattern)):
-                if path.is_file():
-                    writer.copy_file(path)
+        with explained(writer.folder):
+            copy_companions(job.source.folder, writer.folder, job.options.trust_remote_code)
         records = [writer.record(i) or {} for i in range(writer.shards)]
         names = left_float(job.source, job.selection.left_float)
         writer.write_json("report.json", report_of(records, names))
