@@ -92,8 +92,9 @@ def from_quip(folder: Path, out: Path, trust_remote_code: bool = False) -> Path:
 
     trust_remote_code: copy the Python code that comes with the model.
 
-    Raises ValueError, by the name of the layer, for what cannot be read or said in our format, or
-    when `out` exists; shapes are checked before anything is written, and nothing of `out` remains.
+    Raises ValueError, by the name of the layer, for what cannot be read or our format cannot hold,
+    or when `out` exists; shapes are checked before anything is written, and nothing of `out`
+    remains.
     """
     config = read_config(folder)
     section = _section(config, folder)

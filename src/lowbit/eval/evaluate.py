@@ -161,6 +161,8 @@ class _Session:
             raise ValueError(
                 "bits is for 8-bit masters, as matquant makes them: none of these models is one"
             )
+        for name in names:
+            self._tokenizer(name)
         seqlens = {name: self._seqlen(name) for name in names}
         for name, seqlen in seqlens.items():
             if self.options.texts and seqlen != seqlens[names[0]]:
@@ -183,7 +185,7 @@ class _Session:
         options = self.options
         folder = locate(name, options.trust_remote_code)
         seqlen = self._seqlen(name)
-        tokenizer = need_tokenizer(folder, options.trust_remote_code)
+        tokenizer = self._tokenizer(name)
         texts = self._rows(tokenizer, seqlen)
         loaded = None
         if self.tasks is not None or (options.texts and self.reference_folder is None):
@@ -230,6 +232,10 @@ class _Session:
             trained=None if bits is None else _trained(folder, bits),
             tokens={text: _digest(rows) for text, rows in subject.texts.items()},
         )
+
+    def _tokenizer(self, name: str) -> Any:
+        trusted = self.options.trust_remote_code
+        return need_tokenizer(locate(name, trusted), trusted)
 
     def _seqlen(self, name: str) -> int:
         folder = locate(name, self.options.trust_remote_code)
@@ -285,8 +291,7 @@ class _Session:
             if "quantization_config" in read_config(folder):
                 raise ValueError(f"--reference {asked} is quantized; name the float model")
             self._seqlen(asked)
-            tokenizer = need_tokenizer(folder, self.options.trust_remote_code)
-            self.reference = self._logits(folder, self._rows(tokenizer, seqlen))
+            self.reference = self._logits(folder, self._rows(self._tokenizer(asked), seqlen))
         mine = [row for of_text in rows.values() for row in of_text]
         theirs = self.reference.rows
         if len(mine) != len(theirs) or not all(map(torch.equal, mine, theirs)):

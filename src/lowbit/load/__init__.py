@@ -5,20 +5,34 @@ loads a folder, slices.py how a slice is cut from 8-bit codes on the way into me
 """
 
 from lowbit.load.model import check_float, load, load_model, set_widths, stream
-from lowbit.load.transformers_plugin import LowbitConfig, LowbitQuantizer, replace_linears
+from lowbit.load.slices import CutSlice
+from lowbit.load.transformers_plugin import (
+    LowbitConfig,
+    LowbitQuantizer,
+    VerifiedSection,
+    check_complete,
+    check_files,
+    mark_attentions,
+    replace_linears,
+)
 from lowbit.models.locate import locate
 from lowbit.models.streamed import load_config
 from lowbit.models.tokenizer import load_tokenizer, need_tokenizer
 
 __all__ = [
+    "CutSlice",
     "LowbitConfig",
     "LowbitQuantizer",
+    "VerifiedSection",
+    "check_complete",
+    "check_files",
     "check_float",
     "load",
     "load_config",
     "load_model",
     "load_tokenizer",
     "locate",
+    "mark_attentions",
     "need_tokenizer",
     "replace_linears",
     "set_widths",
