@@ -9,7 +9,7 @@ Importing it also teaches transformers to load what it writes.
 from lowbit import events, methods
 from lowbit.auto_quip import QuipQuantizer, load_quantized_model
 from lowbit.calibration import Calibration
-from lowbit.formats.nested.widths import set_bits
+from lowbit.formats.widths import set_bits
 from lowbit.load import load
 from lowbit.pipeline import Estimate, plan, quantize
 from lowbit.version import __version__

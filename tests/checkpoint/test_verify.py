@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 
 from lowbit.checkpoint import QuantizedFolder, verify
 from lowbit.checkpoint.reader import INDEX
+from lowbit.checkpoint.verify import check_dtypes
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 LINEAR = "model.layers.1.mlp.up_proj"
 PATTERN = "model.layers.{0-1}.mlp.up_proj"
-MARKER = "model.layers.0.self_attn.q_proj.weight"
+GUARD = "model.layers.0.self_attn.q_proj.weight"
 Damage = Callable[[Path], Any]
 
 
@@ -79,7 +80,7 @@ def both(*damages: Damage) -> Damage:
 
 # Seen at once, whatever the checksums say: these are forged before the folder is verified.
 WRONG: dict[str, tuple[Damage, str]] = {
-    "newer": (config(lambda s: s.update(version=2)), "newer lowbit.*version 2.*pip install -U"),
+    "newer": (config(lambda s: s.update(version=3)), "newer lowbit.*version 3.*pip install -U"),
     "version 0": (config(lambda s: s.update(version=0)), "positive integer, not 0"),
     "version true": (config(lambda s: s.update(version=True)), "positive integer, not True"),
     "other method": (config(lambda s: s.update(quant_method="gptq")), "not quantized by lowbit"),
@@ -115,19 +116,19 @@ WRONG: dict[str, tuple[Damage, str]] = {
     "files is a list": (config(lambda s: s.update(files=SHARDS)), "'files' must map"),
     "a file less": (config(lambda s: s["files"].pop(SHARDS[0])), "but config.json lists"),
     "a file more": (config(lambda s: s["files"].update(x={})), "but config.json lists"),
-    "no marker": (config(drop("marker")), "marker must be the weight .* not None"),
-    "marker of no layer": (config(lambda s: s.update(marker="lm_head.weight")), "marker must be"),
-    "marker elsewhere": (
+    "no guard": (config(drop("marker")), "marker must be the weight .* not None"),
+    "guard of no layer": (config(lambda s: s.update(marker="lm_head.weight")), "marker must be"),
+    "guard elsewhere": (
         config(lambda s: s.update(marker=f"{LINEAR}.weight")),
         f"the empty tensor {LINEAR}.weight is missing",
     ),
-    "marker is gone": (
-        both(shard(drop(MARKER), MARKER), unindexed(MARKER)),
-        f"the empty tensor {MARKER} is missing",
+    "guard is gone": (
+        both(shard(drop(GUARD), GUARD), unindexed(GUARD)),
+        f"the empty tensor {GUARD} is missing",
     ),
-    "marker is not empty": (
-        shard(lambda t: t.update({MARKER: torch.ones(3)}), MARKER),
-        f"the empty tensor {MARKER} is missing",
+    "guard is not empty": (
+        shard(lambda t: t.update({GUARD: torch.ones(3)}), GUARD),
+        f"the empty tensor {GUARD} is missing",
     ),
     "missing shard": (lambda f: (f / SHARDS[1]).unlink(), f"shard {SHARDS[1]} is missing"),
     "cut shard": (cut, f"{SHARDS[2]} is cut short"),
@@ -227,6 +228,19 @@ def test_an_entry_is_built_once_for_all_its_layers(
     monkeypatch.setattr(verify, "build", lambda entry: [built.append(entry), build(entry)][1])
     entries = QuantizedFolder(copy).entries
     assert len(built) == len(quantized.section(copy)["modules"]) == len(entries) / 2 == 7
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_entries_say_the_dtype_of_the_float_weight(version: int) -> None:
+    section, layer = {"version": version}, {"format": "uniform", "shape": [2, 2]}
+    check_dtypes(section, {"a": {**layer, "dtype": "float16"}}, "x")
+    for lacking in (layer, {**layer, "dtype": None}):
+        entries = {"a": {**layer, "dtype": "float16"}, "b": lacking}
+        if version == 1:
+            check_dtypes(section, entries, "x")
+            continue
+        with pytest.raises(ValueError, match="x: layer b: dtype is missing; .* float32, float16"):
+            check_dtypes(section, entries, "x")
 
 
 def test_tensors_of_a_layer() -> None:

@@ -18,6 +18,9 @@ def pickled(tmp_path):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     (folder / "examples").mkdir()
+    for name in ("modeling_x.py", "parts/vocab.json", "parts/code.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
     return folder
 
 
@@ -27,7 +30,10 @@ def test_from_bin(options, lowbit, pickled, tmp_path):
     lines = lowbit("convert", pickled, out, *options).stdout.splitlines()
     assert lines[0].startswith(f"{pickled}: 9.9") and lines[0].endswith("in pytorch_model.bin")
     assert lines[1] == f"{out}: 9.91 MB of weights in model-00001-of-00001.safetensors"
-    assert lines[2] == "left behind: examples"
+    dropped = "README.md, examples, modeling_x.py, parts/code.py"
+    assert lines[2] == f"left behind: {dropped}"
+    trusted = lowbit("convert", pickled, f"{out}-2", *options, "--trust-remote-code").stdout
+    assert trusted.splitlines()[2] == "left behind: README.md, examples"
     assert "is a float model: 16.00 bits" in lowbit("inspect", out).stdout
 
 

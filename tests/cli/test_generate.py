@@ -43,6 +43,13 @@ def test_mistakes(lowbit, model, prompt, sentence):
     assert result.stderr.startswith("error: ") and sentence in result.stderr
 
 
+def test_a_folder_without_a_tokenizer(lowbit, tmp_path):
+    ignored = shutil.ignore_patterns("tokenizer*")
+    folder = shutil.copytree(MODEL, tmp_path / "bare", ignore=ignored)
+    said = lowbit("generate", folder, "x", code=1).stderr
+    assert f"{folder.name} has no tokenizer: copy the tokenizer files" in " ".join(said.split())
+
+
 def test_an_option_out_of_range(lowbit):
     lowbit("generate", MODEL, "x", "--max-new-tokens", 0, code=2)
     lowbit("generate", MODEL, "x", "--temperature", -1, code=2)

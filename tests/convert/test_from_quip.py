@@ -139,7 +139,7 @@ def test_a_whole_folder(tmp_path: Path) -> None:
     quantized.verify()
     made = quantized.quantization["made_by"]
     assert (made["source"], made["method"]["codebook"]) == ("in", "E8P12")
-    assert quantized.reader.tensors[quantized.marker].dtype == torch.float16
+    assert quantized.reader.tensors[quantized.guard].dtype == torch.float16
     plain = [n for n in state if n.rpartition(".")[2] == "weight" and state[n].dim()]
     kept = CheckpointReader(out).read(plain)
     assert len(plain) == 5 and all(torch.equal(kept[name], state[name]) for name in plain)

@@ -53,6 +53,15 @@ def test_a_context_that_the_model_does_not_have_is_refused() -> None:
         evaluate([LLAMA], EvalOptions(texts=(str(STORIES),), seqlen=1024))
 
 
+def test_a_model_without_a_tokenizer_is_refused_before_any_is_measured(tmp_path: Path) -> None:
+    bare = shutil.copytree(LLAMA, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    steps: list[str] = []
+    with pytest.raises(ValueError, match="bare has no tokenizer: copy the tokenizer files"):
+        options = EvalOptions(texts=(str(STORIES),), seqlen=64, limit=1)
+        evaluate([LLAMA, bare], options, lambda what, done, of: steps.append(what))
+    assert not steps
+
+
 def test_models_of_different_contexts_need_one_seqlen(tmp_path: Path) -> None:
     short = shutil.copytree(LLAMA, tmp_path / "short")
     config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 128}

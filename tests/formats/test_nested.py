@@ -4,11 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 from lowbit.formats import build
 from lowbit.formats.nested import NestedLinear, sliced_entry, to_uniform
-from lowbit.formats.nested.widths import choose_widths, set_bits, sliced_entries
 
 WIDTHS = range(2, 9)
 every_width = pytest.mark.parametrize("bits", WIDTHS)
@@ -221,92 +219,3 @@ def test_entries_that_cannot_be_are_refused(changes: dict[str, Any], message: st
 def test_what_cannot_be_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
-
-
-# Which width a layer runs at.
-
-
-NAMES = ["layers.0.attn.q_proj", "layers.0.mlp.down_proj", "layers.1.mlp.down_proj"]
-
-
-@pytest.mark.parametrize(
-    ("plan", "wanted"),
-    [
-        (4, [4, 4, 4]),
-        ({"*": 4, "down_proj": 2}, [4, 2, 2]),
-        ({"down_proj": 2, "*": 4}, [4, 4, 4]),
-        ({"layers.0.*": 6}, [6, 6, 8]),
-        ({"layers.1.mlp.down_proj": 3}, [8, 8, 3]),
-        ({}, [8, 8, 8]),
-    ],
-    ids=str,
-)
-def test_plans(plan: Any, wanted: list[int], tmp_path: Any) -> None:
-    current = dict.fromkeys(NAMES, 8)
-    assert list(choose_widths(current, plan).values()) == wanted
-    if isinstance(plan, dict):
-        file = tmp_path / "plan.yaml"
-        file.write_text(json.dumps(plan))  # which is YAML too
-        assert choose_widths(current, file) == choose_widths(current, str(file))
-        assert list(choose_widths(current, file).values()) == wanted
-
-
-@pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        (1, r"bits for '\*' is 1: allowed are 2 to 8"),
-        (True, "is True: allowed are 2 to 8"),
-        ({"q_proj": "4"}, "bits for 'q_proj' is '4'"),
-        ({"proj": 4}, "'proj' means no nested layer; there are layers.0.attn.q_proj, "),
-        ({4: "q_proj"}, r"bits is \{4: 'q_proj'\}: it must map patterns of layers to widths"),
-        (4.0, r"bits is 4.0: allowed are 2 to 8, \{name or pattern: width\}, or the path"),
-        ([4], r"bits is \[4\]: allowed are"),
-        (None, "bits is None: allowed are"),
-        ("absent.yaml", "plan absent.yaml cannot be read: .*No such file"),
-    ],
-    ids=str,
-)
-def test_plans_that_are_none(plan: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        choose_widths(dict.fromkeys(NAMES, 8), plan)
-
-
-def test_a_file_that_is_no_plan(tmp_path: Any) -> None:
-    for text in ("[4]", "4: 4", "a: [", "\x00"):
-        (tmp_path / "plan.yaml").write_text(text)
-        with pytest.raises(ValueError, match=r"plan .*plan.yaml (must map|cannot be read)"):
-            choose_widths(dict.fromkeys(NAMES, 8), tmp_path / "plan.yaml")
-
-
-def model(**layers: nn.Module) -> nn.ModuleDict:
-    return nn.ModuleDict(layers)
-
-
-def test_set_bits_switches_all_or_none() -> None:
-    layers = model(a=master(), b=master(), head=nn.Linear(2, 2))
-    set_bits(layers, {"a": 2})
-    assert (layers["a"].bits, layers["b"].bits) == (2, 8)
-    set_bits(layers, 4)
-    assert (layers["a"].bits, layers["b"].bits) == (4, 4)
-    with pytest.raises(ValueError, match="layer b: this layer holds a slice of 6 bits"):
-        set_bits(both := model(a=master(), b=master().slice(6)), 3)
-    assert both["a"].bits == 8
-    with pytest.raises(ValueError, match="no layer here is nested"):
-        set_bits(model(head=nn.Linear(2, 2)), 4)
-
-
-def test_entries_of_slices() -> None:
-    extra = master(extra_precision=True)
-    entries = {"a": master().entry(), "b": extra.entry(), "c": master().slice(4).entry()}
-    entries["d"] = to_uniform(master(), 4).entry()
-    asked: list[str] = []
-
-    def read(name: str) -> Tensor:
-        asked.append(name)
-        return extra.master
-
-    found = sliced_entries(entries, {"*": 4, "b": 2}, read)
-    assert list(found) == ["a", "b"] and asked == ["b"]
-    assert found["a"] == master().slice(4).entry() and found["b"] == extra.slice(2).entry()
-    with pytest.raises(ValueError, match="layer c: it is a slice of 4 bits: another, of 2 bits"):
-        sliced_entries(entries, 2, read)

@@ -205,19 +205,19 @@ def strict_json(text: str) -> Any:
 
 def test_companions_come_along(tmp_path: Path) -> None:
     model = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
-    for name in ("LICENSE.txt", "chat_template.jinja", "modeling_x.py", "pytorch_model.bin"):
+    for name in ("LICENSE.txt", "README.md", "modeling_x.py", "pytorch_model.bin"):
         (model / name).write_text(name)
-    (model / "tokenizer_parts").mkdir()
-    out = quantized.quantize(model, tmp_path / "out")
-    kept = {p.name for p in out.iterdir() if p.is_file() and p.suffix != ".safetensors"}
-    companions = {"LICENSE.txt", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
-    assert kept == companions | {
-        "config.json",
-        "events.jsonl",
-        "generation_config.json",
-        "model.safetensors.index.json",
-        "report.json",
-    }
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").write_text("{}")
+    ours = {"config.json", "events.jsonl", "model.safetensors.index.json", "report.json"}
+    along = {"LICENSE.txt", "additional_chat_templates/tools.jinja", "generation_config.json"}
+    along |= {"tokenizer.json", "tokenizer_config.json"}
+    for trusted in (False, True):
+        out = tmp_path / f"out-{trusted}"
+        quantized.quantize(model, out, trust_remote_code=trusted)
+        files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+        kept = {n for n in files if not n.startswith("run/") and not n.endswith(".safetensors")}
+        assert kept == ours | along | ({"modeling_x.py"} if trusted else set())
 
 
 def test_provenance(tmp_path: Path) -> None:

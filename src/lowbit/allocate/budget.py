@@ -9,8 +9,8 @@ from fractions import Fraction
 from lowbit.allocate.units import Unit
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import size_of
-from lowbit.checkpoint.slices import linear_weights, nested_entries
-from lowbit.formats.nested import tensor_bytes
+from lowbit.checkpoint.slices import entries_with_widths, linear_weights
+from lowbit.formats.widths import entry_bytes, needs_codes
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # as sizes are shown
 AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?B)?\s*", re.IGNORECASE)
@@ -21,8 +21,10 @@ OVERFLOW_HEADER = 128  # bytes, at most, by which a tensor more makes a header l
 class Budget:
     """A folder's own bytes beside its slices, and the limit on both together.
 
-    weights: of the quantized linears. linears: bytes of those that are not nested. rest: bytes of
-    the shards that are no quantized linear, headers too. given: as it was written.
+    given: as it was written.
+    weights: how many the quantized linears have.
+    linears: bytes of the quantized linears that have no widths.
+    rest: bytes of the shards that are no quantized linear, headers too.
     """
 
     given: str
@@ -64,13 +66,13 @@ class Budget:
 def budget_of(folder: QuantizedFolder, given: str) -> Budget:
     """given: "3.2" bits per weight of the quantized linears, or "2.1GB" of the model's shards."""
     _parsed(given)
-    masters = nested_entries(folder)
-    nested = sum(tensor_bytes(**entry) for entry in masters.values())
+    entries = entries_with_widths(folder)
+    masters = sum(map(entry_bytes, entries.values()))
     size, weights = size_of(folder.folder), linear_weights(folder)
-    linears = round(size.linears * weights / 8) - nested
-    overflows = [name for name, entry in masters.items() if entry["extra_precision"]]
+    linears = round(size.linears * weights / 8) - masters
+    overflows = [name for name, entry in entries.items() if needs_codes(entry)]
     headers = sum(len(name) + OVERFLOW_HEADER for name in overflows)
-    return Budget(given.strip(), weights, linears, size.bytes - nested - linears + headers)
+    return Budget(given.strip(), weights, linears, size.bytes - masters - linears + headers)
 
 
 def _parsed(given: str) -> tuple[Fraction, str | None]:

@@ -17,8 +17,8 @@ from lowbit.calibration import Calibration, token_windows
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.writer import aside, explained
 from lowbit.config import unknown_name
-from lowbit.formats.nested.widths import nested_layers
-from lowbit.load import load
+from lowbit.formats.widths import layers_with_widths
+from lowbit.load import load_model, need_tokenizer
 
 # Strategies, and the widths that each takes unless it is told others: the pyramid is the paper's.
 STRATEGIES: dict[str, tuple[int, ...]] = {"pyramid": (8, 4, 2), "sensitivity": (8, 6, 4, 3, 2)}
@@ -59,7 +59,7 @@ def mix(
     trust_remote_code: bool = False,
     progress: Progress = lambda done, of: None,
 ) -> Mix:
-    """Chooses a width for every nested layer within a budget, which is never passed.
+    """Chooses a width for every layer that has some, within a budget, which is never passed.
 
     budget: "3.2" bits per weight of the quantized linears, scales and zeros counted, or "2.1GB" of
     the whole model. pyramid: by place, see `pyramid`; it reads no text. sensitivity: the least sum
@@ -113,12 +113,13 @@ def _measure(
     progress: Progress,
 ) -> Tensor:
     """The divergences of all units at all widths, (units, widths) float64."""
-    model, tokenizer = load(folder, device_map=device_map, trust_remote_code=trust_remote_code)
+    tokenizer = need_tokenizer(folder, trust_remote_code)
+    model = load_model(folder, device_map, trust_remote_code=trust_remote_code)
     context = getattr(model.config, "max_position_embeddings", None)
     if calibration.seqlen is None:
         shorter = min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
         calibration = calibration.model_copy(update={"seqlen": shorter})
     windows = token_windows(calibration, tokenizer, context).tokens
-    layers = nested_layers(model)
+    layers = layers_with_widths(model)
     units = [[layers[name] for name in unit.layers] for unit in layout.units]
     return sensitivity(model, units, widths, list(windows), progress)

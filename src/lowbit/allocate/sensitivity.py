@@ -6,30 +6,32 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.eval.divergence import kl_divergence
-from lowbit.formats.nested import MASTER_BITS, NestedLinear
+from lowbit.formats.base import QuantizedLinear
 
 Progress = Callable[[int, int], None]  # runs of the model done, runs of
 
 
 def sensitivity(
     model: nn.Module,
-    units: Sequence[Sequence[NestedLinear]],
+    units: Sequence[Sequence[QuantizedLinear]],
     widths: Sequence[int],
     windows: Sequence[Tensor],
     progress: Progress = lambda done, of: None,
 ) -> Tensor:
-    """Mean KL(8-bit master || one unit at a width) over all predicted tokens, in nats.
+    """Mean KL(all layers at 8 bits || one unit at a width) over all predicted tokens, in nats.
 
-    units: the layers of each, with resident masters, which run at 8 bits afterwards. windows:
-    (tokens,) int64 each  ->  (units, widths) float64; 0 at 8 bits. Raises ValueError where the
-    model's predictions are not numbers.
+    units: the layers of each, which hold their 8-bit codes; they run at 8 bits afterwards.
+    windows: (tokens,) int64 each  ->  (units, widths) float64; 0 at 8 bits
+
+    Raises ValueError where the model's predictions are not numbers.
     """
     lost = torch.zeros(len(units), len(widths), dtype=torch.float64)
-    lower = [i for i, width in enumerate(widths) if width != MASTER_BITS]
+    whole = max(width for unit in units for layer in unit for width in layer.widths)
+    lower = [i for i, width in enumerate(widths) if width != whole]
     steps = len(windows) * (1 + len(units) * len(lower))
     done = 0
     for unit in units:
-        _run_at(unit, MASTER_BITS)
+        _run_at(unit, whole)
     for window in windows:
         expected = _predictions(model, window)
         done += 1
@@ -41,13 +43,13 @@ def sensitivity(
                 lost[row, column] += kl_divergence(expected, found).double().sum().item()
                 done += 1
                 progress(done, steps)
-            _run_at(unit, MASTER_BITS)
+            _run_at(unit, whole)
     if not lost.isfinite().all():
         raise ValueError("the model's predictions on this text are not numbers: nothing to compare")
     return lost / sum(len(window) - 1 for window in windows)
 
 
-def _run_at(unit: Sequence[NestedLinear], bits: int) -> None:
+def _run_at(unit: Sequence[QuantizedLinear], bits: int) -> None:
     for layer in unit:
         layer.set_bits(bits)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit.checkpoint import QuantizedFolder
-from lowbit.checkpoint.slices import nested_entries, read_master
-from lowbit.formats.nested import sliced_entry, tensor_bytes
+from lowbit.checkpoint.slices import entries_with_widths, read_codes
+from lowbit.formats.widths import entry_bytes, needs_codes, slice_entry
 from lowbit.models import family_of
 from lowbit.models.skeleton import build_skeleton, memory_names
 from lowbit.models.streamed import load_config
@@ -31,7 +31,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Layout:
-    """All nested layers of a folder. blocks: how many the model has."""
+    """All layers of a folder that have widths. blocks: how many the model has."""
 
     units: tuple[Unit, ...]
     blocks: int
@@ -45,7 +45,7 @@ def layout_of(
 
     Raises ValueError for a folder without nested layers, and by name for one that is a slice.
     """
-    entries = nested_entries(folder)
+    entries = entries_with_widths(folder)
     if not entries:
         raise ValueError(f"{folder.folder}: no layer is nested: only matquant makes such layers")
     sizes = {name: _sizes(folder, name, widths) for name in entries}
@@ -63,21 +63,21 @@ def layout_of(
 def _sizes(folder: QuantizedFolder, name: str, widths: tuple[int, ...]) -> dict[int, int]:
     """Bytes of a layer's slices; those with extra precision depend on the codes."""
     entry = folder.entries[name]
-    master = read_master(folder, name) if entry["extra_precision"] else None
+    codes = read_codes(folder, name) if needs_codes(entry) else None
     try:
-        return {width: tensor_bytes(**sliced_entry(entry, width, master)) for width in widths}
+        return {width: entry_bytes(slice_entry(entry, width, codes)) for width in widths}
     except ValueError as error:
         raise ValueError(f"{folder.folder}: layer {name}: {error}") from None
 
 
 def _grouped(
-    folder: Path, nested: set[str], trust_remote_code: bool
+    folder: Path, wanted: set[str], trust_remote_code: bool
 ) -> tuple[list[tuple[int | None, bool, tuple[str, ...]]], int]:
     """(block, whether they are experts, names on disk) of every unit, and the number of blocks."""
     config = load_config(folder, trust_remote_code)
     model = build_skeleton(config, trust_remote_code)
     family = family_of(config, model)
-    inside = memory_names(model, [f"{name}.weight" for name in sorted(nested)])
+    inside = memory_names(model, [f"{name}.weight" for name in sorted(wanted)])
     on_disk = {m.removesuffix(".weight"): d.removesuffix(".weight") for d, m in inside.items()}
     found: list[tuple[int | None, bool, tuple[str, ...]]] = []
     blocks = list(model.get_submodule(family.blocks).children())

@@ -8,14 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.reader import INDEX
 from lowbit.checkpoint.writer import explained, save_tensors, write_json
 
 ConfigJson = dict[str, Any] | Callable[[Path], dict[str, Any]]
-
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
-# What says what is in a folder, and would say it wrongly of another; so does every *.index.json.
-OURS = ("config.json", "report.json", "report.html", "events.jsonl")
 
 
 def write_folder(
@@ -24,44 +21,40 @@ def write_folder(
     count: int,
     config: ConfigJson,
     companions: Path,
+    code: bool = False,
 ) -> None:
-    """shards: `count` dictionaries of tensors by name on disk, made one at a time.
+    """Writes a folder of weights, with config.json and the files that go with the weights.
 
+    shards: `count` dictionaries of tensors by name on disk, made one at a time.
     config: config.json, or what makes it from the folder in which the shards then lie.
-    companions: a folder whose other files (tokenizer, licences) are copied. Raises ValueError when
-    `out` is there already, or the disk is full; then nothing of `out` remains.
+    companions: the folder whose other files (tokenizer, licences) are copied.
+    code: whether its Python code is copied too.
+
+    Raises ValueError when `out` exists, or the disk is full; then nothing of `out` remains.
     """
-    with written_aside(out) as aside:
-        aside.mkdir(parents=True)
-        _write(aside, shards, count, config)
-        for path in companions_of(companions):
-            shutil.copyfile(path, aside / path.name)
+    with written_aside(out) as part:
+        part.mkdir(parents=True)
+        _write(part, shards, count, config)
+        copy_companions(companions, part, code)
 
 
 @contextmanager
 def written_aside(out: Path) -> Iterator[Path]:
-    """The folder to make, which becomes `out` when all went well; else nothing of it remains.
+    """The path to write to, which becomes `out` when all went well; else nothing of it remains.
 
     Raises ValueError when `out` is there already, or the disk is full.
     """
     if out.exists():
         raise ValueError(f"{out} exists already: choose another folder, or remove it")
-    aside = out.with_name(out.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
     try:
         with explained(out):
-            yield aside
-            aside.rename(out)
+            yield part
+            part.rename(out)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         raise
-
-
-def companions_of(folder: Path) -> list[Path]:
-    """Files that go with a folder's weights into another: tokenizer, licences and the like."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    kept = [path for path in files if path.suffix not in WEIGHTS and path.name not in OURS]
-    return [path for path in kept if not path.name.endswith(".index.json")]
 
 
 def _write(

@@ -6,9 +6,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoint.quantized_folder import QuantizedFolder
 from lowbit.checkpoint.ranges import collapse
 from lowbit.checkpoint.reader import CheckpointReader, read_json
-from lowbit.checkpoint.verify import VERSION, QuantizedFolder, config_digest
+from lowbit.checkpoint.verify import VERSION, config_digest
 
 Record = Mapping[str, Any]
 

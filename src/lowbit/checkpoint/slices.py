@@ -1,4 +1,4 @@
-"""What slices of a folder that matquant made would take, without writing one."""
+"""Slices of a folder that matquant made: which there are, and what they would take on disk."""
 
 from collections.abc import Mapping
 from math import prod
@@ -8,14 +8,21 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.checkpoint.output import Size, size_of
-from lowbit.checkpoint.verify import QuantizedFolder, read_config
-from lowbit.formats.nested import NestedLinear, tensor_bytes
-from lowbit.formats.nested.widths import WidthPlan, choose_widths, sliced_entries
+from lowbit.checkpoint.quantized_folder import QuantizedFolder
+from lowbit.checkpoint.verify import read_config
+from lowbit.formats.widths import (
+    CODES,
+    WidthPlan,
+    choose_widths,
+    entry_bytes,
+    entry_widths,
+    sliced_entries,
+)
 
 
-def nested_entries(folder: QuantizedFolder) -> dict[str, dict[str, Any]]:
-    """The entries of all nested layers, by name on disk."""
-    return {n: e for n, e in folder.entries.items() if e["format"] == NestedLinear.format}
+def entries_with_widths(folder: QuantizedFolder) -> dict[str, dict[str, Any]]:
+    """The entries of all layers that have widths, by name on disk."""
+    return {name: entry for name, entry in folder.entries.items() if entry_widths(entry)}
 
 
 def has_masters(folder: Path) -> bool:
@@ -23,19 +30,19 @@ def has_masters(folder: Path) -> bool:
     section = read_config(folder).get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != "lowbit":
         return False
-    entries = nested_entries(QuantizedFolder(folder))
-    return any(entry["resident"] == "master" for entry in entries.values())
+    return any(len(entry_widths(entry)) > 1 for entry in QuantizedFolder(folder).entries.values())
 
 
 def widths_of(folder: QuantizedFolder, bits: WidthPlan) -> dict[str, int]:
-    """The width of every nested layer, by name on disk; bits: as `choose_widths` takes it.
+    """The width of every layer that has some, by name on disk.
 
-    Raises ValueError, by the name of the layer, where a folder holds a slice of another width.
+    bits: as `choose_widths` takes it. Raises ValueError, by the name of the layer, where the folder
+    holds a slice of another width.
     """
-    entries = nested_entries(folder)
+    entries = entries_with_widths(folder)
     widths = choose_widths({name: entry["bits"] for name, entry in entries.items()}, bits)
     for name, entry in entries.items():
-        if entry["resident"] == "slice" and entry["bits"] != widths[name]:
+        if widths[name] not in entry_widths(entry):
             raise ValueError(
                 f"layer {name}: it is a slice of {entry['bits']} bits: another, of {widths[name]} "
                 "bits, can only be cut from the master"
@@ -47,22 +54,22 @@ def slices_of(folder: QuantizedFolder, bits: WidthPlan | None) -> dict[str, dict
     """Entries of the slices that take the place of the folder's masters, by name on disk."""
     if bits is None:
         return {}
-    return sliced_entries(folder.entries, bits, lambda name: read_master(folder, name))
+    return sliced_entries(folder.entries, bits, lambda name: read_codes(folder, name))
 
 
-def read_master(folder: QuantizedFolder, name: str) -> Tensor:
-    """The 8-bit codes of one layer, (out, in) uint8."""
-    return folder.reader.read([f"{name}.master"])[f"{name}.master"]
+def read_codes(folder: QuantizedFolder, name: str) -> Tensor:
+    """The 8-bit codes of one layer, (out, in) uint8; name: on disk."""
+    return folder.reader.read([f"{name}.{CODES}"])[f"{name}.{CODES}"]
 
 
 def size_of_slice(folder: Path, bits: WidthPlan) -> Size:
     """What `size_of` would say of a folder with these slices in the place of the masters.
 
-    With extra precision the masters are read, for its overflow depends on the codes.
+    With extra precision the masters are read: how many bytes a slice takes depends on their codes.
     """
     whole, quantized = size_of(folder), QuantizedFolder(folder)
     saved = sum(
-        tensor_bytes(**quantized.entries[name]) - tensor_bytes(**entry)
+        entry_bytes(quantized.entries[name]) - entry_bytes(entry)
         for name, entry in slices_of(quantized, bits).items()
     )
     stored = sum(info.bytes for info in quantized.reader.tensors.values())
@@ -79,8 +86,11 @@ def linear_weights(folder: QuantizedFolder) -> int:
 
 
 def trained_share(folder: QuantizedFolder, widths: Mapping[str, int]) -> float:
-    """Which share of the nested layers' weights was made for its width; others are interpolated."""
+    """The share of weights whose width is one that matquant trained for, from 0 to 1.
+
+    The other widths lie between trained ones. widths: of all layers that have some, by name.
+    """
     weights = {True: 0, False: 0}
-    for name, entry in nested_entries(folder).items():
+    for name, entry in entries_with_widths(folder).items():
         weights[widths[name] in entry["trained"]] += prod(entry["shape"])
     return weights[True] / sum(weights.values())

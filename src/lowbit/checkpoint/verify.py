@@ -1,110 +1,29 @@
-"""Check a quantized folder before anything is loaded from it.
+"""What config.json says about a quantized folder, checked before anything is loaded from it.
 
-Nothing in the folder is trusted: config.json may be edited, shards cut or exchanged. Whatever is
-wrong is a ValueError that names the file, the layer or the tensor.
+Nothing in the folder is trusted: anybody may have edited config.json. Whatever is wrong is a
+ValueError that names the file, the layer or the key. `QuantizedFolder.verify` compares the shards
+with what config.json says.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import ValidationError
 
 from lowbit.checkpoint.ranges import expand
-from lowbit.checkpoint.reader import INDEX, CheckpointReader, file_sha256, read_json
+from lowbit.checkpoint.reader import read_json
 from lowbit.config import explain
 from lowbit.formats import build, link
 from lowbit.formats.activation import Activation
+from lowbit.formats.entry import FloatName
 
-VERSION = 1  # of the checkpoint layout
-
-
-class QuantizedFolder:
-    """A folder that `lowbit quantize` wrote.
-
-    config: config.json as a dictionary. entries: what it says of every quantized linear, by its
-    name on disk. attention: how attentions round what they read, likewise. reader: its tensors.
-    marker: the one empty tensor that makes transformers refuse the folder where lowbit is not
-    imported.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = read_config(folder)
-        self.quantization = quantization_section(self.config, folder)
-        self.entries = quantized_entries(self.quantization, folder)
-        self.attention = rounded_attentions(self.quantization, folder)
-        self.marker = marker_of(self.quantization, self.entries, folder)
-        self.reader = CheckpointReader(folder)
-
-    def tensors_of(self, name: str) -> list[str]:
-        """Names on disk of all tensors of one quantized linear."""
-        with torch.device("meta"):
-            return [f"{name}.{key}" for key in build(self.entries[name]).state_dict()]
-
-    def verify(self, hashes: bool = True) -> None:
-        """config.json, the shards' sizes and (slower) hashes, every quantized linear's tensors."""
-        self._check_digest()
-        self._check_files(hashes)
-        for name, entry in self.entries.items():
-            with torch.device("meta"):
-                expected = build(entry).state_dict()
-            for key, tensor in expected.items():
-                self._check_tensor(f"{name}.{key}", tuple(tensor.shape), tensor.dtype)
-        marker = self.reader.tensors.get(self.marker)
-        if marker is None or marker.shape != (0,):
-            raise ValueError(f"{self.folder}: the empty tensor {self.marker} is missing")
-
-    def _check_tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        info = self.reader.tensors.get(name)
-        if info is None:
-            raise ValueError(f"{self.folder}: tensor {name} is missing")
-        if info.shape != shape or info.dtype != dtype:
-            raise ValueError(
-                f"{self.folder}: tensor {name} is {info.dtype} {list(info.shape)}, "
-                f"but config.json asks for {dtype} {list(shape)}"
-            )
-
-    def _check_digest(self) -> None:
-        stated = self.quantization.get("digest")
-        if stated is not None and stated != config_digest(self.config):
-            raise ValueError(
-                f"{self.folder}/config.json was edited after quantization: restore it, or, if you "
-                "know what you changed, delete its quantization_config.digest"
-            )
-
-    def _check_files(self, hashes: bool) -> None:
-        stated = self.quantization.get("files")
-        if not isinstance(stated, dict):
-            raise ValueError(f"{self.folder}/config.json: 'files' must map shards to size and hash")
-        if sorted(stated) != self.reader.files:
-            raise ValueError(
-                f"{self.folder} has the shards {self.reader.files}, "
-                f"but config.json lists {sorted(stated)}"
-            )
-        self._check_index()
-        for file, facts in stated.items():
-            path = self.folder / file
-            if not isinstance(facts, dict) or facts.get("size") != path.stat().st_size:
-                raise ValueError(
-                    f"{path} has {path.stat().st_size} bytes, config.json says {facts}"
-                )
-            if hashes and facts.get("sha256") != file_sha256(path):
-                raise ValueError(f"{path} is damaged: its sha256 is not the one in config.json")
-
-    def _check_index(self) -> None:
-        """What transformers offloads to disk it finds through the index alone."""
-        path = self.folder / INDEX
-        if not path.exists():
-            return
-        index = read_json(path)
-        absent = sorted(self.reader.tensors.keys() - index["weight_map"].keys())
-        if absent:
-            raise ValueError(f"{path} lacks tensor {absent[0]}")
-        if not isinstance(index.get("metadata"), dict):
-            raise ValueError(f"{path}: 'metadata' must be an object")
+# Of the checkpoint layout; folders of every earlier version keep loading.
+# 1: entries do not say which dtype the float weight had. 2: they do, in `dtype`.
+VERSION = 2
+FLOATS: tuple[str, ...] = get_args(FloatName)
 
 
 def config_digest(config: dict[str, Any]) -> str:
@@ -198,11 +117,30 @@ def _check_shared(entries: dict[str, dict[str, Any]], folder: Path | str) -> Non
             raise ValueError(f"{folder}: {error}") from None
 
 
-def marker_of(section: dict[str, Any], entries: dict[str, Any], folder: Path | str) -> str:
-    """The name of the empty tensor: the float weight of one quantized linear."""
-    marker = section.get("marker")
-    if not isinstance(marker, str) or marker.removesuffix(".weight") not in entries:
+def check_dtypes(
+    section: dict[str, Any], entries: dict[str, dict[str, Any]], folder: Path | str
+) -> None:
+    """Raises ValueError where an entry does not say the dtype of its float weight, and must."""
+    if section["version"] < 2:
+        return
+    for name, entry in entries.items():
+        if entry.get("dtype") is None:
+            raise ValueError(
+                f"{folder}: layer {name}: dtype is missing; from version 2 on an entry says the "
+                f"dtype of the float weight: {', '.join(FLOATS)}"
+            )
+
+
+def guard_of(section: dict[str, Any], entries: dict[str, Any], folder: Path | str) -> str:
+    """The name of the guard tensor, which config.json calls `marker`.
+
+    It is empty, and has the name of the float weight of a quantized layer: plain transformers, for
+    which it has the wrong shape, then refuses the folder instead of inventing the weights.
+    """
+    guard = section.get("marker")
+    if not isinstance(guard, str) or guard.removesuffix(".weight") not in entries:
         raise ValueError(
-            f"{folder}: marker must be the weight of a quantized layer, not {marker!r}"
+            f"{folder}: quantization_config.marker must be the weight of a quantized layer, not "
+            f"{guard!r}"
         )
-    return marker
+    return guard

@@ -57,7 +57,7 @@ class CheckpointWriter:
         self.before = before
 
     def __enter__(self) -> Self:
-        self._refuse_strangers()
+        self._refuse_other_folders()
         with explained(self.folder):
             (self.folder / RUN).mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / RUN / "lock").open("w")
@@ -156,11 +156,6 @@ class CheckpointWriter:
         with explained(self.folder):
             write_json(self.folder / name, finite(value))
 
-    def copy_file(self, path: Path) -> None:
-        """A companion of the weights, under its own name."""
-        with explained(self.folder), aside(self.folder / path.name) as copy:
-            shutil.copyfile(path, copy)
-
     def append_event(self, event: dict[str, Any]) -> None:
         with explained(self.folder), (self.folder / EVENTS).open("a") as file:
             file.write(json.dumps(finite(event)) + "\n")
@@ -179,7 +174,7 @@ class CheckpointWriter:
     def _record_path(self, index: int) -> Path:
         return self.folder / RUN / f"{self.shard_name(index).removesuffix('.safetensors')}.json"
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_other_folders(self) -> None:
         """--restart deletes; it must never delete somebody else's model."""
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; OUT must be a folder")

@@ -6,7 +6,7 @@ from typing import Annotated
 from rich.console import Console
 from typer import Argument, Option
 
-from lowbit.checkpoint.folder import WEIGHTS
+from lowbit.checkpoint.companions import WEIGHTS
 from lowbit.cli.screen import console, shortened, size
 from lowbit.config import unknown_name
 from lowbit.convert import READERS
@@ -22,6 +22,9 @@ def convert(
         bool,
         Option("--from-bin", help="Short for --from bin: pytorch_model.bin, read as tensors only."),
     ] = False,
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Copy Python code that comes with the model.")
+    ] = False,
 ) -> None:
     """Bring foreign weights into safetensors."""
     if from_bin == (layout is not None):
@@ -33,19 +36,29 @@ def convert(
         raise ValueError(
             f"{folder}: there is no such folder; from the hub: hf download NAME --local-dir DIR"
         )
-    READERS[name](folder, out)
+    READERS[name](folder, out, trust_remote_code)
     say_what_changed(console(), folder, out)
 
 
 def say_what_changed(screen: Console, folder: Path, out: Path) -> None:
-    """Bytes of weights before and after, and which files have no counterpart."""
+    """Prints the bytes of weights before and after, and which files were not taken along."""
     before, after = weight_files(folder), weight_files(out)
     screen.print(f"{folder}: {_files(before)}", soft_wrap=True)
     screen.print(f"{out}: {_files(after)}", style="bold", soft_wrap=True)
-    kept = {path.name for path in out.iterdir()} | {path.name for path in before}
-    dropped = sorted(path.name for path in folder.iterdir() if path.name not in kept)
+    dropped = left_behind(folder, out)
     if dropped:
         screen.print(f"left behind: {shortened(dropped, most=8)}", soft_wrap=True)
+
+
+def left_behind(folder: Path, out: Path) -> list[str]:
+    """Names in `folder` that `out` lacks, weights aside: of files, and of whole folders."""
+    names: list[str] = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and (out / path.name).is_dir():
+            names += [f"{path.name}/{name}" for name in left_behind(path, out / path.name)]
+        elif not (out / path.name).exists() and path.suffix not in WEIGHTS:
+            names.append(path.name)
+    return names
 
 
 def weight_files(folder: Path) -> list[Path]:

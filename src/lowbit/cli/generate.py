@@ -6,7 +6,7 @@ import typer
 from typer import Argument, Option
 
 from lowbit.cli.device import device_map
-from lowbit.load import load
+from lowbit.load import load_model, locate, need_tokenizer
 from lowbit.models import generation
 
 
@@ -23,9 +23,9 @@ def generate(  # noqa: PLR0913 (a command's options)
     ] = False,
 ) -> None:
     """Continue a PROMPT, or answer it where the tokenizer has a chat template."""
-    runner, tokenizer = load(
-        model, device_map=device_map(device), trust_remote_code=trust_remote_code
-    )
+    folder = locate(model, trust_remote_code)
+    tokenizer = need_tokenizer(folder, trust_remote_code)
+    runner = load_model(folder, device_map(device), trust_remote_code=trust_remote_code)
     chat = bool(getattr(tokenizer, "chat_template", None)) and not raw
     tokens = generation.prompt_tokens(tokenizer, prompt, chat)
     pieces = generation.generate(runner, tokenizer, tokens, max_new_tokens, temperature, seed)

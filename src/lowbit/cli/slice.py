@@ -20,15 +20,25 @@ def cut(
     nested: Annotated[
         bool, Option("--nested", help="Keep the format: for a master with extra precision.")
     ] = False,
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Copy Python code that comes with the model.")
+    ] = False,
 ) -> None:
     """Write a slice of 8-bit codes as a folder of its own, in its own bits."""
-    folder, screen = locate(model), console()
+    folder, screen = locate(model, trust_remote_code), console()
     with screen.status("cutting") as status:
 
         def progress(done: int, of: int) -> None:
             status.update(f"cutting: {done} of {of} files")
 
-        slice_folder(folder, out, parse_bits(bits), nested, progress=progress)
+        slice_folder(
+            folder,
+            out,
+            parse_bits(bits),
+            nested,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
     before, after = size_of(folder), size_of(out)
     screen.print(
         f"{out}: {after.linears:.2f} bits per weight in the linears (was {before.linears:.2f}), "

@@ -1,22 +1,24 @@
 """A quantized folder to a plain float one, which stock transformers loads."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.folder import write_folder
-from lowbit.formats import build, link
 from lowbit.formats.base import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
 
-def dequantize(folder: Path, out: Path, verify: bool = True) -> Path:
+def dequantize(
+    folder: Path, out: Path, verify: bool = True, trust_remote_code: bool = False
+) -> Path:
     """Writes every quantized linear as the weight that it multiplies by, in the source's dtype.
+
+    verify: check the hashes of all files first.
+    trust_remote_code: copy the Python code that comes with the model.
 
     A float folder cannot say how inputs are rounded when it runs: where layers or attentions do so,
     the log says that `out` does not. One shard is in memory at a time. Raises ValueError for a
@@ -24,46 +26,17 @@ def dequantize(folder: Path, out: Path, verify: bool = True) -> Path:
     """
     quantized = QuantizedFolder(folder)
     quantized.verify(hashes=verify)
-    dtype = quantized.reader.tensors[quantized.marker].dtype  # of the weight that it stands for
     config = {k: v for k, v in quantized.config.items() if k != "quantization_config"}
-    files = quantized.reader.files
     if quantized.attention or any(e.get("activation") for e in quantized.entries.values()):
         logger.warning(
             f"{folder} rounds activations when it runs; {out}, a float folder, has its weights but "
             "will not round activations, and so computes something else"
         )
-    write_folder(out, _float_shards(quantized, dtype), len(files), config, folder)
+
+    def weights(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
+        weight = {"weight": layer.dequantize().to(quantized.float_dtype(name))}
+        return weight if layer.bias is None else weight | {"bias": layer.bias.detach()}
+
+    shards, count = quantized.converted_shards(weights), len(quantized.reader.files)
+    write_folder(out, shards, count, config, folder, trust_remote_code)
     return out
-
-
-def _float_shards(quantized: QuantizedFolder, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    placed = quantized.reader.tensors
-    by_shard: dict[str, list[str]] = {file: [] for file in quantized.reader.files}
-    packed: set[str] = {quantized.marker}
-    for name in quantized.entries:
-        tensors = quantized.tensors_of(name)
-        packed.update(tensors)
-        by_shard[placed[tensors[0]].file].append(name)
-    for file, names in by_shard.items():
-        plain = [key for key, info in placed.items() if info.file == file and key not in packed]
-        shard = quantized.reader.read(plain)
-        for name in names:
-            shard |= _float_linear(quantized, name, dtype)
-        yield shard
-
-
-def _float_linear(quantized: QuantizedFolder, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    layer = _read(quantized, name)
-    if layer.shares is not None:
-        link({name: layer, layer.shares: _read(quantized, layer.shares)})
-    made = {f"{name}.weight": layer.dequantize().to(dtype)}
-    if layer.bias is not None:
-        made[f"{name}.bias"] = layer.bias.detach()
-    return made
-
-
-def _read(quantized: QuantizedFolder, name: str) -> QuantizedLinear:
-    layer = build(quantized.entries[name])
-    stored = quantized.reader.read(quantized.tensors_of(name))
-    layer.load_state_dict({key.removeprefix(f"{name}."): value for key, value in stored.items()})
-    return layer

@@ -30,7 +30,8 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
-from lowbit.checkpoint.folder import companions_of, written_aside
+from lowbit.checkpoint.companions import copy_companions
+from lowbit.checkpoint.folder import written_aside
 from lowbit.checkpoint.output import final_config
 from lowbit.checkpoint.reader import INDEX, SINGLE
 from lowbit.checkpoint.verify import read_config
@@ -42,7 +43,6 @@ from lowbit.formats.checks import dtype_name, finite
 from lowbit.formats.lattice.codebooks import CODEBOOKS
 from lowbit.version import __version__
 
-COPY = "quantization_config.json"  # of what config.json says; would contradict it in OUT
 PARTS = ("Qidxs", "Wscale", "SU", "SV", "had_left", "had_right", "bias", "weight")
 RESIDUAL_SCALES = {"E8P12RVQ3B": 1 / 2.04, "E8P12RVQ4B": 1 / 3.45}  # where theirs is null
 ORTHOGONAL = 0.02  # how far M @ M.T may be from I; rounding to float16 makes 0.001
@@ -87,19 +87,23 @@ class Layer:
         return {name: order for name, order in orders.items() if order > 1}
 
 
-def from_quip(folder: Path, out: Path) -> Path:
+def from_quip(folder: Path, out: Path, trust_remote_code: bool = False) -> Path:
     """`folder` (safetensors) as a folder `out` that lowbit loads. One shard is in memory at a time.
 
-    Raises ValueError, by the name of the layer, for what cannot be read or said in our format, or
-    when `out` exists; shapes are checked before anything is written, and nothing of `out` remains.
+    trust_remote_code: copy the Python code that comes with the model.
+
+    Raises ValueError, by the name of the layer, for what cannot be read or our format cannot hold,
+    or when `out` exists; shapes are checked before anything is written, and nothing of `out`
+    remains.
     """
     config = read_config(folder)
     section = _section(config, folder)
     reader = _reader(folder)
     layers = _layers(reader, section, config)
-    with written_aside(out) as aside:
-        _write(reader, layers, section, aside)
-        shutil.rmtree(aside / RUN)
+    with written_aside(out) as part:
+        _write(reader, layers, section, part)
+        copy_companions(folder, part, trust_remote_code)
+        shutil.rmtree(part / RUN)
     return out
 
 
@@ -229,7 +233,7 @@ def _write(
         "model": reader.digest(),
         "versions": {"lowbit": __version__},
     }
-    marked = next(iter(layers))
+    first = next(iter(layers))
     with CheckpointWriter(out, made_by, len(files)) as writer:
         for index, file in enumerate(files):
             tensors = reader.read([name for name, there in plain.items() if there == file])
@@ -237,13 +241,10 @@ def _write(
             for name in (name for name, there in placed.items() if there == file):
                 modules[name], made = _convert(reader, layers[name], section)
                 tensors |= {f"{name}.{key}": tensor for key, tensor in made.items()}
-            marker = f"{marked}.weight" if marked in modules else None
-            if marker is not None:
-                tensors[marker] = torch.empty(0, dtype=_dtype(reader, plain))
-            writer.write_shard(index, tensors, None, {"modules": modules, "marker": marker})
-        for path in companions_of(reader.folder):
-            if path.name != COPY:
-                writer.copy_file(path)
+            guard = f"{first}.weight" if first in modules else None
+            if guard is not None:
+                tensors[guard] = torch.empty(0, dtype=_dtype(reader, plain))
+            writer.write_shard(index, tensors, None, {"modules": modules, "marker": guard})
         records = [record for i in range(len(files)) if (record := writer.record(i))]
         writer.finish(final_config(reader.folder, records, made_by))
 

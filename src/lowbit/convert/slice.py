@@ -1,6 +1,6 @@
 """A folder of 8-bit codes that matquant made to one of a slice in its own bits."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +8,12 @@ from torch import Tensor
 
 from lowbit.checkpoint import QuantizedFolder, file_sha256
 from lowbit.checkpoint.folder import write_folder
+from lowbit.checkpoint.quantized_folder import Progress
 from lowbit.checkpoint.ranges import collapse
 from lowbit.checkpoint.slices import widths_of
 from lowbit.checkpoint.verify import config_digest
-from lowbit.formats import build
-from lowbit.formats.nested import NestedLinear, to_uniform
-from lowbit.formats.nested.widths import WidthPlan
-
-Progress = Callable[[int, int], None]  # shards done, shards of
+from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.widths import WidthPlan, needs_codes, slice_layer
 
 
 def slice_folder(
@@ -25,14 +23,20 @@ def slice_folder(
     nested: bool = False,
     verify: bool = True,
     progress: Progress = lambda done, of: None,
+    trust_remote_code: bool = False,
 ) -> Path:
-    """Writes the nested layers of `folder` at other widths, and all else as it is, bit for bit.
+    """Writes the layers of `folder` that have widths at other ones; all else stays, bit for bit.
 
-    bits: as `choose_widths` takes it, with names on disk. A slice is stored in the uniform format,
-    whose weights are those of the master at that width to the last bit; nested: as a slice in the
-    nested format, which also holds the extra code of extra precision. One shard is in memory at a
-    time. Raises ValueError, before anything is written, for a folder that is damaged, an `out` that
-    exists, and by name for a layer that the uniform format cannot hold.
+    bits: as `choose_widths` takes it, with names on disk.
+    nested: keep the layers' format, which also holds the extra code of extra precision; else a
+        slice is stored in the uniform format, with the same weights to the last bit.
+    verify: check the hashes of all files first.
+    progress: called with the number of shards that are done, and of all.
+    trust_remote_code: copy the Python code that comes with the model.
+
+    One shard is in memory at a time. Raises ValueError, before anything is written, for a folder
+    that is damaged, an `out` that exists, and by name for a layer that the uniform format cannot
+    hold.
     """
     if out.exists():
         raise ValueError(f"{out} exists already: choose another folder, or remove it")
@@ -41,13 +45,13 @@ def slice_folder(
     cutting = _Cutting(quantized, widths_of(quantized, bits), nested)
     if not nested:
         cutting.check_extra_codes()
-    files = quantized.reader.files
-    write_folder(out, cutting.shards(progress), len(files), cutting.config, folder)
+    shards, count = cutting.shards(progress), len(quantized.reader.files)
+    write_folder(out, shards, count, cutting.config, folder, trust_remote_code)
     return out
 
 
 class _Cutting:
-    """A folder on its way into slices. entries: of all layers, of the slices once they are cut."""
+    """A folder that is being sliced. entries: of all layers; of the slices once they are cut."""
 
     def __init__(self, quantized: QuantizedFolder, widths: dict[str, int], nested: bool) -> None:
         self.quantized = quantized
@@ -58,29 +62,28 @@ class _Cutting:
     def check_extra_codes(self) -> None:
         """ValueError for a layer whose slice uses the code that extra precision adds."""
         for name, width in self.widths.items():
-            if not self.entries[name]["extra_precision"] or width == 8:
+            if not needs_codes(self.entries[name]):
                 continue
-            above = int((self._read(name).at(width).codes() == 2**width).sum())
-            if above:
+            try:
+                slice_layer(self.quantized.layer(name), width, keep_format=False)
+            except ValueError as error:
                 raise ValueError(
-                    f"layer {name}: {above:,} of its weights have the code {2**width} that extra "
-                    f"precision adds: the uniform format holds 0 to {2**width - 1} at {width} "
-                    "bits; cut nested slices instead (--nested)"
-                )
+                    f"layer {name}: {error}; cut nested slices instead (--nested)"
+                ) from None
 
     def shards(self, progress: Progress) -> Iterator[dict[str, Tensor]]:
-        reader = self.quantized.reader
-        tensors = {name: self.quantized.tensors_of(name) for name in self.widths}
-        replaced = {tensor for names in tensors.values() for tensor in names}
-        progress(0, len(reader.files))
-        for done, file in enumerate(reader.files, 1):
-            here = {name for name, info in reader.tensors.items() if info.file == file}
-            shard = reader.read(sorted(here - replaced))
-            for name, stored in tensors.items():
-                if stored[0] in here:
-                    shard |= self._cut(name)
-            yield shard
-            progress(done, len(reader.files))
+        return self.quantized.converted_shards(self._cut, progress)
+
+    def _cut(self, name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
+        """The tensors of a layer's slice, or those of a layer without widths; and the guard."""
+        if name in self.widths:
+            layer = slice_layer(layer, self.widths[name], self.nested)
+            stated = {k: v for k, v in self.entries[name].items() if k == "dtype"}
+            self.entries[name] = layer.entry() | stated  # of the float weight: a slice's too
+        tensors: dict[str, Tensor] = dict(layer.state_dict())
+        if (guard := self.quantized.guard) == f"{name}.weight":
+            tensors["weight"] = self.quantized.reader.read([guard])[guard]
+        return tensors
 
     def config(self, out: Path) -> dict[str, Any]:
         """The master's config.json with what has changed; `out` holds the shards."""
@@ -103,20 +106,3 @@ class _Cutting:
         config = {**self.quantized.config, "quantization_config": section}
         section["digest"] = config_digest(config)
         return config
-
-    def _cut(self, name: str) -> dict[str, Tensor]:
-        layer, width = self._read(name), self.widths[name]
-        cut = to_uniform(layer, width) if not self.nested else _nested_slice(layer, width)
-        self.entries[name] = cut.entry()
-        return {f"{name}.{key}": tensor for key, tensor in cut.state_dict().items()}
-
-    def _read(self, name: str) -> NestedLinear:
-        layer = build(self.quantized.entries[name])
-        assert isinstance(layer, NestedLinear)
-        stored = self.quantized.reader.read(self.quantized.tensors_of(name))
-        layer.load_state_dict({k.removeprefix(f"{name}."): t for k, t in stored.items()})
-        return layer
-
-
-def _nested_slice(layer: NestedLinear, bits: int) -> NestedLinear:
-    return layer if layer.spec.resident == "slice" else layer.slice(bits)

@@ -28,7 +28,7 @@ from lowbit.eval.perplexity import (
     windows_of,
 )
 from lowbit.eval.scores import TaskOptions, TaskScore
-from lowbit.load import load, load_config, load_tokenizer, locate, set_widths
+from lowbit.load import load_config, load_model, locate, need_tokenizer, set_widths
 
 if TYPE_CHECKING:
     from lowbit.eval.tasks import Tasks
@@ -71,8 +71,8 @@ class Evaluation:
     """One model's row. perplexity, windows and divergence: by text. bits_per_weight: linears and
     model. divergence: from `reference`; then text was streamed through the model in float32.
     tasks: by name; local ones are called local_NAME. bits: the width at which it ran, or the path
-    of the plan; None: it was run as it is. trained: which share of the weights of its nested layers
-    was made for that width; the others are interpolated. tokens: a digest of each text's tokens:
+    of the plan; None: it was run as it is. trained: the share of the weights that matquant trained
+    for that width, of those that have widths. tokens: a digest of each text's tokens:
     where two differ, so do the tokenizers, and perplexities cannot be compared.
 
     A perplexity may be infinite or not a number: then the model is broken, which is worth a row.
@@ -161,6 +161,8 @@ class _Session:
             raise ValueError(
                 "bits is for 8-bit masters, as matquant makes them: none of these models is one"
             )
+        for name in names:
+            self._tokenizer(name)
         seqlens = {name: self._seqlen(name) for name in names}
         for name, seqlen in seqlens.items():
             if self.options.texts and seqlen != seqlens[names[0]]:
@@ -183,12 +185,14 @@ class _Session:
         options = self.options
         folder = locate(name, options.trust_remote_code)
         seqlen = self._seqlen(name)
-        texts = self._rows(load_tokenizer(folder, options.trust_remote_code), seqlen)
+        tokenizer = self._tokenizer(name)
+        texts = self._rows(tokenizer, seqlen)
         loaded = None
         if self.tasks is not None or (options.texts and self.reference_folder is None):
-            loaded = load(
-                folder, device_map=options.device_map, trust_remote_code=options.trust_remote_code
+            model = load_model(
+                folder, options.device_map, trust_remote_code=options.trust_remote_code
             )
+            loaded = model, tokenizer
         subject = _Subject(name, folder, seqlen, texts, loaded)
         return [self._row(subject, bits) for bits in self.widths(name)]
 
@@ -228,6 +232,10 @@ class _Session:
             trained=None if bits is None else _trained(folder, bits),
             tokens={text: _digest(rows) for text, rows in subject.texts.items()},
         )
+
+    def _tokenizer(self, name: str) -> Any:
+        trusted = self.options.trust_remote_code
+        return need_tokenizer(locate(name, trusted), trusted)
 
     def _seqlen(self, name: str) -> int:
         folder = locate(name, self.options.trust_remote_code)
@@ -283,8 +291,7 @@ class _Session:
             if "quantization_config" in read_config(folder):
                 raise ValueError(f"--reference {asked} is quantized; name the float model")
             self._seqlen(asked)
-            tokenizer = load_tokenizer(folder, self.options.trust_remote_code)
-            self.reference = self._logits(folder, self._rows(tokenizer, seqlen))
+            self.reference = self._logits(folder, self._rows(self._tokenizer(asked), seqlen))
         mine = [row for of_text in rows.values() for row in of_text]
         theirs = self.reference.rows
         if len(mine) != len(theirs) or not all(map(torch.equal, mine, theirs)):

@@ -30,6 +30,10 @@ class QuantizedLinear(nn.Module):
 
     Where a format supports it, `activation` says how `forward` rounds its input first.
 
+    A layer of most formats runs at one width. Where it can run at several, `widths` names them, and
+    `at` and `set_bits` choose one; `lowbit.formats.widths` has what concerns whole models.
+
+    stored_as: the layer's name in the folder that it was loaded from; None: it comes from none.
     bias: (out_features,) in the checkpoint's dtype, or None.
     """
 
@@ -37,6 +41,7 @@ class QuantizedLinear(nn.Module):
     Entry: ClassVar[type[LayerEntry]]
     spec: LayerEntry
     activation: Activation | None = None
+    stored_as: str | None = None
     bias: Tensor | None
 
     def __init__(self, spec: LayerEntry) -> None:
@@ -157,6 +162,27 @@ class QuantizedLinear(nn.Module):
         x = self.quantized_input(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.dequantize().to(x.dtype), bias)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths in bits at which this layer can run; empty where there is none to choose."""
+        return ()
+
+    @property
+    def bits(self) -> int | None:
+        """Which of its widths it runs at; None where there is none to choose."""
+        return None
+
+    def at(self, bits: int) -> "QuantizedLinear":
+        """The same layer, its tensors too, at a width of its own. ValueError where it cannot be."""
+        raise ValueError(self._one_width(bits))
+
+    def set_bits(self, bits: int) -> None:
+        """Runs at another width from now on. ValueError where it cannot."""
+        raise ValueError(self._one_width(bits))
+
+    def _one_width(self, bits: int) -> str:
+        return f"it is {self.format}, which runs at one width only, and not at {bits} bits"
 
     def weight_bytes(self) -> int:
         """Bytes that stand for the weight: all tensors but the bias."""

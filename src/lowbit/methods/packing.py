@@ -1,10 +1,10 @@
 """From a grid to a layer of the uniform format, and back to the grid as a layer stores it."""
 
 from dataclasses import replace
+from typing import Protocol
 
 from torch import Tensor
 
-from lowbit.formats.nested import NestedLinear
 from lowbit.formats.uniform import UniformLinear
 from lowbit.solvers.gptq import OrderedFactor, gptq_codes
 from lowbit.solvers.rounding import Grid
@@ -41,7 +41,16 @@ def pack_with_feedback(
     return layer, loss
 
 
-def as_stored(grid: Grid, layer: UniformLinear | NestedLinear) -> Grid:
+class OnGrid(Protocol):
+    """A layer whose codes are counted from a scale and a zero point for each group of a row."""
+
+    scale: Tensor
+
+    def zeros(self) -> Tensor:
+        """(out, groups) uint8"""
+
+
+def as_stored(grid: Grid, layer: OnGrid) -> Grid:
     """The grid that a layer's codes are counted on: scales and zero points as it holds them."""
     zero = None if grid.zero is None else layer.zeros() * 2.0**-grid.zero_shift
     return replace(grid, scale=layer.scale.float(), zero=zero)

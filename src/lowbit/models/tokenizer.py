@@ -5,11 +5,40 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+# The files of a tokenizer, as transformers, sentencepiece and tiktoken call them; or its code.
+FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "tokenization_*.py",
+)
+
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Raises ValueError when the folder has none that transformers understands."""
+    """The tokenizer of a folder; None where it has no file of one.
+
+    Raises ValueError when there are such files, and transformers cannot read them.
+    """
+    if not any(path.is_file() for pattern in FILES for path in folder.glob(pattern)):
+        return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a bad tokenizer.json, tokenizers raises a plain one
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{folder} has no tokenizer that can be loaded: {reason}") from None
+        raise ValueError(f"{folder} has a tokenizer that cannot be loaded: {reason}") from None
+
+
+def need_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder. Raises ValueError, which says what to do, where it has none."""
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    if tokenizer is None:
+        raise ValueError(
+            f"{folder} has no tokenizer: copy the tokenizer files of its model into it "
+            "(tokenizer.json, tokenizer_config.json)"
+        )
+    return tokenizer

@@ -20,7 +20,7 @@ from lowbit.methods import Method
 from lowbit.methods.result import BlockResult
 from lowbit.models.locate import locate
 from lowbit.models.source import SourceModel
-from lowbit.models.tokenizer import load_tokenizer
+from lowbit.models.tokenizer import need_tokenizer
 from lowbit.pipeline.head import outside_blocks
 from lowbit.pipeline.memory import PeakMemory
 from lowbit.pipeline.options import RunOptions, choose_device
@@ -77,7 +77,7 @@ class Job:
         """The calibration text; None for a method without streams."""
         if not self.method.streams():
             return None
-        tokenizer = load_tokenizer(self.source.folder, self.options.trust_remote_code)
+        tokenizer = need_tokenizer(self.source.folder, self.options.trust_remote_code)
         context = getattr(self.source.config, "max_position_embeddings", None)
         return token_windows(self.calibration, tokenizer, context, self.options.cache)
 

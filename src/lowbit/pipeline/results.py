@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.layers import layers_from
 from lowbit.formats import build, link
 from lowbit.formats.activation import Activation
 from lowbit.formats.base import QuantizedLinear
@@ -121,13 +122,9 @@ def result_of(
     block = record["block"]
     memory = {disk: name for name, disk in source.disk_names.items()}
     result = BlockResult()
-    by_disk: dict[str, QuantizedLinear] = {}
-    for disk, entry in record["modules"].items():
+    for disk, linear in layers_from(record["modules"], tensors).items():
         name = memory[f"{disk}.weight"].removeprefix(f"{block}.").removesuffix(".weight")
-        linear = build(entry)
-        linear.load_state_dict({key: tensors[f"{disk}.{key}"] for key in linear.state_dict()})
-        result.linears[name] = by_disk[disk] = linear
-    link(by_disk)
+        result.linears[name] = linear
     result.attention = {
         name: Activation.model_validate(record["attention"][disk])
         for name in source.attentions(block)

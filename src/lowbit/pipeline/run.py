@@ -9,6 +9,7 @@ from lowbit.blocks import Stream
 from lowbit.blocks.walk import Step
 from lowbit.calibration import Calibration, TokenWindows
 from lowbit.checkpoint import CheckpointWriter
+from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.output import final_config
 from lowbit.checkpoint.writer import explained
 from lowbit.events import (
@@ -27,21 +28,6 @@ from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import RunOptions
 from lowbit.pipeline.plan import LONG, estimate, longest
 from lowbit.pipeline.results import left_float, result_of, run_report
-
-# What OUT gets besides weights: tokenizer, chat template, generation settings, licences.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def quantize(
@@ -159,10 +145,8 @@ class _Run:
 
     def _finish(self, writer: CheckpointWriter, windows: TokenWindows | None) -> None:
         job = self.job
-        for pattern in COMPANIONS + (("*.py",) if job.options.trust_remote_code else ()):
-            for path in sorted(job.source.folder.glob(pattern)):
-                if path.is_file():
-                    writer.copy_file(path)
+        with explained(writer.folder):
+            copy_companions(job.source.folder, writer.folder, job.options.trust_remote_code)
         records = [writer.record(i) or {} for i in range(writer.shards)]
         names = left_float(job.source, job.selection.left_float)
         writer.write_json("report.json", run_report(records, names).to_json())

@@ -21,7 +21,7 @@ from lowbit.methods import Method
 from lowbit.models.locate import locate
 from lowbit.models.skeleton import memory_names, unfuse_experts
 from lowbit.models.source import SourceModel
-from lowbit.models.tokenizer import load_tokenizer
+from lowbit.models.tokenizer import need_tokenizer
 from lowbit.pipeline import RunOptions, quantize
 from lowbit.pipeline.options import choose_device
 from lowbit.preprocess.lora import LoRA, train
@@ -75,7 +75,7 @@ def preprocess(
         stage = chosen.model_copy(update={"restart": False})
         quantize(model, first, first_pass, calibration, on_event, **dict(stage))
         if not dense.exists():
-            dequantize(first, dense, verify=False)
+            dequantize(first, dense, False, chosen.trust_remote_code)
         restored = _float_model(dense, chosen)
         linears = [
             f"{block}.{linear}"
@@ -89,7 +89,8 @@ def preprocess(
         report = train(restored, linears, training, held_out, lora, state, seed, on_event)
         config = {**read_json(dense / "config.json"), MARK: {**made_by, "training": report}}
         reader = CheckpointReader(dense)
-        write_folder(out, _shards(restored, reader), len(reader.files), config, folder)
+        shards, code = _shards(restored, reader), chosen.trust_remote_code
+        write_folder(out, shards, len(reader.files), config, folder, code)
     shutil.rmtree(work, ignore_errors=True)
     on_event(RunFinished(out=str(out)))
     return out
@@ -101,7 +102,7 @@ def _windows(source: SourceModel, lora: LoRA, seed: int, options: RunOptions) ->
     seqlen = lora.seqlen or min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
     if context and seqlen > context:
         raise ValueError(f"lora.seqlen is {seqlen:,} tokens: the model's context is {context:,}")
-    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
+    tokenizer = need_tokenizer(source.folder, options.trust_remote_code)
     count = lora.windows + lora.held_out
     try:
         return packed_windows(lora.sources, count, seqlen, tokenizer, seed)

@@ -1,10 +1,14 @@
 """All that the report says about a quantized folder, before it is drawn."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from math import prod
 from pathlib import Path
+
+import torch
 
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import Size, size_of
@@ -83,16 +87,25 @@ class Run:
     def layers(self) -> list[Layer]:
         return [layer for block in self.blocks for layer in block.layers] + list(self.outside)
 
+    @cached_property
+    def _float_weights(self) -> Counter[torch.dtype]:
+        """How many weights of the quantized linears had which dtype in the float model."""
+        found: Counter[torch.dtype] = Counter()
+        for name, entry in self.quantized.entries.items():
+            found[self.quantized.float_dtype(name)] += prod(entry["shape"])
+        return found
+
     @property
     def float_dtype(self) -> str:
-        """Of the float model, as torch calls it."""
-        dtype = self.quantized.reader.tensors[self.quantized.marker].dtype
+        """The dtype of most quantized weights in the float model, as torch calls it."""
+        ((dtype, _),) = self._float_weights.most_common(1)
         return str(dtype).removeprefix("torch.")
 
     @property
     def times_smaller(self) -> float:
-        dtype = self.quantized.reader.tensors[self.quantized.marker].dtype
-        return 8 * dtype.itemsize / self.size.model
+        """The size of the float model, divided by that of this one, weight for weight."""
+        bits = sum(8 * dtype.itemsize * count for dtype, count in self._float_weights.items())
+        return bits / self._float_weights.total() / self.size.model
 
     @property
     def loss_reference(self) -> str:

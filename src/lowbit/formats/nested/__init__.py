@@ -46,7 +46,8 @@ from lowbit.formats.uniform.reference import group_count, quantize
 from lowbit.kernels.bits import pack, packed_bytes
 from lowbit.kernels.slicing import MASTER_BITS, slice_codes, step
 
-Width = Annotated[int, Field(ge=2, le=MASTER_BITS)]
+WIDTHS = tuple(range(2, MASTER_BITS + 1))  # of a master
+Width = Annotated[int, Field(ge=WIDTHS[0], le=WIDTHS[-1])]
 SYMMETRIC_ZERO = 128  # a multiple of every step: a zero of the master is one of each slice
 
 
@@ -76,6 +77,11 @@ class NestedEntry(LayerEntry):
             raise ValueError(f"top_codes is {self.top_codes}: there are {rows * columns} codes")
         self.check_bytes(tensor_bytes(**self.model_dump(exclude={"format", "bias"})))
         return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """All of a master; the one of a slice."""
+        return WIDTHS if self.resident == "master" else (self.bits,)
 
 
 def tensor_bytes(
@@ -115,7 +121,6 @@ class NestedLinear(QuantizedLinear):
     overflow: Tensor | None
     scale: Tensor
     zero: Tensor | None
-    stored_as: str | None = None  # its name in the folder it was loaded from, if from one
 
     def __init__(self, spec: NestedEntry) -> None:
         super().__init__(spec)
@@ -184,10 +189,14 @@ class NestedLinear(QuantizedLinear):
         """The width at which it runs."""
         return self.spec.bits
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.spec.widths
+
     def set_bits(self, bits: int) -> None:
         """Runs at another width from now on. ValueError for a slice, which has one width only."""
         step(bits)
-        if bits != self.bits and self.spec.resident != "master":
+        if bits not in self.widths:
             raise ValueError(
                 f"this layer holds a slice of {self.bits} bits: allowed is {self.bits}; to run at "
                 f"{bits} bits, load the master again"
@@ -196,10 +205,10 @@ class NestedLinear(QuantizedLinear):
 
     def at(self, bits: int) -> "NestedLinear":
         """The same layer, its tensors too, at a width of its own."""
-        twin = copy(self)
-        twin._parameters = dict(self._parameters)
-        twin.set_bits(bits)
-        return twin
+        other = copy(self)
+        other._parameters = dict(self._parameters)
+        other.set_bits(bits)
+        return other
 
     def slice(self, bits: int) -> "NestedLinear":
         """A layer that holds this slice of a master alone, in its own bits."""

@@ -1,4 +1,4 @@
-"""A folder to a model that runs; and the plugin through which plain transformers does the same.
+"""The plugin through which plain transformers loads a folder that lowbit has quantized.
 
 Importing this module registers quant_method "lowbit" with transformers, so that after
 `import lowbit` AutoModelForCausalLM.from_pretrained(folder) works, on CPU and CUDA and with any
@@ -7,16 +7,15 @@ device_map. Everything is checked before the first weight is read.
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightTransform
 from transformers.quantizers import (
     HfQuantizer,
     register_quantization_config,
@@ -24,148 +23,22 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit.checkpoint import CheckpointReader, QuantizedFolder
-from lowbit.checkpoint.slices import slices_of, widths_of
+from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint.slices import slices_of
 from lowbit.checkpoint.verify import (
+    guard_of,
     quantization_section,
     quantized_entries,
-    read_config,
     rounded_attentions,
 )
 from lowbit.formats import build, link
 from lowbit.formats.base import QuantizedLinear
-from lowbit.formats.nested import NestedLinear, slice_tensors
-from lowbit.formats.nested.widths import WidthPlan, set_bits
+from lowbit.formats.widths import WidthPlan
+from lowbit.load.slices import cut_names, slice_conversions
 from lowbit.models.attention import round_attentions
-from lowbit.models.locate import locate
 from lowbit.models.skeleton import memory_names, unfuse_experts
-from lowbit.models.streamed import StreamedModel, load_config
-from lowbit.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-def load(
-    model: str | Path,
-    *,
-    device_map: Any = None,
-    dtype: torch.dtype | str | None = None,
-    verify: bool = True,
-    trust_remote_code: bool = False,
-    bits: WidthPlan | None = None,
-) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer) of a quantized or a float folder, or of a hub id.
-
-    device_map: as transformers takes it; None: everything on the CPU. dtype: of all that is not
-    quantized; None: float32 on the CPU (half precision there is hundreds of times slower), else the
-    checkpoint's own. verify=False skips the hashes, not the shapes. bits: of a folder that MatQuant
-    made, only these slices are kept, cut while it is read: one width, {name or pattern: width}, or
-    the path of a YAML file of that; None: the 8-bit codes, for `set_bits`. Raises ValueError that
-    names the file or tensor that is wrong.
-    """
-    folder = locate(model, trust_remote_code)
-    return (
-        load_model(folder, device_map, dtype, verify, trust_remote_code, bits),
-        load_tokenizer(folder, trust_remote_code),
-    )
-
-
-def load_model(
-    folder: Path,
-    device_map: Any = None,
-    dtype: torch.dtype | str | None = None,
-    verify: bool = True,
-    trust_remote_code: bool = False,
-    bits: WidthPlan | None = None,
-) -> PreTrainedModel:
-    """The model alone; see `load`."""
-    section = read_config(folder).get("quantization_config")
-    verified = None
-    if isinstance(section, dict) and section.get("quant_method") == "lowbit":
-        QuantizedFolder(folder).verify(hashes=verify)
-        verified = VerifiedSection(section, bits)
-    elif bits is not None:
-        raise ValueError(f"{folder} is a float model: bits is for what lowbit has quantized")
-    else:
-        check_float(folder)
-    if bits is not None and "disk" in _places(device_map):
-        raise ValueError(
-            f"{folder}: slices are cut in memory; to have layers on the disk, write a folder of "
-            "the slice first"
-        )
-    with _refused(folder):
-        config = load_config(folder, trust_remote_code)
-        if verified is not None:
-            config.quantization_config = verified
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype or (torch.float32 if _on_cpu(device_map) else "auto"),
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-        model, report = loaded
-        if report["missing_keys"]:  # transformers has invented them
-            raise ValueError(f"tensor {min(report['missing_keys'])} is missing")
-    return model
-
-
-def set_widths(model: PreTrainedModel, folder: Path, bits: WidthPlan) -> None:
-    """Runs the model of a folder, which holds the masters, at other widths from now on.
-
-    bits: as `load` takes it, with names on disk; what it does not name runs at its folder's width.
-    """
-    set_bits(model, widths_of(QuantizedFolder(folder), bits))
-
-
-def stream(
-    folder: Path, trust_remote_code: bool = False, bits: WidthPlan | None = None
-) -> StreamedModel:
-    """The model of a float or a quantized folder, to be run block by block in float32.
-
-    bits: the widths at which the masters of a folder that matquant made run; see `load`. Raises
-    ValueError that names the file or tensor that is wrong.
-    """
-    section = read_config(folder).get("quantization_config")
-    config = load_config(folder, trust_remote_code)
-    if section is None and bits is None:
-        check_float(folder)
-        return StreamedModel(folder, config, trust_remote_code)
-    quantized = QuantizedFolder(folder)
-    quantized.verify()
-    entries = dict(quantized.entries)
-    if bits is not None:
-        widths = widths_of(quantized, bits)
-        entries |= {name: {**entries[name], "bits": width} for name, width in widths.items()}
-
-    def prepare(model: PreTrainedModel) -> None:
-        replace_linears(model, entries)
-        mark_attentions(model, quantized.attention)
-
-    return StreamedModel(folder, config, trust_remote_code, prepare)
-
-
-@contextmanager
-def _refused(folder: Path) -> Iterator[None]:
-    """Turns what transformers makes of a bad config.json, whatever it is, into a ValueError."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{folder} cannot be loaded: {kind}{error}") from error
-
-
-def check_float(folder: Path) -> None:
-    """A folder that claims not to be quantized: whole shards, no pickles, no marker of ours."""
-    for name, info in CheckpointReader(folder).tensors.items():
-        if 0 in info.shape:
-            raise ValueError(
-                f"{folder}: tensor {name} is empty, as where lowbit has quantized, "
-                "but config.json says nothing of it"
-            )
 
 
 class VerifiedSection(dict[str, Any]):
@@ -209,7 +82,7 @@ class LowbitQuantizer(HfQuantizer):
     sliced: dict[str, dict[str, Any]] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        self.on_cpu = _on_cpu(kwargs.get("device_map"))
+        self.on_cpu = on_cpu(kwargs.get("device_map"))
         section = self.quantization_config.section
         quantization_section({"quantization_config": section}, "the model")
 
@@ -228,24 +101,23 @@ class LowbitQuantizer(HfQuantizer):
             if not isinstance(section, VerifiedSection):
                 folder.verify()
             check_files(files, folder)
-            entries, attention, marker = folder.entries, folder.attention, folder.marker
+            entries, attention, guard = folder.entries, folder.attention, folder.guard
             self.sliced = slices_of(folder, getattr(section, "bits", None))
             entries = entries | self.sliced
         else:
-            entries, marker = quantized_entries(section, "the model"), section["marker"]
+            entries = quantized_entries(section, "the model")
+            guard = guard_of(section, entries, "the model")
             attention = rounded_attentions(section, "the model")
         replace_linears(model, entries)
         mark_attentions(model, attention)
-        ignored = re.escape(memory_names(model, [marker])[marker])
+        ignored = re.escape(memory_names(model, [guard])[guard])
         unexpected = model._keys_to_ignore_on_load_unexpected or set()
         model._keys_to_ignore_on_load_unexpected = {*unexpected, f"^{ignored}$"}
         if files:
             check_complete(model, folder, self.sliced)
 
     def get_weight_conversions(self) -> list[WeightTransform]:
-        # On the CPU, so that a GPU never holds more than the slices.
-        cut = WeightConverter([r"\.master$"], [".packed"], [CutSlice()], force_cpu=True)
-        return [cut] if self.sliced else []
+        return slice_conversions() if self.sliced else []
 
     def is_serializable(self) -> bool:
         """No: the folder itself is the serialized form, with its hashes."""
@@ -255,22 +127,6 @@ class LowbitQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-class CutSlice(ConversionOps):
-    """Cuts a layer's slice as soon as its master is read, which is then let go."""
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, list[Tensor]]:
-        ((master,),) = input_dict.values()
-        layer = kwargs["model"].get_submodule(kwargs["full_layer_name"].rpartition(".")[0])
-        assert isinstance(layer, NestedLinear)
-        return {f".{key}": [tensor] for key, tensor in slice_tensors(layer.spec, master).items()}
 
 
 def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) -> None:
@@ -288,9 +144,9 @@ def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) 
                 f"config.json quantizes {name}, which this model does not have"
             ) from None
         with torch.device("meta"):
-            new = made[weight.removesuffix(".weight")] = build(entry)
-        if isinstance(new, NestedLinear):
-            new.stored_as = weight.removesuffix(".weight")
+            new = build(entry)
+        new.stored_as = weight.removesuffix(".weight")
+        made[new.stored_as] = new
         _check_fits(name, old, new)
         path, _, attribute = name.rpartition(".")
         parent = model.get_submodule(path)
@@ -335,22 +191,22 @@ def check_files(files: Sequence[str], folder: QuantizedFolder) -> None:
 def check_complete(
     model: PreTrainedModel, folder: QuantizedFolder, sliced: Collection[str] = ()
 ) -> None:
-    """Every tensor that the model needs is there in its shape; transformers would invent it.
+    """ValueError where the folder lacks a tensor of the model, which transformers would invent.
 
-    sliced: layers, by name on disk, of which a slice is made from the master that is there.
+    sliced: the layers, by name on disk, whose tensors are cut from the 8-bit codes that are there.
     """
     model = deepcopy(model)  # on meta
     unfuse_experts(model)  # those that are all float and that transformers will join
     names = memory_names(model, folder.reader.tensors)
     present = {memory: folder.reader.tensors[disk] for disk, memory in names.items()}
-    masters = [names[f"{name}.master"].removesuffix("master") for name in sliced]
-    cut = {f"{master}{part}" for master in masters for part in ("packed", "overflow")}
+    cut = cut_names(sliced, names)
     tied = getattr(model, "all_tied_weights_keys", {})
     for name, tensor in model.state_dict().items():
         if name in cut:
             continue
-        twins = {tied.get(name, name), *(t for t, s in tied.items() if s == tied.get(name, name))}
-        if name not in present and not any(twin in present for twin in twins):
+        first = tied.get(name, name)
+        same = {first, *(other for other, source in tied.items() if source == first)}
+        if name not in present and not same & present.keys():
             raise ValueError(f"{folder.folder}: tensor {name} is missing")
         info = present.get(name)
         if info is not None and info.shape != tuple(tensor.shape):
@@ -362,14 +218,14 @@ def check_complete(
             raise ValueError(f"{folder.folder}: tensor {name} is {info.dtype}")
 
 
-def _on_cpu(device_map: Any) -> bool:
+def on_cpu(device_map: Any) -> bool:
     """Whether a device_map keeps everything on the CPU (or on disk, to be computed there)."""
-    places = _places(device_map)
+    places = places_of(device_map)
     automatic = ("auto", "balanced", "balanced_low_0", "sequential")
     if any(place in automatic for place in places if isinstance(place, str)):
         return not torch.cuda.is_available()
     return all(place is None or str(place) in ("cpu", "disk") for place in places)
 
 
-def _places(device_map: Any) -> list[Any]:
+def places_of(device_map: Any) -> list[Any]:
     return list(device_map.values()) if isinstance(device_map, dict) else [device_map]

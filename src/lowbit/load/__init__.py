@@ -1,0 +1,40 @@
+"""A folder to a model that runs: `load`, and what makes plain transformers do the same.
+
+model.py has what is called from outside, transformers_plugin.py what transformers calls while it
+loads a folder, slices.py how a slice is cut from 8-bit codes on the way into memory.
+"""
+
+from lowbit.load.model import check_float, load, load_model, set_widths, stream
+from lowbit.load.slices import CutSlice
+from lowbit.load.transformers_plugin import (
+    LowbitConfig,
+    LowbitQuantizer,
+    VerifiedSection,
+    check_complete,
+    check_files,
+    mark_attentions,
+    replace_linears,
+)
+from lowbit.models.locate import locate
+from lowbit.models.streamed import load_config
+from lowbit.models.tokenizer import load_tokenizer, need_tokenizer
+
+__all__ = [
+    "CutSlice",
+    "LowbitConfig",
+    "LowbitQuantizer",
+    "VerifiedSection",
+    "check_complete",
+    "check_files",
+    "check_float",
+    "load",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "locate",
+    "mark_attentions",
+    "need_tokenizer",
+    "replace_linears",
+    "set_widths",
+    "stream",
+]

@@ -1,0 +1,158 @@
+"""Which files go with the weights of a model."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowbit.checkpoint.companions import companions_of, copy_companions
+
+ALONG = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "qwen.tiktoken",
+    "tekken.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE",
+    "LICENSE.md",
+    "NOTICE.txt",
+    "USE_POLICY.md",
+    "additional_chat_templates/tool_use.jinja",
+    "tokenizer/vocab.json",
+    "tokenizer/deeper/merges.txt",
+    "assets/README.md",
+]
+STAYS = [
+    # weights, and what says where they are
+    "model.safetensors",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "consolidated.00.pth",
+    "optimizer.pt",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "rust_model.ot",
+    "model.gguf",
+    "model.onnx",
+    # what is said about these weights, or others
+    "config.json",
+    "report.json",
+    "report.html",
+    "events.jsonl",
+    "run/signature.json",
+    "run/model-00001-of-00003.json",
+    "learned/model-00002-of-00003.safetensors",
+    "README.md",
+    "README_ZH.md",
+    "adapter_config.json",
+    "quantization_config.json",
+    "quantize_config.json",
+    # hidden, or compiled
+    ".gitattributes",
+    ".git/HEAD",
+    ".cache/huggingface/download/tokenizer.json.metadata",
+    "tokenizer/.DS_Store",
+    "__pycache__/modeling_x.cpython-312.pyc",
+    "kernel.so",
+    # checkpoints of their own
+    "original/tokenizer.model",
+    "original/consolidated.00.pth",
+    "originals/params.json",
+    "originals/tokenizer.model",
+    "checkpoint-500/trainer_state.json",
+    "checkpoint-500/deep/model.safetensors",
+    "onnx/tokenizer.json",
+    "onnx/config.json",
+    "shards/part.json",
+    "shards/model.safetensors.index.json",
+]
+CODE = ["modeling_x.py", "tokenization_x.py", "parts/attention.py"]
+
+
+def write(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def names(folder: Path, code: bool = False) -> set[str]:
+    return {path.as_posix() for path in companions_of(folder, code)}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write(tmp_path / "model", *ALONG, *STAYS, *CODE)
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_what_goes_along(name: str, model: Path) -> None:
+    assert name in names(model)
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_what_stays(name: str, model: Path) -> None:
+    assert name not in names(model, code=True)
+
+
+def test_code_goes_along_where_it_may_run(model: Path) -> None:
+    assert names(model) == set(ALONG)
+    assert names(model, code=True) == {*ALONG, *CODE}
+
+
+def test_links_of_a_hub_snapshot_become_files(tmp_path: Path) -> None:
+    """A snapshot's files are links to ../../blobs; a link to a folder may lead anywhere."""
+    blob = write(tmp_path / "hub" / "blobs", "abc") / "abc"
+    snapshot = write(tmp_path / "hub" / "snapshots" / "0", "LICENSE")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/abc")
+    (snapshot / "gone.json").symlink_to("../../blobs/def")
+    (snapshot / "outside").symlink_to(write(tmp_path / "outside", "secret.txt"))
+    (snapshot / "parts").mkdir()
+    (snapshot / "parts" / "vocab.json").symlink_to("../../../blobs/abc")
+    (snapshot / "parts" / "outside").symlink_to(tmp_path / "outside")
+    assert names(snapshot) == {"LICENSE", "parts/vocab.json", "tokenizer.json"}
+    copy_companions(snapshot, tmp_path)
+    for name in ("tokenizer.json", "parts/vocab.json"):
+        assert not (tmp_path / name).is_symlink()
+        assert (tmp_path / name).read_bytes() == blob.read_bytes()
+
+
+def test_copies_are_whole_and_may_be_repeated(model: Path, tmp_path: Path) -> None:
+    out = write(tmp_path / "out", "tokenizer.json", "config.json")
+    for _ in range(2):
+        copy_companions(model, out)
+        found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+        assert found == {*ALONG, "config.json"}
+        assert (out / "tokenizer/deeper/merges.txt").read_text() == "tokenizer/deeper/merges.txt"
+
+
+@pytest.mark.parametrize("failing", ["shutil.copyfile", "os.fsync", "pathlib.Path.replace"])
+def test_no_half_copy_has_a_final_name(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = write(tmp_path / "model", "LICENSE"), write(tmp_path / "out")
+    copyfile = shutil.copyfile
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        if failing == "shutil.copyfile":
+            copyfile(*arguments)
+        raise OSError("interrupted")
+
+    out.mkdir()
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="interrupted"):
+        patched.setattr(failing, fail)
+        copy_companions(model, out)
+    assert not (out / "LICENSE").exists()

@@ -1,0 +1,126 @@
+"""A folder is loaded only into a model that it fits; with forged checksums, too."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+import torch
+from torch import Tensor
+
+import lowbit
+from lowbit.checkpoint import CheckpointReader
+
+LINEAR = "model.layers.1.mlp.up_proj"
+PATTERN = "model.layers.{0-1}.mlp.up_proj"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(quantized.folder(), tmp_path / "out"))
+
+
+def modules(**changes: Any) -> Callable[[Path], None]:
+    """Entries of the model's layers, changed or put in."""
+
+    def damage(folder: Path) -> None:
+        def edit(config: dict[str, Any]) -> None:
+            entries = config["quantization_config"]["modules"]
+            for name, change in changes.items():
+                entries[name.replace("__", ".")] = change(dict(entries[PATTERN]))
+
+        quantized.edit_json(folder / "config.json", edit)
+
+    return damage
+
+
+def outside(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    """Edits what is not quantized; the index follows."""
+
+    def damage(folder: Path) -> None:
+        path = quantized.shard_with(folder, "lm_head.weight")
+        quantized.edit_shard(path, change)
+        left = set(CheckpointReader.of_file(path).tensors)
+
+        def edit(index: dict[str, Any]) -> None:
+            old = {n: file for n, file in index["weight_map"].items() if file != path.name}
+            index["weight_map"] = old | dict.fromkeys(left, path.name)
+
+        quantized.edit_json(folder / "model.safetensors.index.json", edit)
+
+    return damage
+
+
+def add_layer(name: str, tensors_like: str = LINEAR) -> Callable[[Path], None]:
+    """A quantized layer that the model lacks, with all its tensors."""
+
+    def tensors(folder: Path) -> dict[str, Tensor]:
+        reader = CheckpointReader(folder)
+        found = reader.read(n for n in reader.tensors if n.startswith(f"{tensors_like}."))
+        return {n.replace(tensors_like, name): t for n, t in found.items()}
+
+    def damage(folder: Path) -> None:
+        more = tensors(folder)
+        outside(lambda stored: stored.update(more))(folder)
+        modules(**{name.replace(".", "__"): lambda entry: entry})(folder)
+
+    return damage
+
+
+def model_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: quantized.edit_json(
+        folder / "config.json", lambda config: config.update(changes)
+    )
+
+
+NORM = "model.norm.weight"
+# All with forged checksums: only what the model is made of can tell.
+MISFITS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a layer that is not there": (
+        add_layer("model.layers.7.mlp.up_proj"),
+        "quantizes model.layers.7.mlp.up_proj, which this model does not have",
+    ),
+    "a layer that is a norm": (
+        add_layer("model.norm"),
+        "quantizes model.norm, which is a LlamaRMSN",
+    ),
+    "a layer with another shape": (
+        add_layer("lm_head"),
+        r"lm_head is \(out, in, bias\) \(101, 48, False\) in this model, .* \(80, 48, False\)",
+    ),
+    "fewer blocks": (
+        model_config(num_hidden_layers=1),
+        "layers.1.* which this model does not have",
+    ),
+    "more blocks": (model_config(num_hidden_layers=3), "tensor model.layers.2.* is missing"),
+    "wider": (model_config(hidden_size=64), "is .out, in, bias. .* in this model, but"),
+    "a larger vocabulary": (
+        model_config(vocab_size=102),
+        "has shape .101, 48., the model needs .102",
+    ),
+    "another family": (model_config(model_type="opt"), "which this model does not have"),
+    "a family that nobody knows": (model_config(model_type="wombat"), "cannot be loaded: .*wombat"),
+    "no family": (model_config(model_type=None), "cannot be loaded"),
+    "biases": (model_config(attention_bias=True), "48, 48, True. in this model, but"),
+    "a missing tensor": (outside(lambda t: t.pop(NORM)), f"tensor {NORM} is missing"),
+    "another shape": (
+        outside(lambda t: t.update({NORM: torch.ones(47)})),
+        rf"tensor {NORM} has shape \[47\], the model needs \[48\]",
+    ),
+    "another dtype": (
+        outside(lambda t: t.update({NORM: torch.ones(48, dtype=torch.int32)})),
+        f"tensor {NORM} is torch.int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_fit_the_model_is_named(name: str, copy: Path) -> None:
+    damage, message = MISFITS[name]
+    damage(copy)
+    quantized.seal(copy)
+    with pytest.raises(ValueError, match=message) as refusal:
+        lowbit.load(copy)
+    assert str(refusal.value).startswith(str(copy))
