@@ -36,6 +36,7 @@ from lowbit.blocks.install import replace_module
 from lowbit.calibration import evaluation_text
 from lowbit.checkpoint.output import size_of
 from lowbit.eval import perplexity
+from lowbit.events import BlockLog
 from lowbit.methods import MixedQuant
 from lowbit.models.quiet import quiet
 from lowbit.models.source import SourceModel
@@ -118,8 +119,15 @@ class Bench:
         hidden, kwargs = source.capture(self.batches)
         for name, arguments in zip(source.block_names, kwargs, strict=True):
             stream, block = Stream(hidden, arguments), source.load_block(name)
-            parts = source.groups(name), source.folds(name), {"float": stream}
-            task = BlockTask(name, block, *parts, torch.Generator(), lambda event: None)
+            task = BlockTask(
+                name=name,
+                block=block,
+                groups=source.groups(name),
+                folds=source.folds(name),
+                streams={"float": stream},
+                seed=0,
+                log=BlockLog(emit=lambda event: None, block=name, index=0, of=1),
+            )
             replace_module(model, name, reference_dynamic(method, task))
             with torch.no_grad():
                 hidden = [call_block(block, batch) for batch in stream]
