@@ -1,4 +1,4 @@
-"""QuIP#: what it shares, what it gives up on, what signs and fine-tuning do."""
+"""QuIP#: what it shares, where it falls back, what signs and fine-tuning do."""
 
 from copy import deepcopy
 from functools import cache

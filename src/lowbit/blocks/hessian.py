@@ -12,20 +12,24 @@ from torch import Tensor, nn
 from lowbit.blocks import LinearGroup, Stream
 from lowbit.blocks.capture import observe_inputs
 
-MOST_OF_MEMORY = 0.25  # sums that need a larger share of the memory that there is go elsewhere
+MOST_OF_MEMORY = 0.25  # sums that need a larger share of the memory go to disk
 GATHERED = 4  # a product is made of channels / GATHERED rows: they take an eighth of the sum's room
 
 
 @dataclass(frozen=True)
 class Hessian:
-    """matrix: (n, n) float32, the mean over tokens of x x^T. tokens: how many there were."""
+    """E[x x^T] of an input.
+
+    matrix: (n, n) float32, the mean over tokens.
+    tokens: how many there were.
+    """
 
     matrix: Tensor
     tokens: int
 
 
 class Hessians(Mapping[str, Hessian]):
-    """By the group's name. A matrix is made each time that it is asked for: do not ask twice."""
+    """The Hessians of all groups, by the group's name. Each access computes the matrix anew."""
 
     def __init__(self, sums: dict[str, "_Sum"], device: torch.device) -> None:
         self._sums = sums
@@ -36,7 +40,10 @@ class Hessians(Mapping[str, Hessian]):
         return self._sums[group].tokens
 
     def together(self, groups: tuple[str, ...]) -> Hessian:
-        """Of several groups as if they were one: experts that read the same norm. Kept."""
+        """The Hessian of several groups as if they were one, for experts that read the same norm.
+
+        It is kept, so that it is computed once.
+        """
         if groups not in self._together:
             tokens = sum(self.tokens(group) for group in groups)
             total = sum(self._sums[group].total for group in groups)
@@ -88,8 +95,8 @@ class _Sum:
 def input_hessians(block: nn.Module, groups: Sequence[LinearGroup], stream: Stream) -> Hessians:
     """The Hessian of every group's input, by the group's name.
 
-    Sums that would fill the memory live in files that nobody sees, beside the stream's if it is on
-    disk: 8 n^2 bytes for a group with n channels.
+    Sums that would fill the memory live in unnamed files, beside the stream's if that is on disk:
+    8 n^2 bytes for a group with n channels.
     """
     first = {group.linears[0]: group.name for group in groups}
     widths = {name: _in_features(block, name) for name in first}

@@ -1,4 +1,4 @@
-"""What OUT says about itself: config.json, and its size in bits."""
+"""config.json of a quantized folder, and the size of a folder in bits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

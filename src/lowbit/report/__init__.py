@@ -1,9 +1,9 @@
 """One self-contained HTML page about a quantized folder.
 
-records.py is what stands in its JSON files, run.py puts it together, drawing.py turns numbers into
-coordinates, and page.py fills the template in page/. No script, no font, no image, no request: the
-page can be mailed. Names in it come from untrusted files, so all text is escaped, and a content
-security policy forbids whatever would slip through.
+records.py reads its JSON files, history.py follows the events of the run, run.py puts all of it
+together, drawing.py turns numbers into coordinates, and page.py fills the template in page/. No
+script, no font, no image, no request: the page can be mailed. Names in it come from untrusted
+files, so all text is escaped, and a content security policy forbids whatever would slip through.
 """
 
 from lowbit.report.page import render

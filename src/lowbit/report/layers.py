@@ -111,7 +111,7 @@ class Layer:
 
 
 def settings(entry: dict[str, Any]) -> str:
-    """ "uniform, 2 bits, groups of 64": what an entry of config.json says of the format."""
+    """ "uniform, 2 bits, groups of 64": the format of a linear, from its entry in config.json."""
     parts = [entry["format"]]
     if "bits" in entry:
         parts.append(f"{entry['bits']} bits")

@@ -111,5 +111,5 @@ def setting(value: Any) -> str:
 
 
 def _others(run: Run) -> dict[str, Any]:
-    """What else made_by says, as far as it says something."""
+    """The other keys of made_by that have a value."""
     return {key: value for key, value in run.made_by.others.items() if value not in (None, [], {})}

@@ -51,7 +51,7 @@ class CalibrationRecord(Record):
 
 
 class MadeBy(Record):
-    """Where a folder came from: made_by in config.json. `others`: what else it says."""
+    """Where a folder came from: made_by in config.json. `others`: its other keys."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -1,4 +1,4 @@
-"""All that the report says about a quantized folder, before it is drawn."""
+"""All that the report shows of a quantized folder, before it is drawn."""
 
 import re
 from collections import Counter

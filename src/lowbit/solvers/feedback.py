@@ -15,7 +15,7 @@ from torch import Tensor
 Quantize = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 SLAB = 128  # columns whose feedback is gathered in one matrix product
-MOST_DAMPING = 10  # how often more damping is tried before a Hessian is given up
+MOST_DAMPING = 10  # how often more damping is added to a Hessian that is not positive definite
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Rounded:
 
 
 def damped_factor(hessian: Tensor, damping: float, block: int) -> tuple[Tensor, Tensor] | None:
-    """(damped H, L), or None for a Hessian that will not factor even with ten times the damping.
+    """(damped H, L); None for a Hessian that is not positive definite with ten times the damping.
 
     hessian: (n, n) float32, n divisible by `block`. damping: share of the mean diagonal that is
     added. H = L D L^T is over that mean; L: (n, n), unit lower block triangular.

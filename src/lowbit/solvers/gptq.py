@@ -19,7 +19,10 @@ class OrderedFactor:
 
 
 def ordered_factor(hessian: Tensor, damping: float, act_order: bool) -> OrderedFactor | None:
-    """None when it will not factor. act_order: the inputs with most energy are rounded first."""
+    """The Hessian in the order of rounding; None if it is not positive definite.
+
+    act_order: the inputs with most energy are rounded first.
+    """
     # Rounding goes from the last column to the first.
     every = torch.arange(len(hessian), device=hessian.device)
     order = hessian.diagonal().argsort() if act_order else every

@@ -28,7 +28,10 @@ class SplitHessian:
 
 
 def split_hessian(hessian: Tensor, rounded: int, damping: float) -> SplitHessian | None:
-    """hessian: (in, in), the `rounded` inputs first. None when it will not factor."""
+    """The Hessian in its two parts; None if it is not positive definite.
+
+    hessian: (in, in), the `rounded` inputs first.
+    """
     if not hessian.isfinite().all():
         return None
     whole, mixed, stays = (

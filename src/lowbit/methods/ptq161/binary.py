@@ -132,7 +132,7 @@ def refit_gain(hessian: Tensor, mask: Tensor, damping: float) -> Tensor | None:
 
     H_BS (H_SS + damping)^-1: with W_S + (W_B - W^_B) gain, E[|W x - W^ x|^2] is least.
     hessian: (in, in)  mask: (in,) bool  damping: share of the mean diagonal
-    ->  (plain, salient), or None where H_SS will not factor
+    ->  (plain, salient), or None where H_SS is not positive definite
     """
     inner = hessian[mask][:, mask]
     inner = inner + damping * inner.diagonal().mean() * torch.eye(len(inner), device=inner.device)
