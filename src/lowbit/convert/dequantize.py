@@ -15,13 +15,20 @@ from lowbit.formats.base import QuantizedLinear
 logger = logging.getLogger(__name__)
 
 
-def dequantize(folder: Path, out: Path, verify: bool = True) -> Path:
-    """Writes every quantized linear as the weight that it multiplies by, in the source's dtype.
+def dequantize(folder: str | Path, out: str | Path, *, verify: bool = True) -> Path:
+    """Writes the float weights that a quantized model multiplies by, and returns that folder.
 
-    A float folder cannot say how inputs are rounded when it runs: where layers or attentions do so,
-    the log says that `out` does not. One shard is in memory at a time. Raises ValueError for a
-    folder that is damaged, or an `out` that exists.
+    Other programs can read the result; what quantization lost stays lost. A float folder cannot
+    state that activations are rounded when the model runs: where they are, a warning is logged.
+    One shard is in memory at a time.
+
+    folder: a quantized folder.
+    out: the folder to write, which must not exist; weights have the dtype of the source model.
+    verify: whether files are checked against their hashes first.
+
+    Raises ValueError for a folder that is damaged, or an `out` that exists.
     """
+    folder, out = Path(folder), Path(out)
     quantized = QuantizedFolder(folder)
     quantized.verify(hashes=verify)
     dtype = quantized.reader.tensors[quantized.marker].dtype  # of the weight that it stands for

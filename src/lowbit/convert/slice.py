@@ -19,21 +19,32 @@ Progress = Callable[[int, int], None]  # shards done, shards of
 
 
 def slice_folder(
-    folder: Path,
-    out: Path,
+    folder: str | Path,
+    out: str | Path,
     bits: WidthPlan,
+    *,
     nested: bool = False,
     verify: bool = True,
-    progress: Progress = lambda done, of: None,
+    on_progress: Progress = lambda done, of: None,
 ) -> Path:
-    """Writes the nested layers of `folder` at other widths, and all else as it is, bit for bit.
+    """Writes the upper bits of a MatQuant folder's 8-bit codes, and returns the new folder.
 
-    bits: as `choose_widths` takes it, with names on disk. A slice is stored in the uniform format,
-    whose weights are those of the master at that width to the last bit; nested: as a slice in the
-    nested format, which also holds the extra code of extra precision. One shard is in memory at a
-    time. Raises ValueError, before anything is written, for a folder that is damaged, an `out` that
-    exists, and by name for a layer that the uniform format cannot hold.
+    All other tensors are copied bit for bit. One shard is in memory at a time.
+
+    folder: a folder that MatQuant made.
+    out: the folder to write, which must not exist.
+    bits: one width from 2 to 8 for all layers, or {name or pattern of a layer: width}, or the path
+        of a YAML file of that, as `lowbit.mix` makes it.
+    nested: False: layers are stored in the uniform format, whose weights equal the slice's to the
+        last bit. True: they keep the nested format, which also holds the additional level of
+        `extra_precision`.
+    verify: whether files are checked against their hashes first.
+    on_progress: called with the shards that are written, and their number in all.
+
+    Raises ValueError, before anything is written, for a folder that is damaged, an `out` that
+    exists, and a layer that the uniform format cannot hold.
     """
+    folder, out = Path(folder), Path(out)
     if out.exists():
         raise ValueError(f"{out} exists already: choose another folder, or remove it")
     quantized = QuantizedFolder(folder)
@@ -42,7 +53,7 @@ def slice_folder(
     if not nested:
         cutting.check_extra_codes()
     files = quantized.reader.files
-    write_folder(out, cutting.shards(progress), len(files), cutting.config, folder)
+    write_folder(out, cutting.shards(on_progress), len(files), cutting.config, folder)
     return out
 
 

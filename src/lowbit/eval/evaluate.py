@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from lowbit.calibration import evaluation_documents, evaluation_text
@@ -40,22 +40,50 @@ Progress = Callable[[str, int, int], None]  # what is measured, steps done, step
 
 
 class EvalOptions(Config):
-    """texts: wikitext2, c4, ptb or files; empty: no perplexity. seqlen: tokens in a window; None:
-    the smaller of 2,048 and the model's context. per_document: every document from its BOS. limit:
-    windows per text. reference: a float model, from which every model's divergence is measured.
-    tasks: None: none. bits: widths, or paths of plans: what matquant made is measured at each of
-    them, other models as they are.
-    """
+    """What `evaluate` measures, and on what."""
 
-    texts: tuple[str, ...] = ("wikitext2",)
-    seqlen: int | None = Field(default=None, ge=2)
-    per_document: bool = False
-    limit: int | None = Field(default=None, ge=1)
-    reference: str | None = None
-    tasks: TaskOptions | None = None
-    bits: tuple[int | str, ...] = ()
-    device_map: Any = None
-    trust_remote_code: bool = False
+    texts: tuple[str, ...] = Field(
+        ("wikitext2",),
+        description="Texts for perplexity: wikitext2, c4, ptb or files; empty: perplexity is not "
+        "measured.",
+    )
+    seqlen: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens in a window; None: 2,048, or the model's context if that is shorter.",
+    )
+    per_document: bool = Field(
+        False,
+        description="Whether each document of a text is scored alone, from its first token on, "
+        "instead of windows over all of them.",
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Windows, or documents, of each text, from the first on; None: all."
+    )
+    reference: str | None = Field(
+        None,
+        description="Float model, a folder or hub id, from whose predictions the KL divergence of "
+        "all models is measured; None: it is not.",
+    )
+    tasks: TaskOptions | None = Field(None, description="Tasks to score; None: none.")
+    bits: tuple[int | str, ...] = Field(
+        (),
+        description="Widths of 2 to 8, or paths of YAML plans, at each of which a folder of "
+        "MatQuant is measured; other models are measured as they are.",
+    )
+    device_map: Any = Field(
+        None, description="Where models are loaded, as transformers takes it; None: on the CPU."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Whether Python code that comes with a model may be run."
+    )
+
+    @field_validator("texts", "reference", "bits", mode="before")
+    @classmethod
+    def _paths_as_text(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(cls._paths_as_text(each) for each in value)
+        return str(value) if isinstance(value, Path) else value
 
     @model_validator(mode="after")
     def _something_is_measured(self) -> "EvalOptions":
@@ -110,17 +138,33 @@ def labelled(model: str, bits: int | str | None) -> str:
     return f"{model} at {bits} bits" if isinstance(bits, int) else f"{model} by {bits}"
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 (the fields of EvalOptions)
     models: Sequence[str | Path],
-    options: EvalOptions,
+    *,
+    texts: Sequence[str | Path] = ("wikitext2",),
+    seqlen: int | None = None,
+    per_document: bool = False,
+    limit: int | None = None,
+    reference: str | Path | None = None,
+    tasks: TaskOptions | None = None,
+    bits: Sequence[int | str | Path] = (),
+    device_map: Any = None,
+    trust_remote_code: bool = False,
     on_progress: Progress = lambda what, done, of: None,
 ) -> list[Evaluation]:
-    """Evaluates float and quantized models one after another; at most one is in memory.
+    """Measures perplexity, divergence, tasks and real bits per weight of models, a row for each.
 
-    With a reference, and without tasks, none is: they are streamed block by block. Raises
-    ValueError for a model, text or task that cannot be had, and for models whose default contexts
-    differ (never compare across: say --seqlen).
+    At most one model is in memory at a time; with a reference and without tasks none is, they are
+    streamed block by block.
+
+    models: folders or hub ids, float or quantized; a folder of MatQuant has a row for each of bits.
+    on_progress: called with what is measured, the steps done and the steps of it in all.
+    All others are the fields of `lowbit.EvalOptions`, which says what each of them means.
+
+    Raises ValueError for a model, text or task that is not there, and for models whose default
+    windows differ in length: their perplexities cannot be compared, so name one seqlen for all.
     """
+    options = EvalOptions.of(locals())
     session, names = _Session(options, on_progress), [str(name) for name in models]
     session.check(names)
     rows: list[Evaluation] = []

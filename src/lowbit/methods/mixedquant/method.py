@@ -19,7 +19,7 @@ from lowbit.blocks.folding import Tensors, apply_folds, tensors_of
 from lowbit.blocks.hessian import Hessians, input_hessians
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.formats import link
-from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear
+from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear, tensor_bytes
 from lowbit.formats.uniform.reference import group_count
 from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
 from lowbit.methods.mixedquant.absorbing import SplitHessian, split_hessian
@@ -46,16 +46,11 @@ UNROUNDED = 16  # activation_bits that leave inputs as they are
 
 
 class MixedQuant(Method):
-    """bits: of weights. activation_bits: of inputs, rounded when the model runs; 16: left alone.
+    """Few bits for weights and inputs; salient inputs stay in float.
 
-    group_size: inputs per scale, of weights and of inputs; None: all. salient_ratio: share of the
-    inputs that stays float, as the nearest multiple of `alignment`, chosen by `salience`.
-    salient_bits: of their weights; 8: integers with a scale per row. sort: by which key the others
-    are ordered before they are cut into groups; see `solvers/ordering.py`. smooth: SmoothQuant's
-    alpha; None: no smoothing. clip: search the range of each group that loses least, instead of
-    taking the whole. rounding: of weights; damping: of GPTQ's Hessian. min_tokens: an expert that
-    saw fewer calibration tokens is ordered by its weights and rounded to nearest, and named in the
-    report.
+    After the project adithyab100/smoothquant-mixedprecision (2024; there is no paper). All other
+    inputs are sorted, so that those that share a scale have a similar size. SmoothQuant (Xiao et
+    al., arXiv 2211.10438) may go before, GPTQ may round the weights.
     """
 
     name: ClassVar[str] = "mixedquant"
@@ -64,19 +59,71 @@ class MixedQuant(Method):
         *OF_THE_INPUT,
     )
 
-    bits: int = Field(4, ge=2, le=8)
-    activation_bits: int = Field(4, ge=2, le=UNROUNDED)
-    group_size: int | None = Field(128, ge=4, le=1024)
-    salient_ratio: float = Field(0.05, ge=0, le=0.1)
-    alignment: int = Field(32, ge=1)
-    salience: Salience = "absmean"
-    salient_bits: Literal[8, 16] = 16
-    sort: Sort = "mean3std"
-    smooth: float | None = Field(None, ge=0, le=1)
-    clip: bool = True
-    rounding: Literal["nearest", "gptq"] = "nearest"
-    damping: float = Field(0.01, gt=0)
-    min_tokens: int = Field(64, ge=1)
+    bits: int = Field(4, ge=2, le=8, description="Bits of the code that is stored for a weight.")
+    activation_bits: int = Field(
+        4,
+        ge=2,
+        le=UNROUNDED,
+        description="Bits of the inputs, which are rounded when the model runs: 2 to 8, or 16 for "
+        "inputs that are not rounded.",
+    )
+    group_size: int | None = Field(
+        128,
+        ge=4,
+        le=1024,
+        description="Inputs that share a scale, in weights and in activations; None: all of a row "
+        "do.",
+    )
+    salient_ratio: float = Field(
+        0.05,
+        ge=0,
+        le=0.1,
+        description="Share of the inputs that stay in float, rounded to a multiple of alignment.",
+    )
+    alignment: int = Field(
+        32, ge=1, description="Number that the count of salient inputs is a multiple of."
+    )
+    salience: Salience = Field(
+        "absmean",
+        description="Statistic of an input by which salient ones are chosen; weighted: absmean "
+        "times the norm of its weights.",
+    )
+    salient_bits: Literal[8, 16] = Field(
+        16,
+        description="Bits of the weights of salient inputs: 16, in float, or 8, as integers with a "
+        "scale for each row.",
+    )
+    sort: Sort = Field(
+        "mean3std",
+        description="Statistic by which the other inputs are sorted into groups: mean3std is the "
+        "mean of |x| and 3 standard deviations, argmax the place of the largest token.",
+    )
+    smooth: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="SmoothQuant's alpha, the share of outliers that moves from inputs into "
+        "weights; None: no smoothing.",
+    )
+    clip: bool = Field(
+        True,
+        description="Whether the range of each group is searched for the least error; False: the "
+        "whole range is kept.",
+    )
+    rounding: Literal["nearest", "gptq"] = Field(
+        "nearest", description="How the codes of weights are chosen: to nearest, or as by GPTQ."
+    )
+    damping: float = Field(
+        0.01,
+        gt=0,
+        description="Share of GPTQ's Hessian's mean diagonal that is added to its diagonal.",
+    )
+    min_tokens: int = Field(
+        64,
+        ge=1,
+        description="Calibration tokens that an expert must see; one that saw fewer is sorted by "
+        "its weights, rounded to nearest and named in the report.",
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -94,6 +141,13 @@ class MixedQuant(Method):
 
     def streams(self) -> tuple[str, ...]:
         return ("quantized",)
+
+    def weight_bytes(self, rows: int, columns: int) -> int:
+        salient = salient_count(self.salient_ratio, self.alignment, columns)
+        kept = "int8" if self.salient_bits == 8 else "float16"
+        order = None if self.sort == "none" and not salient else "stored"
+        shape, size = (rows, columns), self.group_size
+        return tensor_bytes(shape, self.bits, size, "float16", salient, kept, order, None)
 
     def quantize(self, task: BlockTask) -> BlockResult:
         statistics = input_statistics(task.block, task.groups, task.streams["quantized"])
