@@ -3,14 +3,16 @@
 import inspect
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from lowbit.fields import section
 
 SHAPES_RESULT = "shapes_result"
+NEAR = 0.5  # of difflib's ratio, which is 1 for equal names: "rtn" is just near to "rtn-w4a16"
 
 
 class Config(BaseModel):
@@ -18,15 +20,19 @@ class Config(BaseModel):
 
     The docstring of a subclass says what the class is for; its fields are listed below that text
     from their own descriptions, so that `help` shows all of them, inherited ones too.
+
+    about: the docstring without that list.
     """
+
+    about: ClassVar[str]
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
-        cls.__doc__ = "\n\n".join(filter(None, (text, section(cls.model_fields))))
+        cls.about = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
+        cls.__doc__ = "\n\n".join(filter(None, (cls.about, section(cls.model_fields))))
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -53,7 +59,7 @@ def option(default: Any, description: str, *, shapes_result: bool, **limits: Any
 
     Those that can are part of a run's signature. limits: as `pydantic.Field` takes them.
     """
-    extra = {SHAPES_RESULT: shapes_result}
+    extra: JsonDict = {SHAPES_RESULT: shapes_result}
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
@@ -66,7 +72,7 @@ def shapes_result(field: FieldInfo) -> bool:
 def unknown_name(name: str, allowed: Any, what: str) -> str:
     """The sentence for a misspelt name: what came, what is near, what is allowed."""
     names = sorted(allowed)
-    near = get_close_matches(name, names, n=1)
+    near = get_close_matches(name, names, n=1, cutoff=NEAR)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{name!r} is no {what}: {hint}allowed are {', '.join(names)}"
 

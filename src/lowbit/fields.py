@@ -27,7 +27,9 @@ class FieldText:
     @property
     def facts(self) -> str:
         """Type and default: "integer from 2 to 8; default 4"."""
-        return f"{self.kind}; " + ("required" if self.default is None else f"default {self.default}")
+        return f"{self.kind}; " + (
+            "required" if self.default is None else f"default {self.default}"
+        )
 
 
 def field_texts(fields: Mapping[str, FieldInfo]) -> list[FieldText]:
@@ -76,7 +78,7 @@ def _kind(annotation: Any, limits: Iterable[Any] = ()) -> str:
     if origin in (list, tuple):
         least = "one or more " if any(getattr(each, "min_length", 0) for each in limits) else ""
         return f"list of {least}{_plural(inner[0])}"
-    word = KINDS.get(origin or annotation) or getattr(annotation, "__name__", str(annotation))
+    word = KINDS.get(origin or annotation) or str(getattr(annotation, "__name__", "any value"))
     numbers = _limits(limits) if annotation in (int, float) else ""
     return f"{word} {numbers}" if numbers else word
 
@@ -104,4 +106,3 @@ def _limits(limits: Iterable[Any]) -> str:
     if found.keys() == {"ge", "le"}:
         return f"from {found['ge']:,} to {found['le']:,}"
     return ", ".join(f"{LIMITS[name]} {found[name]:,}" for name in LIMITS if name in found)
-

@@ -59,7 +59,11 @@ def test_models_of_different_contexts_need_one_seqlen(tmp_path: Path) -> None:
     (short / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="name one --seqlen for all"):
         options = dict(texts=(str(STORIES),), limit=1)
-        evaluate([LLAMA, short], **options, on_progress=lambda what, done, of: pytest.fail("measured before"))
+        evaluate(
+            [LLAMA, short],
+            **options,
+            on_progress=lambda what, done, of: pytest.fail("measured before"),
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])  # whose layers have other names on disk

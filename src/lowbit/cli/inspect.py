@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from rich.table import Table
 from rich.text import Text
-from typer import Argument, Option
+from typer import Option
 
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import size_of
@@ -16,18 +16,24 @@ from lowbit.checkpoint.ranges import expand
 from lowbit.checkpoint.reader import read_json
 from lowbit.checkpoint.verify import read_config
 from lowbit.cli.integrity import check_files
+from lowbit.cli.parameters import QuantizedModel
 from lowbit.cli.screen import console, shortened, size
 from lowbit.models.locate import locate
 
 
 def inspect(
-    model: Annotated[str, Argument(metavar="OUT", help="A quantized folder.")],
-    brief: Annotated[bool, Option("--brief", help="Equal layers of many blocks as one.")] = False,
+    model: QuantizedModel,
+    brief: Annotated[
+        bool, Option("--brief", help="Show equal layers of several blocks in one line.")
+    ] = False,
     verify: Annotated[
-        bool, Option("--verify", help="Only check every file against its hash.")
+        bool, Option("--verify", help="Only check each file against its hash.")
     ] = False,
 ) -> None:
-    """Show format, bits, size and error of every layer, and how a folder was made."""
+    """Show format, bits, size and error of each layer.
+
+    Below the layers stand the sizes of the whole and how the folder was made.
+    """
     folder, screen = locate(model), console()
     if verify:
         check_files(folder, screen)
@@ -57,10 +63,10 @@ def inspect(
         f"{len(quantized.reader.files)} files",
         "attention": _attention(quantized),
         **origin,
-        "gave up": _named(given_up),
-        "left float": _named(left),
+        "fallback": _named(given_up),
+        "in float": _named(left),
     }
-    meaning = "dB: signal to noise of the weights that were rounded"
+    meaning = "dB: signal-to-noise ratio of the weights"
     if proxies:
         meaning += "; proxy: share of the output's energy that is lost, by the inputs' Hessian"
     screen.print(f"{meaning}\n", style="dim", soft_wrap=True)

@@ -10,6 +10,7 @@ from lowbit.quantities import change, duration, size
 __all__ = ["change", "console", "duration", "shortened", "size"]
 
 PLAIN_WIDTH = 200  # columns of a file or a pipe: tables are not folded there
+TEXT_WIDTH = 80  # columns of running text, which is easier to read in short lines
 
 
 def console(stderr: bool = False) -> Console:
@@ -17,6 +18,11 @@ def console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PLAIN_WIDTH
     return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
+
+
+def text_width(screen: Console) -> int:
+    """Columns of running text."""
+    return min(screen.width, TEXT_WIDTH)
 
 
 def counting_bar() -> Progress:

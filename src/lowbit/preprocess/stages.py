@@ -74,11 +74,11 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     chosen = RunOptions.of(locals())
     lora, calibration = lora or LoRA(), calibration or Calibration()
     train = _training()
-    device = choose_device(chosen.device)
-    if device.index:  # Trainer knows no other than the first
+    trained_on = choose_device(chosen.device)
+    if trained_on.index:  # Trainer knows no other than the first
         raise ValueError(
             f"device {chosen.device!r}: training runs on the first GPU; to make this one it, set "
-            f"CUDA_VISIBLE_DEVICES={device.index}, and name cuda:0"
+            f"CUDA_VISIBLE_DEVICES={trained_on.index}, and name cuda:0"
         )
     folder, out = locate(model, chosen.trust_remote_code), Path(out)
     if out.exists():
@@ -91,7 +91,7 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
         "calibration": calibration.model_dump(mode="json"),
         "lora": lora.model_dump(mode="json"),
         "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        "device": device.type,
+        "device": trained_on.type,
         "versions": {"lowbit": __version__, "torch": torch.__version__},
     }
     work = out.with_name(f"{out.name}.work")
