@@ -27,7 +27,7 @@ def test_from_bin(options, lowbit, pickled, tmp_path):
     lines = lowbit("convert", pickled, out, *options).stdout.splitlines()
     assert lines[0].startswith(f"{pickled}: 9.9") and lines[0].endswith("in pytorch_model.bin")
     assert lines[1] == f"{out}: 9.91 MB of weights in model-00001-of-00001.safetensors"
-    assert lines[2] == "left behind: examples"
+    assert lines[2] == "not copied: examples"
     assert "is a float model: 16.00 bits" in lowbit("inspect", out).stdout
 
 
@@ -37,9 +37,9 @@ def test_every_reader_is_named(lowbit):
 
 
 MISTAKES = {
-    "say once what": [],
+    "name the layout": [],
     "did you mean 'bin'": ["--from", "bim"],
-    "say once": ["--from", "bin", "--from-bin"],
+    "name the layout of": ["--from", "bin", "--from-bin"],
 }
 
 

@@ -31,7 +31,7 @@ def test_a_pyramid_reads_no_text(lowbit, nested, tmp_path):
 
 
 def test_its_help_tells_the_widths_of_pyramids(lowbit):
-    assert "(pyramid:" in lowbit("mix", "--help").stdout
+    assert "8,4,2 for pyramid" in lowbit("mix", "--help").stdout
 
 
 def test_mistakes(lowbit, nested, tmp_path):

@@ -32,8 +32,9 @@ def preprocess(
 ) -> None:
     """Train MODEL so that it loses less when it is quantized.
 
-    It is quantized once, adapters (LoRA) are trained on the result and merged, and the folder OUT
-    gets the float model, which lowbit quantize takes. The whole model is in memory. This is training, not calibration: say so beside every result.
+    It is quantized once, adapters (LoRA) are trained on the result and merged, and OUT gets the
+    float model, which lowbit quantize takes. The whole model is in memory. This is training, not
+    calibration: say so beside every result.
 
     --calibration is the text of the first quantization. --set changes its method's fields, and
     those of the training: lora.sources (the text), lora.steps, lora.learning_rate, lora.rank ...

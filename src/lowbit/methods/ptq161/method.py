@@ -120,7 +120,8 @@ class PTQ161(Method):
 
     def weight_bytes(self, rows: int, columns: int) -> int:
         salient = salient_count(columns, self.salient_ratio, self.alignment)
-        return tensor_bytes((rows, columns), salient, self.row_mean, True, "float16", None)
+        scaled = self.epochs > 0 or self.init == "als"  # else all column scales are 1
+        return tensor_bytes((rows, columns), salient, self.row_mean, scaled, "float16", None)
 
     @torch.no_grad()
     def quantize(self, task: BlockTask) -> BlockResult:

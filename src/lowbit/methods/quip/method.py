@@ -138,7 +138,7 @@ class QuIP(Method):
     def weight_bytes(self, rows: int, columns: int) -> int:
         """With the scale that a row_scale of "auto" mostly ends with: one for the whole linear."""
         scale = ("row", "float16") if self.row_scale == "always" else ("tensor", "float32")
-        signs = "float16" if self.finetune_epochs or self.merge_suv else "seed"
+        signs = "float16" if self.finetune_epochs else "seed"
         return tensor_bytes((rows, columns), self.codebook, *scale, signs, None)
 
     def quantize(self, task: BlockTask) -> BlockResult:
