@@ -14,7 +14,7 @@ from lowbit.convert import convert as convert_folder
 
 
 def convert(
-    model: Annotated[Path, Argument(metavar="MODEL", help="Folder to read.")],
+    model: Annotated[Path, Argument(metavar="MODEL", help="Folder of the checkpoint to read.")],
     out: NewOut,
     layout: Annotated[
         str | None,

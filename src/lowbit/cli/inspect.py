@@ -1,4 +1,4 @@
-"""lowbit inspect: every layer's format, bits, size and error, and where a folder came from."""
+"""lowbit inspect: shows format, bits, size and error of each layer of a folder."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -50,7 +50,7 @@ def inspect(
     quantized.verify(hashes=False)
     report = read_json(folder / "report.json") if (folder / "report.json").exists() else {}
     try:
-        errors, proxies = _said(report, "signal_to_noise_db"), _said(report, "proxy_loss")
+        errors, proxies = _facts(report, "signal_to_noise_db"), _facts(report, "proxy_loss")
         origin = _provenance(quantized.quantization.get("made_by") or {})
         given_up, left = report.get("given_up", {}), report.get("left_float", [])
     except (KeyError, TypeError, AttributeError):
@@ -78,7 +78,10 @@ def inspect(
 
 @dataclass(frozen=True)
 class _Layer:
-    """A row: one linear, or equal ones of many blocks. errors: decibels; proxies: losses; known."""
+    """A row: one linear, or equal ones of several blocks.
+
+    errors: signal-to-noise ratios in decibels, and proxies: proxy losses, of those that have any.
+    """
 
     name: str
     entry: dict[str, Any]
@@ -101,12 +104,12 @@ def _layers(
             for tensor in quantized.tensors_of(name)
             if tensor != f"{name}.bias"
         ]
-        known = [[said[name] for name in names if name in said] for said in (errors, proxies)]
+        known = [[facts[name] for name in names if name in facts] for facts in (errors, proxies)]
         yield _Layer(pattern, entry, sum(stored), len(names) * prod(entry["shape"]), *known)
 
 
 def _place(name: str) -> list[int]:
-    """Block by block; what has no more numbers keeps its order: before the experts of its block."""
+    """The numbers in a name, by which layers are sorted: by block, then by expert."""
     return [int(number) for number in re.findall(r"\d+", name)]
 
 
@@ -141,8 +144,8 @@ def _attention(quantized: QuantizedFolder) -> str:
     return f"queries, keys and values of {count} at {' and '.join(bits)} bits" if bits else ""
 
 
-def _said(report: dict[str, Any], fact: str) -> dict[str, float]:
-    """What report.json says of linears, by name on disk."""
+def _facts(report: dict[str, Any], fact: str) -> dict[str, float]:
+    """One fact of all linears in report.json, by their names on disk."""
     return {
         f"{block}.{linear}": facts[fact]
         for block, found in report.get("blocks", {}).items()

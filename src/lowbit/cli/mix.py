@@ -35,8 +35,8 @@ def mix(  # noqa: PLR0913 (a command's options)
         str,
         Option(
             metavar="|".join(STRATEGIES),
-            help="sensitivity: the least loss as measured on the calibration text; pyramid: more "
-            "bits for layers in the middle, without a text.",
+            help="How widths are chosen: by sensitivity, which is measured on the calibration "
+            "text, or as a pyramid, with more bits for layers in the middle.",
         ),
     ] = "sensitivity",
     widths: Annotated[

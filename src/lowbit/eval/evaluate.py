@@ -40,14 +40,21 @@ Progress = Callable[[str, int, int], None]  # what is measured, steps done, step
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's row. perplexity, windows and divergence: by text. bits_per_weight: linears and
-    model. divergence: from `reference`; then text was streamed through the model in float32.
-    tasks: by name; local ones are called local_NAME. bits: the width at which it ran, or the path
-    of the plan; None: it was run as it is. trained: which share of the weights of its nested layers
-    was made for that width; the others are interpolated. tokens: a digest of each text's tokens:
-    where two differ, so do the tokenizers, and perplexities cannot be compared.
+    """What was measured of one model, at one width.
 
-    A perplexity may be infinite or not a number: then the model is broken, which is worth a row.
+    perplexity: by text; infinite or not a number for a model that is broken.
+    bits_per_weight: real bits, scales included, of the "linears" and of the whole "model".
+    size_bytes: of all weight files.
+    seqlen: tokens in a window. windows: by text, how many of them, or of documents.
+    seconds: that it took.
+    reference: the float model that divergence is measured from; None: it was not.
+    divergence: by text; then the text was streamed through the model in float32.
+    tasks: by name; those of a folder are called local_NAME.
+    bits: the width at which it ran, or the path of a file of widths; None: it ran as it is.
+    trained: share of the nested weights that were made for that width; the others are
+        interpolated.
+    tokens: by text, a hash of its tokens; where those of two models differ, so do their
+        tokenizers, and their perplexities cannot be compared.
     """
 
     model: str
