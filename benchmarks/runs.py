@@ -11,7 +11,7 @@ from typing import Any
 from results import append
 
 import lowbit
-from lowbit.eval import EvalOptions, evaluate
+from lowbit.eval import evaluate
 from lowbit.methods import Method
 from lowbit.models.quiet import quiet
 
@@ -66,15 +66,13 @@ class Rows:
     def record(
         self, model: str, name: str, folder: Path, seconds: float = 0.0, **options: Any
     ) -> None:
-        """One row per text. options: further fields of `EvalOptions`."""
+        """One row per text. options: further keywords of `evaluate`."""
         [row] = evaluate(
             [folder],
-            EvalOptions(
-                texts=tuple(map(str, self.texts)),
-                seqlen=SEQLEN,
-                limit=self.args.limit,
-                **options,
-            ),
+            texts=self.texts,
+            seqlen=SEQLEN,
+            limit=self.args.limit,
+            **options,
         )
         bits = row.bits_per_weight
         limit = self.args.limit

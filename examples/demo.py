@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lowbit
-from lowbit.eval import EvalOptions, Evaluation, evaluate
+from lowbit.eval import Evaluation, evaluate
 from lowbit.methods import RTN, Method, OmniQuant
 from lowbit.models.quiet import quiet
 
@@ -70,7 +70,6 @@ def main() -> None:
     args = parse()
     quiet()
     console = Console()
-    options = EvalOptions(texts=(str(STORIES),), seqlen=SEQLEN, limit=args.windows)
     calibration = lowbit.Calibration(
         sources=(str(CALIBRATION),), samples=args.samples, seqlen=SEQLEN
     )
@@ -79,7 +78,7 @@ def main() -> None:
     stories: dict[str, str] = {}
 
     def report(name: str, folder: Path, seconds: float | None, base: float | None) -> float:
-        [found] = evaluate([folder], options)
+        [found] = evaluate([folder], texts=[STORIES], seqlen=SEQLEN, limit=args.windows)
         value = next(iter(found.perplexity.values()))
         table.add_row(*row(name, found, base or value, seconds))
         stories[name] = continue_story(folder, PROMPT)

@@ -1,9 +1,15 @@
 """Configuration classes: strict about names, and readable when something is wrong."""
 
+import inspect
+import pydoc
+from collections.abc import Iterator
+
 import pytest
 from pydantic import Field, ValidationError
 
-from lowbit.config import Config, explain
+import lowbit
+import lowbit.recipes
+from lowbit.config import Config, explain, option, shapes_result
 
 
 class Inner(Config):
@@ -42,3 +48,63 @@ def test_values_are_shown_without_pydantics_own_words():
 def test_frozen():
     with pytest.raises(ValidationError):
         Outer(needed="x").needed = "y"
+
+
+def configurations(above: type[Config] = Config) -> Iterator[type[Config]]:
+    """All that lowbit defines, but what stands in config.json for a layer."""
+    for found in above.__subclasses__():
+        if found.__module__.startswith("lowbit.") and ".formats." not in found.__module__:
+            yield found
+            yield from configurations(found)
+
+
+FIELDS = [(found, name) for found in {*configurations()} for name in found.model_fields]
+
+
+def test_the_fields_are_those_of_all_configurations():
+    assert {found.__name__ for found, _ in FIELDS} > {"OmniQuant", "RunOptions", "LoRA", "Recipe"}
+
+
+@pytest.mark.parametrize(
+    ("config", "name"), FIELDS, ids=[f"{found.__name__}.{name}" for found, name in FIELDS]
+)
+def test_every_field_is_described_in_one_sentence(config, name):
+    text = config.model_fields[name].description or ""
+    assert 20 <= len(text) <= 200 and text.endswith(".") and text[0].isupper()
+    assert ". " not in text.replace("e.g. ", "")
+
+
+@pytest.mark.parametrize("config", {found for found, _ in FIELDS}, ids=lambda found: found.__name__)
+def test_help_shows_every_field(config):
+    lines = pydoc.plain(pydoc.render_doc(config)).splitlines()
+    shown = " ".join(" ".join(line.removeprefix(" |") for line in lines).split())
+    for name, field in config.model_fields.items():
+        assert f" {name}: " in shown and field.description in shown
+    assert inspect.signature(config).parameters.keys() == config.model_fields.keys()
+
+
+def test_a_docstring_keeps_its_own_text():
+    assert lowbit.methods.RTN.__doc__.startswith(f"{lowbit.methods.RTN.about}\n\nFields:\n")
+    assert "Fields:" not in lowbit.methods.RTN.about
+    assert Inner.__doc__ == "Fields:\n    size: integer of at least 1; default 1"
+
+
+def test_a_configuration_out_of_a_functions_arguments():
+    def called(needed: str, inner: Inner, other: int = 3) -> Outer:
+        return Outer.of(locals())
+
+    assert called("x", Inner(size=2)) == Outer(needed="x", inner=Inner(size=2))
+
+
+def test_a_field_says_whether_it_shapes_the_result():
+    class Said(Config):
+        one: int = option(1, "One.", shapes_result=True, ge=1)
+        other: int = option(1, "Other.", shapes_result=False)
+        neither: int = 1
+
+    fields = Said.model_fields
+    assert shapes_result(fields["one"]) and not shapes_result(fields["other"])
+    with pytest.raises(KeyError, match="shapes_result"):
+        shapes_result(fields["neither"])
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        Said(one=0)

@@ -7,23 +7,42 @@ Importing it also teaches transformers to load what it writes.
 """
 
 from lowbit import events, methods
+from lowbit.allocate import Mix, mix
 from lowbit.auto_quip import QuipQuantizer, load_quantized_model
 from lowbit.calibration import Calibration
+from lowbit.convert import convert, dequantize
+from lowbit.convert import slice_folder as slice  # noqa: A004 (the command's name)
+from lowbit.eval import EvalOptions, Evaluation, TaskOptions, evaluate
 from lowbit.formats.widths import set_bits
 from lowbit.load import load
-from lowbit.pipeline import Estimate, plan, quantize
+from lowbit.pipeline import Estimate, RunOptions, plan, quantize
+from lowbit.preprocess import LoRA, preprocess
+from lowbit.report import write_report as report
 from lowbit.version import __version__
 
 __all__ = [
     "Calibration",
     "Estimate",
+    "EvalOptions",
+    "Evaluation",
+    "LoRA",
+    "Mix",
     "QuipQuantizer",
+    "RunOptions",
+    "TaskOptions",
     "__version__",
+    "convert",
+    "dequantize",
+    "evaluate",
     "events",
     "load",
     "load_quantized_model",
     "methods",
+    "mix",
     "plan",
+    "preprocess",
     "quantize",
+    "report",
     "set_bits",
+    "slice",
 ]

@@ -41,42 +41,97 @@ REFUSED = {
 
 
 class QuipQuantizer(Config):
-    """codebook: E8P12, E8P12RVQ3B, E8P12RVQ4B, D4 or HI. dataset: wikitext2, c4, ptb, pile, mix, a
-    file, or a list of texts. nsamples windows of model_seqlen tokens (None: 2,048, or the
-    model's context if that is shorter), batch_size at a time.
-    quip_tune_iters: greedy passes, none of which makes anything worse. sigma_reg: damping of the
-    Hessian. scale_override, opt_resid_scale: -1 lets the method choose; the latter is a share, or
-    a divisor where it is above 1. per_channel: a scale for every output row; False where it pays.
-    modules_to_not_convert: parts of names, a list or with commas between them. merge_suv: signs go
-    into norms and neighbours. use_rand, pad_token_id: accepted, and of no effect: widths without a
-    Hadamard matrix get a Hartley transform, and windows are not padded. ft_epochs: of training
-    after rounding, at ft_susv_lr for signs and ft_lr for the rest. seed: of the text's windows.
+    """Quantizes with QuIP#, by the arguments of AutoQuIP and QuIP-for-all.
+
+    Programs written for those work with it; new ones should call `lowbit.quantize` with
+    `lowbit.methods.QuIP`.
     """
 
-    codebook: str = "E8P12"
-    dataset: str | list[str] = "wikitext2"
-    nsamples: int = Field(4096, ge=1)
-    model_seqlen: int | None = Field(None, ge=2)
-    quip_tune_iters: int = Field(10, ge=0)
-    sigma_reg: float = Field(0.01, gt=0)
-    rescale_WH: bool = False
-    use_rand: bool = True
-    scale_override: float = UNSET
-    opt_resid_scale: float = UNSET
-    per_channel: bool = False
-    block_name_to_quantize: str | None = None
-    module_name_preceding_first_block: list[str] | None = None
-    batch_size: int = Field(1, ge=1)
-    inference: bool = False
-    cache_on_gpu: bool = False
-    modules_to_not_convert: tuple[str, ...] = ()
-    merge_suv: bool = False
-    sequential: bool = False
-    pad_token_id: int | None = None
-    ft_epochs: int = Field(0, ge=0)
-    ft_lr: float = Field(5e-5, gt=0)
-    ft_susv_lr: float = Field(5e-4, gt=0)
-    seed: int = Field(0, ge=0)
+    codebook: str = Field(
+        "E8P12",
+        description="Points that weights are rounded to: E8P12 or D4 (2 bits), E8P12RVQ3B (3), "
+        "E8P12RVQ4B or HI (4).",
+    )
+    dataset: str | list[str] = Field(
+        "wikitext2",
+        description="Calibration text: wikitext2, c4, ptb, pile, mix, a file, or a list of texts.",
+    )
+    nsamples: int = Field(4096, ge=1, description="Windows of calibration text.")
+    model_seqlen: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens in a window; None: 2,048, or the model's context if that is shorter.",
+    )
+    quip_tune_iters: int = Field(
+        10, ge=0, description="Passes after rounding that improve one group at a time."
+    )
+    sigma_reg: float = Field(
+        0.01,
+        gt=0,
+        description="Share of the Hessian's mean diagonal that is added to its diagonal.",
+    )
+    rescale_WH: bool = Field(
+        False, description="Not offered: True is an error, since the rotation does that work."
+    )
+    use_rand: bool = Field(
+        True,
+        description="No effect: widths without a Hadamard matrix get a Hartley transform.",
+    )
+    scale_override: float = Field(
+        UNSET,
+        description="Root mean square that weights are scaled to before rounding; -1: the best of "
+        "five around the codebook's own.",
+    )
+    opt_resid_scale: float = Field(
+        UNSET,
+        description="Factor of a codebook's second stage, or above 1 its reciprocal; -1: the "
+        "codebook's own.",
+    )
+    per_channel: bool = Field(
+        False,
+        description="Whether each output row has a scale of its own; False: where that lowers the "
+        "error enough.",
+    )
+    block_name_to_quantize: str | None = Field(
+        None, description="Not offered: blocks are found from config.json; None is the only value."
+    )
+    module_name_preceding_first_block: list[str] | None = Field(
+        None, description="Not offered: blocks are found from config.json; None is the only value."
+    )
+    batch_size: int = Field(1, ge=1, description="Calibration windows that are run at a time.")
+    inference: bool = Field(
+        False, description="Not offered: True is an error, `load_quantized_model` loads a model."
+    )
+    cache_on_gpu: bool = Field(
+        False, description="Not offered: True is an error, hidden states are in memory or on disk."
+    )
+    modules_to_not_convert: tuple[str, ...] = Field(
+        (),
+        description="Parts of the names of linears that stay in float: a list, or one text with "
+        "commas.",
+    )
+    merge_suv: bool = Field(
+        False,
+        description="Whether signs are multiplied into norms and neighbouring linears, where the "
+        "block's output stays the same.",
+    )
+    sequential: bool = Field(
+        False, description="Not offered: True is an error, Hessians are those of the float model."
+    )
+    pad_token_id: int | None = Field(
+        None, description="No effect: windows of calibration text are not padded."
+    )
+    ft_epochs: int = Field(
+        0,
+        ge=0,
+        description="Passes over the calibration text that train signs, norms, scales and biases "
+        "after rounding; 0: no training.",
+    )
+    ft_lr: float = Field(
+        5e-5, gt=0, description="AdamW's learning rate for norms, scales and biases."
+    )
+    ft_susv_lr: float = Field(5e-4, gt=0, description="AdamW's learning rate for signs.")
+    seed: int = Field(0, ge=0, description="Seed of the choice of calibration windows.")
 
     @field_validator("modules_to_not_convert", mode="before")
     @classmethod
@@ -149,7 +204,7 @@ class QuipQuantizer(Config):
                 seqlen=self.model_seqlen,
                 seed=self.seed,
             )
-            return quantize(model, out, self.method(), text, on_event, skip=skip)
+            return quantize(model, out, self.method(), text, skip=skip, on_event=on_event)
 
     def _source(self, place: Path) -> str:
         if isinstance(self.dataset, str):

@@ -29,7 +29,7 @@ def master(name: str = "llama", blocks: int = 2, **options: Any) -> Path:
 
 
 def mixed(folder: Path, budget: str, strategy: str = "sensitivity", **options: Any) -> Mix:
-    return mix(folder, budget, strategy, calibration=quantized.calibration(), **options)
+    return mix(folder, budget, strategy=strategy, calibration=quantized.calibration(), **options)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_plan_keeps_its_budget(
     found = mixed(folder, budget, strategy)
     found.write(tmp_path / "plan.yaml")
     nested = "extra_precision" in options
-    out = slice_folder(folder, tmp_path / "slice", tmp_path / "plan.yaml", nested)
+    out = slice_folder(folder, tmp_path / "slice", tmp_path / "plan.yaml", nested=nested)
     size = size_of(out)
     assert size.linears == pytest.approx(found.linears, abs=1e-9)
     assert size.bytes <= found.bytes <= 1.05 * size.bytes

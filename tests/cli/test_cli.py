@@ -11,7 +11,8 @@ import typer
 from typer.testing import CliRunner
 from zoo import MODELS
 
-from lowbit.cli import Commands, main
+from lowbit.cli import Commands, app, main
+from lowbit.cli.auto_quip import auto_quip
 from lowbit.version import __version__
 
 MODEL = str(MODELS / "llama-mini")
@@ -42,6 +43,39 @@ def test_version_and_help(lowbit):
     text = lowbit("--help").stdout
     assert all(name in text for name in ("quantize", "eval", "generate", "inspect", "recipes"))
     lowbit(code=2)  # no command: the help, and a status that says so
+
+
+def only_command(function):
+    """The command of a program that has no other."""
+    made = typer.Typer(add_completion=False)
+    made.command()(function)
+    return typer.main.get_command(made)
+
+
+COMMANDS = dict(typer.main.get_command(app).commands) | {"auto_quip": only_command(auto_quip)}
+PARAMETERS = {f"{name} {p.name}": p for name, c in COMMANDS.items() for p in c.params}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_parameter_says_what_it_is_and_its_default(name):
+    """A default that is a value is shown by typer itself; that of a flag is to leave it out."""
+    parameter = PARAMETERS[name]
+    text = parameter.help or ""
+    assert text[:1].isupper() and text.endswith(".") and len(text) >= 16
+    shown = parameter.required or parameter.default is not None or name == "help"
+    assert shown or "default: " in text.lower()
+
+
+@pytest.mark.parametrize("name", COMMANDS.keys() - {"auto_quip"})
+def test_every_command_fits_into_the_list_of_commands(name):
+    """With its first sentence, of which click shows what a line of 80 columns holds."""
+    text = COMMANDS[name].get_short_help_str(80 - len("  preprocess  ") - 1)
+    assert text and not text.endswith("...")
+
+
+def test_the_one_word_for_a_folder_that_is_read():
+    models = [p for name, p in PARAMETERS.items() if name.split()[1] in ("model", "others")]
+    assert len(models) == 12 and {p.metavar for p in models} == {"MODEL"}
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ def test_from_bin(options, lowbit, pickled, tmp_path):
     assert lines[0].startswith(f"{pickled}: 9.9") and lines[0].endswith("in pytorch_model.bin")
     assert lines[1] == f"{out}: 9.91 MB of weights in model-00001-of-00001.safetensors"
     dropped = "README.md, examples, modeling_x.py, parts/code.py"
-    assert lines[2] == f"left behind: {dropped}"
+    assert lines[2] == f"not copied: {dropped}"
     trusted = lowbit("convert", pickled, f"{out}-2", *options, "--trust-remote-code").stdout
-    assert trusted.splitlines()[2] == "left behind: README.md, examples"
+    assert trusted.splitlines()[2] == "not copied: README.md, examples"
     assert "is a float model: 16.00 bits" in lowbit("inspect", out).stdout
 
 
@@ -43,9 +43,9 @@ def test_every_reader_is_named(lowbit):
 
 
 MISTAKES = {
-    "say once what": [],
+    "name the layout": [],
     "did you mean 'bin'": ["--from", "bim"],
-    "say once": ["--from", "bin", "--from-bin"],
+    "name the layout of": ["--from", "bin", "--from-bin"],
 }
 
 

@@ -68,7 +68,7 @@ def test_perplexities_of_other_tokenizers_are_not_compared() -> None:
     rows = [replace(plain, model=m, tokens={"a/b.txt": t}) for m, t in tokens.items()]
     lines = shown(show_texts, rows)
     assert lines[3].split()[-3:] == ["12.000", "+0.0", "%"] and lines[4].split()[-1] == "12.000"
-    assert lines[6] == "another tokenizer, so no perplexity to compare: opt"
+    assert lines[6] == "not comparable, other tokenizer: opt"
 
 
 def test_a_line_per_metric_and_a_column_per_task() -> None:
@@ -80,7 +80,9 @@ def test_a_line_per_metric_and_a_column_per_task() -> None:
     assert lines[2].split() == ["base", "acc", "50.0", "±", "5.0", "75.0", "±", "10.0"]
     assert lines[3].split() == ["acc_norm", "25.0", "±", "3.0"]
     assert lines[4] == "tasks in % ± standard error, 0-shot, by lm-eval"
-    assert lines[5].endswith("whose beginning was left out: 2 of local_arc_challenge")
+    assert lines[5].endswith(
+        "whose beginning did not fit into the context: 2 of local_arc_challenge"
+    )
 
 
 @pytest.mark.parametrize(("width", "tables"), [(120, 1), (45, 2)])

@@ -18,7 +18,7 @@ def test_every_file_is_named(lowbit, rtn):
     *lines, last = lowbit("inspect", rtn, "--verify").stdout.splitlines()
     names = ["config.json", *sorted(path.name for path in rtn.glob("*.safetensors"))]
     assert [line.split() for line in lines] == [[name, "ok"] for name in names]
-    assert last.startswith(f"{rtn} is whole: 42 quantized linears, ")
+    assert last.startswith(f"{rtn} is complete: 42 quantized linears, ")
 
 
 def flip(folder):
@@ -67,7 +67,7 @@ def test_what_is_wrong_is_said_and_the_rest_is_checked(said, lowbit, copy):
     result = lowbit("inspect", copy, "--verify", code=1)
     wrong = [line for line in result.stdout.splitlines() if not line.endswith("  ok")]
     assert len(wrong) == 1 and said in wrong[0]
-    assert "files that are not what lowbit wrote: 1;" in result.stderr
+    assert "files that differ from what lowbit wrote: 1;" in result.stderr
 
 
 def test_names_that_lead_elsewhere(lowbit, copy):
@@ -87,7 +87,7 @@ def test_files_that_do_not_fit_together(lowbit, copy):
     edit_json(copy / "config.json", drop)
     seal(copy)
     result = lowbit("inspect", copy, "--verify", code=1)
-    assert "up_proj" in result.stderr and "is whole" not in result.stdout
+    assert "up_proj" in result.stderr and "is complete" not in result.stdout
 
 
 def test_folders_without_hashes(lowbit, rtn, copy):

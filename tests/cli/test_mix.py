@@ -31,7 +31,8 @@ def test_a_pyramid_reads_no_text(lowbit, nested, tmp_path):
 
 
 def test_its_help_tells_the_widths_of_pyramids(lowbit):
-    assert "(pyramid:" in lowbit("mix", "--help").stdout
+    text = " ".join(lowbit("mix", "--help").stdout.split())
+    assert "Default: 8,6,4,3,2 for sensitivity, 8,4,2 for pyramid." in text
 
 
 def test_mistakes(lowbit, nested, tmp_path):

@@ -36,7 +36,7 @@ def test_rtn(lowbit, tmp_path):
 def test_a_finished_run_is_left_alone(lowbit, rtn):
     before = (rtn / "config.json").stat().st_mtime_ns
     text = lowbit("quantize", MODEL, rtn, "--recipe", "rtn-w4a16-g128").stdout
-    assert f"{rtn} was finished by an earlier run; --restart does it again" in text
+    assert f"{rtn} was finished by an earlier run; --restart runs it again" in text
     assert "4.16 bits per weight" in text and "block" not in text
     assert (rtn / "config.json").stat().st_mtime_ns == before
     error = lowbit("quantize", MODEL, rtn, "--recipe", "rtn-w3a16-g128", code=1).stderr
@@ -58,7 +58,7 @@ def test_the_share_of_salient_inputs_is_said(lowbit, tmp_path):
     text = ["--calibration", MODELS.parent / "text" / "calibration_stories.txt"]
     brief = ["--samples", 2, "--seqlen", 64]
     shown = lowbit("quantize", MODEL, tmp_path / "out", *options, *text, *brief).stdout
-    assert "salient: 18.8% of a linear's inputs" in shown  # 48 of 256 or 64 of them
+    assert "salient: 18.8% of the inputs of a linear" in shown  # 48 of 256 or 64 of them
 
 
 def test_stopped_and_continued(lowbit, learned, learning, tmp_path, monkeypatch):
@@ -90,7 +90,7 @@ def test_what_fell_back_is_named(lowbit, learning, tmp_path):
     few = ("--set", "min_tokens=1000", "--set", "epochs=0")
     text = lowbit("quantize", MODEL, out, *learning, *few).stdout
     names = "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj, "
-    assert f"fell back: 42 layers, in {out}/report.json: {names}" in text
+    assert f"fallback: 42 layers, see {out}/report.json: {names}" in text
     assert "and 39 more" in text
 
 
@@ -98,7 +98,7 @@ def test_no_text_for_a_method_that_needs_none(lowbit, tmp_path):
     text = lowbit(
         "quantize", MODEL, tmp_path / "out", "--method", "rtn", "--calibration", "c4"
     ).stdout
-    assert "rtn needs no calibration text: it is not read" in text
+    assert "rtn needs no calibration text: --calibration is not read" in text
 
 
 def test_a_dry_run(lowbit, tmp_path):
@@ -129,8 +129,8 @@ def test_a_recipe_of_the_users_own(lowbit, story, tmp_path):
 RTN_METHOD = ("--method", "rtn")
 LEARN = ("--method", "omniquant", "--calibration", "STORY")
 MISTAKES = [
-    ((), "name either a --recipe (see: lowbit recipes) or a --method"),
-    (("--recipe", "rtn-w4a16", *RTN_METHOD), "name either a --recipe"),
+    ((), "name a --recipe (see lowbit recipes) or a --method (see lowbit methods)"),
+    (("--recipe", "rtn-w4a16", *RTN_METHOD), "name a --recipe"),
     (("--recipe", "rtn-w4a61"), "'rtn-w4a61' is no recipe: did you mean 'rtn-w4a16'?"),
     (("--recipe", "none.yaml"), "there is no recipe file none.yaml"),
     (("--method", "omniqant"), "'omniqant' is no method: did you mean 'omniquant'?"),
@@ -139,7 +139,7 @@ MISTAKES = [
     ((*RTN_METHOD, "--set", "bits=four"), "bits: should be a valid integer"),
     ((*RTN_METHOD, "--set", "bits"), "--set takes field=value, not 'bits'"),
     ((*RTN_METHOD, "--set", "bits="), "--set takes field=value, not 'bits='"),
-    ((*RTN_METHOD, "--set", "bits=["), "--set bits: '[' is no number, word or list"),
+    ((*RTN_METHOD, "--set", "bits=["), "--set bits: '[' is not a number, a word or a list"),
     ((*RTN_METHOD, "--streams", "tape"), "streams: should be 'auto', 'memory' or 'disk'"),
     ((*RTN_METHOD, "--device", "gpu"), "'gpu' is not known: use cpu, cuda:N or auto"),
     ((*RTN_METHOD, "--seed", "-1"), "seed: should be greater than or equal to 0 (got -1)"),

@@ -35,7 +35,7 @@ def test_it_computes_what_the_master_does(
     options: dict[str, Any], bits: Any, nested: bool, tmp_path: Path
 ) -> None:
     folder = quantized.master(**options)
-    out = slice_folder(folder, tmp_path / "slice", bits, nested)
+    out = slice_folder(folder, tmp_path / "slice", bits, nested=nested)
     QuantizedFolder(out).verify()
     found, wanted = lowbit.load(out)[0], lowbit.load(folder, bits=bits)[0]
     assert torch.equal(quantized.logits(found), quantized.logits(wanted))

@@ -13,7 +13,7 @@ from quantized import text as random_text
 
 import lowbit
 from lowbit.convert import slice_folder
-from lowbit.eval import EvalOptions, TaskOptions, evaluate
+from lowbit.eval import TaskOptions, evaluate
 
 LLAMA = zoo.MODELS / "llama-mini"
 STORIES = Path(__file__).parents[2] / "examples" / "text" / "held_back_stories.txt"
@@ -26,8 +26,8 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rows(quantized: Path) -> None:
-    options = EvalOptions(texts=(str(STORIES),), seqlen=64, limit=4)
-    whole, small = evaluate([LLAMA, quantized], options)
+    options = dict(texts=(str(STORIES),), seqlen=64, limit=4)
+    whole, small = evaluate([LLAMA, quantized], **options)
     assert (whole.method, small.method) == ("float", "rtn")
     assert 1 < whole.perplexity[str(STORIES)] < small.perplexity[str(STORIES)] < 60
     assert whole.bits_per_weight == {"linears": 16.0, "model": 16.0}
@@ -38,27 +38,32 @@ def test_rows(quantized: Path) -> None:
         wanted = {"perplexity", "bits_per_weight", "size_bytes", "seqlen", "windows"}
         assert wanted <= row.to_json().keys()
         assert row.windows == {str(STORIES): 4} and row.seqlen == 64
-    [fewer] = evaluate([quantized], options.model_copy(update={"limit": 3}))
+    [fewer] = evaluate([quantized], **options | {"limit": 3})
     assert whole.tokens == small.tokens != fewer.tokens and whole.tokens.keys() == {str(STORIES)}
 
 
 def test_per_document(quantized: Path) -> None:
-    options = EvalOptions(texts=(str(STORIES),), seqlen=64, limit=3, per_document=True)
-    [row] = evaluate([quantized], options)
+    options = dict(texts=(str(STORIES),), seqlen=64, limit=3, per_document=True)
+    [row] = evaluate([quantized], **options)
     assert row.per_document and row.windows == {str(STORIES): 3}
 
 
 def test_a_context_that_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="context of 512 tokens; --seqlen 1024"):
-        evaluate([LLAMA], EvalOptions(texts=(str(STORIES),), seqlen=1024))
+        evaluate([LLAMA], texts=(str(STORIES),), seqlen=1024)
 
 
 def test_a_model_without_a_tokenizer_is_refused_before_any_is_measured(tmp_path: Path) -> None:
     bare = shutil.copytree(LLAMA, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     steps: list[str] = []
     with pytest.raises(ValueError, match="bare has no tokenizer: copy the tokenizer files"):
-        options = EvalOptions(texts=(str(STORIES),), seqlen=64, limit=1)
-        evaluate([LLAMA, bare], options, lambda what, done, of: steps.append(what))
+        evaluate(
+            [LLAMA, bare],
+            texts=(str(STORIES),),
+            seqlen=64,
+            limit=1,
+            on_progress=lambda what, done, of: steps.append(what),
+        )
     assert not steps
 
 
@@ -67,8 +72,12 @@ def test_models_of_different_contexts_need_one_seqlen(tmp_path: Path) -> None:
     config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 128}
     (short / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="name one --seqlen for all"):
-        options = EvalOptions(texts=(str(STORIES),), limit=1)
-        evaluate([LLAMA, short], options, lambda what, done, of: pytest.fail("measured before"))
+        options = dict(texts=(str(STORIES),), limit=1)
+        evaluate(
+            [LLAMA, short],
+            **options,
+            on_progress=lambda what, done, of: pytest.fail("measured before"),
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])  # whose layers have other names on disk
@@ -76,10 +85,10 @@ def test_a_row_for_each_width_is_that_of_the_slice(name: str, tmp_path: Path) ->
     master, text = small_folder(name, "matquant"), random_text()
     plan = tmp_path / "plan.yaml"
     plan.write_text("self_attn.*: 3\nexperts.*: 6\n" if name == "mixtral" else "mlp.*: 3\n")
-    options = EvalOptions(texts=(text,), seqlen=16, limit=3)
+    options = dict(texts=(text,), seqlen=16, limit=3)
     bits = (2, str(plan), 8)
-    sliced = options.model_copy(update={"bits": bits})
-    *rows, other = evaluate([master, letters(name)], sliced)
+    sliced = options | {"bits": bits}
+    *rows, other = evaluate([master, letters(name)], **sliced)
     assert other.bits is None and other.name == str(letters(name))
     assert [(row.bits, row.trained == 1) for row in rows] == [
         (2, True),
@@ -88,12 +97,12 @@ def test_a_row_for_each_width_is_that_of_the_slice(name: str, tmp_path: Path) ->
     ]
     for number, row in enumerate(rows):
         out = slice_folder(master, tmp_path / str(number), bits[number])
-        [alone] = evaluate([out], options)
+        [alone] = evaluate([out], **options)
         assert row.perplexity == alone.perplexity and row.bits_per_weight["linears"] < 10
         assert row.bits_per_weight == pytest.approx(alone.bits_per_weight, abs=1e-9)
         assert row.size_bytes == pytest.approx(alone.size_bytes, rel=0.03)  # but for the headers
     # From a reference, the widths are run block by block.
-    streamed = evaluate([master], sliced.model_copy(update={"reference": str(letters(name))}))
+    streamed = evaluate([master], **sliced | {"reference": str(letters(name))})
     for row, plain in zip(streamed, rows, strict=True):
         assert row.perplexity == pytest.approx(plain.perplexity, rel=1e-4)
     kl = [row.divergence[text].kl for row in streamed]
@@ -112,10 +121,10 @@ def test_widths_are_checked_before_anything_is_measured(
     bits: tuple[int, ...], models: list[str], message: str
 ) -> None:
     steps: list[tuple[str, int, int]] = []
-    options = EvalOptions(texts=(random_text(),), seqlen=16, limit=1, bits=bits)
+    options = dict(texts=(random_text(),), seqlen=16, limit=1, bits=bits)
     with pytest.raises(ValueError, match=message):
         folders = [small_folder(method=method) for method in models]
-        evaluate(folders, options, lambda *step: steps.append(step))
+        evaluate(folders, **options, on_progress=lambda *step: steps.append(step))
     assert not steps
 
 
@@ -126,11 +135,11 @@ def test_a_reference_changes_nothing_but_adds_divergence(
     texts = tuple(str(tmp_path / name) for name in ("a.txt", "b.txt"))
     for text, start in zip(texts, (0, 5000), strict=True):
         Path(text).write_text(STORIES.read_text()[start : start + 1000])
-    options = EvalOptions(texts=texts, seqlen=48, limit=2, per_document=per_document)
-    streamed = options.model_copy(update={"reference": str(LLAMA)})
+    options = dict(texts=texts, seqlen=48, limit=2, per_document=per_document)
+    streamed = options | {"reference": str(LLAMA)}
     steps: list[tuple[str, int, int]] = []
-    found = evaluate([quantized, LLAMA], streamed, lambda *step: steps.append(step))
-    for plain, row in zip(evaluate([quantized, LLAMA], options), found, strict=True):
+    found = evaluate([quantized, LLAMA], **streamed, on_progress=lambda *step: steps.append(step))
+    for plain, row in zip(evaluate([quantized, LLAMA], **options), found, strict=True):
         assert row.perplexity == pytest.approx(plain.perplexity, rel=1e-5)
         assert (row.windows, row.method) == (plain.windows, plain.method)
         assert not plain.divergence and row.divergence.keys() == set(texts)
@@ -146,14 +155,14 @@ def test_a_reference_changes_nothing_but_adds_divergence(
 
 
 def test_references_that_cannot_be(quantized: Path) -> None:
-    options = EvalOptions(texts=(str(STORIES),), seqlen=48, limit=1, reference=str(quantized))
+    options = dict(texts=(str(STORIES),), seqlen=48, limit=1, reference=str(quantized))
     with pytest.raises(ValueError, match="is quantized; name the float model"):
-        evaluate([LLAMA], options)
-    other = options.model_copy(update={"reference": str(letters())})
+        evaluate([LLAMA], **options)
+    other = options | {"reference": str(letters())}
     with pytest.raises(ValueError, match="llama-mini and .* read the text as different tokens"):
-        evaluate([LLAMA], other)
+        evaluate([LLAMA], **other)
     with pytest.raises(ValueError, match="on one device"):
-        evaluate([LLAMA], options.model_copy(update={"reference": str(LLAMA), "device_map": {}}))
+        evaluate([LLAMA], **options | {"reference": str(LLAMA), "device_map": {}})
 
 
 def test_without_lm_eval_tasks_are_refused_and_all_else_works(
@@ -161,7 +170,7 @@ def test_without_lm_eval_tasks_are_refused_and_all_else_works(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "lowbit.eval.tasks", raising=False)
-    options = EvalOptions(texts=(str(STORIES),), seqlen=16, limit=1)
-    assert not evaluate([LLAMA], options)[0].tasks
+    options = dict(texts=(str(STORIES),), seqlen=16, limit=1)
+    assert not evaluate([LLAMA], **options)[0].tasks
     with pytest.raises(ValueError, match=r"not installed: pip install 'lowbit\[eval\]'"):
-        evaluate([LLAMA], options.model_copy(update={"tasks": TaskOptions(names=("piqa",))}))
+        evaluate([LLAMA], **options | {"tasks": TaskOptions(names=("piqa",))})

@@ -18,6 +18,9 @@ class Nothing(Method):
     group_size: int | None = None
     speed: float = 1.0
 
+    def weight_bytes(self, rows: int, columns: int) -> int:
+        return 0
+
     def quantize(self, task: BlockTask) -> BlockResult:
         return BlockResult()
 

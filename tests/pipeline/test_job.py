@@ -22,6 +22,31 @@ def job(method: Method = METHOD, name: str = "llama", **options: object) -> Job:
     return Job(quantized.source(name), method, quantized.calibration(samples=5), chosen)
 
 
+def test_the_signature_of_a_run() -> None:
+    """Its keys and values are what older folders hold: with others they could not be continued."""
+    start = quantized.folder(method="omniquant")
+    made = job(skip=("q_proj",), lm_head_bits=4, start_from=start, recipe="mine", restart=True)
+    windows = made.windows()
+    assert windows is not None and made.start is not None
+    found = made.signature(windows)
+    assert {name: found[name] for name in list(found)[2:-1]} == {
+        "calibration": windows.digest,
+        "seed": 0,
+        "device": "cpu",
+        "allow_float": [],
+        "skip": ["q_proj"],
+        "only": [],
+        "lm_head_bits": 4,
+        "start_from": made.start.digest(),
+        "recipe": "mine",
+    }
+    assert list(found) == [
+        *("method", "model", "calibration", "seed", "device", "allow_float", "skip", "only"),
+        *("lm_head_bits", "start_from", "recipe", "versions"),
+    ]
+    assert found["method"] == METHOD.signature() and found["versions"].keys() == {"lowbit", "torch"}
+
+
 def test_a_source_that_is_the_current_folder_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(quantized.source())
     assert Job(".", METHOD, None, RunOptions()).name == quantized.source().name

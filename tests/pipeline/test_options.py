@@ -1,8 +1,18 @@
 """Options that are wrong before anything is read."""
 
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from lowbit.pipeline.options import choose_device
+import lowbit
+from lowbit.config import shapes_result
+from lowbit.pipeline.options import RunOptions, choose_device
+
+# What a run is continued by; a change here makes runs that were begun before start over.
+SHAPES = {"device", "allow_float", "skip", "only", "lm_head_bits", "start_from", "recipe"}
 
 DEVICES = {
     "gpu": "'gpu' is not known: use cpu, cuda:N or auto",
@@ -15,3 +25,42 @@ DEVICES = {
 def test_a_device_that_is_not_there(name: str) -> None:
     with pytest.raises(ValueError, match=DEVICES[name]):
         choose_device(name)
+
+
+@pytest.mark.parametrize("name", RunOptions.model_fields)
+def test_every_option_says_whether_it_shapes_the_result(name: str) -> None:
+    assert shapes_result(RunOptions.model_fields[name]) == (name in SHAPES)
+
+
+def test_those_that_shape_the_result_are_json_values() -> None:
+    chosen = RunOptions(skip=("q_proj",), start_from=Path("x"), restart=True, cache=Path("y"))
+    assert chosen.shaping_result() == {
+        "device": "auto",
+        "allow_float": [],
+        "skip": ["q_proj"],
+        "only": [],
+        "lm_head_bits": None,
+        "start_from": "x",
+        "recipe": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("function", "config"),
+    [
+        (lowbit.quantize, RunOptions),
+        (lowbit.plan, RunOptions),
+        (lowbit.preprocess, RunOptions),
+        (lowbit.evaluate, lowbit.EvalOptions),
+    ],
+    ids=lambda value: value.__name__,
+)
+def test_the_keywords_of_a_function_are_the_fields(
+    function: Callable[..., Any], config: Any
+) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    events = {"on_event", "on_progress"}
+    fields = {name: field.default for name, field in config.model_fields.items()}
+    assert {name: value for name, value in keywords.items() if name not in events} == fields
+    assert list(keywords)[: len(fields)] == list(fields)

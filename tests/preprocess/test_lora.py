@@ -12,7 +12,8 @@ import zoo
 from torch.nn import functional
 
 from lowbit.events import Event
-from lowbit.preprocess.lora import LoRA, train
+from lowbit.preprocess import LoRA
+from lowbit.preprocess.lora import train
 
 MODEL = zoo.make(zoo.ZOO["llama"])
 LINEARS = [f"model.layers.{i}.mlp.{n}_proj" for i in range(2) for n in ("up", "down")]

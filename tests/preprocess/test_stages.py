@@ -22,7 +22,7 @@ FIRST = RTN(bits=2, group_size=16)
 
 def restore(model: Path, out: Path, log: Any = lambda event: None, **changes: Any) -> Path:
     lora = LoRA(**SMALL | STEPS | {"sources": (quantized.text(),), "learning_rate": 0.01} | changes)
-    return preprocess(model, out, FIRST, lora, quantized.calibration(), log, device="cpu")
+    return preprocess(model, out, FIRST, lora, quantized.calibration(), device="cpu", on_event=log)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

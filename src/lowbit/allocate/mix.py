@@ -19,6 +19,7 @@ from lowbit.checkpoint.writer import aside, explained
 from lowbit.config import unknown_name
 from lowbit.formats.widths import layers_with_widths
 from lowbit.load import load_model, need_tokenizer
+from lowbit.models.locate import locate
 
 # Strategies, and the widths that each takes unless it is told others: the pyramid is the paper's.
 STRATEGIES: dict[str, tuple[int, ...]] = {"pyramid": (8, 4, 2), "sensitivity": (8, 6, 4, 3, 2)}
@@ -49,23 +50,36 @@ class Mix:
             part.write_text(yaml.safe_dump(self.plan, sort_keys=False), encoding="utf-8")
 
 
-def mix(
-    folder: Path,
-    budget: str,
+def mix(  # noqa: PLR0913 (the options of a command)
+    model: str | Path,
+    budget: float | str,
+    *,
     strategy: str = "sensitivity",
     widths: Sequence[int] | None = None,
     calibration: Calibration = TEXT,
     device_map: Any = None,
     trust_remote_code: bool = False,
-    progress: Progress = lambda done, of: None,
+    on_progress: Progress = lambda done, of: None,
 ) -> Mix:
-    """Chooses a width for every layer that has some, within a budget, which is never passed.
+    """Chooses a width for each layer of a MatQuant model, so that all together fit a budget.
 
-    budget: "3.2" bits per weight of the quantized linears, scales and zeros counted, or "2.1GB" of
-    the whole model. pyramid: by place, see `pyramid`; it reads no text. sensitivity: the least sum
-    of the divergences that are measured on the calibration text. Layers that engines fuse share a
-    width. Raises ValueError for a budget below the smallest, saying that, before any measurement.
+    Layers that inference engines fuse get the same width.
+
+    model: a folder that MatQuant made, or a hub id.
+    budget: bits per weight of the linears, scales included (3.2), or the size of the whole model
+        ("2.1GB"); it is never exceeded.
+    strategy: "sensitivity": the widths with the least loss as measured on the calibration text.
+        "pyramid": more bits for layers in the middle, without reading any text.
+    widths: those allowed, from 2 to 8; None: 8, 6, 4, 3, 2, or 8, 4, 2 for a pyramid.
+    calibration: the text to measure on; a seqlen of None means 512 tokens here.
+    device_map: where the model is loaded, as transformers takes it; None: on the CPU.
+    trust_remote_code: whether Python code that comes with the model may be run.
+    on_progress: called with the runs of the model that are done, and their number in all.
+
+    Raises ValueError, before anything is measured, for a budget below the smallest possible, which
+    the message states.
     """
+    folder, budget = locate(model, trust_remote_code), str(budget)
     if strategy not in STRATEGIES:
         raise ValueError(unknown_name(strategy, STRATEGIES, "strategy"))
     allowed = _checked(widths or STRATEGIES[strategy])
@@ -79,7 +93,7 @@ def mix(
         chosen = pyramid(layout, allowed, spend.allowed())
     else:
         found = _measure(
-            folder, layout, allowed, calibration, device_map, trust_remote_code, progress
+            folder, layout, allowed, calibration, device_map, trust_remote_code, on_progress
         )
         losses = found.tolist()
         costs = [[unit.bytes[width] for width in allowed] for unit in layout.units]

@@ -35,16 +35,23 @@ DRAWING = 1  # raised when the same settings draw other windows: older caches th
 
 
 class Calibration(Config):
-    """What the calibration windows are drawn from, and how many.
+    """The text that a method learns from: what it is drawn from, and how much."""
 
-    sources: wikitext2, c4, ptb, pile, mix or a file, each with an optional weight: "a.txt=2".
-    seqlen: tokens in a window; None: the smaller of 2,048 and the model's context.
-    """
-
-    sources: tuple[str, ...] = Field(("wikitext2",), min_length=1)
-    samples: int = Field(128, ge=1)
-    seqlen: int | None = Field(None, ge=2)
-    seed: int = Field(0, ge=0)
+    sources: tuple[str, ...] = Field(
+        ("wikitext2",),
+        min_length=1,
+        description="Names of data sets (wikitext2, c4, ptb, pile, or mix for three of them) or "
+        'text files; each may have a weight: "a.txt=2".',
+    )
+    samples: int = Field(128, ge=1, description="Windows of text in all.")
+    seqlen: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens in a window; None: 2,048, or the model's context if that is shorter.",
+    )
+    seed: int = Field(
+        0, ge=0, description="Seed of the choice of windows, and of all that a method draws."
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lowbit.cli.dequantize import dequantize
 from lowbit.cli.evaluate import evaluate
 from lowbit.cli.generate import generate
 from lowbit.cli.inspect import inspect
+from lowbit.cli.methods import methods
 from lowbit.cli.mix import mix
 from lowbit.cli.plan import plan
 from lowbit.cli.preprocess import preprocess
@@ -29,7 +30,7 @@ MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
 class Commands(TyperGroup):
-    """Says a mistake in one sentence instead of a traceback."""
+    """Prints a user's mistake as one sentence, not as a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -39,12 +40,12 @@ class Commands(TyperGroup):
         except MISTAKES as error:
             if ctx.params["debug"]:
                 raise
-            tell(error)
+            print_error(error)
             raise typer.Exit(1) from error
 
 
-def tell(error: BaseException) -> None:
-    """One sentence on stderr."""
+def print_error(error: BaseException) -> None:
+    """Prints one sentence on stderr."""
     screen = console(stderr=True)
     screen.print("error: ", style="bold red", end="")
     screen.print(_sentence(error), soft_wrap=True)
@@ -63,13 +64,16 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables leave 20 columns of 80 to the text
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(quantize)
 app.command("eval")(evaluate)
 app.command("slice")(cut)
-for command in (mix, plan, generate, inspect, report, preprocess, dequantize, convert, recipes):
+for command in (mix, plan, generate, inspect, report, preprocess, dequantize, convert):
     app.command()(command)
+app.command()(methods)
+app.command()(recipes)
 
 
 def _version(wanted: bool) -> None:
@@ -80,12 +84,16 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def top(
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show and exit.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Quantize large language models, and see what it cost."""
+    """Quantize large language models, and measure what that costs.
+
+    lowbit methods and lowbit recipes explain what there is to choose from.
+    """
     quiet(downloads=not sys.stderr.isatty())
 
 

@@ -8,27 +8,51 @@ import typer
 from typer import Option
 
 from lowbit.auto_quip import QuipQuantizer
-from lowbit.cli import MISTAKES, tell
+from lowbit.cli import MISTAKES, print_error
+from lowbit.cli.parameters import meaning
 from lowbit.cli.progress import RunProgress
 from lowbit.cli.screen import console
 from lowbit.models.quiet import quiet
 
 
 def auto_quip(
-    model_name: Annotated[str, Option("--model_name", help="A folder or a hub id.")],
-    quant_dir: Annotated[Path, Option("--quant_dir", help="The folder to write.")],
+    model_name: Annotated[
+        str, Option("--model_name", metavar="MODEL", help="Folder of a model, or its hub id.")
+    ],
+    quant_dir: Annotated[Path, Option("--quant_dir", metavar="OUT", help="Folder to write.")],
     codebook: Annotated[
-        str, Option("--codebook", help="E8P12, E8P12RVQ3B, E8P12RVQ4B, D4 or HI.")
+        str, Option("--codebook", help=meaning(QuipQuantizer, "codebook"))
     ] = "E8P12",
-    dataset: Annotated[str, Option("--dataset", help="Calibration text.")] = "wikitext2",
-    nsamples: Annotated[int, Option("--nsamples", min=1, max=65536)] = 4096,
-    quip_tune_iters: Annotated[int, Option("--quip_tune_iters", min=0, max=1024)] = 10,
+    dataset: Annotated[
+        str, Option("--dataset", help="Calibration text: wikitext2, c4, ptb, pile, mix or a file.")
+    ] = "wikitext2",
+    nsamples: Annotated[
+        int, Option("--nsamples", min=1, max=65536, help=meaning(QuipQuantizer, "nsamples"))
+    ] = 4096,
+    quip_tune_iters: Annotated[
+        int,
+        Option(
+            "--quip_tune_iters", min=0, max=1024, help=meaning(QuipQuantizer, "quip_tune_iters")
+        ),
+    ] = 10,
     modules_to_not_convert: Annotated[
-        str, Option("--modules_to_not_convert", help="Parts of names, with commas between them.")
+        str,
+        Option(
+            "--modules_to_not_convert",
+            help="Parts of the names of linears that stay in float, separated by commas. Default: "
+            "none.",
+        ),
     ] = "",
-    merge_suv: Annotated[bool, Option("--merge_suv", help="Signs go into norms.")] = False,
+    merge_suv: Annotated[
+        bool,
+        Option(
+            "--merge_suv",
+            help="Multiply signs into norms and neighbouring linears, where the output of a block "
+            "stays the same.",
+        ),
+    ] = False,
 ) -> None:
-    """Quantize a model with QuIP#; `lowbit quantize --recipe quip-e8p-2bit` can do more."""
+    """Quantize a model with QuIP#; lowbit quantize --recipe quip-e8p-2bit has more options."""
     quantizer = QuipQuantizer(
         codebook=codebook,
         dataset=dataset,
@@ -46,10 +70,10 @@ def auto_quip(
 def main() -> None:
     """The console script `auto_quip`."""
     quiet(downloads=not sys.stderr.isatty())
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(auto_quip)
     try:
         app(prog_name="auto_quip")
     except MISTAKES as error:
-        tell(error)
+        print_error(error)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""lowbit convert: a folder in somebody else's layout to one that lowbit and transformers read."""
+"""lowbit convert: writes a checkpoint of another layout as one that lowbit reads."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,47 +7,45 @@ from rich.console import Console
 from typer import Argument, Option
 
 from lowbit.checkpoint.companions import WEIGHTS
+from lowbit.cli.parameters import CopyCode, NewOut
 from lowbit.cli.screen import console, shortened, size
-from lowbit.config import unknown_name
 from lowbit.convert import READERS
+from lowbit.convert import convert as convert_folder
 
 
 def convert(
-    folder: Annotated[Path, Argument(metavar="DIR", help="The folder to read.")],
-    out: Annotated[Path, Argument(metavar="OUT", help="The folder to write.")],
+    model: Annotated[Path, Argument(metavar="MODEL", help="Folder of the checkpoint to read.")],
+    out: NewOut,
     layout: Annotated[
-        str | None, Option("--from", metavar="NAME", help=f"What DIR is: {', '.join(READERS)}.")
+        str | None,
+        Option(
+            "--from",
+            metavar="NAME",
+            help="Layout of MODEL: bin, which is pytorch_model.bin, or quip, which QuIP-for-all "
+            "and AutoQuIP write. Default: none, it must be named.",
+        ),
     ] = None,
     from_bin: Annotated[
         bool,
-        Option("--from-bin", help="Short for --from bin: pytorch_model.bin, read as tensors only."),
+        Option("--from-bin", help="The same as --from bin. Only tensors are read from pickles."),
     ] = False,
-    trust_remote_code: Annotated[
-        bool, Option("--trust-remote-code", help="Copy Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: CopyCode = False,
 ) -> None:
-    """Bring foreign weights into safetensors."""
+    """Write a checkpoint of another layout as one for lowbit."""
     if from_bin == (layout is not None):
-        raise ValueError(f"say once what {folder} is: --from {' | '.join(READERS)}")
-    name = layout or "bin"
-    if name not in READERS:
-        raise ValueError(unknown_name(name, READERS, "layout to convert from"))
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: there is no such folder; from the hub: hf download NAME --local-dir DIR"
-        )
-    READERS[name](folder, out, trust_remote_code)
-    say_what_changed(console(), folder, out)
+        raise ValueError(f"name the layout of {model} once: --from {' | '.join(READERS)}")
+    convert_folder(model, out, layout or "bin", trust_remote_code)
+    print_changes(console(), model, out)
 
 
-def say_what_changed(screen: Console, folder: Path, out: Path) -> None:
-    """Prints the bytes of weights before and after, and which files were not taken along."""
+def print_changes(screen: Console, folder: Path, out: Path) -> None:
+    """Prints the bytes of weights before and after, and the files that were not copied."""
     before, after = weight_files(folder), weight_files(out)
     screen.print(f"{folder}: {_files(before)}", soft_wrap=True)
     screen.print(f"{out}: {_files(after)}", style="bold", soft_wrap=True)
     dropped = left_behind(folder, out)
     if dropped:
-        screen.print(f"left behind: {shortened(dropped, most=8)}", soft_wrap=True)
+        screen.print(f"not copied: {shortened(dropped, most=8)}", soft_wrap=True)
 
 
 def left_behind(folder: Path, out: Path) -> list[str]:

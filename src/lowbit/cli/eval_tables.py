@@ -1,4 +1,4 @@
-"""The tables of lowbit eval."""
+"""The tables that lowbit eval prints."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ GAP = 2  # blanks between columns
 
 
 def show_texts(screen: Console, rows: list[Evaluation]) -> None:
-    """A line per model: bits, size, and of every text perplexity and divergence."""
+    """Prints a line for each model: bits, size, and perplexity and divergence on each text."""
     first = rows[0]
     sliced = any(row.bits is not None for row in rows)
     table = _text_table(first, len(rows) > 1, sliced)
@@ -41,7 +41,11 @@ def show_texts(screen: Console, rows: list[Evaluation]) -> None:
 
 
 def _text_table(first: Evaluation, several: bool, sliced: bool) -> Table:
-    """Its columns. several: rows, which have a change; sliced: some have a width of their own."""
+    """The table without rows.
+
+    several: whether it gets more than one row, so that there is a change to show.
+    sliced: whether some rows ran at a width of their own.
+    """
     table = _table()
     for column in ("\nwidth", "\nslice") if sliced else ():
         table.add_column(column, no_wrap=True)
@@ -60,7 +64,10 @@ def _text_table(first: Evaluation, several: bool, sliced: bool) -> Table:
 
 
 def show_tasks(screen: Console, rows: list[Evaluation], folder: Path | None = None) -> None:
-    """A line per model and metric, a column per task; folder: where local tasks came from."""
+    """Prints a line for each model and metric, and a column for each task.
+
+    folder: where the rows of local tasks came from; None: from the hub.
+    """
     tasks = {name: score for name, score in rows[0].tasks.items() if score.part_of is None}
     short, widths = _by_model(rows), _by_width(rows)
     names = [labelled(short[row.model], row.bits and widths[row.bits]) for row in rows]
@@ -81,7 +88,7 @@ def show_tasks(screen: Console, rows: list[Evaluation], folder: Path | None = No
 
 
 def _fitting(tasks: dict[str, TaskScore], width: int) -> list[list[str]]:
-    """The tasks in as many tables as the screen makes necessary."""
+    """The tasks, divided into tables that fit the width of the screen."""
     tables: list[list[str]] = [[]]
     left = width
     for name, score in tasks.items():
@@ -95,15 +102,15 @@ def _fitting(tasks: dict[str, TaskScore], width: int) -> list[list[str]]:
 
 
 def short_names(models: list[str]) -> list[str]:
-    """Without the folders before them, where that tells them apart."""
+    """The last parts of paths, or whole paths where those would be equal."""
     short = [Path(model).name or model for model in models]
     return short if len(set(short)) == len(short) else models
 
 
 def _by_model(rows: list[Evaluation]) -> dict[str, str]:
-    """The short name of each model; one that was run at several widths has several rows.
+    """The short name of each model, with a note if it was trained by lowbit preprocess.
 
-    A trained model says so: its row is not compared with those that were only calibrated.
+    A trained model must not be compared with models that were only calibrated.
     """
     models = list(dict.fromkeys(row.model for row in rows))
     trained = {row.model for row in rows if row.method.endswith(AFTER_LORA)}
@@ -112,14 +119,14 @@ def _by_model(rows: list[Evaluation]) -> dict[str, str]:
 
 
 def _by_width(rows: list[Evaluation]) -> dict[int | str, int | str]:
-    """Widths as they are, and the short name of each plan."""
+    """Each width as it is, and the short name of each file of widths."""
     widths = {row.bits: row.bits for row in rows if row.bits is not None}
     plans = [bits for bits in widths if isinstance(bits, str)]
     return {**widths, **dict(zip(plans, short_names(plans), strict=True))}
 
 
 def _made(row: Evaluation) -> str:
-    """Whether a model was made for the width at which it ran."""
+    """Whether a model was optimised for the width at which it ran, in one word."""
     if row.trained is None:
         return ""
     return {0.0: "interpolated", 1.0: "trained"}.get(row.trained, "partly trained")
@@ -142,7 +149,7 @@ def _count(score: TaskScore) -> str:
 
 
 def _share(score: TaskScore, metric: str) -> str:
-    """A share of 1 in percent; what is none, such as a perplexity, as it is."""
+    """An accuracy in percent with its standard error; any other metric as it is."""
     if metric not in score.metrics:
         return ""
     value, error = score.metrics[metric], score.stderr.get(metric)
@@ -152,15 +159,15 @@ def _share(score: TaskScore, metric: str) -> str:
 
 
 def _conditions(row: Evaluation, others: list[str]) -> list[str]:
-    """What the numbers depend on, and must be equal where they are compared.
+    """What must be equal for numbers to be compared: windows, reference, tokenizer.
 
-    others: models that read other tokens.
+    others: models whose tokenizer differs from that of the first.
     """
     if not row.windows:
         return []
     over = perplexity_over(row.windows, row.seqlen, row.per_document)
     if others:
-        return [over, f"another tokenizer, so no perplexity to compare: {', '.join(others)}"]
+        return [over, f"not comparable, other tokenizer: {', '.join(others)}"]
     if row.reference is None:
         return [over]
     name = Path(row.reference).name or row.reference
@@ -175,5 +182,5 @@ def _task_conditions(tasks: dict[str, TaskScore], folder: Path | None) -> list[s
     ]
     cut = ", ".join(f"{score.cut:,} of {name}" for name, score in tasks.items() if score.cut)
     if cut:
-        lines.append(f"rows longer than the context, whose beginning was left out: {cut}")
+        lines.append(f"rows whose beginning did not fit into the context: {cut}")
     return lines

@@ -1,4 +1,4 @@
-"""lowbit eval: what quantization cost, in one table."""
+"""lowbit eval: compares models in one table."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,7 @@ from typer import Argument, Option
 from lowbit.checkpoint.writer import write_json
 from lowbit.cli.device import device_map
 from lowbit.cli.eval_tables import show_tasks, show_texts
+from lowbit.cli.parameters import Device, JsonFile, TrustRemoteCode, check_writable, meaning
 from lowbit.cli.screen import console, counting_bar
 from lowbit.cli.slice import parse_bits
 from lowbit.eval import EvalOptions, Evaluation, TaskOptions
@@ -15,43 +16,71 @@ from lowbit.eval import evaluate as measure
 
 
 def evaluate(  # noqa: PLR0913 (a command's options)
-    model: Annotated[str, Argument(metavar="MODEL", help="What the others are compared with.")],
+    model: Annotated[
+        str, Argument(metavar="MODEL", help="Folder of a model, or its hub id: the first row.")
+    ],
     others: Annotated[
-        list[str] | None, Argument(metavar="[OUT]...", help="Quantized folders, or any models.")
+        list[str] | None,
+        Argument(metavar="MODEL", help="Models to compare with it. Default: none."),
     ] = None,
     text: Annotated[
         list[str] | None,
         Option(
-            metavar="NAME|FILE", help="wikitext2, c4, ptb or a file; repeatable. none: no text."
+            metavar="NAME|FILE",
+            help="Text for perplexity: wikitext2, c4, ptb or a text file; repeatable; none: "
+            "perplexity is not measured. Default: wikitext2.",
         ),
     ] = None,
-    seqlen: Annotated[int | None, Option(help="Tokens in a window.")] = None,
+    seqlen: Annotated[int | None, Option(help=meaning(EvalOptions, "seqlen"))] = None,
     per_document: Annotated[
-        bool, Option("--per-document", help="Score each document by itself, from its BOS.")
+        bool,
+        Option(
+            "--per-document",
+            help="Score each document of a text alone, from its first token on, instead of windows "
+            "over all of them.",
+        ),
     ] = False,
-    limit: Annotated[int | None, Option(help="Windows (or documents) of each text.")] = None,
+    limit: Annotated[int | None, Option(help=meaning(EvalOptions, "limit"))] = None,
     reference: Annotated[
-        str | None, Option(metavar="MODEL", help="Measure the KL divergence from this float model.")
+        str | None, Option(metavar="MODEL", help=meaning(EvalOptions, "reference"))
     ] = None,
     tasks: Annotated[
-        str | None, Option(metavar="NAME,...", help="Zero-shot tasks of lm-eval, as piqa,arc_easy.")
+        str | None,
+        Option(
+            metavar="NAME,...",
+            help="Tasks of lm-eval to score, as piqa,arc_easy. Default: none, or with --tasks-dir "
+            "all that are there.",
+        ),
     ] = None,
     tasks_dir: Annotated[
-        Path | None, Option(metavar="DIR", help="Take tasks from DIR/NAME/*.jsonl, not the hub.")
+        Path | None,
+        Option(
+            metavar="DIR",
+            help="Folder that holds the rows of tasks as TASK/*.jsonl. Default: rows are taken "
+            "from the hub.",
+        ),
     ] = None,
-    task_limit: Annotated[int | None, Option(help="Rows of each task.")] = None,
-    few_shot: Annotated[int | None, Option(help="Solved examples before a row.  [0]")] = None,
+    task_limit: Annotated[int | None, Option(help=meaning(TaskOptions, "limit"))] = None,
+    few_shot: Annotated[
+        int | None, Option(help=f"{meaning(TaskOptions, 'few_shot')} Default: 0.")
+    ] = None,
     bits: Annotated[
         str | None,
-        Option(metavar="8,4,PLAN,...", help="Run what matquant made at each of these widths."),
+        Option(
+            metavar="8,4,PLAN,...",
+            help="Widths, or YAML files of lowbit mix, at each of which a folder that matquant "
+            "made is measured. Default: as it is.",
+        ),
     ] = None,
-    json: Annotated[Path | None, Option(metavar="FILE", help="Write the numbers here too.")] = None,
-    device: Annotated[str, Option(metavar="cpu|cuda:N|auto")] = "auto",
-    trust_remote_code: Annotated[
-        bool, Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    json: JsonFile = None,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure perplexity, divergence, tasks and real bits per weight, and compare."""
+    """Compare models: perplexity, KL divergence, tasks, real bits.
+
+    Example: lowbit eval MODEL OUT --text wikitext2
+    """
+    check_writable("--json", json)
     options = EvalOptions(
         texts=_texts(text or []),
         seqlen=seqlen,
@@ -63,8 +92,6 @@ def evaluate(  # noqa: PLR0913 (a command's options)
         device_map=device_map(device),
         trust_remote_code=trust_remote_code,
     )
-    if json is not None and (json.is_dir() or not json.parent.is_dir()):
-        raise ValueError(f"--json {json}: that is a folder, or in a folder that does not exist")
     found = _measure(list(dict.fromkeys([model, *(others or [])])), options)
     if json is not None:
         write_json(json, {row.name: row.to_json() for row in found})
@@ -77,7 +104,7 @@ def evaluate(  # noqa: PLR0913 (a command's options)
 
 def _texts(given: list[str]) -> tuple[str, ...]:
     if "none" in given and len(given) > 1:
-        raise ValueError("--text none means no text at all: name no other beside it")
+        raise ValueError("--text none means no text: do not name another text with it")
     return () if given == ["none"] else tuple(given or ("wikitext2",))
 
 
@@ -86,7 +113,7 @@ def _tasks(
 ) -> TaskOptions | None:
     if names is None and folder is None:
         if limit is not None or few_shot is not None:
-            raise ValueError("--task-limit and --few-shot are for --tasks or --tasks-dir")
+            raise ValueError("--task-limit and --few-shot need --tasks or --tasks-dir")
         return None
     listed = tuple(name.strip() for name in (names or "").split(",") if name.strip())
     if names is not None and not listed:
@@ -101,4 +128,4 @@ def _measure(models: list[str], options: EvalOptions) -> list[Evaluation]:
         def on_progress(name: str, done: int, of: int) -> None:
             bar.update(task, description=name, completed=done, total=of)
 
-        return measure(models, options, on_progress)
+        return measure(models, **dict(options), on_progress=on_progress)

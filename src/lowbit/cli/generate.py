@@ -1,4 +1,4 @@
-"""lowbit generate: the continuation of a prompt, as it comes."""
+"""lowbit generate: prints the continuation of a prompt while it is generated."""
 
 from typing import Annotated
 
@@ -6,23 +6,29 @@ import typer
 from typer import Argument, Option
 
 from lowbit.cli.device import device_map
+from lowbit.cli.parameters import Device, Model, TrustRemoteCode
 from lowbit.load import load_model, locate, need_tokenizer
 from lowbit.models import generation
 
 
 def generate(  # noqa: PLR0913 (a command's options)
-    model: Annotated[str, Argument(metavar="OUT", help="A quantized folder, or any model.")],
-    prompt: Annotated[str, Argument(metavar="PROMPT")],
-    max_new_tokens: Annotated[int, Option(min=1, help="Where to stop at the latest.")] = 128,
-    temperature: Annotated[float, Option(min=0, help="0: always the likeliest token.")] = 0.0,
-    seed: Annotated[int, Option(min=0, help="Of the draws, with a temperature.")] = 0,
-    device: Annotated[str, Option(metavar="cpu|cuda:N|auto")] = "auto",
-    raw: Annotated[bool, Option("--raw", help="Leave out the chat template.")] = False,
-    trust_remote_code: Annotated[
-        bool, Option("--trust-remote-code", help="Run code that comes with the model.")
+    model: Model,
+    prompt: Annotated[str, Argument(metavar="PROMPT", help="Text to continue or to answer.")],
+    max_new_tokens: Annotated[int, Option(min=1, help="Most tokens to generate.")] = 128,
+    temperature: Annotated[
+        float, Option(min=0, help="Temperature of sampling; 0: always the most likely token.")
+    ] = 0.0,
+    seed: Annotated[int, Option(min=0, help="Seed of sampling, for a temperature above 0.")] = 0,
+    device: Device = "auto",
+    raw: Annotated[
+        bool, Option("--raw", help="Continue PROMPT as it is, without the chat template.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Continue a PROMPT, or answer it where the tokenizer has a chat template."""
+    """Continue a prompt, or answer it.
+
+    It is answered if the tokenizer has a chat template, unless --raw is given.
+    """
     folder = locate(model, trust_remote_code)
     tokenizer = need_tokenizer(folder, trust_remote_code)
     runner = load_model(folder, device_map(device), trust_remote_code=trust_remote_code)

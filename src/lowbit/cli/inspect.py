@@ -1,4 +1,4 @@
-"""lowbit inspect: every layer's format, bits, size and error, and where a folder came from."""
+"""lowbit inspect: shows format, bits, size and error of each layer of a folder."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 from rich.table import Table
 from rich.text import Text
-from typer import Argument, Option
+from typer import Option
 
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.ranges import expand
 from lowbit.checkpoint.verify import read_config
 from lowbit.cli.integrity import check_files
+from lowbit.cli.parameters import QuantizedModel
 from lowbit.cli.screen import console, shortened, size
 from lowbit.models.locate import locate
 from lowbit.report.drawing import decibels
@@ -23,13 +24,18 @@ from lowbit.run_report import LinearReport
 
 
 def inspect(
-    model: Annotated[str, Argument(metavar="OUT", help="A quantized folder.")],
-    brief: Annotated[bool, Option("--brief", help="Equal layers of many blocks as one.")] = False,
+    model: QuantizedModel,
+    brief: Annotated[
+        bool, Option("--brief", help="Show equal layers of several blocks in one line.")
+    ] = False,
     verify: Annotated[
-        bool, Option("--verify", help="Only check every file against its hash.")
+        bool, Option("--verify", help="Only check each file against its hash.")
     ] = False,
 ) -> None:
-    """Show format, bits, size and error of every layer, and how a folder was made."""
+    """Show format, bits, size and error of each layer.
+
+    Below the layers stand the sizes of the whole and how the folder was made.
+    """
     folder, screen = locate(model), console()
     if verify:
         check_files(folder, screen)
@@ -63,10 +69,10 @@ def inspect(
         f"{len(quantized.reader.files)} files",
         "attention": _attention(quantized),
         **origin,
-        "fell back": _named(report.fallbacks),
-        "left float": _named(report.left_float),
+        "fallback": _named(report.fallbacks),
+        "in float": _named(report.left_float),
     }
-    meaning = "dB: signal to noise of the weights that were rounded"
+    meaning = "dB: signal-to-noise ratio of the weights"
     if any(layer.proxies for layer in layers):
         meaning += "; proxy: share of the output's energy that is lost, by the inputs' Hessian"
     screen.print(f"{meaning}\n", style="dim", soft_wrap=True)
@@ -78,7 +84,10 @@ def inspect(
 
 @dataclass(frozen=True)
 class _Layer:
-    """A row: one linear, or equal ones of many blocks. errors: decibels; proxies: losses; known."""
+    """A row: one linear, or equal ones of several blocks.
+
+    errors: signal-to-noise ratios in decibels, and proxies: proxy losses, of those that have any.
+    """
 
     name: str
     entry: dict[str, Any]
@@ -110,7 +119,7 @@ def _layers(
 
 
 def _place(name: str) -> list[int]:
-    """Block by block; what has no more numbers keeps its order: before the experts of its block."""
+    """The numbers in a name, by which layers are sorted: by block, then by expert."""
     return [int(number) for number in re.findall(r"\d+", name)]
 
 

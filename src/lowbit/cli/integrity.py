@@ -1,4 +1,4 @@
-"""lowbit inspect --verify: file by file, whether a folder is what was written."""
+"""lowbit inspect --verify: checks each file against its hash."""
 
 from pathlib import Path
 from typing import Any
@@ -13,30 +13,35 @@ from lowbit.cli.screen import console, size
 
 
 def check_files(folder: Path, screen: Console) -> None:
-    """Names every file, with ok or with what is wrong; exit status 1 if anything is."""
+    """Prints each file with ok or with what is wrong in it; exit status 1 if anything is."""
     config = read_config(folder)
     section = quantization_section(config, folder)
     stated = section.get("files")
     if not isinstance(stated, dict) or not stated:
         raise ValueError(f"{folder}/config.json: 'files' must map shards to size and hash")
-    wrong = 0 if _said(screen, "config.json", _config_problem(config, section)) else 1
+    wrong = 0 if _passes(screen, "config.json", _config_problem(config, section)) else 1
     for name, facts in sorted(stated.items()):
-        wrong += not _said(screen, name, _problem(folder, name, facts))
+        wrong += not _passes(screen, name, _problem(folder, name, facts))
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in stated:
-            wrong += not _said(screen, path.name, "is not listed in config.json")
+            wrong += not _passes(screen, path.name, "is not listed in config.json")
     if wrong:
-        text = f"files that are not what lowbit wrote: {wrong}; get them again from their source"
+        text = (
+            f"files that differ from what lowbit wrote: {wrong}; copy them from their source again"
+        )
         console(stderr=True).print(text, style="red", soft_wrap=True)
         raise typer.Exit(1)
     quantized = QuantizedFolder(folder)
     quantized.verify(hashes=False)  # that files and config.json also agree with each other
     total = size(sum((folder / name).stat().st_size for name in stated))
     linears = f"{len(quantized.entries):,} quantized linears"
-    screen.print(f"{folder} is whole: {linears}, {total} of weights", style="bold", soft_wrap=True)
+    screen.print(
+        f"{folder} is complete: {linears}, {total} of weights", style="bold", soft_wrap=True
+    )
 
 
-def _said(screen: Console, name: str, problem: str | None) -> bool:
+def _passes(screen: Console, name: str, problem: str | None) -> bool:
+    """Prints the outcome of one file; whether it is ok."""
     outcome = (problem, "red") if problem else ("ok", "green")
     screen.print(Text.assemble(name, "  ", outcome), soft_wrap=True)
     return problem is None
@@ -45,7 +50,7 @@ def _said(screen: Console, name: str, problem: str | None) -> bool:
 def _config_problem(config: dict[str, Any], section: dict[str, Any]) -> str | None:
     stated = section.get("digest")
     if stated is None:
-        return "has no digest, so nobody can tell whether it was edited"
+        return "has no digest: whether it was edited cannot be checked"
     return None if stated == config_digest(config) else "was edited after quantization"
 
 

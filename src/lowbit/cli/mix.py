@@ -1,63 +1,83 @@
-"""lowbit mix: a width for each layer of a folder that matquant made, within a budget."""
+"""lowbit mix: chooses a width for each layer of a MatQuant model."""
 
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Option
 
 from lowbit.allocate import STRATEGIES, Mix
 from lowbit.allocate import mix as allocate
 from lowbit.calibration import Calibration
 from lowbit.cli.device import device_map
+from lowbit.cli.parameters import (
+    Device,
+    MatQuantModel,
+    TrustRemoteCode,
+    calibration_option,
+    check_writable,
+    meaning,
+)
 from lowbit.cli.screen import console, counting_bar, size
-from lowbit.models.locate import locate
 
 
 def mix(  # noqa: PLR0913 (a command's options)
-    model: Annotated[str, Argument(metavar="OUT", help="A folder that matquant made.")],
+    model: MatQuantModel,
     budget: Annotated[
         str,
-        Option(metavar="BITS|SIZE", help="3.2 bits per weight of the linears, or 2.1GB in all."),
+        Option(
+            metavar="BITS|SIZE",
+            help="Bits per weight of the linears, scales included, as 3.2; or the size of the "
+            "whole model, as 2.1GB.",
+        ),
     ],
-    out: Annotated[Path, Option("--output", "-o", metavar="PLAN", help="The YAML file to write.")],
+    out: Annotated[Path, Option("--output", "-o", metavar="PLAN", help="YAML file to write.")],
     strategy: Annotated[
-        str, Option(metavar="|".join(STRATEGIES), help="By place, or by what is measured.")
+        str,
+        Option(
+            metavar="|".join(STRATEGIES),
+            help="How widths are chosen: by sensitivity, which is measured on the calibration "
+            "text, or as a pyramid, with more bits for layers in the middle.",
+        ),
     ] = "sensitivity",
     widths: Annotated[
-        str | None, Option(metavar="8,6,4,3,2", help="Those allowed.  (pyramid: 8,4,2)")
+        str | None,
+        Option(
+            metavar="BITS,...",
+            help="Widths that layers may have, from 2 to 8. Default: 8,6,4,3,2 for sensitivity, "
+            "8,4,2 for pyramid.",
+        ),
     ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        Option(metavar="NAME|FILE", help="Text to measure on, as for quantize; repeatable."),
+    calibration: Annotated[list[str] | None, calibration_option("wikitext2")] = None,
+    samples: Annotated[int, Option(help=meaning(Calibration, "samples"))] = 4,
+    seqlen: Annotated[
+        int | None,
+        Option(help="Tokens in a window. Default: 512, or the model's context if it is shorter."),
     ] = None,
-    samples: Annotated[int, Option(help="Windows of it.")] = 4,
-    seqlen: Annotated[int | None, Option(help="Tokens in a window.  [512]")] = None,
-    seed: Annotated[int, Option(help="Of the choice of windows.")] = 0,
-    device: Annotated[str, Option(metavar="cpu|cuda:N|auto")] = "auto",
-    trust_remote_code: Annotated[
-        bool, Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    seed: Annotated[int, Option(help="Seed of the choice of windows.")] = 0,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Choose a width for each layer within a budget of bits or bytes."""
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"-o {out}: that is a folder, or in a folder that does not exist")
+    """Choose a width for each layer of a MatQuant model.
+
+    All together fit a budget. The file that is written is what --bits of eval and slice takes.
+    """
+    check_writable("-o", out)
     sources = {"sources": tuple(calibration)} if calibration else {}
     text = Calibration(samples=samples, seqlen=seqlen, seed=seed, **sources)
-    folder = locate(model, trust_remote_code)
     with counting_bar() as bar:
         task = bar.add_task("measuring", total=None)
         found = allocate(
-            folder,
+            model,
             budget,
-            strategy,
-            _widths(widths),
-            text,
-            device_map(device),
-            trust_remote_code,
-            lambda done, of: bar.update(task, completed=done, total=of),
+            strategy=strategy,
+            widths=_widths(widths),
+            calibration=text,
+            device_map=device_map(device),
+            trust_remote_code=trust_remote_code,
+            on_progress=lambda done, of: bar.update(task, completed=done, total=of),
         )
     found.write(out)
-    for line in _said(found, out):
+    for line in _lines(found, out):
         console().print(line, soft_wrap=True)
 
 
@@ -70,7 +90,7 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
-def _said(found: Mix, out: Path) -> list[str]:
+def _lines(found: Mix, out: Path) -> list[str]:
     shares = ", ".join(f"{n} at {width} bits" for width, n in found.layers.items() if n)
     lines = [
         f"{out}: {found.linears:.3f} bits per weight in the linears, {size(found.bytes)}",
@@ -78,7 +98,7 @@ def _said(found: Mix, out: Path) -> list[str]:
     ]
     if found.predicted is not None:
         lines.append(
-            f"predicted loss: {found.predicted:.4g} nats a token (KL from the 8-bit master, each "
-            "unit measured alone and added up)"
+            f"predicted loss: {found.predicted:.4g} nats a token (KL from the 8-bit master: the "
+            "sum over layers, each measured alone)"
         )
     return lines

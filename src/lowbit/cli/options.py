@@ -1,4 +1,4 @@
-"""What `quantize` and `plan` are told alike: the method, its text, and how the run is done."""
+"""The options of every command that runs a method: the method, its text and how the run is done."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from rich.console import Console
 from typer import Option
 
 from lowbit.calibration import Calibration
+from lowbit.cli.parameters import Device, TrustRemoteCode, calibration_option, meaning
 from lowbit.config import explain, unknown_name
 from lowbit.methods import METHODS, Method
 from lowbit.models import FAMILIES, family_name
@@ -25,51 +26,75 @@ class JobOptions:
     """The options of a command that has a parameter `job` and is decorated with `with_job`."""
 
     recipe: Annotated[
-        str | None, Option(metavar="NAME|FILE", help="Settings by name; see: lowbit recipes.")
+        str | None,
+        Option(
+            metavar="NAME|FILE",
+            help="Method and settings by the name of a recipe (see lowbit recipes) or as a .yaml "
+            "file. Default: none, then name a --method.",
+        ),
     ] = None
     method: Annotated[
-        str | None, Option(metavar="NAME", help=f"Instead of a recipe: {', '.join(METHODS)}.")
+        str | None,
+        Option(
+            metavar="NAME",
+            help=f"Method with its default settings (see lowbit methods): {', '.join(METHODS)}. "
+            "Default: that of the recipe.",
+        ),
     ] = None
     settings: Annotated[
         list[str] | None,
-        Option("--set", metavar="FIELD=VALUE", help="Change a field of the method; repeatable."),
+        Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Change a field of the method (see lowbit methods NAME); repeatable. Default: as "
+            "the recipe and the method have it.",
+        ),
     ] = None
     calibration: Annotated[
-        list[str] | None,
-        Option(metavar="NAME|FILE", help="wikitext2, c4, ptb, pile, mix or a file; repeatable."),
+        list[str] | None, calibration_option("that of the recipe, else wikitext2")
     ] = None
-    samples: Annotated[int | None, Option(help="Windows of calibration text.")] = None
-    seqlen: Annotated[int | None, Option(help="Tokens in a window.")] = None
-    seed: Annotated[int | None, Option(help="Of all random choices.")] = None
-    device: Annotated[str, Option(metavar="cpu|cuda:N|auto")] = "auto"
+    samples: Annotated[
+        int | None,
+        Option(help="Windows of calibration text. Default: as the recipe has it, else 128."),
+    ] = None
+    seqlen: Annotated[int | None, Option(help=meaning(Calibration, "seqlen"))] = None
+    seed: Annotated[int | None, Option(help=f"{meaning(Calibration, 'seed')} Default: 0.")] = None
+    device: Device = "auto"
     streams: Annotated[
-        str, Option(metavar="auto|memory|disk", help="Where hidden states are kept.")
+        str, Option(metavar="auto|memory|disk", help=meaning(RunOptions, "streams"))
     ] = "auto"
     skip: Annotated[
         list[str] | None,
-        Option(metavar="PATTERN", help="Linears that stay float: down_proj, layers.0.*."),
+        Option(metavar="PATTERN", help=f"{meaning(RunOptions, 'skip')} Repeatable. Default: none."),
     ] = None
     only: Annotated[
         list[str] | None,
-        Option(metavar="PATTERN", help="All others stay float."),
+        Option(
+            metavar="PATTERN",
+            help="Patterns of the only linears that are quantized; repeatable. Default: all are.",
+        ),
     ] = None
     lm_head_bits: Annotated[
-        int | None, Option(metavar="2..8", help="Quantize the output layer too; 8 costs little.")
+        int | None, Option(metavar="2..8", help=meaning(RunOptions, "lm_head_bits"))
     ] = None
     start_from: Annotated[
         Path | None,
-        Option(metavar="OUT", help="Begin with what a run learned; --set epochs=0 replays it."),
+        Option(metavar="MODEL", help=f"{meaning(RunOptions, 'start_from')} Default: none."),
     ] = None
     allow_float: Annotated[
         list[str] | None,
-        Option(metavar="PATTERN", help="Matrices that no table knows and that may stay float."),
+        Option(
+            metavar="PATTERN",
+            help=f"{meaning(RunOptions, 'allow_float')} Repeatable. Default: none.",
+        ),
     ] = None
-    trust_remote_code: Annotated[
-        bool, Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False
+    trust_remote_code: TrustRemoteCode = False
 
     def chosen(self, source: Path, preprocessing: bool = False, **more: Any) -> "Chosen":
-        """What a model's folder makes of them. more: further fields of `RunOptions`."""
+        """The method, the text and the options of a run, for the model in a folder.
+
+        more: further fields of `RunOptions`.
+        """
         settings = parse_settings(self.settings or [])
         if self.recipe and not preprocessing and load_recipe(self.recipe).lora is not None:
             raise ValueError(f"recipe {self.recipe} is for lowbit preprocess, not for quantize")
@@ -94,7 +119,10 @@ SAME = ("device", "streams", "lm_head_bits", "start_from", "trust_remote_code")
 
 @dataclass(frozen=True)
 class Chosen:
-    """unread: a calibration text was named, but the method needs none."""
+    """What a command's options stand for.
+
+    unread: whether a calibration text was named that the method does not need.
+    """
 
     method: Method
     calibration: Calibration
@@ -107,7 +135,7 @@ class Chosen:
 
     def warn(self, screen: Console) -> None:
         if self.unread:
-            text = f"{self.method.name} needs no calibration text: it is not read"
+            text = f"{self.method.name} needs no calibration text: --calibration is not read"
             screen.print(text, style="yellow")
 
 
@@ -134,7 +162,7 @@ def with_job(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """--set field=value, the value as YAML reads it; none is null too."""
+    """The values of --set FIELD=VALUE, read as YAML; none and None are null too."""
     settings: dict[str, Any] = {}
     for pair in pairs:
         field, _, value = (part.strip() for part in pair.partition("="))
@@ -143,7 +171,9 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
         try:
             settings[field] = None if value.lower() == "none" else yaml.safe_load(value)
         except yaml.YAMLError:
-            raise ValueError(f"--set {field}: {value!r} is no number, word or list") from None
+            raise ValueError(
+                f"--set {field}: {value!r} is not a number, a word or a list"
+            ) from None
     return settings
 
 
@@ -156,15 +186,19 @@ def choose_method(
             raise ValueError(unknown_name(method, METHODS, "method"))
         return METHODS[method](**settings), {}, None
     if not recipe or method:
-        raise ValueError("name either a --recipe (see: lowbit recipes) or a --method")
+        raise ValueError("name a --recipe (see lowbit recipes) or a --method (see lowbit methods)")
     found = load_recipe(recipe)
-    chosen = _of_recipe(recipe, found, family_name(source), settings)
+    chosen = method_of(recipe, found, family_name(source), settings)
     changed = ", ".join(f"{field}={value}" for field, value in settings.items())
     label = f"{recipe} with {changed}" if changed else recipe
     return chosen, found.calibration.model_dump(exclude_none=True), label
 
 
-def _of_recipe(name: str, recipe: Recipe, family: str, settings: dict[str, Any]) -> Method:
+def method_of(name: str, recipe: Recipe, family: str, settings: dict[str, Any]) -> Method:
+    """The method of a recipe for a family of models, with some settings changed.
+
+    Raises ValueError, with the recipe's name, for what is wrong in it.
+    """
     families = {known.name for known in FAMILIES.values()} | {"discovered"}
     for given in recipe.families:
         if given not in families:
@@ -178,7 +212,7 @@ def _of_recipe(name: str, recipe: Recipe, family: str, settings: dict[str, Any])
 
 
 def cache_folder() -> Path | None:
-    """A folder for token windows, if there can be one; a run does without it too."""
+    """A folder for the tokens of calibration texts; None where it cannot be made."""
     folder = Path.home() / ".cache" / "lowbit" / "windows"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,36 +1,35 @@
-"""lowbit plan: what `lowbit quantize` would take and give, from a rehearsal of one block."""
-
-from pathlib import Path
-from typing import Annotated
+"""lowbit plan: estimates what `lowbit quantize` would take, from a dry run of one block."""
 
 from rich.table import Table
-from typer import Argument, Option
 
 from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.writer import write_json
 from lowbit.cli.options import JobOptions, with_job
+from lowbit.cli.parameters import JsonFile, Model, check_writable
 from lowbit.cli.screen import console, duration, shortened, size
 from lowbit.models.locate import locate
 from lowbit.pipeline.job import physical_memory
 from lowbit.pipeline.plan import Estimate
-from lowbit.pipeline.plan import plan as reckon
+from lowbit.pipeline.plan import plan as estimate
 
 
 @with_job
 def plan(
-    model: Annotated[str, Argument(metavar="MODEL", help="A folder or a hub id.")],
+    model: Model,
     job: JobOptions,
-    json: Annotated[Path | None, Option(metavar="FILE", help="Write the numbers here too.")] = None,
+    json: JsonFile = None,
 ) -> None:
-    """Say what quantizing would take and give: size, memory, time. Writes no model."""
-    if json is not None and (json.is_dir() or not json.parent.is_dir()):
-        raise ValueError(f"--json {json}: that is a folder, or in a folder that does not exist")
+    """Estimate size, memory and time of quantizing MODEL.
+
+    One block is tried; no model is written. The options are those of lowbit quantize.
+    """
+    check_writable("--json", json)
     source = locate(model, job.trust_remote_code)
     chosen = job.chosen(source)
     screen = console()
     chosen.warn(screen)
-    with screen.status("rehearsing a block"):
-        found = reckon(model, chosen.method, chosen.calibration, **dict(chosen.options))
+    with screen.status("trying one block"):
+        found = estimate(model, chosen.method, chosen.calibration, **dict(chosen.options))
     if json is not None:
         write_json(json, found.to_json())
     screen.print(_table(f"{model}: {chosen.label}", found, size_of(source).bytes))
@@ -51,7 +50,7 @@ def _table(title: str, found: Estimate, before: int) -> Table:
     rows = {
         "bits per weight": f"{found.linears:.2f} in the linears, {found.model:.2f} in the model",
         "size": f"{size(found.bytes)} (was {size(before)})",
-        "learned": size(found.learned) if found.learned else "",
+        "learned parameters": size(found.learned) if found.learned else "",
         "peak memory": memory,
         "peak GPU memory": size(found.device_memory) if found.device_memory else "",
         "time": f"{seconds}, on {basis['device']}",
@@ -68,4 +67,4 @@ def _derived(found: Estimate) -> str:
     text = f"{shortened(basis['blocks'])} of {basis['of']} blocks"
     if basis["batches_of"]:
         text += f", {basis['batches']} of {basis['batches_of']} batches"
-    return f"{text}, rehearsed in {duration(basis['seconds'])}"
+    return f"{text}, tried in {duration(basis['seconds'])}"

@@ -1,14 +1,15 @@
-"""lowbit quantize: a recipe or a method, a calibration text and a folder to a quantized folder."""
+"""lowbit quantize: writes a quantized folder."""
 
 import shlex
 from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
-from typer import Argument, Option
+from typer import Option
 
 from lowbit.checkpoint.output import size_of
 from lowbit.cli.options import JobOptions, with_job
+from lowbit.cli.parameters import Model, Out
 from lowbit.cli.progress import stoppable_run
 from lowbit.cli.screen import console, shortened, size
 from lowbit.models.locate import locate
@@ -19,16 +20,24 @@ from lowbit.run_report import RunReport
 
 @with_job
 def quantize(
-    model: Annotated[str, Argument(metavar="MODEL", help="A folder or a hub id.")],
-    out: Annotated[Path, Argument(metavar="OUT", help="The folder to write.")],
+    model: Model,
+    out: Out,
     job: JobOptions,
-    restart: Annotated[bool, Option("--restart", help="Start over if OUT holds a run.")] = False,
+    restart: Annotated[
+        bool, Option("--restart", help="Delete another run that OUT holds, and start over.")
+    ] = False,
     dry_run_block: Annotated[
         bool | None,
-        Option(help="Rehearse a block first; by itself before long runs."),
+        Option(
+            help="Try one block before the run, so that what cannot work fails early. Default: "
+            "only if the run may take more than an hour.",
+        ),
     ] = None,
 ) -> None:
-    """Make a smaller model. Stopped at any moment, the same command continues."""
+    """Quantize MODEL into the folder OUT. If it is stopped, the same command continues.
+
+    Example: lowbit quantize meta-llama/Llama-3.2-1B out --recipe omniquant-w4a16-g128
+    """
     source = locate(model, job.trust_remote_code)
     chosen = job.chosen(source, restart=restart, dry_run_block=dry_run_block)
     screen = console()
@@ -36,9 +45,10 @@ def quantize(
     chosen.warn(screen)
     same = "the same command without --restart" if restart else "the same command"
     with stoppable_run(screen, f"finished blocks are kept, {same} continues") as progress:
-        run(model, out, chosen.method, chosen.calibration, progress, **dict(chosen.options))
+        options = dict(chosen.options)
+        run(model, out, chosen.method, chosen.calibration, **options, on_event=progress)
     if progress.finished_before:
-        screen.print(f"{out} was finished by an earlier run; --restart does it again")
+        screen.print(f"{out} was finished by an earlier run; --restart runs it again")
     _summary(screen, model, source, out)
 
 
@@ -54,13 +64,11 @@ def _summary(screen: Console, model: str, source: Path, out: Path) -> None:
     if ratios := _salient_ratios(report):
         least, most = min(ratios), max(ratios)
         shown = f"{least:.1%}" + (f" to {most:.1%}" if most > least else "")
-        screen.print(f"salient: {shown} of a linear's inputs", soft_wrap=True)
-    for what, names in (("fell back", report.fallbacks), ("left float", report.left_float)):
+        screen.print(f"salient: {shown} of the inputs of a linear", soft_wrap=True)
+    for what, names in (("fallback", report.fallbacks), ("in float", report.left_float)):
         if names:
-            line = (
-                f"{what}: {len(names)} layers, in {out / 'report.json'}: {shortened(list(names))}"
-            )
-            screen.print(line, style="yellow", soft_wrap=True)
+            line = f"{what}: {len(names)} layers, see {out / 'report.json'}: "
+            screen.print(line + shortened(list(names)), style="yellow", soft_wrap=True)
     float_model, folder = shlex.quote(model), shlex.quote(str(out))
     commands = (
         f"eval {float_model} {folder}",
@@ -73,7 +81,7 @@ def _summary(screen: Console, model: str, source: Path, out: Path) -> None:
 
 
 def _salient_ratios(report: RunReport) -> list[float]:
-    """The effective shares, of all linears that have salient inputs."""
+    """The share of salient inputs of each linear that has any."""
     return [
         linear.salient_ratio
         for block in report.blocks.values()

@@ -1,15 +1,163 @@
-"""lowbit recipes: what `--recipe` accepts."""
+"""lowbit recipes: what `--recipe` accepts, what each sets, and which have about so many bits."""
 
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from rich.console import Console
 from rich.table import Table
+from typer import Argument, Option
 
+from lowbit.calibration import Calibration
+from lowbit.cli.fields import print_fields, print_paragraphs
+from lowbit.cli.methods import summary
+from lowbit.cli.options import method_of
 from lowbit.cli.screen import console
-from lowbit.recipes import load_recipe, recipe_names
+from lowbit.config import Config
+from lowbit.fields import field_texts, shown
+from lowbit.methods import MatQuant, Method
+from lowbit.preprocess import LoRA
+from lowbit.recipes import Recipe, load_recipe, recipe_names
+
+ABOUT = 0.5  # bits per weight by which a recipe may differ from the width that is asked for
+OTHERS = "discovered"  # the family of a model that no table describes
+SIDE = 4096  # outputs and inputs of the linear whose bits are counted: that of a model of 7 B
 
 
-def recipes() -> None:
-    """List the recipes that lowbit brings along."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(style="cyan", no_wrap=True)
+def recipes(
+    name: Annotated[
+        str | None,
+        Argument(
+            metavar="[NAME|FILE]",
+            help="Recipe to explain, by name or as a .yaml file. Default: list all recipes.",
+        ),
+    ] = None,
+    width: Annotated[
+        float | None,
+        Option(
+            "--for",
+            metavar="BITS",
+            help="List those within half a bit of this many bits per weight, scales included. "
+            "Default: list all recipes.",
+        ),
+    ] = None,
+) -> None:
+    """List the recipes, those of about so many bits, or explain one."""
+    if name is not None and width is not None:
+        raise ValueError("name either a recipe to explain, or --for BITS to list recipes")
+    if name is not None:
+        _explain(name, load_recipe(name))
+    elif width is not None:
+        _list_about(width)
+    else:
+        _list()
+
+
+def _list() -> None:
+    table = _table()
     for name in recipe_names():
         table.add_row(name, load_recipe(name).description)
     console().print(table)
+
+
+def _table() -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    return table
+
+
+@dataclass(frozen=True)
+class _Width:
+    """Bits per weight that a recipe gives. sliced: of a slice; the folder itself has more."""
+
+    bits: float
+    sliced: bool = False
+
+
+def _widths(method: Method, recipe: Recipe) -> list[_Width]:
+    """What one recipe can give; nothing for one that makes a float model."""
+    if recipe.lora is not None:
+        return []
+    found = [_Width(_bits(method.weight_bytes(SIDE, SIDE)))]
+    if isinstance(method, MatQuant):
+        narrow = [width for width in method.widths if width < 8]
+        found += [_Width(_bits(method.weight_bytes(SIDE, SIDE, width)), True) for width in narrow]
+    return found
+
+
+def _bits(stored: int) -> float:
+    return 8 * stored / SIDE**2
+
+
+def _list_about(wanted: float) -> None:
+    nearest: list[tuple[float, str, _Width]] = []
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        widths = _widths(method_of(name, recipe, OTHERS, {}), recipe)
+        each = [(abs(width.bits - wanted), name, width) for width in widths]
+        nearest += [min(each, key=lambda found: found[0])] if each else []
+    nearest.sort(key=lambda found: found[:2])
+    near = [found for found in nearest if found[0] <= ABOUT]
+    if not near:
+        _, name, width = nearest[0]
+        raise ValueError(
+            f"no recipe has {wanted:g} bits per weight, or within {ABOUT} of that: "
+            f"the nearest is {name} with {width.bits:.2f}"
+        )
+    screen = console()
+    table = _table()
+    table.add_column(justify="right", no_wrap=True)
+    for _, name, width in near:
+        star = "*" if width.sliced else " "
+        table.add_row(name, f"{width.bits:.2f}{star}", load_recipe(name).description)
+    screen.print(table)
+    screen.print()
+    text = f"Bits per weight, scales included, of a linear of {SIDE:,} x {SIDE:,}; nearest first."
+    if any(width.sliced for _, _, width in near):
+        text += " *: of a slice; the folder itself has 8 bits (lowbit slice)."
+    print_paragraphs(screen, text)
+
+
+def _explain(name: str, recipe: Recipe) -> None:
+    method, screen = method_of(name, recipe, OTHERS, {}), console()
+    print_paragraphs(screen, f"{name}: {recipe.description}")
+    text = f"Method {method.name} (lowbit methods {method.name}): {summary(type(method))}"
+    if bits := [f"{width.bits:.2f}{' sliced' * width.sliced}" for width in _widths(method, recipe)]:
+        text += f" Bits per weight, scales included, of a linear of {SIDE:,} x {SIDE:,}: "
+        text += f"{', '.join(bits)}."
+    print_paragraphs(screen, text)
+    _print_set(screen, "Fields that it sets; all others have their defaults:", method, recipe)
+    if recipe.lora is not None:
+        lora = LoRA(**recipe.lora)
+        screen.print("Fields of the training, as --set lora.FIELD=VALUE:\n")
+        _print_values(screen, lora, recipe.lora)
+    print_paragraphs(screen, f"Calibration: {_calibration(recipe, method)}")
+    for family, fields in recipe.families.items():
+        print_paragraphs(screen, f"For models of family {family}: {_settings(fields)}")
+    command = "preprocess" if recipe.lora is not None else "quantize"
+    screen.print(f"Use:\n  lowbit {command} MODEL OUT --recipe {name}", soft_wrap=True)
+
+
+def _print_set(screen: Console, title: str, method: Method, recipe: Recipe) -> None:
+    if recipe.fields:
+        screen.print(f"{title}\n")
+        _print_values(screen, method, recipe.fields)
+
+
+def _print_values(screen: Console, config: Config, given: dict[str, Any]) -> None:
+    texts = [text for text in field_texts(type(config).model_fields) if text.name in given]
+    print_fields(screen, texts, given)
+    screen.print()
+
+
+def _calibration(recipe: Recipe, method: Method) -> str:
+    if not method.streams():
+        return "none is read."
+    text = Calibration(**recipe.calibration.model_dump(exclude_none=True))
+    tokens = "2,048 tokens (the model's context, if that is shorter)"
+    if text.seqlen is not None:
+        tokens = f"{text.seqlen:,} tokens"
+    return f"{text.samples:,} windows of {tokens} of {', '.join(text.sources)}."
+
+
+def _settings(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={shown(value)}" for name, value in fields.items())

@@ -1,33 +1,34 @@
-"""lowbit report: one HTML page about a quantized folder."""
+"""lowbit report: writes an HTML page about a quantized folder."""
 
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Option
 
-from lowbit.checkpoint.writer import aside, explained
+from lowbit.cli.parameters import QuantizedModel, check_writable
 from lowbit.cli.screen import console, size
 from lowbit.models.locate import locate
-from lowbit.report import read_results, read_run, render
+from lowbit.report import write_report
 
 
 def report(
-    model: Annotated[str, Argument(metavar="OUT", help="A quantized folder.")],
+    model: QuantizedModel,
     output: Annotated[
         Path | None,
-        Option("-o", "--output", metavar="FILE", help="The page; without it OUT/report.html."),
+        Option("-o", "--output", metavar="FILE", help="File to write. Default: MODEL/report.html."),
     ] = None,
     results: Annotated[
         Path | None,
-        Option(metavar="FILE", help="What lowbit eval --json wrote: shown as a table."),
+        Option(
+            metavar="FILE",
+            help="File of lowbit eval --json, whose numbers are shown too. Default: none.",
+        ),
     ] = None,
 ) -> None:
-    """Write one HTML page: results, error and bits of every layer, what the run cost."""
-    folder = locate(model)
-    page = render(read_run(folder), read_results(results) if results else ())
-    path = output or folder / "report.html"
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"-o {path}: that is a folder, or in a folder that does not exist")
-    with explained(path.parent), aside(path) as part:
-        part.write_text(page, encoding="utf-8")
-    console().print(f"{path}: {size(path.stat().st_size)}, nothing else is needed", soft_wrap=True)
+    """Write an HTML page about a quantized model.
+
+    It shows bits and error of each layer, and what the run cost.
+    """
+    check_writable("-o", output)
+    path = write_report(locate(model), output, results)
+    console().print(f"{path}: {size(path.stat().st_size)}, one file with all", soft_wrap=True)

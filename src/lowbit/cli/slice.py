@@ -1,30 +1,40 @@
-"""lowbit slice: one width, or a plan of widths, out of a folder that matquant made."""
+"""lowbit slice: writes one width, or a width for each layer, of a MatQuant model."""
 
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Option
 
 from lowbit.checkpoint.output import size_of
+from lowbit.cli.parameters import CopyCode, MatQuantModel
 from lowbit.cli.screen import console, size
 from lowbit.convert import slice_folder
 from lowbit.models.locate import locate
 
 
 def cut(
-    model: Annotated[str, Argument(metavar="OUT", help="A folder that matquant made.")],
+    model: MatQuantModel,
     bits: Annotated[
-        str, Option(metavar="2..8|PLAN", help="One width, or a YAML file as lowbit mix writes it.")
+        str,
+        Option(
+            metavar="2..8|PLAN",
+            help="Bits of each weight, or a YAML file of lowbit mix with a width for each layer.",
+        ),
     ],
-    out: Annotated[Path, Option("--output", "-o", metavar="SLICE", help="The folder to write.")],
+    out: Annotated[
+        Path,
+        Option("--output", "-o", metavar="OUT", help="Folder to write, which must not exist."),
+    ],
     nested: Annotated[
-        bool, Option("--nested", help="Keep the format: for a master with extra precision.")
+        bool,
+        Option(
+            "--nested",
+            help="Keep the nested format, which a model made with extra_precision needs.",
+        ),
     ] = False,
-    trust_remote_code: Annotated[
-        bool, Option("--trust-remote-code", help="Copy Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: CopyCode = False,
 ) -> None:
-    """Write a slice of 8-bit codes as a folder of its own, in its own bits."""
+    """Write one width of a MatQuant model as a folder of its own."""
     folder, screen = locate(model, trust_remote_code), console()
     with screen.status("cutting") as status:
 
@@ -35,9 +45,9 @@ def cut(
             folder,
             out,
             parse_bits(bits),
-            nested,
-            progress=progress,
+            nested=nested,
             trust_remote_code=trust_remote_code,
+            on_progress=progress,
         )
     before, after = size_of(folder), size_of(out)
     screen.print(
@@ -48,10 +58,10 @@ def cut(
 
 
 def parse_bits(text: str) -> int | str:
-    """A width, or the path of a plan."""
+    """A width, or the path of a YAML file with a width for each layer."""
     text = text.strip()
     if text.isdecimal():
         return int(text)
     if not Path(text).is_file():
-        raise ValueError(f"--bits {text!r} is neither a width of 2 to 8 nor the file of a plan")
+        raise ValueError(f"--bits {text!r} is neither a width from 2 to 8 nor a file")
     return text

@@ -13,17 +13,22 @@ logger = logging.getLogger(__name__)
 
 
 def dequantize(
-    folder: Path, out: Path, verify: bool = True, trust_remote_code: bool = False
+    folder: str | Path, out: str | Path, *, verify: bool = True, trust_remote_code: bool = False
 ) -> Path:
-    """Writes every quantized linear as the weight that it multiplies by, in the source's dtype.
+    """Writes the float weights that a quantized model multiplies by, and returns that folder.
 
-    verify: check the hashes of all files first.
-    trust_remote_code: copy the Python code that comes with the model.
+    Other programs can read the result; what quantization lost stays lost. A float folder cannot
+    state that activations are rounded when the model runs: where they are, a warning is logged.
+    One shard is in memory at a time.
 
-    A float folder cannot say how inputs are rounded when it runs: where layers or attentions do so,
-    the log says that `out` does not. One shard is in memory at a time. Raises ValueError for a
-    folder that is damaged, or an `out` that exists.
+    folder: a quantized folder.
+    out: the folder to write, which must not exist; weights have the dtype of the source model.
+    verify: whether files are checked against their hashes first.
+    trust_remote_code: whether Python code that comes with the model is copied.
+
+    Raises ValueError for a folder that is damaged, or an `out` that exists.
     """
+    folder, out = Path(folder), Path(out)
     quantized = QuantizedFolder(folder)
     quantized.verify(hashes=verify)
     config = {k: v for k, v in quantized.config.items() if k != "quantization_config"}

@@ -18,14 +18,15 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
 
 
-def from_bin(folder: Path, out: Path, trust_remote_code: bool = False) -> Path:
-    """`folder` (pytorch_model.bin, or shards with their index) as a safetensors folder `out`.
+def from_bin(folder: str | Path, out: str | Path, trust_remote_code: bool = False) -> Path:
+    """Writes pytorch_model.bin, or its shards, as safetensors, and returns the new folder.
 
     trust_remote_code: copy the Python code that comes with the model.
 
     One pickle is in memory at a time. Raises ValueError when there is none, one holds anything but
     tensors, or `out` exists.
     """
+    folder, out = Path(folder), Path(out)
     config = read_json(folder / "config.json")
     files = _files(folder)
     write_folder(out, _shards(folder, files), len(files), config, folder, trust_remote_code)

@@ -87,15 +87,18 @@ class Layer:
         return {name: order for name, order in orders.items() if order > 1}
 
 
-def from_quip(folder: Path, out: Path, trust_remote_code: bool = False) -> Path:
-    """`folder` (safetensors) as a folder `out` that lowbit loads. One shard is in memory at a time.
+def from_quip(folder: str | Path, out: str | Path, trust_remote_code: bool = False) -> Path:
+    """Writes what QuIP-for-all or AutoQuIP wrote as a folder that lowbit loads, and returns it.
 
-    trust_remote_code: copy the Python code that comes with the model.
+    Weights must be in safetensors. One shard is in memory at a time.
 
-    Raises ValueError, by the name of the layer, for what cannot be read or our format cannot hold,
-    or when `out` exists; shapes are checked before anything is written, and nothing of `out`
+    trust_remote_code: whether Python code that comes with the model is copied.
+
+    Raises ValueError, with the name of the layer, for what cannot be read or stored in our format,
+    and when `out` exists; shapes are checked before anything is written, and nothing of `out`
     remains.
     """
+    folder, out = Path(folder), Path(out)
     config = read_config(folder)
     section = _section(config, folder)
     reader = _reader(folder)

@@ -17,27 +17,34 @@ from lowbit.formats.widths import WidthPlan, needs_codes, slice_layer
 
 
 def slice_folder(
-    folder: Path,
-    out: Path,
+    folder: str | Path,
+    out: str | Path,
     bits: WidthPlan,
+    *,
     nested: bool = False,
     verify: bool = True,
-    progress: Progress = lambda done, of: None,
     trust_remote_code: bool = False,
+    on_progress: Progress = lambda done, of: None,
 ) -> Path:
-    """Writes the layers of `folder` that have widths at other ones; all else stays, bit for bit.
+    """Writes the upper bits of a MatQuant folder's 8-bit codes, and returns the new folder.
 
-    bits: as `choose_widths` takes it, with names on disk.
-    nested: keep the layers' format, which also holds the extra code of extra precision; else a
-        slice is stored in the uniform format, with the same weights to the last bit.
-    verify: check the hashes of all files first.
-    progress: called with the number of shards that are done, and of all.
-    trust_remote_code: copy the Python code that comes with the model.
+    All other tensors are copied bit for bit. One shard is in memory at a time.
 
-    One shard is in memory at a time. Raises ValueError, before anything is written, for a folder
-    that is damaged, an `out` that exists, and by name for a layer that the uniform format cannot
-    hold.
+    folder: a folder that MatQuant made.
+    out: the folder to write, which must not exist.
+    bits: one width from 2 to 8 for all layers, or {name or pattern of a layer: width}, or the path
+        of a YAML file of that, as `lowbit.mix` makes it.
+    nested: False: layers are stored in the uniform format, whose weights equal the slice's to the
+        last bit. True: they keep the nested format, which also holds the additional level of
+        `extra_precision`.
+    verify: whether files are checked against their hashes first.
+    trust_remote_code: whether Python code that comes with the model is copied.
+    on_progress: called with the shards that are written, and their number in all.
+
+    Raises ValueError, before anything is written, for a folder that is damaged, an `out` that
+    exists, and a layer that the uniform format cannot hold.
     """
+    folder, out = Path(folder), Path(out)
     if out.exists():
         raise ValueError(f"{out} exists already: choose another folder, or remove it")
     quantized = QuantizedFolder(folder)
@@ -45,7 +52,7 @@ def slice_folder(
     cutting = _Cutting(quantized, widths_of(quantized, bits), nested)
     if not nested:
         cutting.check_extra_codes()
-    shards, count = cutting.shards(progress), len(quantized.reader.files)
+    shards, count = cutting.shards(on_progress), len(quantized.reader.files)
     write_folder(out, shards, count, cutting.config, folder, trust_remote_code)
     return out
 

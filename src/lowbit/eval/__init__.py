@@ -1,7 +1,8 @@
 """What quantization cost: perplexity, divergence and tasks beside honest bits."""
 
 from lowbit.eval.divergence import Divergence
-from lowbit.eval.evaluate import EvalOptions, Evaluation, evaluate
+from lowbit.eval.evaluate import Evaluation, evaluate
+from lowbit.eval.options import EvalOptions
 from lowbit.eval.perplexity import Perplexity, perplexity, perplexity_per_document
 from lowbit.eval.scores import TaskOptions, TaskScore
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from lowbit.calibration import evaluation_documents, evaluation_text
@@ -17,8 +16,8 @@ from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.slices import has_masters, size_of_slice, trained_share, widths_of
 from lowbit.checkpoint.verify import read_config
-from lowbit.config import Config
 from lowbit.eval.divergence import Divergence, StreamedLogits, divergence
+from lowbit.eval.options import EvalOptions
 from lowbit.eval.perplexity import (
     Perplexity,
     beginnings_of,
@@ -39,43 +38,23 @@ AFTER_LORA = " after LoRA"  # ends the method of a model that was trained by low
 Progress = Callable[[str, int, int], None]  # what is measured, steps done, steps of
 
 
-class EvalOptions(Config):
-    """texts: wikitext2, c4, ptb or files; empty: no perplexity. seqlen: tokens in a window; None:
-    the smaller of 2,048 and the model's context. per_document: every document from its BOS. limit:
-    windows per text. reference: a float model, from which every model's divergence is measured.
-    tasks: None: none. bits: widths, or paths of plans: what matquant made is measured at each of
-    them, other models as they are.
-    """
-
-    texts: tuple[str, ...] = ("wikitext2",)
-    seqlen: int | None = Field(default=None, ge=2)
-    per_document: bool = False
-    limit: int | None = Field(default=None, ge=1)
-    reference: str | None = None
-    tasks: TaskOptions | None = None
-    bits: tuple[int | str, ...] = ()
-    device_map: Any = None
-    trust_remote_code: bool = False
-
-    @model_validator(mode="after")
-    def _something_is_measured(self) -> "EvalOptions":
-        if not self.texts and self.tasks is None:
-            raise ValueError("there is nothing to measure: name a text or tasks")
-        if not self.texts and self.reference is not None:
-            raise ValueError("the divergence from a reference is measured on a text: name one")
-        return self
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's row. perplexity, windows and divergence: by text. bits_per_weight: linears and
-    model. divergence: from `reference`; then text was streamed through the model in float32.
-    tasks: by name; local ones are called local_NAME. bits: the width at which it ran, or the path
-    of the plan; None: it was run as it is. trained: the share of the weights that matquant trained
-    for that width, of those that have widths. tokens: a digest of each text's tokens:
-    where two differ, so do the tokenizers, and perplexities cannot be compared.
+    """What was measured of one model, at one width.
 
-    A perplexity may be infinite or not a number: then the model is broken, which is worth a row.
+    perplexity: by text; infinite or not a number for a model that is broken.
+    bits_per_weight: real bits, scales included, of the "linears" and of the whole "model".
+    size_bytes: of all weight files.
+    seqlen: tokens in a window. windows: by text, how many of them, or of documents.
+    seconds: that it took.
+    reference: the float model that divergence is measured from; None: it was not.
+    divergence: by text; then the text was streamed through the model in float32.
+    tasks: by name; those of a folder are called local_NAME.
+    bits: the width at which it ran, or the path of a file of widths; None: it ran as it is.
+    trained: share of the nested weights that were made for that width; the others are
+        interpolated.
+    tokens: by text, a hash of its tokens; where those of two models differ, so do their
+        tokenizers, and their perplexities cannot be compared.
     """
 
     model: str
@@ -110,17 +89,33 @@ def labelled(model: str, bits: int | str | None) -> str:
     return f"{model} at {bits} bits" if isinstance(bits, int) else f"{model} by {bits}"
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 (the fields of EvalOptions)
     models: Sequence[str | Path],
-    options: EvalOptions,
+    *,
+    texts: Sequence[str | Path] = ("wikitext2",),
+    seqlen: int | None = None,
+    per_document: bool = False,
+    limit: int | None = None,
+    reference: str | Path | None = None,
+    tasks: TaskOptions | None = None,
+    bits: Sequence[int | str | Path] = (),
+    device_map: Any = None,
+    trust_remote_code: bool = False,
     on_progress: Progress = lambda what, done, of: None,
 ) -> list[Evaluation]:
-    """Evaluates float and quantized models one after another; at most one is in memory.
+    """Measures perplexity, divergence, tasks and real bits per weight of models, a row for each.
 
-    With a reference, and without tasks, none is: they are streamed block by block. Raises
-    ValueError for a model, text or task that cannot be had, and for models whose default contexts
-    differ (never compare across: say --seqlen).
+    At most one model is in memory at a time; with a reference and without tasks none is, they are
+    streamed block by block.
+
+    models: folders or hub ids, float or quantized; a folder of MatQuant has a row for each of bits.
+    on_progress: called with what is measured, the steps done and the steps of it in all.
+    All others are the fields of `lowbit.EvalOptions`, which says what each of them means.
+
+    Raises ValueError for a model, text or task that is not there, and for models whose default
+    windows differ in length: their perplexities cannot be compared, so name one seqlen for all.
     """
+    options = EvalOptions.of(locals())
     session, names = _Session(options, on_progress), [str(name) for name in models]
     session.check(names)
     rows: list[Evaluation] = []

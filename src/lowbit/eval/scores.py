@@ -9,17 +9,23 @@ from lowbit.config import Config
 
 
 class TaskOptions(Config):
-    """names: tasks or groups of lm-eval; with `folder`, of local tasks (none: all that are there).
+    """Zero-shot and few-shot tasks, scored by lm-eval."""
 
-    folder: a folder of FOLDER/TASK/*.jsonl; None: the data comes from the hub. limit: rows of each
-    task, from the front. few_shot: solved examples before each question. batch: rows at a time.
-    """
-
-    names: tuple[str, ...] = ()
-    folder: Path | None = None
-    limit: int | None = Field(default=None, ge=1)
-    few_shot: int = Field(default=0, ge=0)
-    batch: int = Field(default=8, ge=1)
+    names: tuple[str, ...] = Field(
+        (),
+        description="Names of tasks or groups of lm-eval; with a folder: of tasks in it, and empty "
+        "for all of them.",
+    )
+    folder: Path | None = Field(
+        None,
+        description="Folder that holds the rows as TASK/*.jsonl; None: lm-eval takes them from the "
+        "hub.",
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Rows of each task, from the first on; None: all."
+    )
+    few_shot: int = Field(0, ge=0, description="Solved examples before each question.")
+    batch: int = Field(8, ge=1, description="Rows that are run at a time.")
 
     @model_validator(mode="after")
     def _something_is_asked(self) -> "TaskOptions":

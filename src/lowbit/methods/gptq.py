@@ -28,20 +28,34 @@ from lowbit.solvers.rounding import Grid, minmax_grid
 
 
 class GPTQ(GridMethod):
-    """act_order: the inputs that matter most are
-    rounded first. damping: share of the Hessian's mean diagonal that is added to it. clip: search
-    the ranges that lose least under the Hessian's diagonal, instead of taking the whole.
-    min_tokens: an expert that saw fewer calibration tokens is rounded to nearest and named in the
-    report.
+    """Rounds column by column and feeds each error into the columns left.
+
+    Source: GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323). The Hessian is that of the inputs
+    that quantized blocks hand on.
     """
 
     name: ClassVar[str] = "gptq"
     per_linear: ClassVar[tuple[str, ...]] = (*GridMethod.per_linear, "clip")
 
-    act_order: bool = True
-    damping: float = Field(0.01, gt=0)
-    clip: bool = True
-    min_tokens: int = Field(64, ge=1)
+    act_order: bool = Field(
+        True, description="Whether the columns whose inputs are largest are rounded first."
+    )
+    damping: float = Field(
+        0.01,
+        gt=0,
+        description="Share of the Hessian's mean diagonal that is added to its diagonal.",
+    )
+    clip: bool = Field(
+        True,
+        description="Whether the range of each group is searched for the least error under the "
+        "Hessian's diagonal; False: the whole range is kept.",
+    )
+    min_tokens: int = Field(
+        64,
+        ge=1,
+        description="Calibration tokens that an expert must see; one that saw fewer is rounded to "
+        "nearest and named in the report.",
+    )
 
     def streams(self) -> tuple[str, ...]:
         return ("quantized",)

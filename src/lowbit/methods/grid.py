@@ -4,6 +4,7 @@ from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from lowbit.formats.uniform import tensor_bytes
 from lowbit.methods.method import Method
 from lowbit.solvers.rounding import GridShape
 
@@ -11,24 +12,36 @@ ZERO_BITS = 8  # of a fine zero point
 
 
 class GridMethod(Method):
-    """bits: 2 to 8. group_size: input channels per scale, None for one per output row.
-
-    symmetric: no zero points. fine_zeros: zero points of 8 bits, which lie between codes too; at 2
-    bits a weight that is worth more than its 6 bits for each group.
-    """
+    """A method that stores integer codes with a scale, and mostly a zero point, for each group."""
 
     per_linear: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric", "fine_zeros")
 
-    bits: int = Field(4, ge=2, le=8)
-    group_size: int | None = Field(None, ge=1)
-    symmetric: bool = False
-    fine_zeros: bool = False
+    bits: int = Field(4, ge=2, le=8, description="Bits of the code that is stored for a weight.")
+    group_size: int | None = Field(
+        None,
+        ge=1,
+        description="Input channels that share a scale and a zero point; None: all of a row do.",
+    )
+    symmetric: bool = Field(
+        False, description="Whether groups have no zero point, so that codes lie around 0."
+    )
+    fine_zeros: bool = Field(
+        False,
+        description="Whether zero points have 8 bits, so that they can lie between two codes; this "
+        "helps most at 2 bits, where it costs 6 bits more for each group.",
+    )
 
     @model_validator(mode="after")
     def _check_zeros(self) -> Self:
         if self.fine_zeros and self.symmetric:
             raise ValueError("fine_zeros says how zero points are stored: symmetric has none")
         return self
+
+    def weight_bytes(self, rows: int, columns: int) -> int:
+        shape, grid = (rows, columns), self.grid_shape
+        return tensor_bytes(
+            shape, self.bits, self.group_size, self.symmetric, grid.zero_shift, "float16"
+        )
 
     @property
     def grid_shape(self) -> GridShape:

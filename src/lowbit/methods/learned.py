@@ -25,31 +25,56 @@ NEAREST_BETTER = "rounding to nearest was better than what was learned, and is k
 
 
 class LearningMethod(Method):
-    """lwc, let: what is learned, clips and scales. aug_loss: adds the error against the float block
-    on the streams that rounded blocks hand on.
+    """A method that learns clipping ranges and channel scales block by block, by gradient descent.
 
-    epochs over all samples; batch: samples per step; lwc_lr, let_lr: AdamW's rates for logits, and
-    for logarithms of scales and shifts; weight_decay: of both. alpha: of the initial scales. init:
-    "minmax" as published, or "awq", a search for scales and clips so that a quarter of the epochs
-    does. damping: share of a Hessian's mean diagonal that is added to it, where codes are chosen
-    with feedback. min_tokens: an expert that saw fewer calibration tokens is rounded to nearest and
-    named in the report.
+    Both are those of OmniQuant (arXiv 2308.13137): learnable weight clipping (LWC, section 3.2) and
+    learnable equivalent transformation (LET, section 3.3).
     """
 
     learns: ClassVar[bool] = True
 
-    lwc: bool = True
-    let: bool = False
-    aug_loss: bool = False
-    epochs: int = Field(20, ge=0)
-    batch: int = Field(1, ge=1)
-    lwc_lr: float = Field(1e-2, gt=0)
-    let_lr: float = Field(5e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    alpha: float = Field(0.5, ge=0, le=1)
-    init: Literal["minmax", "awq"] = "minmax"
-    damping: float = Field(0.01, gt=0)
-    min_tokens: int = Field(64, ge=1)
+    lwc: bool = Field(True, description="Whether the clipping range of each group is learned.")
+    let: bool = Field(
+        False, description="Whether scales of channels between neighbouring layers are learned."
+    )
+    aug_loss: bool = Field(
+        False,
+        description="Whether the loss also has the error against the float block on the inputs "
+        "that quantized blocks hand on.",
+    )
+    epochs: int = Field(
+        20, ge=0, description="Passes over all calibration windows; 0: nothing is learned."
+    )
+    batch: int = Field(1, ge=1, description="Calibration windows in one step of the optimiser.")
+    lwc_lr: float = Field(1e-2, gt=0, description="AdamW's learning rate for clipping ranges.")
+    let_lr: float = Field(
+        5e-3, gt=0, description="AdamW's learning rate for channel scales and shifts."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay for all of these.")
+    alpha: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Exponent of activations in the channel scales that learning starts from; 0: "
+        "they depend on weights alone.",
+    )
+    init: Literal["minmax", "awq"] = Field(
+        "minmax",
+        description='What learning starts from: "minmax", the whole range, as published, or "awq", '
+        "a search for scales and ranges, after which a quarter of the epochs is enough.",
+    )
+    damping: float = Field(
+        0.01,
+        gt=0,
+        description="Share of a Hessian's mean diagonal that is added to its diagonal, where codes "
+        "are chosen by a Hessian.",
+    )
+    min_tokens: int = Field(
+        64,
+        ge=1,
+        description="Calibration tokens that an expert must see; one that saw fewer is rounded to "
+        "nearest and named in the report.",
+    )
 
     def windows_per_batch(self) -> int:
         return self.batch

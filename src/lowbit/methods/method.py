@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
 from lowbit.blocks import BlockTask
@@ -15,16 +15,19 @@ from lowbit.patterns import matches
 class Method(Config):
     """A method IS its configuration; `name` is also the name of its file.
 
-    overrides: fields that differ for some linears, by pattern ({"down_proj": {"bits": 4}}); where
-    several patterns match, the last one wins. per_linear: the fields that may differ so. learns:
-    whether `BlockResult.learned` can be a task's `start`.
+    per_linear: names of the fields that `overrides` may change for some linears.
+    learns: whether `BlockResult.learned` can be a task's `start`.
     """
 
     name: ClassVar[str]
     per_linear: ClassVar[tuple[str, ...]] = ()
     learns: ClassVar[bool] = False
 
-    overrides: dict[str, dict[str, Any]] = {}
+    overrides: dict[str, dict[str, Any]] = Field(
+        {},
+        description='Fields that differ for some linears, by pattern of their names: {"down_proj": '
+        '{"bits": 4}}; of several patterns that match, the last one wins.',
+    )
 
     @model_validator(mode="after")
     def _check_overrides(self) -> Self:
@@ -58,6 +61,13 @@ class Method(Config):
     def windows_per_batch(self) -> int:
         """How many calibration windows make one batch of a stream."""
         return 1
+
+    @abstractmethod
+    def weight_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a linear on disk without its bias; scales and all else that it needs included.
+
+        rows, columns: outputs and inputs of the linear.
+        """
 
     @abstractmethod
     def quantize(self, task: BlockTask) -> BlockResult:

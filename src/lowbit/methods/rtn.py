@@ -13,7 +13,10 @@ from lowbit.solvers.rounding import minmax_grid
 
 
 class RTN(GridMethod):
-    """It has no fields but those of the grid."""
+    """Rounds every weight to the nearest code; reads no calibration text.
+
+    The baseline of all other methods: each group's grid covers its whole range.
+    """
 
     name: ClassVar[str] = "rtn"
 

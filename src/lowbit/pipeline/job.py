@@ -85,18 +85,15 @@ class Job:
         """Everything that shapes the result, as JSON values."""
         config = file_sha256(self.source.folder / "config.json")
         model = hashlib.sha256(f"{config} {self.source.reader.digest()}".encode()).hexdigest()
+        options = self.options.shaping_result()
+        options["device"] = self.device.type  # its results do not depend on which of several it is
+        options["start_from"] = self.start and self.start.digest()  # nor on where that folder is
         return {
             "method": self.method.signature(),
             "model": model,
             "calibration": windows and windows.digest,
             "seed": self.calibration.seed,
-            "device": self.device.type,
-            "allow_float": list(self.options.allow_float),
-            "skip": list(self.options.skip),
-            "only": list(self.options.only),
-            "lm_head_bits": self.options.lm_head_bits,
-            "start_from": self.start and self.start.digest(),
-            "recipe": self.options.recipe,
+            **options,
             "versions": {"lowbit": __version__, "torch": torch.__version__},
         }
 

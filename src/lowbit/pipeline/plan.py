@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from lowbit.calibration import Calibration, TokenWindows
 from lowbit.methods import Method
 from lowbit.pipeline.job import Job
-from lowbit.pipeline.options import RunOptions
+from lowbit.pipeline.options import Place, RunOptions
 from lowbit.pipeline.rehearsal import (
     LinearKind,
     Rehearsal,
@@ -54,15 +54,33 @@ class Estimate:
         return asdict(self)
 
 
-def plan(
-    model: str | Path, method: Method, calibration: Calibration | None = None, **options: Any
+def plan(  # noqa: PLR0913 (the options of a run)
+    model: str | Path,
+    method: Method,
+    calibration: Calibration | None = None,
+    *,
+    device: str = "auto",
+    restart: bool = False,
+    streams: Place = "auto",
+    allow_float: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    lm_head_bits: int | None = None,
+    start_from: str | Path | None = None,
+    dry_run_block: bool | None = None,
+    trust_remote_code: bool = False,
+    cache: str | Path | None = None,
+    recipe: str | None = None,
 ) -> Estimate:
-    """What `quantize` would take with the same arguments, from a rehearsal; see `rehearse`.
+    """Estimates size, memory and time of `quantize` from a dry run of one block; writes no model.
+
+    All arguments are those of `lowbit.quantize`, so that the same keywords serve both.
 
     Raises ValueError, or runs out of memory, where the run would.
     """
+    options = RunOptions.of(locals())
     started = time.perf_counter()
-    job = Job(model, method, calibration, RunOptions(**options))
+    job = Job(model, method, calibration, options)
     windows = job.windows()
     return estimate(job, windows, time.perf_counter() - started)
 

@@ -2,8 +2,8 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lowbit.blocks import Stream
 from lowbit.blocks.walk import Step
@@ -25,27 +25,47 @@ from lowbit.events import (
 )
 from lowbit.methods import Method
 from lowbit.pipeline.job import Job
-from lowbit.pipeline.options import RunOptions
+from lowbit.pipeline.options import Place, RunOptions
 from lowbit.pipeline.plan import LONG, estimate, longest
 from lowbit.pipeline.results import left_float, result_of, run_report
 
 
-def quantize(
+def quantize(  # noqa: PLR0913 (the options of a run)
     model: str | Path,
     out: str | Path,
     method: Method,
     calibration: Calibration | None = None,
+    *,
+    device: str = "auto",
+    restart: bool = False,
+    streams: Place = "auto",
+    allow_float: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    lm_head_bits: int | None = None,
+    start_from: str | Path | None = None,
+    dry_run_block: bool | None = None,
+    trust_remote_code: bool = False,
+    cache: str | Path | None = None,
+    recipe: str | None = None,
     on_event: OnEvent = lambda event: None,
-    **options: Any,
 ) -> Path:
-    """Quantizes `model` (a folder or a hub id) into the folder `out` and returns that folder.
+    """Quantizes a model into a folder, block by block, and returns that folder.
 
-    The same call continues an interrupted run to the same bytes. calibration: what the streams are
-    made of; unused by methods without streams. on_event: called with every event (see
-    `lowbit.events`). options: the fields of `RunOptions`. Raises ValueError for anything that the
-    caller can mend; what was finished stays in `out`.
+    If the run is interrupted, the same call continues it and writes the same bytes.
+
+    model: a folder or a hub id.
+    out: the folder to write; what is finished stays there if the run stops.
+    method: which algorithm, with its settings: `lowbit.methods.OmniQuant(bits=3)`.
+    calibration: the text that the method learns from; None: the defaults of `Calibration`.
+        Methods that need no text do not read it.
+    on_event: called with each event of the run (`lowbit.events`): a block begins, an epoch ends ...
+    All others are the fields of `lowbit.RunOptions`, which says what each of them means.
+
+    Raises ValueError for what the caller can mend, such as an option that does not fit the model.
     """
-    return _Run(Job(model, method, calibration, RunOptions(**options)), on_event).into(Path(out))
+    options = RunOptions.of(locals())
+    return _Run(Job(model, method, calibration, options), on_event).into(Path(out))
 
 
 class _Run:

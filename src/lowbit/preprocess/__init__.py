@@ -5,11 +5,11 @@ the next-token loss, and merged. What comes out is a float model for `quantize`.
 not calibration, and results that used it say so. It is the one stage that needs the whole model in
 memory.
 
-packing.py cuts the text, lora.py trains and merges, stages.py goes from folder to folder and can be
-interrupted.
+options.py says how adapters are trained, packing.py cuts the text, lora.py trains and merges,
+stages.py goes from folder to folder and can be interrupted. Only lora.py imports peft.
 """
 
-from lowbit.preprocess.lora import LoRA
+from lowbit.preprocess.options import LoRA
 from lowbit.preprocess.stages import MARK, preprocess
 
 __all__ = ["MARK", "LoRA", "preprocess"]

@@ -13,7 +13,6 @@ import numpy
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -23,49 +22,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from lowbit.config import Config
 from lowbit.events import OnEvent, TrainingStep
 from lowbit.patterns import matches_any
+from lowbit.preprocess.options import LoRA
 
 WRITTEN_LAST = "trainer_state.json"  # of the files of a state, by Trainer
-
-
-class LoRA(Config):
-    """rank, alpha, dropout: of the adapters. targets: patterns of the linears that get one.
-
-    The published set leaves out the output projection of attention: ["q_proj", "k_proj", "v_proj",
-    "gate_proj", "up_proj", "down_proj"]. sources, seqlen: the text, in packed windows, none of them
-    twice; seqlen None: the smaller of 2,048 and the model's context. steps: optimiser updates of
-    `batch` times `accumulate` windows. learning_rate: of AdamW, at the end of a warm-up over the
-    share `warmup` of all steps, then down a cosine. held_out: windows of the text that are not
-    trained on; the loss on them before and after says whether training helped. save_every: steps
-    between two states that a stopped run can go on from.
-    """
-
-    rank: int = Field(64, ge=1)
-    alpha: int = Field(16, ge=1)
-    dropout: float = Field(0.1, ge=0, lt=1)
-    targets: tuple[str, ...] = Field(("*",), min_length=1)
-    sources: tuple[str, ...] = Field(("c4",), min_length=1)
-    seqlen: int | None = Field(None, ge=2)
-    steps: int = Field(10_000, ge=1)
-    batch: int = Field(1, ge=1)
-    accumulate: int = Field(2, ge=1)
-    learning_rate: float = Field(1e-4, gt=0)
-    warmup: float = Field(0.05, ge=0, le=1)
-    gradient_checkpointing: bool = True
-    held_out: int = Field(16, ge=1)
-    save_every: int = Field(500, ge=1)
-
-    @field_validator("targets", "sources", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @property
-    def windows(self) -> int:
-        """How many windows of text are trained on."""
-        return self.steps * self.batch * self.accumulate
 
 
 def train(

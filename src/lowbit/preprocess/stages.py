@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from lowbit.models.skeleton import memory_names, unfuse_experts
 from lowbit.models.source import SourceModel
 from lowbit.models.tokenizer import need_tokenizer
 from lowbit.pipeline import RunOptions, quantize
-from lowbit.pipeline.options import choose_device
-from lowbit.preprocess.lora import LoRA, train
+from lowbit.pipeline.options import Place, choose_device
+from lowbit.preprocess.options import LoRA
 from lowbit.preprocess.packing import packed_windows
 from lowbit.version import __version__
 
@@ -32,28 +32,52 @@ LONGEST_DEFAULT = 2048  # tokens; what the paper trains with
 MARK = "lowbit_preprocess"  # the key of config.json under which OUT says how it was made
 
 
-def preprocess(
+def preprocess(  # noqa: PLR0913 (the options of a run)
     model: str | Path,
     out: str | Path,
     first_pass: Method,
-    lora: LoRA,
+    lora: LoRA | None = None,
     calibration: Calibration | None = None,
+    *,
+    device: str = "auto",
+    restart: bool = False,
+    streams: Place = "auto",
+    allow_float: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    lm_head_bits: int | None = None,
+    start_from: str | Path | None = None,
+    dry_run_block: bool | None = None,
+    trust_remote_code: bool = False,
+    cache: str | Path | None = None,
+    recipe: str | None = None,
     on_event: OnEvent = lambda event: None,
-    **options: Any,
 ) -> Path:
-    """Writes the restored float model into the folder `out`, and returns that folder.
+    """Trains a model so that it loses less when it is quantized, and returns the float folder.
 
-    first_pass: how the model is quantized before it is restored; calibration: its text, and the
-    seed of everything. options: fields of `RunOptions`. Work is kept in `OUT.work` until `out` is
-    whole; its config.json says what was done. Raises ValueError for anything that the caller can
-    mend.
+    The model is quantized, low-rank adapters are trained on what that left, and both are merged
+    into a float model, which `quantize` takes. This is training, not calibration: it needs the
+    whole model in memory, and results that used it should say so. Needs peft: pip install
+    'lowbit[train]'. If it is interrupted, the same call continues it from `OUT.work`.
+
+    model: a folder or a hub id.
+    out: the folder to write, which must not exist; its config.json says what was done.
+    first_pass: the method that quantizes the model before it is trained.
+    lora: the adapters and their training; None: the defaults of `LoRA`.
+    calibration: the text of the first pass, and the seed of everything; None: the defaults.
+    on_event: called with each `Event` of the run.
+    All others are the fields of `lowbit.RunOptions`, which says what each of them means.
+
+    Raises ValueError for what the caller can mend.
     """
-    chosen, calibration = RunOptions(**options), calibration or Calibration()
-    device = choose_device(chosen.device)
-    if device.index:  # Trainer knows no other than the first
+    chosen = RunOptions.of(locals())
+    lora, calibration = lora or LoRA(), calibration or Calibration()
+    train = _training()
+    trained_on = choose_device(chosen.device)
+    if trained_on.index:  # Trainer knows no other than the first
         raise ValueError(
             f"device {chosen.device!r}: training runs on the first GPU; to make this one it, set "
-            f"CUDA_VISIBLE_DEVICES={device.index}, and name cuda:0"
+            f"CUDA_VISIBLE_DEVICES={trained_on.index}, and name cuda:0"
         )
     folder, out = locate(model, chosen.trust_remote_code), Path(out)
     if out.exists():
@@ -66,16 +90,16 @@ def preprocess(
         "calibration": calibration.model_dump(mode="json"),
         "lora": lora.model_dump(mode="json"),
         "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        "device": device.type,
+        "device": trained_on.type,
         "versions": {"lowbit": __version__, "torch": torch.__version__},
     }
     work = out.with_name(f"{out.name}.work")
     with CheckpointWriter(work, made_by, 1, chosen.restart):
         first, dense = work / "first", work / "dense"
         stage = chosen.model_copy(update={"restart": False})
-        quantize(model, first, first_pass, calibration, on_event, **dict(stage))
+        quantize(model, first, first_pass, calibration, **dict(stage), on_event=on_event)
         if not dense.exists():
-            dequantize(first, dense, False, chosen.trust_remote_code)
+            dequantize(first, dense, verify=False, trust_remote_code=chosen.trust_remote_code)
         restored = _float_model(dense, chosen)
         linears = [
             f"{block}.{linear}"
@@ -94,6 +118,15 @@ def preprocess(
     shutil.rmtree(work, ignore_errors=True)
     on_event(RunFinished(out=str(out)))
     return out
+
+
+def _training() -> Callable[..., dict[str, Any]]:
+    """`lora.train`, which needs peft; it is imported before any work is done."""
+    try:
+        from lowbit.preprocess.lora import train
+    except ImportError as error:
+        raise ValueError(f"{error}; it is installed with: pip install 'lowbit[train]'") from error
+    return train
 
 
 def _windows(source: SourceModel, lora: LoRA, seed: int, options: RunOptions) -> Tensor:

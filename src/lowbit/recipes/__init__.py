@@ -19,23 +19,38 @@ SUFFIX = ".yaml"
 class RecipeCalibration(Config):
     """What a recipe says about its calibration text; None: the default of `Calibration`."""
 
-    sources: tuple[str, ...] | None = Field(None, min_length=1)
-    samples: int | None = Field(None, ge=1)
-    seqlen: int | None = Field(None, ge=2)
+    sources: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Names of data sets or text files; None: wikitext2."
+    )
+    samples: int | None = Field(None, ge=1, description="Windows of text in all; None: 128.")
+    seqlen: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens in a window; None: 2,048, or the model's context if that is shorter.",
+    )
 
 
 class Recipe(Config):
-    """description: one line. fields: of the method. families: fields that differ, by family.
+    """A method with its fields, and the calibration text that goes with them."""
 
-    lora: makes it a recipe for `lowbit preprocess`: what is trained after that method's pass.
-    """
-
-    description: str = Field(min_length=1, pattern=r"^[^\n]+$")
-    method: str
-    fields: dict[str, Any] = {}
-    calibration: RecipeCalibration = RecipeCalibration()
-    families: dict[str, dict[str, Any]] = {}
-    lora: dict[str, Any] | None = None
+    description: str = Field(
+        min_length=1, pattern=r"^[^\n]+$", description="What it is for, in one line."
+    )
+    method: str = Field(description="Name of the method; `lowbit methods` lists them.")
+    fields: dict[str, Any] = Field(
+        {}, description="Fields of the method that differ from its defaults."
+    )
+    calibration: RecipeCalibration = Field(
+        RecipeCalibration(), description="The text that the method learns from."
+    )
+    families: dict[str, dict[str, Any]] = Field(
+        {}, description="Fields that differ for a family of models, by the family's name."
+    )
+    lora: dict[str, Any] | None = Field(
+        None,
+        description="Fields of `LoRA`, which make it a recipe for `lowbit preprocess`; None: it is "
+        "one for `lowbit quantize`.",
+    )
 
     def settings(self, family: str) -> dict[str, Any]:
         """The method's fields for a family of models."""

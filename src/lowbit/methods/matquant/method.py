@@ -26,7 +26,7 @@ from lowbit.blocks.parts import sum_of_parts
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics, tokens_by_linear
 from lowbit.blocks.training import fit, mean_loss
 from lowbit.formats.base import QuantizedLinear
-from lowbit.formats.nested import NestedLinear
+from lowbit.formats.nested import NestedLinear, tensor_bytes
 from lowbit.kernels.slicing import MASTER_BITS
 from lowbit.methods.learned import NEAREST_BETTER, LearningMethod, keep_if_better, packed_block
 from lowbit.methods.matquant.packing import pack_nested
@@ -44,36 +44,71 @@ from lowbit.solvers.block_learner import BlockLearner
 from lowbit.solvers.gptq import OrderedFactor
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, grouped
 
+# Share of the weights that have the code which extra precision adds to a slice; each takes a bit.
+# Measured on llama-mini at 2, 3, 4 and 6 bits, with benchmarks/matquant.py.
+TOP_CODES = {2: 0.32, 3: 0.11, 4: 0.06, 5: 0.04, 6: 0.03, 7: 0.02}
 ATTENTION = ("attn", "attention")  # what transformers calls it in the names of linears
 
 
 class MatQuant(LearningMethod):
-    """widths, weights: the slices that are made good, and what the error of each counts.
+    """Makes 8-bit codes whose upper 2 to 7 bits are good models too.
 
-    group_size, symmetric: of the 8-bit grid; symmetric ones have their zero at 128, so that 0 stays
-    0 in every slice. extra_precision: a slice has one level more, at the cost of a bit for each
-    weight of its top code. distill: "8->2" adds the 8-bit slice's output to the targets of the
-    2-bit slice, which are then averaged; distill_alone: it is the only target. scope: "ffn" as in
-    the paper's tables; linears of attention are then rounded to nearest at 8 bits, and have no
-    other width. inputs: a slice learns on what slices of its own width hand on ("per_bit"), or all
-    on the 8-bit or the float model's. rounding: "nearest" as published, or "joint": codes are
-    chosen with feedback for all widths together, which favours those that count most at the cost of
-    the others; with epochs 0 it needs no gradient.
+    Source: MatQuant (Nair et al., ICML 2025, arXiv 2502.06786). One folder then runs at any width
+    from 8 to 2 bits (`lowbit.load(folder, bits=4)`, `set_bits`), or with a width for each layer
+    (`mix`), and `slice` writes one width as a folder of its own.
     """
 
     name: ClassVar[str] = "matquant"
     per_linear: ClassVar[tuple[str, ...]] = ("group_size", "symmetric", "extra_precision")
 
-    widths: list[int] = Field([8, 4, 2], min_length=1)
-    weights: list[float] = [0.1, 0.1, 1.0]
-    group_size: int | None = Field(None, ge=1)
-    symmetric: bool = False
-    extra_precision: bool = False
-    distill: list[str] = []
-    distill_alone: bool = False
-    scope: Literal["all", "ffn"] = "all"
-    inputs: Literal["per_bit", "shared_8", "shared_float"] = "per_bit"
-    rounding: Literal["nearest", "joint"] = "nearest"
+    widths: list[int] = Field(
+        [8, 4, 2],
+        min_length=1,
+        description="Bits of the slices that are optimised, each from 2 to 8, from high to low; "
+        "all other widths can be sliced too.",
+    )
+    weights: list[float] = Field(
+        [0.1, 0.1, 1.0],
+        description="Weight of each slice's error in the loss, in the order of widths; each is "
+        "above 0.",
+    )
+    group_size: int | None = Field(
+        None,
+        ge=1,
+        description="Input channels that share a scale and a zero point; None: all of a row do.",
+    )
+    symmetric: bool = Field(
+        False,
+        description="Whether all zero points are 128, so that a weight of 0 is 0 in every slice.",
+    )
+    extra_precision: bool = Field(
+        False,
+        description="Whether a slice has one level more than its bits allow, at the cost of one "
+        "bit for each weight of its top code.",
+    )
+    distill: list[str] = Field(
+        [],
+        description='Slices that also learn from a wider one, as ["8->2"]: the target of the 2-bit '
+        "slice is then the mean of the float block's and the 8-bit slice's outputs.",
+    )
+    distill_alone: bool = Field(
+        False, description="Whether the wider slice's output is the only target of a lesson."
+    )
+    scope: Literal["all", "ffn"] = Field(
+        "all",
+        description='What has slices: "all" linears, or "ffn", those of the feed-forward part, as '
+        "in the paper; attention is then rounded to nearest at 8 bits.",
+    )
+    inputs: Literal["per_bit", "shared_8", "shared_float"] = Field(
+        "per_bit",
+        description='What a slice learns on: the outputs of blocks at its own width ("per_bit"), '
+        'at 8 bits ("shared_8") or in float ("shared_float").',
+    )
+    rounding: Literal["nearest", "joint"] = Field(
+        "nearest",
+        description='How codes are chosen: "nearest" as published, or "joint", by a Hessian for '
+        "all widths together, which favours the widths with the largest weights.",
+    )
 
     @model_validator(mode="after")
     def _check_widths(self) -> Self:
@@ -98,6 +133,14 @@ class MatQuant(LearningMethod):
 
     def streams(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(("float", *map(self.stream_of, self.widths))))
+
+    def weight_bytes(self, rows: int, columns: int, width: int = MASTER_BITS) -> int:
+        """width: of a slice that is stored alone; 8: the master, from which any can be cut."""
+        resident = "master" if width == MASTER_BITS else "slice"
+        shape, size, symmetric = (rows, columns), self.group_size, self.symmetric
+        share = TOP_CODES[width] if self.extra_precision and resident == "slice" else 0.0
+        top_codes = round(share * rows * columns)
+        return tensor_bytes(shape, width, size, symmetric, resident, top_codes, "float16")
 
     def stream_of(self, width: int) -> str:
         """The stream that a slice learns on."""

@@ -6,8 +6,8 @@ a token's result depends on that token alone, and that salient columns widen no 
 SmoothQuant (Xiao et al., arXiv 2211.10438, equation 4) may go before, GPTQ may round the weights.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -19,10 +19,11 @@ from lowbit.blocks.folding import Tensors, apply_folds, tensors_of
 from lowbit.blocks.hessian import Hessians, input_hessians
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.formats import link
-from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear
+from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear, tensor_bytes
 from lowbit.formats.uniform.reference import group_count
 from lowbit.methods.method import Method
 from lowbit.methods.mixedquant.absorbing import SplitHessian, split_hessian
+from lowbit.methods.mixedquant.groups import OrderedGroup, input_scale, permute_producers
 from lowbit.methods.mixedquant.ordering import (
     Salience,
     Sort,
@@ -54,16 +55,11 @@ UNROUNDED = 16  # activation_bits that leave inputs as they are
 
 
 class MixedQuant(Method):
-    """bits: of weights. activation_bits: of inputs, rounded when the model runs; 16: left alone.
+    """Few bits for weights and inputs; salient inputs stay in float.
 
-    group_size: inputs per scale, of weights and of inputs; None: all. salient_ratio: share of the
-    inputs that stays float, as the nearest multiple of `alignment`, chosen by `salience`.
-    salient_bits: of their weights; 8: integers with a scale per row. sort: by which key the others
-    are ordered before they are cut into groups; see `solvers/ordering.py`. smooth: SmoothQuant's
-    alpha; None: no smoothing. clip: search the range of each group that loses least, instead of
-    taking the whole. rounding: of weights; damping: of GPTQ's Hessian. min_tokens: an expert that
-    saw fewer calibration tokens is ordered by its weights and rounded to nearest, and named in the
-    report.
+    After the project adithyab100/smoothquant-mixedprecision (2024; there is no paper). All other
+    inputs are sorted, so that those that share a scale have a similar size. SmoothQuant (Xiao et
+    al., arXiv 2211.10438) may go before, GPTQ may round the weights.
     """
 
     name: ClassVar[str] = "mixedquant"
@@ -72,19 +68,71 @@ class MixedQuant(Method):
         *OF_THE_INPUT,
     )
 
-    bits: int = Field(4, ge=2, le=8)
-    activation_bits: int = Field(4, ge=2, le=UNROUNDED)
-    group_size: int | None = Field(128, ge=4, le=1024)
-    salient_ratio: float = Field(0.05, ge=0, le=0.1)
-    alignment: int = Field(32, ge=1)
-    salience: Salience = "absmean"
-    salient_bits: Literal[8, 16] = 16
-    sort: Sort = "mean3std"
-    smooth: float | None = Field(None, ge=0, le=1)
-    clip: bool = True
-    rounding: Literal["nearest", "gptq"] = "nearest"
-    damping: float = Field(0.01, gt=0)
-    min_tokens: int = Field(64, ge=1)
+    bits: int = Field(4, ge=2, le=8, description="Bits of the code that is stored for a weight.")
+    activation_bits: int = Field(
+        4,
+        ge=2,
+        le=UNROUNDED,
+        description="Bits of the inputs, which are rounded when the model runs: 2 to 8, or 16 for "
+        "inputs that are not rounded.",
+    )
+    group_size: int | None = Field(
+        128,
+        ge=4,
+        le=1024,
+        description="Inputs that share a scale, in weights and in activations; None: all of a row "
+        "do.",
+    )
+    salient_ratio: float = Field(
+        0.05,
+        ge=0,
+        le=0.1,
+        description="Share of the inputs that stay in float, rounded to a multiple of alignment.",
+    )
+    alignment: int = Field(
+        32, ge=1, description="Number that the count of salient inputs is a multiple of."
+    )
+    salience: Salience = Field(
+        "absmean",
+        description="Statistic of an input by which salient ones are chosen; weighted: absmean "
+        "times the norm of its weights.",
+    )
+    salient_bits: Literal[8, 16] = Field(
+        16,
+        description="Bits of the weights of salient inputs: 16, in float, or 8, as integers with a "
+        "scale for each row.",
+    )
+    sort: Sort = Field(
+        "mean3std",
+        description="Statistic by which the other inputs are sorted into groups: mean3std is the "
+        "mean of |x| and 3 standard deviations, argmax the place of the largest token.",
+    )
+    smooth: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="SmoothQuant's alpha, the share of outliers that moves from inputs into "
+        "weights; None: no smoothing.",
+    )
+    clip: bool = Field(
+        True,
+        description="Whether the range of each group is searched for the least error; False: the "
+        "whole range is kept.",
+    )
+    rounding: Literal["nearest", "gptq"] = Field(
+        "nearest", description="How the codes of weights are chosen: to nearest, or as by GPTQ."
+    )
+    damping: float = Field(
+        0.01,
+        gt=0,
+        description="Share of GPTQ's Hessian's mean diagonal that is added to its diagonal.",
+    )
+    min_tokens: int = Field(
+        64,
+        ge=1,
+        description="Calibration tokens that an expert must see; one that saw fewer is sorted by "
+        "its weights, rounded to nearest and named in the report.",
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -103,15 +151,22 @@ class MixedQuant(Method):
     def streams(self) -> tuple[str, ...]:
         return ("quantized",)
 
+    def weight_bytes(self, rows: int, columns: int) -> int:
+        salient = salient_count(self.salient_ratio, self.alignment, columns)
+        kept = "int8" if self.salient_bits == 8 else "float16"
+        order = None if self.sort == "none" and not salient else "stored"
+        shape, size = (rows, columns), self.group_size
+        return tensor_bytes(shape, self.bits, size, "float16", salient, kept, order, None)
+
     def quantize(self, task: BlockTask) -> BlockResult:
         statistics = input_statistics(task.block, task.groups, task.streams["quantized"])
         smoothing = self._smoothing(task, statistics)
         tensors = apply_folds(tensors_of(task.block), *smoothing)
-        groups: list[_Group] = []
+        groups: list[OrderedGroup] = []
         for group in task.groups:
-            scale = _of_columns(group, *smoothing)
+            scale = input_scale(group, *smoothing)
             groups.append(self._ordered(task, group, tensors, statistics[group.name], scale))
-        _permute_producers(task, groups, tensors)
+        permute_producers(task, groups, tensors)
         hessians = self._hessians(task)
         result, reports = BlockResult(), dict[str, LinearReport]()
         for ordered in groups:
@@ -164,7 +219,7 @@ class MixedQuant(Method):
         tensors: Tensors,
         seen: ChannelStatistics,
         scale: Tensor | None = None,
-    ) -> "_Group":
+    ) -> OrderedGroup:
         """Which inputs stay float, and the order of the others. scale: by which x was divided."""
         here = self._common(task, group)
         weights = [tensors[f"{name}.weight"] for name in group.linears]
@@ -189,7 +244,7 @@ class MixedQuant(Method):
         )
         instead = "ordered by its weights and rounded to nearest"
         fallback = None if enough else too_few_tokens(seen.tokens, instead)
-        return _Group(
+        return OrderedGroup(
             group=group, columns=columns, order=order, seen=seen, scale=scale, fallback=fallback
         )
 
@@ -199,7 +254,7 @@ class MixedQuant(Method):
             return None
         return input_hessians(task.block, task.groups, task.streams["quantized"])
 
-    def _split(self, ordered: "_Group", hessians: Hessians) -> SplitHessian | None:
+    def _split(self, ordered: OrderedGroup, hessians: Hessians) -> SplitHessian | None:
         """The group's Hessian in the order of the inputs; None if it is not positive definite."""
         matrix = hessians[ordered.group.name].matrix
         if ordered.scale is not None:
@@ -210,7 +265,7 @@ class MixedQuant(Method):
     def _quantize_group(
         self,
         task: BlockTask,
-        ordered: "_Group",
+        ordered: OrderedGroup,
         tensors: Tensors,
         split: SplitHessian | None,
     ) -> tuple[dict[str, SortedGroupLinear], dict[str, LinearReport]]:
@@ -237,7 +292,7 @@ class MixedQuant(Method):
         self,
         weight: Tensor,
         bias: Tensor | None,
-        ordered: "_Group",
+        ordered: OrderedGroup,
         split: SplitHessian | None,
         shares: str | None,
     ) -> tuple[SortedGroupLinear, float | None]:
@@ -258,90 +313,12 @@ class MixedQuant(Method):
         made = SortedGroupLinear.from_codes(codes, layer.scale, salient, ordered.order, **facts)
         return made, proxy_loss(weight, made.ordered(), split.hessian)
 
-    def _grid(self, weight: Tensor, ordered: "_Group") -> Grid:
+    def _grid(self, weight: Tensor, ordered: OrderedGroup) -> Grid:
         shape = GridShape(self.bits, self.group_size, symmetric=True)
         if not self.clip or ordered.seen.tokens < self.min_tokens:
             return minmax_grid(weight, *shape)
         square = ordered.seen.square[ordered.columns[: ordered.kept]]
         return clipped_grid(weight, square, shape)
-
-
-@dataclass(kw_only=True)
-class _Group:
-    """A group with the order of its inputs.
-
-    columns: (in,) int64, the input at each place, whether it is stored or folded into what makes
-        the input.
-    seen: after smoothing, in the input's own order.
-    scale: (in,) of the smoothing.
-    fallback: the sentence for its linears, if they are quantized in a simpler way than asked for.
-    """
-
-    group: LinearGroup
-    columns: Tensor
-    order: InputOrder
-    seen: ChannelStatistics
-    scale: Tensor | None
-    fallback: str | None
-
-    @property
-    def kept(self) -> int:
-        return len(self.columns) - self.order.salient
-
-    def of(self, weight: Tensor) -> Tensor:
-        """weight (out, in) with its columns in the order"""
-        return weight[:, self.columns]
-
-    @property
-    def permutation(self) -> Literal["none", "stored", "folded"]:
-        """How the order is kept; see `LinearReport`."""
-        if self.order.permutation is not None:
-            return "stored"
-        return "none" if is_identity(self.columns) else "folded"
-
-
-def _of_columns(
-    group: LinearGroup, folds: Mapping[str, Fold], scales: Mapping[str, Tensor]
-) -> Tensor | None:
-    """By what the input of a group was divided: (in,); None: by nothing."""
-    found = None
-    for name, fold in folds.items():
-        if group.linears[0] in fold.readers:
-            channels = fold.reader_channels
-            scale = scales[name] if channels is None else scales[name][channels]
-            found = scale if found is None else found * scale
-    return found
-
-
-def _permute_producers(task: BlockTask, groups: list[_Group], tensors: Tensors) -> None:
-    """Folds orders into what makes an input, where that is exact: no permutation is then stored."""
-    by_reader = {ordered.group.linears: ordered for ordered in groups}
-    for readers, producers in _gated(task):
-        ordered = by_reader[readers]
-        if ordered.order.permutation is None:
-            continue
-        for name in producers:
-            for part in ("weight", "bias"):
-                if f"{name}.{part}" in tensors:
-                    tensors[f"{name}.{part}"] = tensors[f"{name}.{part}"][ordered.columns]
-        ordered.order = replace(ordered.order, permutation=None)
-
-
-def _gated(task: BlockTask) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """(all readers of an input, up and gate), whose rows, permuted alike, permute the input alone.
-
-    A fold of kind "gated" names up; the gate is the one other linear that reads what up reads.
-    Values (v_proj) are no such case: their heads tie them to queries and keys.
-    """
-    by_linear = {name: group.linears for group in task.groups for name in group.linears}
-    for fold in task.folds:
-        plain = fold.source_rows is None and fold.source_channels is None
-        if fold.kind != "gated" or not plain or fold.reader_channels is not None:
-            continue
-        producers = by_linear.get(fold.source, ())
-        rows = {len(task.block.get_parameter(f"{name}.weight")) for name in producers}
-        if len(producers) == 2 and rows == {fold.size} and fold.readers in by_linear.values():
-            yield fold.readers, producers
 
 
 def _keep_changed(task: BlockTask, tensors: Tensors, result: BlockResult) -> None:

@@ -52,10 +52,11 @@ FLOAT_ATTENTION = (
 
 
 class OmniQuant(LearningMethod, GridMethod):
-    """activation_bits: of what these linears read, and attentions that hold some of them; None
-    leaves it as it is. activation_symmetric: around 0, without a zero point for each token.
-    rounding: "nearest" as published, or "gptq": with grid and scales learned, codes are chosen with
-    feedback.
+    """Learns clipping ranges and channel scales, block by block.
+
+    Source: OmniQuant (Shao et al., ICLR 2024, arXiv 2308.13137). For weights alone, or for weights
+    and activations. Nothing of what is learned costs time when the model runs: ranges are part of
+    the stored grid, scales are folded into norms and neighbouring linears.
     """
 
     name: ClassVar[str] = "omniquant"
@@ -65,9 +66,21 @@ class OmniQuant(LearningMethod, GridMethod):
         "activation_symmetric",
     )
 
-    activation_bits: int | None = Field(None, ge=3, le=8)
-    activation_symmetric: bool = False
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    activation_bits: int | None = Field(
+        None,
+        ge=3,
+        le=8,
+        description="Bits of the inputs of linears, and of queries, keys and values, which are "
+        "rounded token by token when the model runs; None: they are not rounded.",
+    )
+    activation_symmetric: bool = Field(
+        False, description="Whether activations are rounded without a zero point for each token."
+    )
+    rounding: Literal["nearest", "gptq"] = Field(
+        "nearest",
+        description='How codes are chosen on the learned grid: "nearest" as published, or "gptq", '
+        "column by column with the error fed into the columns left.",
+    )
 
     @model_validator(mode="after")
     def _check_activation(self) -> Self:

@@ -29,7 +29,7 @@ from lowbit.blocks.start import Start
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics, tokens_by_linear
 from lowbit.blocks.training import ParameterGroup, fit, mean_loss
 from lowbit.formats import link
-from lowbit.formats.binary import BinaryLinear, Salient
+from lowbit.formats.binary import BinaryLinear, Salient, tensor_bytes
 from lowbit.methods.method import Method
 from lowbit.methods.ptq161.binary import (
     alternated,
@@ -58,39 +58,80 @@ MEANS_BETTER = "signs with mean scales were better than what was learned, and ar
 
 
 class PTQ161(Method):
-    """salient_ratio: share of the input channels at four bits; 0: signs alone. salience: which
-    statistic of a channel's activations ranks it. alignment: the count of salient channels is a
-    multiple of it, or of the largest smaller power of two that keeps within a tenth of the ratio.
-    row_mean: rows have a mean besides their scale.
+    """Keeps a fifth of the inputs at 4 bits, signs of the rest: 1.61 bits.
 
-    init: where scales begin, "reference" as published, or "als", alternating least squares weighted
-    by activations. refit_salient: salient weights take up the error of the others and are rounded
-    with feedback; damping: share of the Hessian's mean diagonal that is added to it then. epochs
-    over all samples; 0: nothing is learned. row_lr, column_lr: AdamW's rates for the logarithms of
-    scales; as shares of a scale, those published for OPT and Llama-2 are 0.015 and 0.009. angular:
-    what -log(cosine) counts beside the squared error. min_tokens: an expert that saw fewer
-    calibration tokens is binarised by its weights alone and named in the report.
+    Source: PTQ1.61 (Zhao et al., ACL 2025, arXiv 2502.13179). Signs have scales for rows and
+    columns, which are learned block by block. The paper's preprocessing, which trains the model
+    first, is `lowbit.preprocess`.
     """
 
     name: ClassVar[str] = "ptq161"
     per_linear: ClassVar[tuple[str, ...]] = ("salient_ratio", "alignment", "row_mean")
     learns: ClassVar[bool] = True
 
-    salient_ratio: float = Field(0.2, ge=0, lt=1)
-    salience: Literal["absmax", "absmean", "rms"] = "absmax"
-    alignment: Literal[1, 2, 4, 8, 16, 32, 64, 128] = 64
-    row_mean: bool = True
-    init: Literal["reference", "als"] = "reference"
-    refit_salient: bool = False
-    damping: float = Field(0.01, gt=0)
-    epochs: int = Field(20, ge=0)
-    row_lr: float = Field(1e-2, gt=0)
-    column_lr: float = Field(1e-2, gt=0)
-    angular: float = Field(1.0, ge=0)
-    min_tokens: int = Field(64, ge=1)
+    salient_ratio: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="Share of the input channels whose weights have 4 bits; 0: all weights are "
+        "signs.",
+    )
+    salience: Literal["absmax", "absmean", "rms"] = Field(
+        "absmax", description="Statistic of a channel's activations by which these are chosen."
+    )
+    alignment: Literal[1, 2, 4, 8, 16, 32, 64, 128] = Field(
+        64,
+        description="Number that the count of 4-bit channels is a multiple of; it is halved until "
+        "that count is within a tenth of salient_ratio.",
+    )
+    row_mean: bool = Field(
+        True, description="Whether each row of signs has a mean besides its scale."
+    )
+    init: Literal["reference", "als"] = Field(
+        "reference",
+        description='What scales start from: "reference" as published, or "als", alternating least '
+        "squares weighted by activations.",
+    )
+    refit_salient: bool = Field(
+        False,
+        description="Whether the 4-bit weights make up for the error of the signs, and are rounded "
+        "as by GPTQ.",
+    )
+    damping: float = Field(
+        0.01,
+        gt=0,
+        description="Share of the Hessian's mean diagonal that is added to its diagonal, for "
+        "refit_salient.",
+    )
+    epochs: int = Field(
+        20, ge=0, description="Passes over all calibration windows; 0: nothing is learned."
+    )
+    row_lr: float = Field(
+        1e-2, gt=0, description="AdamW's learning rate for the logarithms of row scales."
+    )
+    column_lr: float = Field(
+        1e-2, gt=0, description="AdamW's learning rate for the logarithms of column scales."
+    )
+    angular: float = Field(
+        1.0,
+        ge=0,
+        description="Weight of -log(cosine) between the outputs of the float and the quantized "
+        "block in the loss, beside the squared error.",
+    )
+    min_tokens: int = Field(
+        64,
+        ge=1,
+        description="Calibration tokens that an expert must see; one that saw fewer is made of its "
+        "weights alone and named in the report.",
+    )
 
     def streams(self) -> tuple[str, ...]:
         return TARGETS
+
+    def weight_bytes(self, rows: int, columns: int) -> int:
+        salient = salient_count(columns, self.salient_ratio, self.alignment)
+        scaled = self.epochs > 0 or self.init == "als"  # else all column scales are 1
+        return tensor_bytes((rows, columns), salient, self.row_mean, scaled, "float16", None)
 
     @torch.no_grad()
     def quantize(self, task: BlockTask) -> BlockResult:

@@ -51,16 +51,11 @@ NOTHING_GAINED = "fine-tuning made nothing better"
 
 
 class QuIP(Method):
-    """codebook: E8P12 or D4 (2 bits), E8P12RVQ3B, E8P12RVQ4B or HI (4 bits). resid_scale: of the
-    second stage, None for the codebook's own. scale: the root mean square that weights are rounded
-    at, or "auto", the best of RATIOS. row_scale: whether each output row has its own; "auto" where
-    that gains 6 decibels for each bit that it takes. tune_iters: greedy passes. damping: share of
-    the Hessian's mean diagonal that is added to it. transform: "auto" is Hadamard where there is
-    one. seed: of the random signs, the same for all layers. merge_suv: signs go into norms and
-    neighbours wherever that leaves the block's function as it is. min_tokens: an expert that saw
-    fewer calibration tokens gets the Hessian of all experts, or none, and is named in the report.
-    finetune_epochs: of training after rounding, in steps of `batch` samples; sign_lr, norm_lr: its
-    rates for signs, and for norms, scales and biases.
+    """Rotates weights, then rounds eight at a time to points of a lattice.
+
+    Source: QuIP# (Tseng et al., arXiv 2402.04396). The rotation, random signs and a Hadamard
+    transform on both sides, makes all weights alike; the lattice E8P holds more at 2 bits than any
+    grid of numbers. Of these methods the best at 2 bits.
     """
 
     name: ClassVar[str] = "quip"
@@ -72,20 +67,66 @@ class QuIP(Method):
         "tune_iters",
     )
 
-    codebook: str = "E8P12"
-    resid_scale: float | None = Field(None, gt=0, le=1)
-    scale: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
-    row_scale: RowScale = "auto"
-    tune_iters: int = Field(2, ge=0)
-    damping: float = Field(0.01, gt=0)
-    transform: Literal["auto", "hadamard", "hartley", "random"] = "auto"
-    seed: int = Field(0, ge=0, lt=2**52)
-    merge_suv: bool = False
-    min_tokens: int = Field(64, ge=1)
-    finetune_epochs: int = Field(0, ge=0)
-    batch: int = Field(1, ge=1)
-    sign_lr: float = Field(5e-4, gt=0)
-    norm_lr: float = Field(5e-5, gt=0)
+    codebook: str = Field(
+        "E8P12",
+        description="Points that weights are rounded to: E8P12 or D4 (2 bits), E8P12RVQ3B (3), "
+        "E8P12RVQ4B or HI (4).",
+    )
+    resid_scale: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Factor of the second stage of E8P12RVQ3B and E8P12RVQ4B; None: the codebook's "
+        "own.",
+    )
+    scale: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
+        description='Root mean square that weights are scaled to before rounding; "auto": the best '
+        "of five around the codebook's own.",
+    )
+    row_scale: RowScale = Field(
+        "auto",
+        description='Whether each output row has a scale of its own; "auto": where the error falls '
+        "by at least 6 dB for each bit per weight that the scales cost.",
+    )
+    tune_iters: int = Field(
+        2, ge=0, description="Passes after rounding that improve one group at a time."
+    )
+    damping: float = Field(
+        0.01,
+        gt=0,
+        description="Share of the Hessian's mean diagonal that is added to its diagonal.",
+    )
+    transform: Literal["auto", "hadamard", "hartley", "random"] = Field(
+        "auto",
+        description='Orthogonal transform of the rotation; "auto": Hadamard for all widths that '
+        'have one, else "hartley".',
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**52, description="Seed of the random signs, which are the same in all layers."
+    )
+    merge_suv: bool = Field(
+        False,
+        description="Whether signs are multiplied into norms and neighbouring linears, where the "
+        "block's output stays the same, so that they cost no time at run time.",
+    )
+    min_tokens: int = Field(
+        64,
+        ge=1,
+        description="Calibration tokens that an expert must see; one that saw fewer gets the "
+        "Hessian of all experts, or none, and is named in the report.",
+    )
+    finetune_epochs: int = Field(
+        0,
+        ge=0,
+        description="Passes over all calibration windows that train signs, norms, scales and "
+        "biases after rounding; 0: no training.",
+    )
+    batch: int = Field(1, ge=1, description="Calibration windows in one step of that training.")
+    sign_lr: float = Field(5e-4, gt=0, description="AdamW's learning rate for signs.")
+    norm_lr: float = Field(
+        5e-5, gt=0, description="AdamW's learning rate for norms, scales and biases."
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -101,6 +142,12 @@ class QuIP(Method):
 
     def windows_per_batch(self) -> int:
         return self.batch
+
+    def weight_bytes(self, rows: int, columns: int) -> int:
+        """With the scale that a row_scale of "auto" mostly ends with: one for the whole linear."""
+        scale = ("row", "float16") if self.row_scale == "always" else ("tensor", "float32")
+        signs = "float16" if self.finetune_epochs else "seed"
+        return tensor_bytes((rows, columns), self.codebook, *scale, signs, None)
 
     def quantize(self, task: BlockTask) -> BlockResult:
         merged = self._merged(task)
