@@ -232,7 +232,7 @@ def test_provenance(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_option_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="did you mean 'restart'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'restrat'"):
         quantized.quantize(quantized.source(), tmp_path / "out", restrat=True)
     assert not (tmp_path / "out").exists()
 
