@@ -9,7 +9,7 @@ Importing it also teaches transformers to load what it writes.
 from lowbit import events, methods
 from lowbit.allocate import Mix, mix
 from lowbit.auto_quip import QuipQuantizer, load_quantized_model
-from lowbit.calibration import Calibration
+from lowbit.calibration import Calibration, TokenIds
 from lowbit.convert import convert, dequantize
 from lowbit.convert import slice_folder as slice  # noqa: A004 (the command's name)
 from lowbit.eval import EvalOptions, Evaluation, TaskOptions, evaluate
@@ -30,6 +30,7 @@ __all__ = [
     "QuipQuantizer",
     "RunOptions",
     "TaskOptions",
+    "TokenIds",
     "__version__",
     "convert",
     "dequantize",

@@ -1,16 +1,19 @@
 """Text or chats -> tokens, for calibration and for evaluation: the only door to `datasets`.
 
 sources.py reads named data sets and local files, tokens.py calls the tokenizer and hashes what goes
-in, windows.py draws the calibration windows and caches them, evaluation.py prepares what perplexity
-is measured on.
+in, windows.py draws the calibration windows and caches them, token_ids.py takes windows that the
+caller has tokenized, evaluation.py prepares what perplexity is measured on.
 """
 
 from lowbit.calibration.evaluation import evaluation_documents, evaluation_text
+from lowbit.calibration.token_ids import TokenIds, chosen_calibration
 from lowbit.calibration.windows import Calibration, TokenWindows, token_windows
 
 __all__ = [
     "Calibration",
+    "TokenIds",
     "TokenWindows",
+    "chosen_calibration",
     "evaluation_documents",
     "evaluation_text",
     "token_windows",

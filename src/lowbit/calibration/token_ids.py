@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.calibration.windows import TokenWindows
+from lowbit.calibration.windows import Calibration, TokenWindows
 
 NAME = "token ids"  # of the source, in config.json
+
+Rows = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +22,7 @@ class TokenIds:
     seed: of all random choices of the run.
     """
 
-    ids: Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
+    ids: Rows
     seed: int = 0
 
     def windows(self, vocabulary: int, context: int | None) -> TokenWindows:
@@ -70,3 +72,10 @@ class TokenIds:
         if tokens.numel() and not whole:
             raise ValueError(f"calibration token ids are {tokens.dtype}: allowed are integers")
         return tokens.long()
+
+
+def chosen_calibration(given: Calibration | TokenIds | Rows | None) -> Calibration | TokenIds:
+    """What a caller gave as calibration: the default text for None, and rows as `TokenIds`."""
+    if given is None:
+        return Calibration()
+    return given if isinstance(given, Calibration | TokenIds) else TokenIds(given)

@@ -6,23 +6,44 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 
 @contextmanager
-def saved_beside(model: PreTrainedModel, tokenizer: Any, out: Path) -> Iterator[Path]:
+def as_folder(model: str | Path | nn.Module, tokenizer: Any, beside: Path) -> Iterator[str | Path]:
+    """A folder or hub id as it is; a model in memory as a temporary folder.
+
+    tokenizer: of a model in memory, if it has one.
+    beside: where a temporary folder stands: next to this path.
+    Raises ValueError for a tokenizer that comes with a folder, and as `saved_beside` does.
+    """
+    if isinstance(model, str | Path):
+        if tokenizer is not None:
+            raise ValueError(
+                f"tokenizer is for a model in memory; {model} brings its own: leave it out, or "
+                "save that tokenizer into the folder"
+            )
+        yield model
+        return
+    with saved_beside(model, tokenizer, beside) as folder:
+        yield folder
+
+
+@contextmanager
+def saved_beside(model: nn.Module, tokenizer: Any, out: Path) -> Iterator[Path]:
     """Saves a float model into a temporary folder on the disk of `out`.
 
     tokenizer: saved with it; None: the folder has none.
     out: the temporary folder stands beside it, since other places may be too small.
     Raises ValueError for a model that is quantized, or not all in memory.
     """
-    _check(model)
+    checked = _check(model)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as place:
-        folder = Path(place) / name_of(model)
+        folder = Path(place) / name_of(checked)
         try:
-            model.save_pretrained(folder)
+            checked.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         except Exception as error:  # transformers has many, for a bad generation config for one
@@ -38,7 +59,7 @@ def name_of(model: PreTrainedModel) -> str:
     return name or type(model).__name__
 
 
-def _check(model: Any) -> None:
+def _check(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"model is a {type(model).__name__}: allowed are a folder, a hub id, or a transformers "
@@ -52,3 +73,4 @@ def _check(model: Any) -> None:
             f"parameter {absent} is not in memory (it is on the meta device): load the model whole,"
             " or name its folder, which is then read block by block"
         )
+    return model

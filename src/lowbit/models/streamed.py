@@ -58,6 +58,12 @@ class StreamedModel:
         ]
         self._check_complete()
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens have an embedding."""
+        embedding: Any = self.skeleton.get_input_embeddings()
+        return int(embedding.weight.shape[0])
+
     def load_block(self, name: str, device: torch.device | str = "cpu") -> nn.Module:
         """A block with its weights in float32."""
         block = deepcopy(self.skeleton.get_submodule(name))

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from lowbit.blocks import BlockTask, Stream
 from lowbit.blocks.walk import Step
-from lowbit.calibration import Calibration, TokenWindows, token_windows
+from lowbit.calibration import (
+    Calibration,
+    TokenIds,
+    TokenWindows,
+    chosen_calibration,
+    token_windows,
+)
+from lowbit.calibration.token_ids import Rows
 from lowbit.checkpoint import CheckpointWriter, file_sha256
 from lowbit.checkpoint.learned import Learned
 from lowbit.events import BlockFinished, BlockLog, BlockStarted, OnEvent
@@ -41,7 +48,7 @@ class Job:
         self,
         model: str | Path,
         method: Method,
-        calibration: Calibration | None,
+        calibration: Calibration | TokenIds | Rows | None,
         options: RunOptions,
     ) -> None:
         folder = locate(model, options.trust_remote_code)
@@ -49,7 +56,7 @@ class Job:
         # Not the path: a folder's name, a hub id as it is (its snapshot is named by a commit).
         self.name = folder.absolute().name if Path(model).is_dir() else str(model)
         self.method = method
-        self.calibration = calibration or Calibration()
+        self.calibration = chosen_calibration(calibration)
         self.options = options
         self.device = choose_device(options.device)
         self.selection = Selection(self.source, options.skip, options.only)
@@ -77,8 +84,10 @@ class Job:
         """The calibration text; None for a method without streams."""
         if not self.method.streams():
             return None
-        tokenizer = need_tokenizer(self.source.folder, self.options.trust_remote_code)
         context = getattr(self.source.config, "max_position_embeddings", None)
+        if isinstance(self.calibration, TokenIds):
+            return self.calibration.windows(self.source.vocabulary, context)
+        tokenizer = need_tokenizer(self.source.folder, self.options.trust_remote_code)
         return token_windows(self.calibration, tokenizer, context, self.options.cache)
 
     def signature(self, windows: TokenWindows | None) -> dict[str, Any]:

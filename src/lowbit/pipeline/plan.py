@@ -6,10 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
-from lowbit.calibration import Calibration, TokenWindows
+from torch import nn
+
+from lowbit.calibration import Calibration, TokenIds, TokenWindows
+from lowbit.calibration.token_ids import Rows
 from lowbit.methods import Method
+from lowbit.models.in_memory import as_folder
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import Place, RunOptions
 from lowbit.pipeline.rehearsal import (
@@ -55,10 +60,11 @@ class Estimate:
 
 
 def plan(  # noqa: PLR0913 (the options of a run)
-    model: str | Path,
+    model: str | Path | nn.Module,
     method: Method,
-    calibration: Calibration | None = None,
+    calibration: Calibration | TokenIds | Rows | None = None,
     *,
+    tokenizer: Any = None,
     device: str = "auto",
     restart: bool = False,
     streams: Place = "auto",
@@ -80,9 +86,10 @@ def plan(  # noqa: PLR0913 (the options of a run)
     """
     options = RunOptions.of(locals())
     started = time.perf_counter()
-    job = Job(model, method, calibration, options)
-    windows = job.windows()
-    return estimate(job, windows, time.perf_counter() - started)
+    with as_folder(model, tokenizer, Path(gettempdir()) / "lowbit-plan") as folder:
+        job = Job(folder, method, calibration, options)
+        windows = job.windows()
+        return estimate(job, windows, time.perf_counter() - started)
 
 
 def estimate(job: Job, windows: TokenWindows | None, begun: float = 0.0) -> Estimate:

@@ -4,10 +4,14 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from lowbit.blocks import Stream
 from lowbit.blocks.walk import Step
-from lowbit.calibration import Calibration, TokenWindows
+from lowbit.calibration import Calibration, TokenIds, TokenWindows
+from lowbit.calibration.token_ids import Rows
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.output import final_config
@@ -24,6 +28,7 @@ from lowbit.events import (
     RunStarted,
 )
 from lowbit.methods import Method
+from lowbit.models.in_memory import as_folder
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import Place, RunOptions
 from lowbit.pipeline.plan import LONG, estimate, longest
@@ -31,11 +36,12 @@ from lowbit.pipeline.results import left_float, result_of, run_report
 
 
 def quantize(  # noqa: PLR0913 (the options of a run)
-    model: str | Path,
+    model: str | Path | nn.Module,
     out: str | Path,
     method: Method,
-    calibration: Calibration | None = None,
+    calibration: Calibration | TokenIds | Rows | None = None,
     *,
+    tokenizer: Any = None,
     device: str = "auto",
     restart: bool = False,
     streams: Place = "auto",
@@ -54,18 +60,22 @@ def quantize(  # noqa: PLR0913 (the options of a run)
 
     If the run is interrupted, the same call continues it and writes the same bytes.
 
-    model: a folder or a hub id.
+    model: a folder, a hub id, or a transformers model in memory, which is saved beside `out` for
+        the time of the run.
     out: the folder to write; what is finished stays there if the run stops.
     method: which algorithm, with its settings: `lowbit.methods.OmniQuant(bits=3)`.
-    calibration: the text that the method learns from; None: the defaults of `Calibration`.
+    calibration: the text that the method learns from: a `lowbit.Calibration`, or token ids as
+        (windows, tokens) integers, see `lowbit.TokenIds`; None: the defaults of `Calibration`.
         Methods that need no text do not read it.
+    tokenizer: of a model in memory; without one, `out` has none, and `lowbit.load` gives None.
     on_event: called with each event of the run (`lowbit.events`): a block begins, an epoch ends ...
     All others are the fields of `lowbit.RunOptions`, which says what each of them means.
 
     Raises ValueError for what the caller can mend, such as an option that does not fit the model.
     """
     options = RunOptions.of(locals())
-    return _Run(Job(model, method, calibration, options), on_event).into(Path(out))
+    with as_folder(model, tokenizer, Path(out)) as folder:
+        return _Run(Job(folder, method, calibration, options), on_event).into(Path(out))
 
 
 class _Run:
