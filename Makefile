@@ -3,9 +3,10 @@ PYTHON ?= python3
 READY  := .venv/.installed
 HOOKS   = $$(git rev-parse --git-path hooks)
 
-.PHONY: demo test lint bench hooks
+.PHONY: demo quick test lint bench hooks
 
 demo:  $(READY) ; .venv/bin/python examples/demo.py
+quick: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q -m "not slow"
 test:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q
 lint:  $(READY) ; .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 bench: $(READY) ; .venv/bin/python benchmarks/perplexity.py $(ARGS)
