@@ -90,7 +90,7 @@ def test_what_fell_back_is_named(lowbit, learning, tmp_path):
     few = ("--set", "min_tokens=1000", "--set", "epochs=0")
     text = lowbit("quantize", MODEL, out, *learning, *few).stdout
     names = "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj, "
-    assert f"fallback: 42 layers, see {out}/report.json: {names}" in text
+    assert f"fell back: 42 layers, see {out}/report.json: {names}" in text
     assert "and 39 more" in text
 
 

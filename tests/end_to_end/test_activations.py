@@ -22,6 +22,7 @@ from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import load_changed
 from lowbit.blocks.hessian import input_hessians
 from lowbit.blocks.statistics import input_statistics
+from lowbit.blocks.walk import Step
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.convert import dequantize
 from lowbit.formats import uniform
@@ -110,17 +111,17 @@ def test_what_is_saved_is_what_ran(
     """What entered the last block in the run, and what enters it in the loaded model."""
     tokens: list[Tensor] = []
     entered: list[Tensor] = []
-    inputs, quantize_block = SourceModel.inputs, Job.quantize_block
+    first_stream, quantize_block = SourceModel.first_stream, Job.quantize_block
 
-    def spy_inputs(self: SourceModel, batches: Any) -> Any:
+    def spy_stream(self: SourceModel, batches: Any, *args: Any) -> Any:
         tokens.extend(batches)
-        return inputs(self, batches)
+        return first_stream(self, batches, *args)
 
-    def spy_block(self: Any, w: Any, index: int, block: Any, streams: Any, log: Any) -> Any:
-        entered[:] = [batch.hidden.clone() for batch in streams["quantized"]]
-        return quantize_block(self, w, index, block, streams, log)
+    def spy_block(self: Any, writer: Any, step: Step, log: Any) -> Any:
+        entered[:] = [batch.hidden.clone() for batch in step.streams["quantized"]]
+        return quantize_block(self, writer, step, log)
 
-    monkeypatch.setattr(SourceModel, "inputs", spy_inputs)
+    monkeypatch.setattr(SourceModel, "first_stream", spy_stream)
     monkeypatch.setattr(Job, "quantize_block", spy_block)
     out = quantized.quantize(quantized.source(name), tmp_path / "out", METHODS["trained"])
     model, _ = lowbit.load(out)
@@ -180,10 +181,10 @@ def test_a_resumed_run_writes_the_same_bytes(
 ) -> None:
     """The second block is quantized behind the first as its shard says it is."""
 
-    def stop(self: Any, w: Any, index: int, *args: Any) -> Any:
-        if index == 1:
+    def stop(self: Any, writer: Any, step: Step, log: Any) -> Any:
+        if step.index == 1:
             raise KeyboardInterrupt
-        return quantize_block(self, w, index, *args)
+        return quantize_block(self, writer, step, log)
 
     quantize_block = Job.quantize_block
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lowbit
 from lowbit.blocks.capture import call_block
+from lowbit.blocks.walk import Step
 from lowbit.checkpoint import CheckpointReader, QuantizedFolder
 from lowbit.formats.base import QuantizedLinear
 from lowbit.methods import OmniQuant
@@ -58,19 +59,19 @@ def test_what_is_saved_is_what_ran(
     tokens: list[Tensor] = []
     entered: list[Tensor] = []
     left: list[Tensor] = []
-    inputs, quantize_block = SourceModel.inputs, Job.quantize_block
+    first_stream, quantize_block = SourceModel.first_stream, Job.quantize_block
 
-    def spy_inputs(self: SourceModel, batches: Any) -> Any:
+    def spy_stream(self: SourceModel, batches: Any, *args: Any) -> Any:
         tokens.extend(batches)
-        return inputs(self, batches)
+        return first_stream(self, batches, *args)
 
-    def spy_block(self: Any, w: Any, index: int, block: Any, streams: Any, log: Any) -> BlockResult:
-        entered.extend(batch.hidden.clone() for batch in streams["quantized"])
+    def spy_block(self: Any, writer: Any, step: Step, log: Any) -> BlockResult:
+        entered.extend(batch.hidden.clone() for batch in step.streams["quantized"])
         with torch.no_grad():
-            left.extend(call_block(block, batch) for batch in streams["float"])
-        return quantize_block(self, w, index, block, streams, log)
+            left.extend(call_block(step.block, batch) for batch in step.streams["float"])
+        return quantize_block(self, writer, step, log)
 
-    monkeypatch.setattr(SourceModel, "inputs", spy_inputs)
+    monkeypatch.setattr(SourceModel, "first_stream", spy_stream)
     monkeypatch.setattr(Job, "quantize_block", spy_block)
     model = quantized.source(name, dtype)
     out = quantized.quantize(model, tmp_path / "out", "omniquant")

@@ -93,7 +93,7 @@ def test_it_is_inspected_and_reported(name: str, tmp_path: Path) -> None:
 def test_it_is_sliced(nested: bool, tmp_path: Path) -> None:
     """To a folder of version 1, whose entries do not say their dtype either."""
     folder = FOLDERS / "nested"
-    out = slice_folder(folder, tmp_path / "slice", 4, nested)
+    out = slice_folder(folder, tmp_path / "slice", 4, nested=nested)
     made = QuantizedFolder(out)
     made.verify()
     assert made.quantization["version"] == 1

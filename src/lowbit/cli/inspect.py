@@ -69,7 +69,7 @@ def inspect(
         f"{len(quantized.reader.files)} files",
         "attention": _attention(quantized),
         **origin,
-        "fallback": _named(report.fallbacks),
+        "fell back": _named(report.fallbacks),
         "in float": _named(report.left_float),
     }
     meaning = "dB: signal-to-noise ratio of the weights"

@@ -65,7 +65,7 @@ def _summary(screen: Console, model: str, source: Path, out: Path) -> None:
         least, most = min(ratios), max(ratios)
         shown = f"{least:.1%}" + (f" to {most:.1%}" if most > least else "")
         screen.print(f"salient: {shown} of the inputs of a linear", soft_wrap=True)
-    for what, names in (("fallback", report.fallbacks), ("in float", report.left_float)):
+    for what, names in (("fell back", report.fallbacks), ("in float", report.left_float)):
         if names:
             line = f"{what}: {len(names)} layers, see {out / 'report.json'}: "
             screen.print(line + shortened(list(names)), style="yellow", soft_wrap=True)
