@@ -9,6 +9,7 @@ Importing it also teaches transformers to load what it writes.
 from lowbit import methods
 from lowbit.auto_quip import QuipQuantizer, load_quantized_model
 from lowbit.calibration import Calibration
+from lowbit.formats import use_backend as backend
 from lowbit.formats.nested.widths import set_bits
 from lowbit.load import load
 from lowbit.pipeline import Estimate, plan, quantize
@@ -19,6 +20,7 @@ __all__ = [
     "Estimate",
     "QuipQuantizer",
     "__version__",
+    "backend",
     "load",
     "load_quantized_model",
     "methods",

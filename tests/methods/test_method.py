@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError
 from torch import nn
 
 from lowbit.blocks import BlockResult, BlockTask
-from lowbit.formats.uniform import UniformLinear
+from lowbit.formats.uniform import UniformLayout, UniformLinear
 from lowbit.methods.method import Method, signal_to_noise
 
 
@@ -77,8 +77,7 @@ def packed(codes: list[list[int]], scale: float) -> UniformLinear:
         torch.tensor(codes, dtype=torch.uint8),
         torch.full((len(codes), 1), scale),
         None,
-        bits=4,
-        group_size=None,
+        UniformLayout(4, None),
     )
 
 

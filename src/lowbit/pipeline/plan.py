@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.calibration import Calibration, TokenWindows
+from lowbit.formats import use_backend
 from lowbit.methods import Method
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import RunOptions
@@ -54,6 +55,7 @@ class Estimate:
         return asdict(self)
 
 
+@use_backend("reference")
 def plan(
     model: str | Path, method: Method, calibration: Calibration | None = None, **options: Any
 ) -> Estimate:

@@ -10,6 +10,7 @@ from lowbit.calibration import Calibration, TokenWindows
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.checkpoint.output import final_config, report_of
 from lowbit.checkpoint.writer import explained
+from lowbit.formats import use_backend
 from lowbit.methods import Method
 from lowbit.pipeline.job import Job, Log
 from lowbit.pipeline.options import RunOptions
@@ -32,6 +33,7 @@ COMPANIONS = (
 )
 
 
+@use_backend("reference")  # a run's bytes depend on no compiler and no instruction set
 def quantize(
     model: str | Path,
     out: str | Path,

@@ -19,7 +19,7 @@ from lowbit.blocks.folding import Tensors, apply_folds, tensors_of
 from lowbit.blocks.hessian import Hessians, input_hessians
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.formats import link
-from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear
+from lowbit.formats.sorted_group import InputOrder, SortedGroupLayout, SortedGroupLinear
 from lowbit.formats.uniform.reference import group_count
 from lowbit.methods.method import Method, signal_to_noise, tell_without_feedback
 from lowbit.methods.mixedquant.absorbing import SplitHessian, split_hessian
@@ -230,18 +230,17 @@ class MixedQuant(Method):
     ) -> tuple[SortedGroupLinear, dict[str, Any]]:
         weight = ordered.of(weight.float())
         ordinary, salient = weight.tensor_split([ordered.kept], 1)
-        facts: dict[str, Any] = {"bits": self.bits, "salient_bits": self.salient_bits}
-        facts |= {"shares": shares, "bias": bias}
+        layout = SortedGroupLayout(ordered.order, self.bits, self.salient_bits, shares)
         grid = self._grid(ordinary, ordered)
-        layer = SortedGroupLinear.from_grid(weight, grid.scale, ordered.order, **facts)
+        layer = SortedGroupLinear.from_grid(weight, grid.scale, layout, bias=bias)
         if split is None or self.rounding == "nearest":
             return layer, {}
         stored = replace(grid, scale=layer.scale.float())
         codes, _ = gptq_codes(ordinary, stored, split.factor)
-        rounded = SortedGroupLinear.from_codes(codes, layer.scale, salient, ordered.order, **facts)
+        rounded = SortedGroupLinear.from_codes(codes, layer.scale, salient, layout, bias=bias)
         error = ordinary - rounded.ordered()[:, : ordered.kept]
         salient = split.absorbed(salient, error)
-        made = SortedGroupLinear.from_codes(codes, layer.scale, salient, ordered.order, **facts)
+        made = SortedGroupLinear.from_codes(codes, layer.scale, salient, layout, bias=bias)
         return made, {"proxy_loss": proxy_loss(weight, made.ordered(), split.hessian)}
 
     def _grid(self, weight: Tensor, ordered: "_Group") -> Grid:

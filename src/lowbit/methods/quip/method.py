@@ -25,7 +25,7 @@ from lowbit.blocks.install import install
 from lowbit.blocks.training import ParameterGroup, fit, mean_loss
 from lowbit.formats import link
 from lowbit.formats.base import QuantizedLinear
-from lowbit.formats.lattice import LatticeLinear, stored_scale, tensor_bytes
+from lowbit.formats.lattice import LatticeLayout, LatticeLinear, stored_scale, tensor_bytes
 from lowbit.formats.lattice.codebooks import Codebook, codebook
 from lowbit.formats.lattice.incoherence import (
     Rotation,
@@ -183,15 +183,8 @@ class QuIP(Method):
         rotated = rotate_weight(weight, inputs.side, side)
         rounder = inputs.rounder(book.dim)
         words = spread(rotated, rounder, book.nearest, here._spread(book, weight), task.generator)
-        layer = LatticeLinear.from_codes(
-            words.codes,
-            words.scale,
-            inputs.side,
-            side,
-            codebook=book,
-            shares=inputs.owner,
-            bias=bias,
-        )
+        layout = LatticeLayout(book, inputs.side, side, inputs.owner)
+        layer = LatticeLinear.from_codes(words.codes, words.scale, layout, bias=bias)
         inputs.owner = inputs.owner or name
         return layer, _facts(weight, layer, rotated, words, rounder)
 
