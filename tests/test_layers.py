@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"blocks", "solvers", "formats", "kernels", "config", "patterns", "run_report"},
     "calibration": {"config"},
     "load": {"models", "formats", "checkpoint", "config", "version"},
-    "eval": {"load", "calibration", "checkpoint", "config"},
+    "eval": {"load", "calibration", "checkpoint", "formats", "config"},
     "export": {"formats", "checkpoint", "config", "version"},
     "convert": {"formats", "checkpoint", "config", "version"},
     "report": {"checkpoint", "config", "events", "quantities", "run_report", "version"},

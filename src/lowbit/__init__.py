@@ -13,6 +13,7 @@ from lowbit.calibration import Calibration, TokenIds
 from lowbit.convert import convert, dequantize
 from lowbit.convert import slice_folder as slice  # noqa: A004 (the command's name)
 from lowbit.eval import EvalOptions, Evaluation, TaskOptions, evaluate
+from lowbit.formats import use_backend as backend
 from lowbit.formats.widths import set_bits
 from lowbit.load import load
 from lowbit.pipeline import Estimate, RunOptions, plan, quantize
@@ -32,6 +33,7 @@ __all__ = [
     "TaskOptions",
     "TokenIds",
     "__version__",
+    "backend",
     "convert",
     "dequantize",
     "evaluate",

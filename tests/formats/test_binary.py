@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowbit.formats import binary as binary_format
-from lowbit.formats import build, link
+from lowbit.formats import build, link, use_backend
 from lowbit.formats.base import QuantizedLinear
-from lowbit.formats.binary import BinaryLinear, Salient, reference, tensor_bytes
+from lowbit.formats.binary import BinaryLinear, Salient, lookup, reference, tensor_bytes
 from lowbit.formats.binary.lookup import signed_sums, weighted_sums
+from lowbit.formats.binary.weight import Weight
 from lowbit.kernels.bits import pack
 
 ENTRY: dict[str, Any] = {
@@ -118,9 +118,9 @@ def test_both_ways_to_multiply_agree(layer: BinaryLinear, tokens: int) -> None:
     wanted = x.double() @ layer.dequantize().double().T
     size = (x.abs() @ layer.dequantize().abs().T).double()
     means = layer.ordered().abs().amax() * x.abs().sum(1, keepdim=True)  # they cancel
-    for looked_up in (True, False):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(binary_format, "MOST_LOOKED_UP", 99 if looked_up else 0)
+    for backend in ("lookup", "reference"):
+        with pytest.MonkeyPatch.context() as patch, use_backend(backend):
+            patch.setattr(lookup, "MOST_LOOKED_UP", 99)
             found = layer(x)
         assert ((found - wanted).abs() <= 1e-5 * (size + means)).all()
 
@@ -137,14 +137,22 @@ def test_any_number_of_tokens_in_any_dtype(tokens: int, dtype: torch.dtype) -> N
     torch.testing.assert_close(found.double(), wanted, rtol=close, atol=10 * close)
 
 
-def test_few_tokens_are_looked_up_and_many_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, calls = made(4, 16, 4), []
-    monkeypatch.setattr(
-        binary_format, "signed_sums", lambda *args: calls.append(1) or signed_sums(*args)
-    )
-    for tokens in (1, binary_format.MOST_LOOKED_UP, binary_format.MOST_LOOKED_UP + 1):
-        layer(torch.randn(tokens, 16))
-    assert len(calls) == 2
+def test_few_tokens_are_looked_up_and_many_are_not() -> None:
+    layer = made(4, 16, 4)
+    names = [layer.backend_for(n).name for n in (1, lookup.MOST_LOOKED_UP, 5)]
+    assert names == ["lookup", "lookup", "reference"]
+    assert layer.backend_for(1, dtype=torch.float64).name == "reference"
+
+
+def test_half_precision_on_a_gpu_multiplies_by_the_weight() -> None:
+    with torch.device("meta"):
+        layer = build(ENTRY)
+    for dtype, name in ((torch.float16, "weight"), (torch.float32, "reference")):
+        assert layer.backend_for(9, dtype=dtype, device="cuda").name == name
+    small = made(6, 20, 5)
+    x = torch.randn(7, 20)
+    found = Weight().multiply(small, {}, small.prepare(x))
+    torch.testing.assert_close(found, x @ small.dequantize().T)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 24])

@@ -9,17 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowbit.formats import FORMATS, build
+from lowbit.formats import FORMATS, build, use_backend
+from lowbit.formats.backend import Backend
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import BinaryLinear, Salient
 from lowbit.formats.dense import DenseLinear
-from lowbit.formats.lattice import LatticeLinear
+from lowbit.formats.lattice import LatticeLayout, LatticeLinear
 from lowbit.formats.lattice.codebooks import codebook
 from lowbit.formats.lattice.incoherence import rotation
-from lowbit.formats.nested import NestedLinear
-from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear
-from lowbit.formats.uniform import UniformLinear
+from lowbit.formats.nested import NestedLayout, NestedLinear
+from lowbit.formats.sorted_group import InputOrder, SortedGroupLayout, SortedGroupLinear
+from lowbit.formats.uniform import UniformLayout, UniformLinear
 
 
 def uniform(
@@ -41,22 +43,20 @@ def uniform(
         None
         if zero_shift is None
         else torch.randint(0, 2 ** (bits + shift), (rows, groups), generator=draw),
-        bits=bits,
-        group_size=group_size,
-        zero_shift=shift,
+        UniformLayout(bits, group_size, shift),
         bias=bias,
     )
 
 
-def lattice(rows: int, columns: int, book: str, scales: int = 1, **more: Any) -> LatticeLinear:
+def lattice(
+    rows: int, columns: int, book: str, scales: int = 1, shares: str | None = None, **more: Any
+) -> LatticeLinear:
     """The nearest words to a random weight."""
     draw = torch.Generator().manual_seed(rows + columns)
     return LatticeLinear.from_rotated(
         torch.randn(rows, columns, generator=draw),
         torch.rand(scales, generator=draw) + 0.5,
-        rotation(columns, 1),
-        rotation(rows, 2),
-        codebook=codebook(book),
+        LatticeLayout(codebook(book), rotation(columns, 1), rotation(rows, 2), shares),
         **more,
     )
 
@@ -82,18 +82,19 @@ def sorted_group(
     group_size: int | None,
     activation_bits: int | None = 4,
     permuted: bool = True,
-    bits: int = 4,
+    bits: tuple[int, int] = (4, 16),
+    shares: str | None = None,
     **more: Any,
 ) -> SortedGroupLinear:
-    """The nearest codes to a random weight."""
+    """The nearest codes to a random weight; bits: of codes and of salient weights."""
     draw = torch.Generator().manual_seed(rows + columns)
     groups = -(-(columns - salient) // (group_size or columns))
     permutation = torch.randperm(columns, generator=draw) if permuted else None
+    order = InputOrder(permutation, salient, group_size, activation_bits)
     return SortedGroupLinear.from_grid(
         torch.randn(rows, columns, generator=draw),
         torch.rand(rows, groups, generator=draw) * 0.1 + 0.4,
-        InputOrder(permutation, salient, group_size, activation_bits),
-        bits=bits,
+        SortedGroupLayout(order, *bits, shares),
         **more,
     )
 
@@ -118,7 +119,12 @@ def binary(
 
 
 def nested(
-    rows: int, columns: int, group_size: int | None, zeros: bool = True, **more: Any
+    rows: int,
+    columns: int,
+    group_size: int | None,
+    zeros: bool = True,
+    extra: bool = False,
+    **more: Any,
 ) -> NestedLinear:
     """Random codes; without zeros a symmetric layer."""
     draw = torch.Generator().manual_seed(rows + columns)
@@ -128,7 +134,7 @@ def nested(
         torch.randint(0, 256, (rows, columns), generator=draw, dtype=torch.uint8),
         torch.rand(shape, generator=draw) + 0.1,
         torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8) if zeros else None,
-        group_size=group_size,
+        NestedLayout(group_size, extra, (8, 4, 2)),
         **more,
     )
 
@@ -140,30 +146,32 @@ EXAMPLES: dict[str, Callable[[], QuantizedLinear]] = {
     "binary, float32 scales": lambda: binary(3, 20, 4, size=1e-8),
     "dense": lambda: DenseLinear.from_weight(torch.randn(5, 7).bfloat16(), None),
     "dense, bias": lambda: DenseLinear.from_weight(torch.randn(3, 8), torch.ones(3).half()),
-    "nested": lambda: nested(24, 64, 32, trained=(8, 4, 2)),
+    "nested": lambda: nested(24, 64, 32),
     "nested at 3 bits, ragged, bfloat16 bias": lambda: nested(
         5, 37, 16, bias=torch.ones(5).bfloat16()
     ).at(3),
     "nested, slice of 6 bits by rows": lambda: nested(7, 33, None, zeros=False).slice(6),
     "nested, slice of 2 bits with extra precision": lambda: nested(
-        9, 16, 8, extra_precision=True, bias=torch.randn(9)
+        9, 16, 8, extra=True, bias=torch.randn(9)
     ).slice(2),
     "sorted_group w4a4 g16": lambda: sorted_group(12, 64, 8, 16),
     "sorted_group w3a6, ragged, bfloat16 bias": lambda: sorted_group(
-        5, 37, 3, 16, activation_bits=6, bits=3, bias=torch.ones(5).bfloat16()
+        5, 37, 3, 16, activation_bits=6, bits=(3, 16), bias=torch.ones(5).bfloat16()
     ),
     "sorted_group w4a16, int8 beside": lambda: sorted_group(
-        7, 33, 5, 8, activation_bits=None, salient_bits=8
+        7, 33, 5, 8, activation_bits=None, bits=(4, 8)
     ),
     "sorted_group w8a8 by rows, no permutation, shares": lambda: sorted_group(
-        6, 40, 0, None, activation_bits=8, permuted=False, bits=8, shares="model.q_proj"
+        6, 40, 0, None, activation_bits=8, permuted=False, bits=(8, 16), shares="model.q_proj"
     ),
     "uniform w4 g32": lambda: uniform(24, 64, 4, 32),
     "uniform w3, ragged, bfloat16 bias": lambda: uniform(
         5, 37, 3, 16, bias=torch.ones(5).bfloat16()
     ),
     "uniform w2 symmetric by rows": lambda: uniform(7, 33, 2, None, zero_shift=None),
-    "uniform w8, float32 scale": lambda: uniform(3, 20, 8, 5, bias=torch.randn(3), scale=1e-8),
+    "uniform w8, float32 scale": lambda: uniform(
+        3, 20, 8, 5, bias=torch.randn(3) * 1e-7, scale=1e-8
+    ),
     "uniform w2, fine zeros": lambda: uniform(9, 16, 2, 8, zero_shift=6),
     "uniform w5, group beyond the row": lambda: uniform(1, 1, 5, 128, bias=torch.ones(1).half()),
     "lattice E8P12": lambda: lattice(24, 64, "E8P12"),
@@ -177,6 +185,15 @@ EXAMPLES: dict[str, Callable[[], QuantizedLinear]] = {
     "lattice HI that shares": lambda: lattice(7, 33, "HI", shares="model.q_proj"),
     "lattice D4, stored factors": lambda: factored(12, 40),
 }
+
+# Whose weights take several tiles where a tile has 16 rows of 64.
+LARGE: list[Callable[[], QuantizedLinear]] = [
+    lambda: binary(96, 64, 16),
+    lambda: nested(96, 64, 32),
+    lambda: sorted_group(96, 64, 8, 16),
+    lambda: uniform(96, 64, 4, 32),
+    lambda: lattice(96, 64, "E8P12"),
+]
 
 every_example = pytest.mark.parametrize("make", EXAMPLES.values(), ids=EXAMPLES)
 
@@ -194,35 +211,191 @@ def test_every_format_has_an_example() -> None:
     assert all(name == format_class.format for name, format_class in FORMATS.items())
 
 
-@every_example
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_forward_multiplies_by_what_dequantize_shows(
-    make: Callable[[], QuantizedLinear], dtype: torch.dtype
-) -> None:
-    layer = make()
-    weight = layer.dequantize()
+TOKENS = (0, 1, 2, 7, 64, 200)
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+
+
+def supporting(layer: QuantizedLinear, dtype: torch.dtype, tokens: int) -> list[str]:
+    """The names of the backends that run such a forward."""
+    cpu = torch.device("cpu")
+    return [b.name for b in layer.backends if b.supports(layer, cpu, dtype, tokens, False)]
+
+
+def check_forward(layer: QuantizedLinear, dtype: torch.dtype, tokens: int, backend: str) -> None:
+    """Within twice torch's own error of what `quantized_input` and `dequantize` say."""
+    draw = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, layer.in_features, generator=draw).to(dtype)
+    weight, seen = layer.dequantize(), layer.quantized_input(x)
     assert weight.shape == (layer.out_features, layer.in_features)
     assert weight.dtype == torch.float32
-    x = torch.randn(2, 3, layer.in_features, dtype=dtype)
-    seen = layer.quantized_input(x)  # x itself, unless the format rounds its inputs
+    with use_backend(backend):
+        found = layer(x)
+    assert found.dtype == dtype and found.shape == (tokens, layer.out_features)
+    if tokens == 0:
+        return
     bias = None if layer.bias is None else layer.bias.to(dtype)
-    y = torch.nn.functional.linear(seen.to(dtype), weight.to(dtype), bias)
-    found = layer(x)
-    assert found.dtype == dtype
-    if type(layer).forward is QuantizedLinear.forward:
-        assert torch.equal(found, y)
+    torchs = torch.nn.functional.linear(seen.to(dtype), weight.to(dtype), bias)
     exact = seen.double() @ weight.double().T
     exact = exact if layer.bias is None else exact + layer.bias.double()
     # Twice torch's own error, and the rounding of the weight to the float32 that is shown.
     rounding = 2**-23 * (seen.double().abs() @ weight.double().abs().T).max()
-    assert (found - exact).abs().max() <= 2 * (y - exact).abs().max() + rounding
+    assert (found - exact).abs().max() <= 2 * (torchs - exact).abs().max() + rounding
 
 
 @every_example
-@pytest.mark.parametrize("shape", [(), (0,), (2, 0)], ids=str)
-def test_one_token_or_none(make: Callable[[], QuantizedLinear], shape: tuple[int, ...]) -> None:
+@every_dtype
+@pytest.mark.parametrize("tiles", ["one tile", "tiles of a few rows"])
+def test_every_backend_multiplies_by_what_dequantize_shows(
+    make: Callable[[], QuantizedLinear],
+    dtype: torch.dtype,
+    tiles: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layer = make()
-    assert layer(torch.randn(*shape, layer.in_features)).shape == (*shape, layer.out_features)
+    if tiles != "one tile":
+        monkeypatch.setattr("lowbit.formats.tiles.WEIGHTS_ON_CPU", 3 * layer.in_features)
+    for tokens in TOKENS:
+        for backend in supporting(layer, dtype, tokens):
+            check_forward(layer, dtype, tokens, backend)
+
+
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a percent too large": lambda y: 1.01 * y,
+    "doubled": lambda y: 2 * y,
+    "rows exchanged": lambda y: y.flip(1),
+    "tokens exchanged": lambda y: y.roll(1, 0),
+}
+BACKENDS = [(name, b.name) for name, format_ in FORMATS.items() for b in format_.backends]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("name", "backend"), BACKENDS, ids=lambda name: name)
+def test_a_fault_in_a_backend_is_noticed(
+    name: str, backend: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every example that has several rows, and with every number of tokens it runs for."""
+    (faulty,) = (b for b in FORMATS[name].backends if b.name == backend)
+    right = type(faulty).multiply
+    noticed = 0
+    for make in EXAMPLES.values():
+        layer = make()
+        if layer.format != name or layer.out_features == 1:
+            continue
+        for tokens in TOKENS[2:]:
+            if backend not in supporting(layer, torch.float32, tokens):
+                continue
+            check_forward(layer, torch.float32, tokens, backend)
+            with monkeypatch.context() as patch:
+                patch.setattr(type(faulty), "multiply", lambda *given: FAULTS[fault](right(*given)))
+                with pytest.raises(AssertionError):
+                    check_forward(layer, torch.float32, tokens, backend)
+            noticed += 1
+    elsewhere = (name, backend) == ("binary", "weight")  # never on a CPU: see test_binary.py
+    assert (noticed > 0) != elsewhere
+
+
+class LargestFloat(TorchDispatchMode):
+    """Notes the largest float tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                # A view of what was there is not made.
+                fresh = tensor.untyped_storage().nbytes() // tensor.itemsize
+                self.numbers = max(self.numbers, min(fresh, tensor.numel()))
+        return made
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "dense"])
+def test_no_weight_is_held_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbit.formats.tiles.WEIGHTS_ON_CPU", 16 * 64)
+    (layer,) = (x for x in (make() for make in LARGE) if x.format == name)
+    with torch.no_grad(), LargestFloat() as largest:
+        layer(torch.randn(1, layer.in_features))
+    assert 16 * 56 <= largest.numbers <= 2 * 16 * 64 < layer.out_features * layer.in_features
+    with LargestFloat() as largest:
+        layer.dequantize()
+    assert largest.numbers >= layer.out_features * layer.in_features
+
+
+def test_no_format_overrides_forward() -> None:
+    for format_class in FORMATS.values():
+        assert format_class.forward is QuantizedLinear.forward
+        assert format_class.__call__ is QuantizedLinear.__call__
+
+
+def test_the_last_backend_is_the_reference_and_runs_everything() -> None:
+    for format_class in FORMATS.values():
+        *others, reference = format_class.backends
+        assert reference.name == "reference"
+        assert "reference" not in [backend.name for backend in others]
+        supports = type(reference).supports
+        assert supports is Backend.supports
+
+
+@every_example
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0), (2, 3), (1, 2, 3)], ids=str)
+def test_any_leading_shape(make: Callable[[], QuantizedLinear], shape: tuple[int, ...]) -> None:
+    layer = make()
+    x = torch.randn(*shape, layer.in_features)
+    y = layer(x)
+    assert y.shape == (*shape, layer.out_features)
+    if x.numel():
+        flat = layer(x.reshape(-1, layer.in_features))
+        torch.testing.assert_close(y.reshape(-1, layer.out_features), flat)
+
+
+@every_example
+def test_another_number_of_inputs_is_refused(make: Callable[[], QuantizedLinear]) -> None:
+    layer = make()
+    for wrong in (layer.in_features + 1, 2 * layer.in_features):
+        with pytest.raises(ValueError, match=rf"x is \(4, {wrong}\): this layer takes \(4, "):
+            layer(torch.randn(4, wrong))
+
+
+@every_example
+def test_the_same_in_every_mode(make: Callable[[], QuantizedLinear]) -> None:
+    """With and without gradients, in inference mode and under autocast."""
+    layer = make()
+    x = torch.randn(3, layer.in_features)
+    wanted = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), wanted)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), wanted)
+    assert not layer(x).is_inference()
+    recorded = layer(x.clone().requires_grad_())
+    assert recorded.requires_grad and torch.equal(recorded, wanted)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            found = layer(x)
+        assert found.dtype == torch.float32 and torch.equal(found, wanted)
+
+
+@every_example
+def test_gradients_reach_the_input(
+    make: Callable[[], QuantizedLinear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowbit.formats.tiles.WEIGHTS_ON_CPU", 3 * make().in_features)
+    layer = make()
+    for tokens in (1, 7):
+        for backend in supporting(layer, torch.float32, tokens):
+            x = torch.randn(tokens, layer.in_features, requires_grad=True)
+            target = torch.randn(tokens, layer.out_features)
+            with use_backend(backend):
+                (found,) = torch.autograd.grad((layer(x) * target).sum(), x)
+            seen = layer.quantized_input(x)
+            (wanted,) = torch.autograd.grad((seen @ layer.dequantize().T * target).sum(), x)
+            torch.testing.assert_close(
+                found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())
+            )
 
 
 @every_example

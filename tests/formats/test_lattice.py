@@ -9,9 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import lowbit.formats.lattice
 from lowbit.formats import build, link
-from lowbit.formats.lattice import LatticeLinear, e8p, reference, search, tensor_bytes
+from lowbit.formats.lattice import (
+    LatticeLayout,
+    LatticeLinear,
+    e8p,
+    reference,
+    search,
+    tensor_bytes,
+)
 from lowbit.formats.lattice.codebooks import CODEBOOKS, E8, Codebook, codebook
 from lowbit.formats.lattice.incoherence import (
     restore_weight,
@@ -63,13 +69,19 @@ def random_codes(book: Codebook, *shape: int) -> Tensor:
 
 
 def made(
-    rows: int, columns: int, book: Codebook, kind: str = "auto", scales: int = 1, **more: Any
+    rows: int,
+    columns: int,
+    book: Codebook,
+    kind: str = "auto",
+    scales: int = 1,
+    shares: str | None = None,
+    **more: Any,
 ) -> LatticeLinear:
     """A layer of random codes."""
     codes = random_codes(book, rows, book.blocks(columns))
-    sides = rotation(columns, 5, kind), rotation(rows, 6, kind)
+    layout = LatticeLayout(book, rotation(columns, 5, kind), rotation(rows, 6, kind), shares)
     scale = draw(scales).abs() / 8 + 0.1
-    return LatticeLinear.from_codes(codes, scale, *sides, codebook=book, **more)
+    return LatticeLinear.from_codes(codes, scale, layout, **more)
 
 
 # A reader written from the docstrings alone, in Python's numbers and float64. Only TRIPLES and the
@@ -329,7 +341,7 @@ def test_rotations_are_the_formulas(rows: int, columns: int, kind: str) -> None:
 def test_a_side_without_signs_is_the_transform_alone(book: Codebook) -> None:
     sides = rotation(40, None), rotation(12, None)
     codes = random_codes(book, 12, book.blocks(40))
-    layer = LatticeLinear.from_codes(codes, torch.ones(1), *sides, codebook=book)
+    layer = LatticeLinear.from_codes(codes, torch.ones(1), LatticeLayout(book, *sides))
     assert (layer.entry()["seed_in"], layer.entry()["seed_out"]) == (None, None)
     rebuilt = build(layer.entry())
     rebuilt.load_state_dict(layer.state_dict())
@@ -384,14 +396,7 @@ def test_stored_as_the_docstring_says(rows: int, columns: int, kind: str, book: 
 @every_book
 @every_width
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_forward_on_either_path(
-    rows: int,
-    columns: int,
-    kind: str,
-    book: Codebook,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_forward(rows: int, columns: int, kind: str, book: Codebook, dtype: torch.dtype) -> None:
     layer = made(rows, columns, book, kind, bias=draw(rows) if rows % 2 else None)
     weight = by_the_docstring(layer.entry(), dict(layer.named_parameters()))
     bias = 0 if layer.bias is None else layer.bias.double()
@@ -402,26 +407,19 @@ def test_forward_on_either_path(
         low = None if layer.bias is None else layer.bias.to(dtype)
         torchs = torch.nn.functional.linear(x, weight.to(dtype), low)
         allowed = 2 * (torchs - exact).abs().max() + 1e-6 * exact.abs().max()
-        for most in (0.0, 1e9):
-            monkeypatch.setattr(lowbit.formats.lattice, "MOST_ROTATED", most)
-            y = layer(x)
-            assert y.dtype == dtype and y.shape == exact.shape
-            assert (y - exact).abs().max() <= allowed
-    for most in (0.0, 1e9):
-        monkeypatch.setattr(lowbit.formats.lattice, "MOST_ROTATED", most)
-        assert layer(inputs[0][:0]).shape == (0, rows)
+        y = layer(x)
+        assert y.dtype == dtype and y.shape == exact.shape
+        assert (y - exact).abs().max() <= allowed
+    assert layer(inputs[0][:0]).shape == (0, rows)
 
 
-def test_the_cheaper_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = made(32, 96, CODEBOOKS["E8P12"])
-    calls: list[int] = []
-    plain = layer.dequantize
-    monkeypatch.setattr(layer, "dequantize", lambda: calls.append(1) or plain())
-    for tokens, restored in ((1, 0), (72, 0), (73, 1)):  # the harmonic mean of 32 and 96 is 48
-        calls.clear()
-        layer(draw(tokens, 96))
-        assert len(calls) == restored
-    assert layer(draw(1, 96).double()).dtype == torch.float64 and len(calls) == 2
+def test_float64_inputs_are_multiplied_in_float64() -> None:
+    layer = made(12, 40, CODEBOOKS["E8P12"], bias=draw(12))
+    weight = by_the_docstring(layer.entry(), dict(layer.named_parameters()))
+    x = draw(3, 40).double()
+    y = layer(x)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, x @ weight.T + layer.bias.double(), rtol=0, atol=1e-6)  # type: ignore[union-attr]
 
 
 def test_large_half_precision_inputs_do_not_overflow() -> None:
@@ -438,16 +436,16 @@ def test_codes_are_counted_from_the_stored_scale() -> None:
     rotated[3] = 0
     scale = draw(12, seed=1).abs() + 0.5
     scale[4] = 0
-    layer = LatticeLinear.from_rotated(rotated, scale, *sides, codebook=book)
+    layer = LatticeLinear.from_rotated(rotated, scale, LatticeLayout(book, *sides))
     assert layer.scale.dtype == torch.float16 and torch.equal(layer.scale, scale.half())
     kept = layer.scale.float()
     steps = torch.where(kept == 0, torch.inf, kept)[:, None]
     expected = book.nearest((rotated / steps).unflatten(1, (5, 4)))[0]
     assert torch.equal(layer.codes(), expected)
     assert not layer.rotated()[4].any()
-    again = LatticeLinear.from_codes(expected, layer.scale, *sides, codebook=book)
+    again = LatticeLinear.from_codes(expected, layer.scale, LatticeLayout(book, *sides))
     assert torch.equal(again.packed, layer.packed) and again.entry() == layer.entry()
-    single = LatticeLinear.from_rotated(rotated, torch.tensor([1e-9]), *sides, codebook=book)
+    single = LatticeLinear.from_rotated(rotated, torch.tensor([1e-9]), LatticeLayout(book, *sides))
     assert single.scale.dtype == torch.float32 and single.entry()["scale"] == "tensor"
 
 
@@ -457,7 +455,7 @@ def test_a_gaussian_weight_keeps_what_the_codebook_keeps(book: Codebook) -> None
     sides = rotation(96, 1), rotation(48, 2)
     rotated = rotate_weight(weight, *sides)
     scale = rotated.square().mean().sqrt().reshape(1) / book.scale
-    layer = LatticeLinear.from_rotated(rotated, scale, *sides, codebook=book)
+    layer = LatticeLinear.from_rotated(rotated, scale, LatticeLayout(book, *sides))
     error = float((layer.dequantize() - weight).square().mean() / weight.square().mean())
     expected = {"E8P12": 0.0915, "E8P12RVQ3B": 0.0295, "E8P12RVQ4B": 0.0079, "D4": 0.1025}
     assert error == pytest.approx(expected.get(book.name, 0.0115), rel=0.1)
@@ -537,9 +535,8 @@ def test_members_that_do_not_fit_are_refused(change: dict[str, Any], message: st
     codes = random_codes(book, 12, 10)
     sides = change.get("rotation_in", owner.rotation_in), owner.rotation_out
     signs = (None, change["signs"][1]) if "signs" in change else None
-    member = LatticeLinear.from_codes(
-        codes, torch.ones(1), *sides, codebook=book, signs=signs, shares="q"
-    )
+    layout = LatticeLayout(book, *sides, "q")
+    member = LatticeLinear.from_codes(codes, torch.ones(1), layout, signs=signs)
     with pytest.raises(ValueError, match=message):
         link({"q": owner, "k": member})
 
@@ -589,7 +586,9 @@ def test_factors_that_cannot_be_stored() -> None:
     sides = rotation(40, 5), rotation(12, 6, "float16")
     book = CODEBOOKS["D4"]
     with pytest.raises(ValueError, match="factor_out is missing"):
-        LatticeLinear.from_codes(random_codes(book, 12, 10), torch.ones(1), *sides, codebook=book)
+        LatticeLinear.from_codes(
+            random_codes(book, 12, 10), torch.ones(1), LatticeLayout(book, *sides)
+        )
 
 
 def test_compiles_whole() -> None:
@@ -618,6 +617,10 @@ def test_formula_on_hand_counted_bytes() -> None:
     assert count((5, 37), "HI", signs="float32", shares="q") == 5 * 19 + 4 + 4 * 5
 
 
+def layout(book: str, shares: str | None = None) -> LatticeLayout:
+    return LatticeLayout(CODEBOOKS[book], rotation(40, 5), rotation(12, 6), shares)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -629,10 +632,13 @@ def test_formula_on_hand_counted_bytes() -> None:
         ({"bias": torch.ones(5)}, r"bias is \(5,\): this layer takes \(12,\)"),
         ({"bias": torch.ones(12).double()}, "bias"),
         ({"signs": (None, torch.ones(12))}, "sign_in is missing"),
-        ({"signs": (torch.ones(40), torch.ones(12)), "shares": "q"}, "sign_in is given"),
+        (
+            {"signs": (torch.ones(40), torch.ones(12)), "layout": layout("D4", "q")},
+            "sign_in is given",
+        ),
         ({"signs": (torch.ones(40), torch.ones(12).bfloat16())}, "signs"),
         ({"signs": (torch.ones(40) / 0, torch.ones(12))}, "sign_in has values that are not fini"),
-        ({"shares": ""}, "shares"),
+        ({"layout": layout("D4", "")}, "shares"),
     ],
     ids=str,
 )
@@ -640,9 +646,7 @@ def test_bad_tensors_are_refused(changes: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {
         "codes": torch.zeros(12, 10, dtype=torch.uint8),
         "scale": torch.ones(12),
-        "rotation_in": rotation(40, 5),
-        "rotation_out": rotation(12, 6),
-        "codebook": CODEBOOKS["D4"],
+        "layout": layout("D4"),
     }
     LatticeLinear.from_codes(**arguments)
     with pytest.raises(ValueError, match=message):
@@ -650,18 +654,15 @@ def test_bad_tensors_are_refused(changes: dict[str, Any], message: str) -> None:
 
 
 def test_bad_codes_and_weights_are_refused() -> None:
-    sides = rotation(40, 5), rotation(12, 6)
     for name in ("E8P12", "E8P12RVQ3B"):
         book = CODEBOOKS[name]
         for wrong in (-1, 2**book.code_bits):
             with pytest.raises(ValueError, match=f"codes go from .* in {name} are 0 to"):
                 book.pack(torch.full((12, 5), wrong, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"rotated is \(12, 41\): this layer takes \(12, 40\)"):
-        LatticeLinear.from_rotated(draw(12, 41), torch.ones(1), *sides, codebook=CODEBOOKS["D4"])
+        LatticeLinear.from_rotated(draw(12, 41), torch.ones(1), layout("D4"))
     with pytest.raises(ValueError, match="rotated has values that are not finite"):
-        LatticeLinear.from_rotated(
-            torch.full((12, 40), torch.inf), torch.ones(1), *sides, codebook=CODEBOOKS["D4"]
-        )
+        LatticeLinear.from_rotated(torch.full((12, 40), torch.inf), torch.ones(1), layout("D4"))
 
 
 BAD_VALUES: dict[str, list[Any]] = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowbit.formats import build
-from lowbit.formats.nested import NestedLinear, sliced_entry, to_uniform
+from lowbit.formats.nested import NestedLayout, NestedLinear, sliced_entry, to_uniform
 
 WIDTHS = range(2, 9)
 every_width = pytest.mark.parametrize("bits", WIDTHS)
@@ -33,8 +33,7 @@ def master(
         None
         if symmetric
         else torch.randint(0, 256, (rows, groups), generator=draw, dtype=torch.uint8),
-        group_size=group_size,
-        extra_precision=extra_precision,
+        NestedLayout(group_size, extra_precision),
         **more,
     )
 
@@ -148,7 +147,7 @@ def test_the_nearest_codes_are_counted_from_the_stored_scale() -> None:
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 20, generator=draw)
     scale = torch.rand(6, 2, generator=draw) * 0.02 + 0.02
-    layer = NestedLinear.from_grid(weight, scale, torch.full((6, 2), 120.4), group_size=10)
+    layer = NestedLinear.from_grid(weight, scale, torch.full((6, 2), 120.4), NestedLayout(10))
     assert layer.scale.dtype == torch.float16 and (layer.zeros() == 120).all()
     steps = layer.scale.float().repeat_interleave(10, 1)
     inside = (layer.master > 0) & (layer.master < 255)
@@ -204,13 +203,16 @@ def test_entries_that_cannot_be_are_refused(changes: dict[str, Any], message: st
         ),
         (
             lambda: NestedLinear.from_codes(
-                torch.zeros(2, 2).byte(), torch.ones(2, 1), torch.ones(1, 2).byte(), group_size=None
+                torch.zeros(2, 2).byte(),
+                torch.ones(2, 1),
+                torch.ones(1, 2).byte(),
+                NestedLayout(None),
             ),
             r"zero is \(1, 2\): this layer takes \(2, 1\)",
         ),
         (
             lambda: NestedLinear.from_codes(
-                torch.zeros(2, 2), torch.ones(2, 1), None, group_size=None
+                torch.zeros(2, 2), torch.ones(2, 1), None, NestedLayout(None)
             ),
             "master is torch.float32: allowed is torch.uint8",
         ),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.formats import link
+from lowbit.formats.backend import Backend
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.dense import DenseLinear
 from lowbit.formats.entry import LayerEntry
@@ -16,10 +17,18 @@ from lowbit.formats.entry import LayerEntry
 IN = 6
 
 
+class Product(Backend["Scaled"]):
+    name = "reference"
+
+    def multiply(self, layer: "Scaled", packed: dict[str, Tensor], prepared: Tensor) -> Tensor:
+        return prepared * layer.number
+
+
 class Scaled(QuantizedLinear):
     """Multiplies its input by the owner's `first`, then by its own number; notes its inputs."""
 
     format = "scaled"
+    backends = (Product(),)
     first: Tensor | None
 
     def __init__(self, number: int = 1, shares: str | None = None, width: int = IN) -> None:
@@ -41,9 +50,6 @@ class Scaled(QuantizedLinear):
     def prepare(self, x: Tensor) -> Tensor:
         self.work.append(x.shape)
         return x * self.first  # type: ignore[operator]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.prepared(x) * self.number
 
 
 def group() -> tuple[Scaled, Scaled, Scaled]:

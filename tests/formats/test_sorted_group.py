@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import build, link
-from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear, reference, tensor_bytes
+from lowbit.formats.sorted_group import (
+    InputOrder,
+    SortedGroupLayout,
+    SortedGroupLinear,
+    reference,
+    tensor_bytes,
+)
 from lowbit.kernels.bits import pack
 
 ENTRY: dict[str, Any] = {
@@ -35,17 +41,22 @@ def layer(
     group_size: int | None = 16,
     bits: tuple[int, int | None] = (4, 4),
     seed: int = 0,
+    salient_bits: int = 16,
+    shares: str | None = None,
     **more: Any,
 ) -> SortedGroupLinear:
     """Random codes in a random order; bits: of weights and of inputs."""
     draw = torch.Generator().manual_seed(seed)
     kept = columns - salient
+    codes = torch.randint(0, 2 ** bits[0], (rows, kept), generator=draw, dtype=torch.uint8)
+    scale = torch.rand(rows, -(-kept // (group_size or kept)), generator=draw) + 0.1
+    beside = torch.randn(rows, salient, generator=draw)
+    order = InputOrder(torch.randperm(columns, generator=draw), salient, group_size, bits[1])
     return SortedGroupLinear.from_codes(
-        torch.randint(0, 2 ** bits[0], (rows, kept), generator=draw, dtype=torch.uint8),
-        torch.rand(rows, -(-kept // (group_size or kept)), generator=draw) + 0.1,
-        torch.randn(rows, salient, generator=draw),
-        InputOrder(torch.randperm(columns, generator=draw), salient, group_size, bits[1]),
-        bits=bits[0],
+        codes,
+        scale,
+        beside,
+        SortedGroupLayout(order, bits[0], salient_bits, shares),
         **more,
     )
 
@@ -109,10 +120,9 @@ def test_sums_beyond_float32_are_exact_too() -> None:
     size = 2001
     assert reference.exact_dtype(8, 8, 1024) == torch.float32
     assert reference.exact_dtype(8, 8, size) == torch.float64
-    inputs_of = torch.full((1, size), 127.0), torch.ones(1, 1)
-    weights = torch.full((1, size), 127.0), torch.ones(1, 1)
-    parts = inputs_of[0].double(), inputs_of[1].double()
-    found = reference.multiply(parts, weights, None, reference.exact_dtype(8, 8, size))
+    inputs_of, weights = (torch.full((1, size), 127.0).to(torch.float64) for _ in range(2))
+    sums = reference.group_sums(inputs_of, weights, None)
+    found = reference.total(sums, *(torch.ones(1, 1, dtype=torch.float64) for _ in range(2)))
     assert found.item() == 127 * 127 * size > 2**24
 
 
@@ -127,7 +137,7 @@ def test_autocast_leaves_the_sums_exact() -> None:
 
 def test_an_input_that_needs_no_work_is_not_kept() -> None:
     made = SortedGroupLinear.from_grid(
-        torch.ones(2, 8), torch.ones(2, 1), InputOrder(None, 0, None, None), bits=4
+        torch.ones(2, 8), torch.ones(2, 1), SortedGroupLayout(InputOrder(None, 0, None, None), 4)
     )
     x = torch.ones(3, 8)
     held = weakref.ref(x)
@@ -287,9 +297,8 @@ def test_salient_weights_as_they_are_stored() -> None:
     order = InputOrder(torch.arange(12).flip(0), 4, 4, 4)
 
     def made(weight: Tensor, bits: int) -> SortedGroupLinear:
-        return SortedGroupLinear.from_grid(
-            weight, torch.full((4, 2), 0.5), order, bits=4, salient_bits=bits
-        )
+        layout = SortedGroupLayout(order, 4, bits)
+        return SortedGroupLinear.from_grid(weight, torch.full((4, 2), 0.5), layout)
 
     half, whole, codes = made(weight, 16), made(weight * 1e5, 16), made(weight, 8)
     assert [x.entry()["salient_dtype"] for x in (half, whole, codes)] == [
@@ -348,9 +357,9 @@ def test_many_inputs_have_wide_numbers() -> None:
 
 
 def test_the_order_must_be_a_permutation() -> None:
-    order = InputOrder(torch.tensor([0, 1, 1, 3]), 0, 4, 4)
+    layout = SortedGroupLayout(InputOrder(torch.tensor([0, 1, 1, 3]), 0, 4, 4), 4)
     with pytest.raises(ValueError, match="permutation is none of the 4 inputs"):
-        SortedGroupLinear.from_grid(torch.ones(2, 4), torch.ones(2, 1), order, bits=4)
+        SortedGroupLinear.from_grid(torch.ones(2, 4), torch.ones(2, 1), layout)
     made = layer()
     made.permutation[3] = made.permutation[4]
     with pytest.raises(ValueError, match="permutation is none of the 45 inputs"):
@@ -385,15 +394,15 @@ def test_entries_that_cannot_be(change: dict[str, Any], message: str) -> None:
 
 
 def test_a_damaged_shape_is_named() -> None:
-    order = InputOrder(None, 0, 4, 4)
+    layout = SortedGroupLayout(InputOrder(None, 0, 4, 4), 4)
     with pytest.raises(ValueError, match=r"scale is \(2, 3\): this layer takes \(2, 2\)"):
-        SortedGroupLinear.from_grid(torch.ones(2, 8), torch.ones(2, 3), order, bits=4)
+        SortedGroupLinear.from_grid(torch.ones(2, 8), torch.ones(2, 3), layout)
 
 
 def test_half_a_byte_for_each_code() -> None:
     codes = torch.tensor([[1, 15, 8, 7]], dtype=torch.uint8)
     made = SortedGroupLinear.from_codes(
-        codes, torch.ones(1, 1), torch.empty(1, 0), InputOrder(None, 0, 4, 4), bits=4
+        codes, torch.ones(1, 1), torch.empty(1, 0), SortedGroupLayout(InputOrder(None, 0, 4, 4), 4)
     )
     assert made.packed.tolist() == [[0xF1, 0x78]] == pack(codes, 4).tolist()
     assert made.dequantize().tolist() == [[-7, 7, 0, -1]]

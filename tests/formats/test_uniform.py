@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowbit.formats import build
-from lowbit.formats.uniform import UniformLinear, reference, tensor_bytes
+from lowbit.formats.uniform import UniformLayout, UniformLinear, reference, tensor_bytes
 from lowbit.kernels.tokens import round_tokens
 
 ENTRY: dict[str, Any] = {
@@ -82,9 +82,7 @@ def layers(draw: st.DrawFn) -> tuple[UniformLinear, Tensor]:
         codes,
         scale,
         None if shift is None else zero,
-        bits=bits,
-        group_size=group_size,
-        zero_shift=shift or 0,
+        UniformLayout(bits, group_size, shift or 0),
     )
     assert torch.equal(
         layer.zeros(), torch.full_like(zero, 2 ** (bits - 1)) if shift is None else zero
@@ -117,8 +115,8 @@ def check_codes(weight: Tensor, bits: int, group_size: int | None, shift: int) -
     """Against round-to-nearest spelt out; row 2 of the weight is zero."""
     scale, zero = grid_of(weight, bits, group_size)
     zero[torch.arange(6) != 2] += 0.3 if shift else 0.0
-    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "zero_shift": shift}
-    layer = UniformLinear.from_grid(weight, scale, zero, **options)
+    layout = UniformLayout(bits, group_size, shift)
+    layer = UniformLinear.from_grid(weight, scale, zero, layout)
     point = spread(layer.zeros().float() / 2**shift, group_size, 40)
     step = spread(layer.scale.float(), group_size, 40)
     expected = torch.where(step == 0, point, weight / step + point).round()
@@ -126,7 +124,7 @@ def check_codes(weight: Tensor, bits: int, group_size: int | None, shift: int) -
     near_a_tie = ((weight / step + point) % 1 - 0.5).abs() < 1e-4
     assert torch.equal(layer.codes()[~near_a_tie].float(), expected[~near_a_tie])
     assert not layer.dequantize()[2].any() and torch.all(layer.codes()[2] == 3)
-    again = UniformLinear.from_grid(weight, layer.scale, layer.zeros() / 2**shift, **options)
+    again = UniformLinear.from_grid(weight, layer.scale, layer.zeros() / 2**shift, layout)
     assert again.entry() == layer.entry()
     assert all(
         torch.equal(a, b) for a, b in zip(again.parameters(), layer.parameters(), strict=True)
@@ -139,7 +137,7 @@ def check_codes(weight: Tensor, bits: int, group_size: int | None, shift: int) -
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_ties_round_to_even_and_ends_clamp(dtype: torch.dtype) -> None:
     weight = torch.tensor([[-9, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 9]], dtype=dtype)
-    layer = UniformLinear.from_grid(weight, torch.ones(1, 1), None, bits=3, group_size=None)
+    layer = UniformLinear.from_grid(weight, torch.ones(1, 1), None, UniformLayout(3, None))
     assert layer.codes().tolist() == [[0, 2, 2, 4, 4, 6, 6, 7]]
     assert layer.zero is None and layer.zeros().tolist() == [[4]]
 
@@ -147,7 +145,7 @@ def test_ties_round_to_even_and_ends_clamp(dtype: torch.dtype) -> None:
 def test_zero_points_are_rounded_and_clamped() -> None:
     zero = torch.tensor([[-3.0], [0.5], [1.5], [99.0]])
     layer = UniformLinear.from_grid(
-        torch.zeros(4, 2), torch.ones(4, 1), zero, bits=2, group_size=None
+        torch.zeros(4, 2), torch.ones(4, 1), zero, UniformLayout(2, None)
     )
     assert layer.zeros().tolist() == [[0], [0], [2], [3]]
     assert torch.equal(layer.codes(), layer.zeros().expand(4, 2))
@@ -158,11 +156,11 @@ def test_groups_never_straddle_rows() -> None:
     weight = torch.arange(64 * 200.0).reshape(64, 200)
     scale, zero = grid_of(weight, 4, 128)
     assert scale.shape == (64, 2)
-    options: dict[str, Any] = {"bits": 4, "group_size": 128}
-    layer = UniformLinear.from_grid(weight, scale, zero, **options)
+    layout = UniformLayout(4, 128)
+    layer = UniformLinear.from_grid(weight, scale, zero, layout)
     changed = scale.clone()
     changed[5, 1] *= 4
-    other = UniformLinear.from_grid(weight, changed, zero, **options)
+    other = UniformLinear.from_grid(weight, changed, zero, layout)
     touched = (layer.dequantize() != other.dequantize()).nonzero()
     assert set(touched[:, 0].tolist()) == {5} and int(touched[:, 1].min()) >= 128
 
@@ -180,7 +178,7 @@ def test_groups_never_straddle_rows() -> None:
 )
 def test_dtype_of_the_scale(scale: list[float], dtype: torch.dtype) -> None:
     layer = UniformLinear.from_grid(
-        torch.ones(1, 2), torch.tensor([scale]), None, bits=4, group_size=1
+        torch.ones(1, 2), torch.tensor([scale]), None, UniformLayout(4, 1)
     )
     assert layer.scale.dtype == dtype and layer.dequantize().isfinite().all()
     assert torch.equal(layer.scale.float(), torch.tensor([scale]))
@@ -189,7 +187,7 @@ def test_dtype_of_the_scale(scale: list[float], dtype: torch.dtype) -> None:
 def test_gradients_and_bias_dtype_stay_outside() -> None:
     weight, scale, bias = (torch.ones(2, 2, requires_grad=True) for _ in range(3))
     layer = UniformLinear.from_grid(
-        weight, scale, scale, bits=4, group_size=1, bias=bias[0].bfloat16()
+        weight, scale, scale, UniformLayout(4, 1), bias=bias[0].bfloat16()
     )
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert layer.bias is not None and layer.bias.dtype == torch.bfloat16
@@ -203,8 +201,7 @@ def made(**changes: Any) -> UniformLinear:
         "codes": torch.zeros(6, 40, dtype=torch.uint8),
         "scale": torch.ones(6, 3),
         "zero": torch.zeros(6, 3, dtype=torch.int32),
-        "bits": 4,
-        "group_size": 16,
+        "layout": UniformLayout(4, 16),
     }
     return UniformLinear.from_codes(**(arguments | changes))
 
@@ -212,8 +209,8 @@ def made(**changes: Any) -> UniformLinear:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 9}, "bits"),
-        ({"group_size": 0}, "group_size"),
+        ({"layout": UniformLayout(9, 16)}, "bits"),
+        ({"layout": UniformLayout(4, 0)}, "group_size"),
         ({"codes": torch.zeros(40, dtype=torch.uint8)}, "shape"),
         ({"codes": torch.zeros(6, 40)}, "codes is torch.float32: allowed is torch.uint8"),
         ({"codes": torch.full((6, 40), 16, dtype=torch.uint8)}, "codes go up to 16"),
@@ -225,9 +222,15 @@ def made(**changes: Any) -> UniformLinear:
             {"zero": torch.full((6, 3), -1)},
             "zero goes from -1 to -1: allowed at 4 bits are 0 to 15",
         ),
-        ({"zero": torch.full((6, 3), 64), "zero_shift": 2}, "allowed at 6 bits are 0 to 63"),
-        ({"zero_shift": 5}, "zero_shift is 5: allowed with bits 4 and symmetric False are 0 to 4"),
-        ({"zero": None, "zero_shift": 1}, "zero_shift is 1: .* True are 0 to 0"),
+        (
+            {"zero": torch.full((6, 3), 64), "layout": UniformLayout(4, 16, 2)},
+            "allowed at 6 bits are 0 to 63",
+        ),
+        (
+            {"layout": UniformLayout(4, 16, 5)},
+            "zero_shift is 5: allowed with bits 4 and symmetric False are 0 to 4",
+        ),
+        ({"zero": None, "layout": UniformLayout(4, 16, 1)}, "zero_shift is 1: .* True are 0 to 0"),
         ({"bias": torch.ones(5)}, r"bias is \(5,\): this layer takes \(6,\)"),
         ({"bias": torch.ones(6).double()}, "bias"),
     ],
@@ -240,7 +243,6 @@ def test_bad_tensors_are_refused(changes: dict[str, Any], message: str) -> None:
 
 
 def test_bad_weights_are_refused() -> None:
-    options: dict[str, Any] = {"bits": 4, "group_size": None}
     good: dict[str, Any] = {
         "weight": torch.ones(2, 2),
         "scale": torch.ones(2, 1),
@@ -248,7 +250,9 @@ def test_bad_weights_are_refused() -> None:
     }
     for name in good:
         with pytest.raises(ValueError, match=f"{name} has values that are not finite in float32"):
-            UniformLinear.from_grid(**(good | {name: good[name] / 0}), **options)
+            UniformLinear.from_grid(
+                **(good | {name: good[name] / 0}), layout=UniformLayout(4, None)
+            )
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -258,8 +262,7 @@ def test_an_entry_that_rounds_inputs(symmetric: bool) -> None:
         torch.randn(6, 40, generator=torch.Generator().manual_seed(0)),
         torch.full((6, 1), 0.3),
         torch.full((6, 1), 7.0),
-        bits=4,
-        group_size=None,
+        UniformLayout(4, None),
     )
     assert "activation" not in plain.entry() and plain.activation is None
     entry = plain.entry() | {"activation": {"bits": 4, "symmetric": symmetric}}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.formats import build
-from lowbit.formats.nested import NestedLinear
-from lowbit.formats.uniform import UniformLinear
+from lowbit.formats.nested import NestedLayout, NestedLinear
+from lowbit.formats.uniform import UniformLayout, UniformLinear
 from lowbit.formats.widths import (
     CODES,
     SLICE_TENSORS,
@@ -35,15 +35,12 @@ def master(extra_precision: bool = False, rows: int = 9, columns: int = 37) -> N
         torch.randint(0, 256, (rows, columns), generator=draw, dtype=torch.uint8),
         torch.rand(rows, 5, generator=draw) + 0.1,
         torch.randint(0, 256, (rows, 5), generator=draw, dtype=torch.uint8),
-        group_size=8,
-        extra_precision=extra_precision,
+        NestedLayout(8, extra_precision),
     )
 
 
 def uniform() -> UniformLinear:
-    return UniformLinear.from_grid(
-        torch.ones(2, 3), torch.ones(2, 1), None, bits=4, group_size=None, bias=None
-    )
+    return UniformLinear.from_grid(torch.ones(2, 3), torch.ones(2, 1), None, UniformLayout(4, None))
 
 
 def test_a_layer_of_another_format_has_no_widths() -> None:

@@ -6,7 +6,7 @@ from pydantic import Field, ValidationError
 from torch import nn
 
 from lowbit.blocks import BlockTask
-from lowbit.formats.uniform import UniformLinear
+from lowbit.formats.uniform import UniformLayout, UniformLinear
 from lowbit.methods.method import Method
 from lowbit.methods.result import BlockResult
 
@@ -80,6 +80,5 @@ def packed(codes: list[list[int]], scale: float) -> UniformLinear:
         torch.tensor(codes, dtype=torch.uint8),
         torch.full((len(codes), 1), scale),
         None,
-        bits=4,
-        group_size=None,
+        UniformLayout(4, None),
     )

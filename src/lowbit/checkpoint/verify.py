@@ -78,6 +78,7 @@ def quantized_entries(section: dict[str, Any], folder: Path | str) -> dict[str, 
         entries = expand(modules)
     except ValueError as error:
         raise ValueError(f"{folder}: quantization_config.modules: {error}") from None
+    check_dtypes(section, entries, folder)
     _check_shared(entries, folder)
     return entries
 

@@ -236,24 +236,24 @@ def _write(
         "model": reader.digest(),
         "versions": {"lowbit": __version__},
     }
-    first = next(iter(layers))
+    first, dtype = next(iter(layers)), _dtype(reader, plain)
     with CheckpointWriter(out, made_by, len(files)) as writer:
         for index, file in enumerate(files):
             tensors = reader.read([name for name, there in plain.items() if there == file])
             modules: dict[str, dict[str, Any]] = {}
             for name in (name for name, there in placed.items() if there == file):
-                modules[name], made = _convert(reader, layers[name], section)
+                modules[name], made = _convert(reader, layers[name], section, dtype)
                 tensors |= {f"{name}.{key}": tensor for key, tensor in made.items()}
             guard = f"{first}.weight" if first in modules else None
             if guard is not None:
-                tensors[guard] = torch.empty(0, dtype=_dtype(reader, plain))
+                tensors[guard] = torch.empty(0, dtype=dtype)
             writer.write_shard(index, tensors, None, {"modules": modules, "marker": guard})
         records = [record for i in range(len(files)) if (record := writer.record(i))]
         writer.finish(final_config(reader.folder, records, made_by))
 
 
 def _dtype(reader: CheckpointReader, plain: Mapping[str, str]) -> torch.dtype:
-    """Of the float weights: that of the largest tensor beside the layers."""
+    """The dtype of the float weights: that of the largest tensor that is in no layer."""
     beside = [
         reader.tensors[name] for name in plain if reader.tensors[name].dtype.is_floating_point
     ]
@@ -261,9 +261,12 @@ def _dtype(reader: CheckpointReader, plain: Mapping[str, str]) -> torch.dtype:
 
 
 def _convert(
-    reader: CheckpointReader, layer: Layer, section: Section
+    reader: CheckpointReader, layer: Layer, section: Section, weight: torch.dtype
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The entry and the tensors of a layer of the format `lattice`."""
+    """The entry and the tensors of a layer of the format `lattice`.
+
+    weight: the dtype of the float weight that the layer stands for.
+    """
     wanted = [f"{layer.name}.{part}" for part in layer.parts if part != "weight"]
     stored = {name.rpartition(".")[2]: tensor for name, tensor in reader.read(wanted).items()}
     try:
@@ -277,7 +280,7 @@ def _convert(
         }
         if "bias" in stored:
             tensors["bias"] = stored["bias"]
-        entry = _entry(layer, section, tensors)
+        entry = _entry(layer, section, tensors) | {"dtype": dtype_name(weight)}
         made = build(entry)
     except ValueError as error:
         raise ValueError(f"{reader.folder}: layer {layer.name}: {error}") from None

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from lowbit.formats import use_backend
 from lowbit.load import stream
 
 Progress = Callable[[str, int, int], None]  # what is done, steps done, steps of
@@ -39,9 +40,11 @@ class StreamedLogits:
 
     rows: (tokens,) int64 each, of any lengths. The blocks are run at once, over all rows; kept are
     the hidden states behind the last one, in memory or, where they are large, in temporary files.
-    bits: the widths at which a folder that matquant made runs.
+    bits: the widths at which a folder that matquant made runs. Quantized layers run their reference
+    backend, so that a score depends on no compiler and no instruction set.
     """
 
+    @use_backend("reference")
     def __init__(
         self,
         folder: Path,
@@ -66,6 +69,7 @@ class StreamedLogits:
         )
         self._without_blocks = model.without_blocks(device)
 
+    @use_backend("reference")
     def __call__(self, index: int, part: slice) -> Tensor:
         """(tokens of the part, vocabulary) float32 of one row."""
         hidden = self._hidden[index].hidden[..., part, :]

@@ -1,9 +1,14 @@
-"""The stored formats by name, and a layer from what config.json says about it."""
+"""The stored formats by name, a layer from its entry in config.json, and how layers multiply."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import nn
+
 from lowbit.config import unknown_name
+from lowbit.formats.backend import force
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import BinaryLinear
 from lowbit.formats.dense import DenseLinear
@@ -20,6 +25,8 @@ FORMATS: dict[str, type[QuantizedLinear]] = {
     "sorted_group": SortedGroupLinear,
     "uniform": UniformLinear,
 }
+
+MANY_TOKENS = 128  # a prompt, where the backend may be another one than for one token
 
 
 def build(entry: dict[str, Any]) -> QuantizedLinear:
@@ -47,3 +54,35 @@ def link(layers: Mapping[str, QuantizedLinear]) -> None:
             layer.link(layers[layer.shares])
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces all layers to multiply by one backend, as in `with lowbit.backend("reference"):`.
+
+    It holds in this thread until the block is left, and can also decorate a function. Every format
+    has a "reference"; `lowbit inspect` shows the others. A layer that was compiled keeps the one
+    that it was compiled with.
+
+    name: of the backend. Raises ValueError for a name that no format has. A layer whose format has
+    no such backend, or where it does not support the call, raises ValueError when it is run.
+    """
+    known = {known.name for format_class in FORMATS.values() for known in format_class.backends}
+    if name not in known:
+        raise ValueError(unknown_name(str(name), known, "backend"))
+    with force(name):
+        yield
+
+
+def repack(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Makes ahead of time what the backends of a model's layers derive from their tensors.
+
+    Call it after loading; otherwise the first forward does it.
+
+    model: its layers on the meta device are left alone.
+    dtype: of the inputs that will come.
+    """
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear) and not any(p.is_meta for p in layer.parameters()):
+            for tokens in (1, MANY_TOKENS):
+                layer.repack(tokens, dtype)

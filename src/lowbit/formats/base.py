@@ -1,16 +1,18 @@
 """What every stored format has in common."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lowbit.formats.activation import Activation
+from lowbit.formats.backend import Backend, choose
 from lowbit.formats.checks import check_shape, dtype_name
 from lowbit.formats.entry import LayerEntry
+from lowbit.formats.repacked import Repacked
 from lowbit.formats.sharing import LastInput
 
 
@@ -22,11 +24,14 @@ class QuantizedLinear(nn.Module):
     convert. `entry()` is what config.json says about the layer and `from_entry` builds an empty
     layer from it alone, so that a checkpoint can be checked without any model.
 
+    `forward` is the same for all formats: it prepares the input, has a backend multiply by the
+    weight, and adds the bias. `backends` lists those of a format in order of preference; the last
+    one is the reference.
+
     Linears that read the same input may share what that input meets first (a rotation, a
     permutation, a mask). The first of them, the owner, holds its tensors; an entry of the others
     has its name as "shares", and `lowbit.formats.link` finds it. A format that shares overrides
-    `shares` and `prepare`, calls `prepared` in `forward`, and has a `forward` that stops after
-    `prepare` when it is asked to with `prepare_only`.
+    `shares`, `prepare` and `shared_tensors`.
 
     Where a format supports it, `activation` says how `forward` rounds its input first.
 
@@ -39,6 +44,7 @@ class QuantizedLinear(nn.Module):
 
     format: ClassVar[str]
     Entry: ClassVar[type[LayerEntry]]
+    backends: ClassVar[tuple[Backend[Any], ...]]
     spec: LayerEntry
     activation: Activation | None = None
     stored_as: str | None = None
@@ -50,6 +56,7 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = spec.shape
         self._owner: tuple[QuantizedLinear, ...] = ()  # a tuple, so that it is no submodule
         self._last_input = LastInput()
+        self._repacked = Repacked()
         self.add_frozen("bias", (self.out_features,), spec.bias)
 
     def add_frozen(self, name: str, shape: tuple[int, ...], dtype: str | None) -> None:
@@ -59,8 +66,11 @@ class QuantizedLinear(nn.Module):
         self.register_parameter(name, parameter)
 
     def entry(self) -> dict[str, Any]:
-        """What config.json says about this layer; JSON values only."""
-        return self.spec.model_dump()
+        """What config.json says about this layer; JSON values only.
+
+        What may be absent (the fields that have a default) is left out where it is.
+        """
+        return self.spec.model_dump(exclude_defaults=True)
 
     @classmethod
     def from_entry(cls, entry: dict[str, Any]) -> Self:
@@ -69,24 +79,55 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def empty(
-        cls, shape: Sequence[int], bias: Tensor | None, device: torch.device, **facts: Any
+        cls,
+        shape: Sequence[int],
+        bias: Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        **facts: Any,
     ) -> Self:
-        """A layer for such a bias, on a device; facts: what else its entry says."""
+        """A layer without values.
+
+        bias: a bias like the one that it will have.
+        dtype: of the float weight that the layer stands for; None: not known.
+        facts: what else its entry says.
+        """
         kind = None if bias is None else dtype_name(bias.dtype)
+        entry = {"format": cls.format, "shape": list(shape), "bias": kind, **facts}
         with device:
-            return cls.from_entry(
-                {"format": cls.format, "shape": list(shape), "bias": kind, **facts}
-            )
+            return cls.from_entry(entry | ({} if dtype is None else {"dtype": dtype_name(dtype)}))
 
     @classmethod
     def from_tensors(
-        cls, shape: Sequence[int], tensors: Mapping[str, Tensor | None], **facts: Any
+        cls,
+        shape: Sequence[int],
+        tensors: Mapping[str, Tensor | None],
+        dtype: torch.dtype | None = None,
+        **facts: Any,
     ) -> Self:
-        """The layer of these tensors, "bias" among them; facts: what else its entry says."""
+        """A layer of these tensors, "bias" among them; dtype and facts as `empty` takes them."""
         device = next(tensor.device for tensor in tensors.values() if tensor is not None)
-        layer = cls.empty(shape, tensors["bias"], device, **facts)
+        layer = cls.empty(shape, tensors["bias"], device, dtype, **facts)
         layer.store(tensors)
         return layer
+
+    def with_dtypes(self, weight: torch.dtype, bias: torch.dtype | None) -> Self:
+        """The same layer for a float linear of these dtypes; it is not linked.
+
+        weight: of the float weight that the layer stands for, which its entry then names.
+        bias: what the bias is cast to; None where the layer has none.
+        """
+        state = self.state_dict()
+        if (self.bias is None) != (bias is None):
+            raise ValueError(f"bias is {bias}, which does not fit {self.entry()}")
+        if self.bias is not None:
+            state["bias"] = self.bias.detach().to(bias)
+        entry = self.entry() | {"dtype": dtype_name(weight)}
+        entry["bias"] = None if bias is None else dtype_name(bias)
+        with torch.device("meta"):
+            made = self.from_entry(entry)
+        made.load_state_dict(state, assign=True)
+        return made
 
     def store(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Copies tensors into those that this layer has. Raises ValueError where they differ."""
@@ -138,12 +179,15 @@ class QuantizedLinear(nn.Module):
         self._owner = (owner,)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """The work on an input that is the same for all who share it; done by their owner."""
-        return x
+        """What the backends get of an input: (..., in_features) -> (..., any width).
+
+        It is the same for all who share it, and done by their owner.
+        """
+        return self.quantized_input(x)
 
     def shared_tensors(self) -> list[Tensor]:
         """The tensors that `prepare` reads."""
-        return list(self.parameters(recurse=False))
+        return [tensor for tensor in self._own() if tensor is not None]
 
     def is_offloaded(self) -> bool:
         """Whether accelerate has put away what `prepare` reads, until the layer is called."""
@@ -157,11 +201,59 @@ class QuantizedLinear(nn.Module):
             return result
         return owner._last_input.prepared(x, owner)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in_features) -> (..., out_features), in the dtype of x."""
-        x = self.quantized_input(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.dequantize().to(x.dtype), bias)
+    @final  # type: ignore[misc]  # nn.Module declares it as an attribute
+    def forward(self, x: Tensor, prepare_only: bool = False) -> Tensor:
+        """The product with the weight, plus the bias, in the dtype of x; autocast has no effect.
+
+        x: (..., in_features) of a float dtype.
+        prepare_only: stop after `prepare`. accelerate brings the tensors of an offloaded layer back
+            for calls of the layer alone, so that `prepared` calls the owner with this.
+        Returns (..., out_features). Raises ValueError for another number of features, and where a
+        backend that was forced cannot run.
+        """
+        if prepare_only:
+            return self.prepare(x)
+        check_shape("x", x, torch.Size((*x.shape[:-1], self.in_features)))
+        if not x.numel():
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        with _without_autocast(x.device):
+            prepared = self.prepared(x)
+            rows = prepared.reshape(-1, prepared.shape[-1])
+            gradients = torch.is_grad_enabled() and (
+                rows.requires_grad or any(p is not None and p.requires_grad for p in self._own())
+            )
+            backend = choose(self, x.device, x.dtype, len(rows), gradients)
+            with torch.set_grad_enabled(gradients):
+                y = backend.multiply(self, self._repacked.of(self, backend), rows)
+                y = y if self.bias is None else y + self.bias.to(y.dtype)
+                return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def backend_for(
+        self,
+        tokens: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        gradients: bool = False,
+    ) -> Backend[Any]:
+        """The backend that would run a forward.
+
+        tokens: rows of the input, at least 1.
+        dtype: of the input.
+        device: None: where the layer is. A layer on the meta device can be asked for another one.
+        gradients: whether the result must have a gradient.
+        """
+        here = next(p.device for p in self._own() if p is not None)
+        return choose(
+            self, here if device is None else torch.device(device), dtype, tokens, gradients
+        )
+
+    def repack(self, tokens: int, dtype: torch.dtype = torch.float32) -> None:
+        """Makes now what the backend for so many tokens would make in its first forward."""
+        self._repacked.of(self, self.backend_for(tokens, dtype=dtype))
+
+    def _own(self) -> Iterable[Tensor | None]:
+        return self._parameters.values()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -197,5 +289,16 @@ class QuantizedLinear(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles begin without what was made for this layer."""
+        return {**self.__dict__, "_last_input": LastInput(), "_repacked": Repacked()}
+
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.entry().items())
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast would round the products that a format needs exact."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

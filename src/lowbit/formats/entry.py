@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import ConfigDict, Field
 
 from lowbit.config import Config
@@ -12,13 +13,23 @@ ScaleName = Literal["float16", "float32"]
 
 
 class LayerEntry(Config):
-    """A layer's entry; it may come from an untrusted file. bias: its dtype, None where absent."""
+    """A layer's entry; it may come from an untrusted file.
+
+    bias: its dtype; None: there is none.
+    dtype: of the float weight that the layer stands for; None: the folder does not say.
+    """
 
     model_config = ConfigDict(strict=True)
 
     format: str
     shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
     bias: FloatName | None
+    dtype: FloatName | None = None
+
+    @property
+    def weight_dtype(self) -> torch.dtype | None:
+        """`dtype` as torch has it."""
+        return None if self.dtype is None else getattr(torch, self.dtype)
 
     def check_bytes(self, stored: int) -> None:
         """torch counts the bytes of a tensor, a meta tensor too, in an int64."""

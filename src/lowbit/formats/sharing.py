@@ -37,10 +37,6 @@ class LastInput:
             self._kept = weakref.ref(x, lambda _: held.clear()), state, held
         return made
 
-    def __reduce__(self) -> tuple[type["LastInput"], tuple[()]]:
-        """Copies and pickles start empty."""
-        return LastInput, ()
-
 
 def _state(x: Tensor, owner: "QuantizedLinear") -> tuple[Any, ...] | None:
     """All that the result depends on beside the identity of x; None if that cannot be told."""

@@ -31,7 +31,7 @@ from lowbit.checkpoint.verify import (
     quantized_entries,
     rounded_attentions,
 )
-from lowbit.formats import build, link
+from lowbit.formats import build, link, repack
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.widths import WidthPlan
 from lowbit.load.slices import cut_names, slice_conversions
@@ -118,6 +118,9 @@ class LowbitQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[WeightTransform]:
         return slice_conversions() if self.sliced else []
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        repack(model)
 
     def is_serializable(self) -> bool:
         """No: the folder itself is the serialized form, with its hashes."""

@@ -5,22 +5,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lowbit.formats.uniform import UniformLinear
+from lowbit.formats.uniform import UniformLayout, UniformLinear
 from lowbit.solvers.gptq import OrderedFactor, gptq_codes
 from lowbit.solvers.rounding import Grid
 
 
 def pack(weight: Tensor, bias: Tensor | None, grid: Grid) -> UniformLinear:
     """weight (out, in) rounded to the nearest codes; grid.zero None makes it symmetric."""
-    return UniformLinear.from_grid(
-        weight,
-        grid.scale,
-        grid.zero,
-        bits=grid.bits,
-        group_size=grid.group_size,
-        zero_shift=grid.zero_shift,
-        bias=bias,
-    )
+    return UniformLinear.from_grid(weight, grid.scale, grid.zero, layout_of(grid), bias=bias)
 
 
 def pack_with_feedback(
@@ -29,16 +21,14 @@ def pack_with_feedback(
     """weight (out, in) rounded by GPTQ to the grid as it is stored; and the proxy loss."""
     stored = pack(weight, bias, grid)
     codes, loss = gptq_codes(weight, as_stored(grid, stored), hessian)
-    layer = UniformLinear.from_codes(
-        codes,
-        stored.scale,
-        None if grid.zero is None else stored.zeros(),
-        bits=grid.bits,
-        group_size=grid.group_size,
-        zero_shift=grid.zero_shift,
-        bias=bias,
-    )
+    zero = None if grid.zero is None else stored.zeros()
+    layer = UniformLinear.from_codes(codes, stored.scale, zero, layout_of(grid), bias=bias)
     return layer, loss
+
+
+def layout_of(grid: Grid) -> UniformLayout:
+    """How a layer stores codes of this grid."""
+    return UniformLayout(grid.bits, grid.group_size, grid.zero_shift)
 
 
 class OnGrid(Protocol):

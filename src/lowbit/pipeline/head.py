@@ -34,6 +34,7 @@ def outside_blocks(
     bias = tensors.pop(f"{disk}.bias", None)
     floats = weight.float()
     packed = pack(floats, bias, minmax_grid(floats, head_bits, None, False))
+    packed = packed.with_dtypes(weight.dtype, None if bias is None else bias.dtype)
     tensors |= {f"{disk}.{key}": tensor for key, tensor in packed.state_dict().items()}
     marker = f"{disk}.weight"
     tensors[marker] = torch.empty(0, dtype=weight.dtype)

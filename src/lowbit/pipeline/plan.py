@@ -13,6 +13,7 @@ from torch import nn
 
 from lowbit.calibration import Calibration, TokenIds, TokenWindows
 from lowbit.calibration.token_ids import Rows
+from lowbit.formats import use_backend
 from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
 from lowbit.pipeline.job import Job
@@ -59,6 +60,7 @@ class Estimate:
         return asdict(self)
 
 
+@use_backend("reference")
 def plan(  # noqa: PLR0913 (the options of a run)
     model: str | Path | nn.Module,
     method: Method,

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.layers import layers_from
-from lowbit.formats import build, link
+from lowbit.formats import link
 from lowbit.formats.activation import Activation
-from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.dense import DenseLinear
 from lowbit.methods.result import BlockResult
 from lowbit.models.source import SourceModel
@@ -24,24 +23,15 @@ def as_stored(result: BlockResult, source: SourceModel, block: str) -> BlockResu
         return source.reader.tensors[source.disk_names[f"{block}.{name}"]].dtype
 
     for name, linear in result.linears.items():
+        weight = dtype_of(f"{name}.weight")
+        bias = None if linear.bias is None else dtype_of(f"{name}.bias")
         if isinstance(linear, DenseLinear):
-            weight = linear.values.to(dtype_of(f"{name}.weight"))
-            result.linears[name] = linear = DenseLinear.from_weight(weight, linear.bias)
-        if linear.bias is not None:
-            bias = linear.bias.detach().to(dtype_of(f"{name}.bias"))
-            result.linears[name] = with_bias(linear, bias)
+            result.linears[name] = DenseLinear.from_weight(linear.values.to(weight), linear.bias)
+        else:
+            result.linears[name] = linear.with_dtypes(weight, bias)
     link(result.linears)
     result.tensors = {name: t.detach().to(dtype_of(name)) for name, t in result.tensors.items()}
     return result
-
-
-def with_bias(linear: QuantizedLinear, bias: Tensor) -> QuantizedLinear:
-    """The same layer with another bias, whose dtype its entry then names."""
-    dtype = str(bias.dtype).removeprefix("torch.")
-    with bias.device:
-        made = build({**linear.entry(), "bias": dtype})
-    made.load_state_dict({**linear.state_dict(), "bias": bias}, assign=True)
-    return made
 
 
 def shard_of(

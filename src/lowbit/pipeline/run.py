@@ -27,6 +27,7 @@ from lowbit.events import (
     RunFinished,
     RunStarted,
 )
+from lowbit.formats import use_backend
 from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
 from lowbit.pipeline.job import Job
@@ -35,6 +36,7 @@ from lowbit.pipeline.plan import LONG, estimate, longest
 from lowbit.pipeline.results import left_float, result_of, run_report
 
 
+@use_backend("reference")  # a run's bytes depend on no compiler and no instruction set
 def quantize(  # noqa: PLR0913 (the options of a run)
     model: str | Path | nn.Module,
     out: str | Path,

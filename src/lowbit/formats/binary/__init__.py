@@ -36,24 +36,19 @@ channels; the mask is then stored there alone.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional
 
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import reference
-from lowbit.formats.binary.lookup import signed_sums, weighted_sums
+from lowbit.formats.binary.lookup import Lookup
+from lowbit.formats.binary.weight import Weight
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
 from lowbit.formats.entry import LayerEntry, ScaleName
 from lowbit.kernels.bits import pack, packed_bytes, unpack
-
-# Up to so many tokens, sums are looked up; for more, bits are unpacked once. On one thread of a CPU
-# looking up takes, for each token, 0.15 (4096 x 4096), 0.3 (2048 x 2048) or all (1024 x 1024) of
-# the time of unpacking, which hardly grows up to 8. Making the whole weight takes three times that.
-MOST_LOOKED_UP = 4
 
 
 class BinaryEntry(LayerEntry):
@@ -85,6 +80,7 @@ def tensor_bytes(
     column_scale: bool,
     scale_dtype: str,
     shares: str | None,
+    **free: Any,
 ) -> int:
     """Bytes that stand for the weight, those of `BinaryLinear.weight_bytes()`:
 
@@ -92,7 +88,8 @@ def tensor_bytes(
 
     that is bits and codes; the scales (2 for float16), of which there are out, and out for the
     means, plain for the columns, out for the salient channels; their zeros; and the mask. Without
-    salient channels the last three are missing, and the mask is where another layer has it.
+    salient channels the last three are missing, and the mask is where another layer has it. free:
+    what else an entry says takes no bytes.
     """
     rows, columns = shape
     plain = columns - salient
@@ -153,6 +150,7 @@ class BinaryLinear(QuantizedLinear):
 
     format = "binary"
     Entry = BinaryEntry
+    backends = (Lookup(), Weight(), reference.Reference())
 
     spec: BinaryEntry
     sign: Tensor
@@ -191,20 +189,25 @@ class BinaryLinear(QuantizedLinear):
         salient: Salient | None = None,
         shares: str | None = None,
         bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
-        """negative: (out, plain) bool  row_scale, row_mean: (out,)  column_scale: (plain,)
-        bias: (out,)
+        """A layer of these signs and scales.
 
-        shares: the name of the layer that holds the mask; `lowbit.formats.link` must find it there.
+        negative: (out, plain) bool  row_scale, row_mean: (out,)  column_scale: (plain,)
+        salient: None: all channels are plain.
+        shares: the name of the layer that holds the mask, where `lowbit.formats.link` must find it;
+            None: this one does.
+        bias: (out,), kept in its dtype.
+        dtype: of the float weight that the layer stands for; None: not known.
         """
         scales = {"row_scale": row_scale, "column_scale": column_scale}
         scales["salient_scale"] = None if salient is None else salient.scale
         given = [finite(n, t).flatten() for n, t in scales.items() if t is not None]
         means = [] if row_mean is None else [finite("row_mean", row_mean).flatten()]
-        dtype = storable(torch.cat(given)).dtype
+        kept = storable(torch.cat(given)).dtype
         # A mean need not keep its range: what it loses is nothing beside the row's scale.
         if means and float(means[0].abs().max()) > torch.finfo(torch.float16).max:
-            dtype = torch.float32
+            kept = torch.float32
         count = 0 if salient is None else salient.codes.shape[1]
         rows, columns = negative.shape[0], negative.shape[1] + count
         stored = {**scales, "row_mean": row_mean, "bias": bias}
@@ -215,10 +218,11 @@ class BinaryLinear(QuantizedLinear):
         return cls.from_tensors(
             (rows, columns),
             stored,
+            dtype,
             salient=count,
             row_mean=row_mean is not None,
             column_scale=column_scale is not None,
-            scale_dtype=dtype_name(dtype),
+            scale_dtype=dtype_name(kept),
             shares=shares,
         )
 
@@ -256,20 +260,21 @@ class BinaryLinear(QuantizedLinear):
             raise ValueError(f"mask has {marked} salient channels: allowed is {self.spec.salient}")
         return torch.empty_like(ordered).index_copy_(1, order, ordered)
 
-    def ordered(self) -> Tensor:
-        """The weight with its plain channels first: (out, in) float32"""
+    def ordered(self, rows: slice = slice(None)) -> Tensor:
+        """Some rows of the weight with its plain channels first: (rows, in) float32"""
+        mean = None if self.row_mean is None else self.row_mean[rows]
         plain = reference.plain_weight(
-            self.sign, self.row_scale, self.row_mean, self.column_scale, self.plain
+            self.sign[rows], self.row_scale[rows], mean, self.column_scale, self.plain
         )
         if not self.spec.salient:
             return plain
         assert self.salient is not None and self.salient_scale is not None
-        codes = unpack(self.salient, 4, self.spec.salient)
-        salient = reference.salient_weight(codes, self.salient_scale, self._zeros())
+        codes = unpack(self.salient[rows], 4, self.spec.salient)
+        salient = reference.salient_weight(codes, self.salient_scale[rows], self.zeros()[rows])
         return torch.cat([plain, salient], 1)
 
-    def _zeros(self) -> Tensor:
-        """(out,) uint8"""
+    def zeros(self) -> Tensor:
+        """Of the salient codes, where there are any: (out,) uint8"""
         assert self.salient_zero is not None
         return unpack(self.salient_zero, 4, self.out_features)
 
@@ -280,46 +285,3 @@ class BinaryLinear(QuantizedLinear):
         """x with its plain channels first: (..., in), same dtype"""
         order = self.order()
         return x if order is None else x.index_select(-1, order)
-
-    def forward(self, x: Tensor, prepare_only: bool = False) -> Tensor:
-        """x: (..., in_features) -> (..., out_features), in the dtype of x.
-
-        With u = column_scale * x over the plain channels, the signed sums of u for each row are
-        scaled, and sums of u and of the salient x stand for means and zeros: no weight is made.
-        """
-        if prepare_only:
-            return self.prepare(x)
-        x = self.prepared(x) if self.spec.salient else x
-        looked_up = 0 < x.numel() // self.in_features <= MOST_LOOKED_UP
-        # Elsewhere a weight is made in no time, and half precision might not hold the sums.
-        if x.dtype == torch.float64 or not (looked_up or x.device.type == "cpu"):
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return functional.linear(x, self.ordered().to(x.dtype), bias)
-        flat = x.float().reshape(-1, self.in_features)
-        y = self._of_plain(flat[:, : self.plain], looked_up)
-        if self.spec.salient:
-            y += self._of_salient(flat[:, self.plain :], looked_up)
-        if self.bias is not None:
-            y += self.bias.float()
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
-
-    def _of_plain(self, x: Tensor, looked_up: bool) -> Tensor:
-        """x: (tokens, plain) float32  ->  (tokens, out) float32"""
-        u = x if self.column_scale is None else x * self.column_scale.float()
-        total = u.sum(1, keepdim=True)
-        if looked_up:
-            sums = signed_sums(self.sign, u)
-        else:  # of those with the bit set, taken from the total: bits unpack to 0 and 1
-            minus = functional.linear(u, unpack(self.sign, 1, self.plain).float())
-            sums = total - 2 * minus
-        y = sums * self.row_scale.float()
-        return y if self.row_mean is None else y + total * self.row_mean.float()
-
-    def _of_salient(self, x: Tensor, looked_up: bool) -> Tensor:
-        """x: (tokens, salient) float32  ->  (tokens, out) float32"""
-        assert self.salient is not None and self.salient_scale is not None
-        if looked_up:
-            sums = weighted_sums(self.salient, x)
-        else:
-            sums = functional.linear(x, unpack(self.salient, 4, self.spec.salient).float())
-        return (sums - x.sum(1, keepdim=True) * self._zeros()) * self.salient_scale.float()

@@ -1,9 +1,72 @@
-"""The definition of the binary format's arithmetic, in torch: `lookup` is tested against it."""
+"""The definition of the binary format's arithmetic, in torch."""
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from lowbit.formats.backend import Backend
+from lowbit.formats.tiles import by_rows
 from lowbit.kernels.bits import unpack
+
+if TYPE_CHECKING:
+    from lowbit.formats.binary import BinaryLinear
+
+
+class Reference(Backend["BinaryLinear"]):
+    """Scales sums of inputs, so that no weight is made.
+
+    With u = column_scale * x over the plain channels, the sums of u with the signs of each row are
+    scaled; sums of u and of the salient x stand for means and zeros. In float32, or float64 for
+    inputs of float64.
+    """
+
+    name = "reference"
+
+    def multiply(
+        self, layer: "BinaryLinear", packed: dict[str, Tensor], prepared: Tensor
+    ) -> Tensor:
+        x = prepared if prepared.dtype == torch.float64 else prepared.float()
+        y = self._of_plain(layer, x[:, : layer.plain])
+        return y + self._of_salient(layer, x[:, layer.plain :]) if layer.spec.salient else y
+
+    def signed_sums(self, packed: Tensor, x: Tensor) -> Tensor:
+        """Sums of inputs, those minus whose bit is set.
+
+        packed: (out, ceil(n / 8)) uint8  x: (tokens, n)  ->  (tokens, out)
+        """
+        return x.sum(1, keepdim=True) - 2 * _unpacked_sums(packed, 1, x)
+
+    def weighted_sums(self, packed: Tensor, x: Tensor) -> Tensor:
+        """Sums of inputs times their codes of 4 bits.
+
+        packed: (out, ceil(n / 2)) uint8  x: (tokens, n)  ->  (tokens, out)
+        """
+        return _unpacked_sums(packed, 4, x)
+
+    def _of_plain(self, layer: "BinaryLinear", x: Tensor) -> Tensor:
+        """x: (tokens, plain)  ->  (tokens, out)"""
+        u = x if layer.column_scale is None else x * layer.column_scale.float()
+        y = self.signed_sums(layer.sign, u) * layer.row_scale.float()
+        if layer.row_mean is None:
+            return y
+        return y + u.sum(1, keepdim=True) * layer.row_mean.float()
+
+    def _of_salient(self, layer: "BinaryLinear", x: Tensor) -> Tensor:
+        """x: (tokens, salient)  ->  (tokens, out)"""
+        assert layer.salient is not None and layer.salient_scale is not None
+        sums = self.weighted_sums(layer.salient, x)
+        return (sums - x.sum(1, keepdim=True) * layer.zeros()) * layer.salient_scale.float()
+
+
+def _unpacked_sums(packed: Tensor, bits: int, x: Tensor) -> Tensor:
+    """Sums of inputs times unsigned codes.  x: (tokens, n)  ->  (tokens, out)"""
+
+    def product(tile: slice, codes: Tensor) -> Tensor:
+        return functional.linear(x, codes.copy_(unpack(packed[tile], bits, x.shape[1])))
+
+    return by_rows((len(packed), x.shape[1]), x.device, product, x.dtype)
 
 
 def channel_order(mask: Tensor | None, in_features: int) -> Tensor | None:

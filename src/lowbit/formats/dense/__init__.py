@@ -22,7 +22,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from lowbit.formats.base import QuantizedLinear
-from lowbit.formats.checks import dtype_name
+from lowbit.formats.dense.reference import Reference
 from lowbit.formats.entry import FloatName, LayerEntry
 
 
@@ -48,6 +48,7 @@ class DenseLinear(QuantizedLinear):
 
     format = "dense"
     Entry = DenseEntry
+    backends = (Reference(),)
 
     spec: DenseEntry
     values: Tensor
@@ -59,8 +60,14 @@ class DenseLinear(QuantizedLinear):
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Self:
         """weight: (out, in) and bias: (out,), kept in their dtypes."""
-        tensors = {"values": weight, "bias": bias}
-        return cls.from_tensors(weight.shape, tensors, dtype=dtype_name(weight.dtype))
+        return cls.from_tensors(weight.shape, {"values": weight, "bias": bias}, weight.dtype)
+
+    def with_dtypes(self, weight: torch.dtype, bias: torch.dtype | None) -> Self:
+        """The same layer with weight and bias cast to these dtypes."""
+        if (self.bias is None) != (bias is None):
+            raise ValueError(f"bias is {bias}, which does not fit {self.entry()}")
+        cast = None if self.bias is None else self.bias.to(bias)
+        return self.from_weight(self.values.to(weight), cast)
 
     def dequantize(self) -> Tensor:
         return self.values.to(torch.float32)

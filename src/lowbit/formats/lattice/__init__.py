@@ -37,6 +37,7 @@ S_in and B_in; then `sign_in` and `factor_in` are stored there alone. `residual_
 1 and not 0; null where the codebook has one stage.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
@@ -47,18 +48,29 @@ from torch.nn import functional
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
 from lowbit.formats.entry import LayerEntry, ScaleName
+from lowbit.formats.lattice import reference
 from lowbit.formats.lattice.codebooks import CODEBOOKS, Codebook, codebook
 from lowbit.formats.lattice.incoherence import Rotation, Stored, restore_weight, rotation
+from lowbit.formats.tiles import product_dtype
 from lowbit.kernels.hadamard import Kind
 
 Seed = Annotated[int, Field(ge=0, lt=2**53)]  # what every reader of JSON holds exactly
 
-# Up to this multiple of the harmonic mean of in and out, tokens are rotated; more are multiplied by
-# the restored weight. At 1.0, tokens and weight take equally many products to rotate, but a weight
-# must be transposed twice. Measured (benchmarks/lattice_search.py, 512 x 512 to 4096 x 4096, one
-# thread of a CPU), rotated tokens take 0.1 to 0.3 of the time of the restored weight for one token,
-# 0.75 to 1.1 at 1.0, and 0.9 to 1.15 at 2.0.
-MOST_ROTATED = 1.5
+
+@dataclass(frozen=True)
+class LatticeLayout:
+    """How a layer is stored.
+
+    codebook: of its words.
+    rotation_in, rotation_out: of its two sides.
+    shares: the name of the layer that has the input side, where `lowbit.formats.link` must find it;
+        None: this one has it.
+    """
+
+    codebook: Codebook
+    rotation_in: Rotation
+    rotation_out: Rotation
+    shares: str | None = None
 
 
 class LatticeEntry(LayerEntry):
@@ -141,6 +153,7 @@ class LatticeLinear(QuantizedLinear):
 
     format = "lattice"
     Entry = LatticeEntry
+    backends = (reference.Reference(),)
 
     spec: LatticeEntry
     packed: Tensor
@@ -170,74 +183,66 @@ class LatticeLinear(QuantizedLinear):
         cls,
         rotated: Tensor,
         scale: Tensor,
-        rotation_in: Rotation,
-        rotation_out: Rotation,
+        layout: LatticeLayout,
         *,
-        codebook: Codebook,
         signs: tuple[Tensor | None, Tensor] | None = None,
-        shares: str | None = None,
         bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """The nearest words to a rotated weight, counted from the scale as it is stored.
 
         rotated: (out, in), what `incoherence.rotate_weight` gives; the others as `from_codes` takes
         them. Rounds block by block without feedback.
         """
-        check_shape("rotated", rotated, torch.Size((rotation_out.size, rotation_in.size)))
+        book, columns = layout.codebook, layout.rotation_in.size
+        check_shape("rotated", rotated, torch.Size((layout.rotation_out.size, columns)))
         step = stored_scale(scale).float().to(rotated.device).unsqueeze(-1)
         # A division by infinity is the 0 that a row without a scale should get, and never NaN.
         x = finite("rotated", rotated) / step.masked_fill(step == 0, torch.inf)
-        blocks = codebook.blocks(rotation_in.size)
-        x = functional.pad(x, (0, blocks * codebook.dim - rotation_in.size))
-        codes, _ = codebook.nearest(x.unflatten(-1, (blocks, codebook.dim)))
-        return cls.from_codes(
-            codes,
-            scale,
-            rotation_in,
-            rotation_out,
-            codebook=codebook,
-            signs=signs,
-            shares=shares,
-            bias=bias,
-        )
+        blocks = book.blocks(columns)
+        x = functional.pad(x, (0, blocks * book.dim - columns))
+        codes, _ = book.nearest(x.unflatten(-1, (blocks, book.dim)))
+        return cls.from_codes(codes, scale, layout, signs=signs, bias=bias, dtype=dtype)
 
     @classmethod
     def from_codes(
         cls,
         codes: Tensor,
         scale: Tensor,
-        rotation_in: Rotation,
-        rotation_out: Rotation,
+        layout: LatticeLayout,
         *,
-        codebook: Codebook,
         signs: tuple[Tensor | None, Tensor] | None = None,
-        shares: str | None = None,
         bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
-        """codes: (out, blocks) of the codebook's code_dtype  scale: (1,) or (out,)  bias: (out,)
+        """A layer of these codes.
 
+        codes: (out, blocks) of the codebook's code_dtype  scale: (1,) or (out,)
         signs: (in,) and (out,), both float16 or both float32, where they were trained; the first
-        one is None in a layer that shares. shares: the name of the layer that has the input side;
-        `lowbit.formats.link` must find it there.
+            one is None in a layer that shares.
+        bias: (out,), kept in its dtype.
+        dtype: of the float weight that the layer stands for; None: not known.
         """
+        book, inner, outer = layout.codebook, layout.rotation_in, layout.rotation_out
         scale = stored_scale(scale)
-        stored = {"packed": codebook.pack(codes), "scale": scale, "bias": bias}
+        stored = {"packed": book.pack(codes), "scale": scale, "bias": bias}
         if signs is not None:
             sides = dict(zip(("sign_in", "sign_out"), signs, strict=True))
             stored |= {name: s if s is None else finite(name, s) for name, s in sides.items()}
         return cls.from_tensors(
-            (rotation_out.size, rotation_in.size),
+            (outer.size, inner.size),
             stored,
-            codebook=codebook.name,
-            residual_scale=codebook.residual_scale,
+            dtype,
+            codebook=book.name,
+            residual_scale=book.residual_scale,
             scale="tensor" if len(scale) == 1 else "row",
             scale_dtype=dtype_name(scale.dtype),
-            seed_in=rotation_in.seed,
-            seed_out=rotation_out.seed,
-            transform_in=rotation_in.kind,
-            transform_out=rotation_out.kind,
+            seed_in=inner.seed,
+            seed_out=outer.seed,
+            transform_in=inner.kind,
+            transform_out=outer.kind,
             signs="seed" if signs is None else dtype_name(signs[1].dtype),
-            shares=shares,
+            shares=layout.shares,
         )
 
     def with_signs(self, dtype: torch.dtype) -> "LatticeLinear":
@@ -302,27 +307,16 @@ class LatticeLinear(QuantizedLinear):
         return weight.contiguous()
 
     def prepare(self, x: Tensor) -> Tensor:
-        """x: (..., in)  ->  B_in.T S_in x for each token, (..., in) float32"""
-        return self.rotation_in.apply(x.float(), self.sign_in, self.factor_in)
+        """B_in.T S_in x for each token.
+
+        x: (..., in)  ->  (..., in) in float32 on a CPU, float64 if x is; elsewhere in its dtype
+        """
+        values = x if x.dtype == torch.float64 else x.float()
+        rotated = self.rotation_in.apply(values, self.sign_in, self.factor_in)
+        return rotated.to(product_dtype(x))
 
     def shared_tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.sign_in, self.factor_in) if tensor is not None]
-
-    def forward(self, x: Tensor, prepare_only: bool = False) -> Tensor:
-        """x: (..., in_features) -> (..., out_features), in the dtype of x."""
-        if prepare_only:
-            return self.prepare(x)
-        tokens = x.numel() // self.in_features
-        mean = 2 / (1 / self.in_features + 1 / self.out_features)
-        many = tokens > MOST_ROTATED * mean or x.dtype == torch.float64
-        if many and not self.owner.is_offloaded():
-            return super().forward(x)
-        # Half precision is slower than float32 on a CPU. The scale is in the weight, not in the
-        # product, which has then the range of the result.
-        dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-        product = functional.linear(self.prepared(x).to(dtype), self.rotated().to(dtype))
-        y = self.rotation_out.undo(product.float(), self.sign_out, self.factor_out)
-        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
 
 def stored_scale(scale: Tensor) -> Tensor:

@@ -36,16 +36,22 @@ from lowbit.formats.lattice import reference, search
 from lowbit.formats.lattice.tables import look_up, table
 from lowbit.kernels import bits
 
+_WORDS = {16: torch.int16, 32: torch.int32}  # little-endian, as on all that torch runs on
+
 
 @dataclass(frozen=True)
 class Codebook:
-    """dim: weights that a code stands for. code_bits: bits of a code. scale: see above."""
+    """dim: weights that a code stands for. code_bits: bits of a code. scale: see above.
+
+    unit: words are written as multiples of it, which are small integers where there is one stage.
+    """
 
     name: str
     dim: int
     code_bits: int
     scale: float
     residual_scale: float | None = None  # None: there is one stage
+    unit: float = 0.25
 
     @property
     def bits(self) -> float:
@@ -60,8 +66,14 @@ class Codebook:
         return torch.int32 if self.code_bits < 32 else torch.int64
 
     @abstractmethod
+    def write(self, codes: Tensor, into: Tensor) -> None:
+        """Writes the words over `unit`.  codes: (...) code_dtype  into: (..., dim) float32"""
+
     def decode(self, codes: Tensor) -> Tensor:
         """codes: (...) code_dtype  ->  (..., dim) float32"""
+        words = torch.empty(*codes.shape, self.dim, device=codes.device)
+        self.write(codes, words)
+        return words.mul_(self.unit)
 
     @abstractmethod
     def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +102,11 @@ class Codebook:
         """packed: (..., bytes) uint8  ->  (..., blocks) code_dtype"""
         if self.code_bits <= 8:
             return bits.unpack(packed, self.code_bits, blocks)
+        if self.code_bits in _WORDS:
+            aligned = packed.reshape(-1).clone()  # a part of a file may begin at any byte
+            codes = aligned.view(_WORDS[self.code_bits]).to(self.code_dtype)
+            codes.bitwise_and_(2**self.code_bits - 1)  # they are unsigned
+            return codes.view(*packed.shape[:-1], blocks)
         parts = packed.unflatten(-1, (blocks, self.code_bits // 8)).to(self.code_dtype)
         codes = parts[..., 0].clone()
         for number in range(1, parts.shape[-1]):
@@ -101,8 +118,8 @@ class Codebook:
 class Listed(Codebook):
     """All words in a table; the nearest one by trying all."""
 
-    def decode(self, codes: Tensor) -> Tensor:
-        return look_up(codes, self.name)
+    def write(self, codes: Tensor, into: Tensor) -> None:
+        into.copy_(look_up(codes, self.name))
 
     def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         codes = reference.nearest(x, table(self.name, x.device)).to(self.code_dtype)
@@ -126,8 +143,11 @@ class E8P(Listed):
 class HalfInteger(Codebook):
     """The odd multiples of 1/2 from -15/2 to 15/2; ties go up."""
 
-    def decode(self, codes: Tensor) -> Tensor:
-        return codes.unsqueeze(-1) - (2**self.code_bits - 1) / 2
+    unit: float = 0.5
+
+    def write(self, codes: Tensor, into: Tensor) -> None:
+        odd = codes.view(torch.int8) * 2 - (2**self.code_bits - 1)
+        into.copy_(odd.unsqueeze(-1))
 
     def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         half = 2 ** (self.code_bits - 1)
@@ -151,9 +171,10 @@ class Residual(Codebook):
     second: Listed = E8P12
     two_tries: bool = False
 
-    def decode(self, codes: Tensor) -> Tensor:
-        residual = self.second.decode(codes >> E8P12.code_bits) * self.residual_scale
-        return residual.add_(E8P12.decode(codes & 2**E8P12.code_bits - 1))
+    def write(self, codes: Tensor, into: Tensor) -> None:
+        self.second.write(codes >> E8P12.code_bits, into)
+        first = look_up(codes & 2**E8P12.code_bits - 1, E8P12.name)
+        into.mul_(self.residual_scale).add_(first.float())
 
     def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Nearly so: the nearest word of E8P12 (or of two tries), then the nearest residual."""

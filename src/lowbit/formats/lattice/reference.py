@@ -1,13 +1,49 @@
-"""The definitions of the format's arithmetic, in torch: what is faster is tested against them."""
+"""The definitions of the lattice format's arithmetic, in torch."""
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from lowbit.formats.backend import Backend
+from lowbit.formats.tiles import by_rows
+
+if TYPE_CHECKING:
+    from lowbit.formats.lattice import LatticeLinear
 
 # Words at a time, and products at a time: on a CPU 1 MiB, which stays in the second-level cache;
 # elsewhere 1 GiB.
 TILE = 2**10
 PRODUCTS_ON_CPU = 2**18
 PRODUCTS_ELSEWHERE = 2**28
+
+
+class Reference(Backend["LatticeLinear"]):
+    """Multiplies the rotated input by the words of some rows at a time, and rotates the result.
+
+    The words are multiplied by the scale, not the product, so that half precision has to hold
+    nothing larger than the result.
+    """
+
+    name = "reference"
+
+    def multiply(
+        self, layer: "LatticeLinear", packed: dict[str, Tensor], prepared: Tensor
+    ) -> Tensor:
+        book, rows, columns = layer.codebook, layer.out_features, layer.in_features
+        blocks = book.blocks(columns)
+        scale = (layer.scale.float() * book.unit).expand(rows).unsqueeze(1)
+
+        def product(tile: slice, words: Tensor) -> Tensor:
+            codes = book.unpack(layer.packed[tile], blocks)
+            book.write(codes, words.view(*codes.shape, book.dim))
+            weight = words.mul_(scale[tile])[:, :columns]
+            return functional.linear(prepared, weight.to(prepared.dtype))
+
+        y = by_rows((rows, blocks * book.dim), prepared.device, product)
+        y = y if y.dtype == torch.float64 else y.float()
+        return layer.rotation_out.undo(y, layer.sign_out, layer.factor_out)
 
 
 def nearest(x: Tensor, words: Tensor) -> Tensor:

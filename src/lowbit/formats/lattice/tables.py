@@ -6,7 +6,6 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lowbit.formats.lattice import e8p
 
@@ -44,14 +43,33 @@ def table(name: str, device: torch.device) -> Tensor:
         return words().to(device)
 
 
-# An op, so that torch.compile need not look inside and trace how a table is made.
-@torch.library.custom_op("lowbit::look_up", mutates_args=())
+@lru_cache
+def _quarters(name: str, device: torch.device) -> Tensor:
+    """Each word as one integer, whose bytes are four times its coordinates: (2**code_bits,)"""
+    whole = (4 * table(name, torch.device("cpu"))).to(torch.int8)
+    return whole.view({8: torch.int64, 4: torch.int32}[whole.shape[1]]).flatten().to(device)
+
+
 def look_up(codes: Tensor, name: str) -> Tensor:
-    """codes: (...) uint8, int32 or int64  ->  (..., dim) float32"""
-    index = codes.int() if codes.dtype == torch.uint8 else codes
-    return functional.embedding(index, table(name, codes.device))
+    """Four times the words, which are integers.
+
+    Gathering one integer for a word takes a third of the time of gathering its floats.
+    codes: (...) uint8, int32 or int64  ->  (..., dim) int8
+    """
+    # An op for torch.compile, which need not look inside and trace how a table is made; called
+    # by itself it costs 0.2 ms.
+    return _op(codes, name) if torch.compiler.is_compiling() else _look_up(codes, name)
 
 
-@look_up.register_fake
+def _look_up(codes: Tensor, name: str) -> Tensor:
+    index = (codes.int() if codes.dtype == torch.uint8 else codes).reshape(-1)
+    found = _quarters(name, codes.device).index_select(0, index)
+    return found.view(torch.int8).view(*codes.shape, WORDS[name][1])
+
+
+_op = torch.library.custom_op("lowbit::look_up", _look_up, mutates_args=())
+
+
+@_op.register_fake
 def _(codes: Tensor, name: str) -> Tensor:
-    return torch.empty((*codes.shape, WORDS[name][1]), dtype=torch.float32, device=codes.device)
+    return torch.empty((*codes.shape, WORDS[name][1]), dtype=torch.int8, device=codes.device)

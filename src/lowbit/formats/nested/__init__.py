@@ -31,6 +31,7 @@ Scales are float16 unless one of them would lose range there. The entry in confi
 """
 
 from copy import copy
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -84,6 +85,20 @@ class NestedEntry(LayerEntry):
         return WIDTHS if self.resident == "master" else (self.bits,)
 
 
+@dataclass(frozen=True)
+class NestedLayout:
+    """How a master is made.
+
+    group_size: inputs that share a scale and a zero point; None: a whole row.
+    extra_precision: whether slices have one code more.
+    trained: the widths that it is made for.
+    """
+
+    group_size: int | None
+    extra_precision: bool = False
+    trained: tuple[int, ...] = ()
+
+
 def tensor_bytes(
     shape: list[int] | tuple[int, int],
     bits: int,
@@ -114,6 +129,7 @@ class NestedLinear(QuantizedLinear):
 
     format = "nested"
     Entry = NestedEntry
+    backends = (reference.Reference(),)
 
     spec: NestedEntry
     master: Tensor
@@ -135,20 +151,31 @@ class NestedLinear(QuantizedLinear):
         self.add_frozen("zero", (groups, rows), None if spec.symmetric else "uint8")
 
     @classmethod
-    def from_grid(cls, weight: Tensor, scale: Tensor, zero: Tensor | None, **grid: Any) -> Self:
-        """The nearest master codes to a float weight, counted from the scale as it is stored.
+    def from_grid(
+        cls,
+        weight: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        layout: NestedLayout,
+        *,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """The nearest codes of a master to a float weight, counted from the scale as it is stored.
 
-        weight: (out, in); the rest as `from_codes` takes it, but that zero may be float.
+        weight: (out, in)  scale: (out, groups)
+        zero: (out, groups), rounded and clamped to 0 to 255; None when symmetric
+        bias, dtype: as `from_codes` takes them.
         """
         scale = storable(scale)
         if zero is None:
             points = torch.full_like(scale, SYMMETRIC_ZERO, dtype=torch.uint8)
         else:
             points = finite("zero", zero).round().clamp(0, 255).to(torch.uint8)
-        codes = quantize(
-            finite("weight", weight), scale, points, MASTER_BITS, grid.get("group_size")
-        )
-        return cls.from_codes(codes, scale, None if zero is None else points, **grid)
+        weight = finite("weight", weight)
+        codes = quantize(weight, scale, points, MASTER_BITS, layout.group_size)
+        points_or_none = None if zero is None else points
+        return cls.from_codes(codes, scale, points_or_none, layout, bias=bias, dtype=dtype)
 
     @classmethod
     def from_codes(
@@ -156,16 +183,17 @@ class NestedLinear(QuantizedLinear):
         codes: Tensor,
         scale: Tensor,
         zero: Tensor | None,
+        layout: NestedLayout,
         *,
-        group_size: int | None,
-        extra_precision: bool = False,
-        trained: tuple[int, ...] = (),
         bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """A master that runs at 8 bits.
 
-        codes: (out, in) uint8  scale: (out, groups)  bias: (out,)
+        codes: (out, in) uint8  scale: (out, groups)
         zero: (out, groups) uint8; None makes it symmetric, with all zeros at 128
+        bias: (out,), kept in its dtype.
+        dtype: of the float weight that the layer stands for; None: not known.
         """
         scale = storable(scale)
         if zero is not None:
@@ -174,11 +202,12 @@ class NestedLinear(QuantizedLinear):
         return cls.from_tensors(
             codes.shape,
             {"master": codes, "scale": scale, "zero": zero, "bias": bias},
+            dtype,
             bits=MASTER_BITS,
-            group_size=group_size,
+            group_size=layout.group_size,
             symmetric=zero is None,
-            extra_precision=extra_precision,
-            trained=list(trained),
+            extra_precision=layout.extra_precision,
+            trained=list(layout.trained),
             resident="master",
             top_codes=None,
             scale_dtype=dtype_name(scale.dtype),
@@ -225,9 +254,9 @@ class NestedLinear(QuantizedLinear):
         spec = self.spec
         if spec.resident == "master":
             return slice_codes(self.master, spec.bits, spec.extra_precision)
-        return reference.unpack_slice(
-            self.packed, self.overflow, spec.bits, self.in_features, spec.top_codes or 0
-        )
+        above = self.overflow
+        tops = None if above is None else reference.top_codes(above, spec.bits, spec.top_codes or 0)
+        return reference.unpack_slice(self.packed, tops, spec.bits, self.in_features)
 
     def zeros(self) -> Tensor:
         """(out, groups) uint8, in units of the master's codes"""
@@ -237,9 +266,11 @@ class NestedLinear(QuantizedLinear):
 
     def dequantize(self) -> Tensor:
         spec = self.spec
-        return reference.dequantize(
-            self.codes(), self.scale, self.zeros(), spec.bits, spec.group_size
-        )
+        codes = self.codes().to(torch.int16).mul_(step(spec.bits))
+        weight = torch.empty_like(codes, dtype=torch.float32)
+        scale, zero = self.scale.float(), self.zeros().float()
+        reference.write_weight(weight, codes, scale, zero, spec.group_size)
+        return weight
 
 
 def sliced_entry(entry: dict[str, Any], bits: int, master: Tensor | None = None) -> dict[str, Any]:
@@ -294,6 +325,7 @@ def to_uniform(layer: NestedLinear, bits: int) -> UniformLinear:
         bits=bits,
         group_size=spec.group_size,
         symmetric=spec.symmetric,
+        dtype=spec.weight_dtype,
         zero_shift=0 if spec.symmetric else MASTER_BITS - bits,
         scale_dtype="float16" if half else "float32",
     )

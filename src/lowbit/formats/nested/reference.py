@@ -1,27 +1,83 @@
 """The definition of the nested format's arithmetic, in torch."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from lowbit.formats.backend import Backend
+from lowbit.formats.tiles import by_rows, product_dtype
 from lowbit.formats.uniform.reference import groups_of
 from lowbit.kernels.bits import pack, packed_bytes, unpack
-from lowbit.kernels.slicing import slice_codes, step
+from lowbit.kernels.slicing import rounded_codes, slice_codes, step
+
+if TYPE_CHECKING:
+    from lowbit.formats.nested import NestedLinear
 
 CODES_AT_ONCE = 2**20  # while slicing: what is needed besides stays at a few megabytes
 
 
-def dequantize(
-    sliced: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int | None
-) -> Tensor:
-    """scale * (sliced * step - zero) in float32, where only the product is rounded.
+class Reference(Backend["NestedLinear"]):
+    """Slices and dequantizes some rows of the weight at a time and multiplies by them."""
 
-    sliced: (out, in) uint8, in units of the slice's step  scale: (out, groups), the master's
-    zero: (out, groups) uint8, the master's  ->  (out, in) float32
+    name = "reference"
+
+    def repack(self, layer: "NestedLinear") -> dict[str, Tensor]:
+        """`before`: (out,) int64 on the CPU, how many top codes the rows before have; only where
+        there is an overflow, which has a bit for each of them."""
+        spec = layer.spec
+        if layer.overflow is None:
+            return {}
+        parts = layer.packed.split(max(1, CODES_AT_ONCE // layer.in_features))
+        codes = (unpack(part, spec.bits, layer.in_features) for part in parts)
+        counts = torch.cat([(part == 2**spec.bits - 1).sum(1) for part in codes])
+        return {"before": (counts.cumsum(0) - counts).cpu()}
+
+    def multiply(
+        self, layer: "NestedLinear", packed: dict[str, Tensor], prepared: Tensor
+    ) -> Tensor:
+        x, codes_of = prepared.to(product_dtype(prepared)), self._codes(layer, packed)
+        scale, zero = layer.scale.float(), layer.zeros().float()
+
+        def product(tile: slice, weight: Tensor) -> Tensor:
+            codes = codes_of(tile)
+            write_weight(weight, codes, scale[tile], zero[tile], layer.spec.group_size)
+            return functional.linear(x, weight.to(x.dtype))
+
+        return by_rows((layer.out_features, layer.in_features), x.device, product)
+
+    def _codes(self, layer: "NestedLinear", packed: dict[str, Tensor]) -> Callable[[slice], Tensor]:
+        """What gives the codes of some rows, in units of the master's."""
+        spec, columns = layer.spec, layer.in_features
+        if spec.resident == "master":
+            return lambda tile: rounded_codes(layer.master[tile], spec.bits, spec.extra_precision)
+        if layer.overflow is None:
+            return lambda tile: unpack(layer.packed[tile], spec.bits, columns).mul_(step(spec.bits))
+        tops = top_codes(layer.overflow, spec.bits, spec.top_codes or 0)
+        before = packed["before"].tolist()
+
+        def codes(tile: slice) -> Tensor:
+            sliced = unpack_slice(
+                layer.packed[tile], tops[before[tile.start] :], spec.bits, columns
+            )
+            return sliced.to(torch.int16).mul_(step(spec.bits))
+
+        return codes
+
+
+def write_weight(
+    into: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, group_size: int | None
+) -> None:
+    """scale * (code - zero) in float32, where only the product is rounded.
+
+    into: (out, in) float32  codes: (out, in) uint8 or int16, in units of the master's
+    scale, zero: (out, groups) float32, the master's
     """
-    weight = sliced.float().mul_(step(bits))
-    for group, columns in groups_of(weight, group_size):
+    into.copy_(codes)
+    for group, columns in groups_of(into, group_size):
         group.sub_(zero[:, columns, None]).mul_(scale[:, columns, None])
-    return weight
 
 
 def pack_slice(codes: Tensor, bits: int, extra_precision: bool) -> tuple[Tensor, Tensor]:
@@ -43,14 +99,18 @@ def pack_slice(codes: Tensor, bits: int, extra_precision: bool) -> tuple[Tensor,
     return packed, pack(torch.cat(above), 1)
 
 
-def unpack_slice(
-    packed: Tensor, overflow: Tensor | None, bits: int, in_features: int, top_codes: int
-) -> Tensor:
-    """The inverse of `pack_slice`: (out, in) uint8, up to 2**bits where there is an overflow."""
+def top_codes(overflow: Tensor, bits: int, count: int) -> Tensor:
+    """What the codes of 2**bits - 1 in `packed` stand for: that, or 2**bits.  ->  (count,) uint8"""
+    return unpack(overflow, 1, count).add_(2**bits - 1)
+
+
+def unpack_slice(packed: Tensor, tops: Tensor | None, bits: int, in_features: int) -> Tensor:
+    """The inverse of `pack_slice`, for some rows: (out, in) uint8, up to 2**bits with `tops`.
+
+    tops: from `top_codes`, beginning at these rows; None: there is no overflow.
+    """
     sliced = unpack(packed, bits, in_features)
-    if overflow is not None:
-        sliced[sliced == 2**bits - 1] += unpack(overflow, 1, top_codes)
-    return sliced
+    return sliced if tops is None else sliced.masked_scatter_(sliced == 2**bits - 1, tops)
 
 
 def count_top_codes(codes: Tensor, bits: int) -> int:

@@ -43,7 +43,6 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
@@ -51,13 +50,20 @@ from lowbit.formats.sorted_group import reference
 from lowbit.formats.sorted_group.entry import (
     InputOrder,
     SortedGroupEntry,
+    SortedGroupLayout,
     index_dtype,
     tensor_bytes,
 )
 from lowbit.formats.uniform.reference import group_count, quantize
 from lowbit.kernels.bits import pack, packed_bytes, unpack
 
-__all__ = ["InputOrder", "SortedGroupEntry", "SortedGroupLinear", "tensor_bytes"]
+__all__ = [
+    "InputOrder",
+    "SortedGroupEntry",
+    "SortedGroupLayout",
+    "SortedGroupLinear",
+    "tensor_bytes",
+]
 
 INT8_TOP = 127  # the largest code of a salient weight
 SHARED = ("group_size", "salient", "activation", "permutation")
@@ -68,6 +74,7 @@ class SortedGroupLinear(QuantizedLinear):
 
     format = "sorted_group"
     Entry = SortedGroupEntry
+    backends = (reference.Reference(),)
 
     spec: SortedGroupEntry
     packed: Tensor
@@ -94,32 +101,21 @@ class SortedGroupLinear(QuantizedLinear):
         cls,
         weight: Tensor,
         scale: Tensor,
-        order: InputOrder,
+        layout: SortedGroupLayout,
         *,
-        bits: int,
-        salient_bits: int = 16,
-        shares: str | None = None,
         bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """The nearest codes to a float weight, counted from the scale as it is stored.
 
         weight: (out, in), its columns in the order; the rest as `from_codes` takes it.
         """
-        weight = finite("weight", weight)
-        kept = weight.shape[1] - order.salient
+        weight, bits = finite("weight", weight), layout.bits
+        kept = weight.shape[1] - layout.order.salient
         scale = storable(scale)
         zero = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
-        codes = quantize(weight[:, :kept], scale, zero, bits, order.group_size)
-        return cls.from_codes(
-            codes,
-            scale,
-            weight[:, kept:],
-            order,
-            bits=bits,
-            salient_bits=salient_bits,
-            shares=shares,
-            bias=bias,
-        )
+        codes = quantize(weight[:, :kept], scale, zero, bits, layout.order.group_size)
+        return cls.from_codes(codes, scale, weight[:, kept:], layout, bias=bias, dtype=dtype)
 
     @classmethod
     def from_codes(
@@ -127,23 +123,25 @@ class SortedGroupLinear(QuantizedLinear):
         codes: Tensor,
         scale: Tensor,
         salient: Tensor,
-        order: InputOrder,
+        layout: SortedGroupLayout,
         *,
-        bits: int,
-        salient_bits: int = 16,
-        shares: str | None = None,
         bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
-        """codes: (out, kept) uint8  scale: (out, groups)  salient: (out, salient)  bias: (out,)
+        """A layer of these codes.
 
-        salient_bits: 16 (float32 where float16 would overflow) or 8. shares: the name of the layer
-        that has the permutation; `lowbit.formats.link` must find it there.
+        codes: (out, kept) uint8  scale: (out, groups)
+        salient: (out, salient), the weights that stay float
+        bias: (out,), kept in its dtype.
+        dtype: of the float weight that the layer stands for; None: not known.
         """
+        order, shares = layout.order, layout.shares
         rows, columns = len(codes), codes.shape[1] + order.salient
         check_shape("salient", salient, torch.Size((rows, order.salient)))
-        columns_kept, scale = _stored_salient(finite("salient", salient), scale, salient_bits)
+        salient = finite("salient", salient)
+        columns_kept, scale = _stored_salient(salient, scale, layout.salient_bits)
         salient_dtype = dtype_name(columns_kept["salient"].dtype)
-        stored: dict[str, Tensor | None] = {"packed": pack(codes, bits), "scale": scale}
+        stored: dict[str, Tensor | None] = {"packed": pack(codes, layout.bits), "scale": scale}
         stored |= columns_kept if order.salient else {}
         if order.permutation is not None:
             checked = _checked(order.permutation, columns)
@@ -153,7 +151,8 @@ class SortedGroupLinear(QuantizedLinear):
         return cls.from_tensors(
             (rows, columns),
             stored | {"bias": bias},
-            bits=bits,
+            dtype,
+            bits=layout.bits,
             group_size=order.group_size,
             scale_dtype=dtype_name(scale.dtype),
             salient=order.salient,
@@ -194,20 +193,23 @@ class SortedGroupLinear(QuantizedLinear):
         """(out, kept) uint8"""
         return unpack(self.packed, self.spec.bits, self.spec.kept)
 
-    def _signed(self) -> Tensor:
-        return self.codes().float().sub_(2 ** (self.spec.bits - 1))
+    def signed(self, rows: slice = slice(None)) -> Tensor:
+        """The codes of some rows less 2**(bits - 1): (rows, kept) int8"""
+        codes = unpack(self.packed[rows], self.spec.bits, self.spec.kept)
+        return codes.sub_(2 ** (self.spec.bits - 1)).view(torch.int8)
 
-    def salient_weight(self) -> Tensor | None:
-        """(out, salient) float32"""
-        if self.salient is None or self.salient_scale is None:
-            return None if self.salient is None else self.salient.float()
-        return self.salient.float() * self.salient_scale.float().unsqueeze(1)
+    def salient_weight(self, rows: slice = slice(None)) -> Tensor:
+        """Of some rows, where there are salient inputs: (rows, salient) float32"""
+        assert self.salient is not None
+        weight = self.salient[rows].float()
+        if self.salient_scale is None:
+            return weight
+        return weight * self.salient_scale[rows].float().unsqueeze(1)
 
     def ordered(self) -> Tensor:
         """The weight with its columns in the order: (out, in) float32"""
-        values = reference.scaled(self._signed(), self.scale.float(), self.spec.group_size)
-        salient = self.salient_weight()
-        return values if salient is None else torch.cat([values, salient], 1)
+        values = reference.scaled(self.signed().float(), self.scale.float(), self.spec.group_size)
+        return torch.cat([values, self.salient_weight()], 1) if self.spec.salient else values
 
     def dequantize(self) -> Tensor:
         """The weight that `forward` multiplies `quantized_input` by: (out, in) float32
@@ -228,14 +230,14 @@ class SortedGroupLinear(QuantizedLinear):
     def prepare(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., kept + groups + salient): codes, their scales, inputs that stay.
 
-        In float32, or float64 for an x of float64. Where inputs are not rounded: x in the order.
+        In float32, or float64 for an x of float64. Where inputs are not rounded: x in the order, in
+        its own dtype.
         """
-        x = x if x.dtype == torch.float64 else x.float()
-        check_shape("x", x, torch.Size((*x.shape[:-1], self.in_features)))
         if self.permutation is not None:
             x = x.index_select(-1, self.permutation.int())
         if self.spec.activation is None:
             return x
+        x = x if x.dtype == torch.float64 else x.float()
         rows = x.reshape(-1, self.in_features)
         kept, salient = rows.split([self.spec.kept, self.spec.salient], 1)
         parts = reference.quantize_input(kept, self.spec.activation.bits, self.spec.group_size)
@@ -243,43 +245,19 @@ class SortedGroupLinear(QuantizedLinear):
         return made.view(*x.shape[:-1], made.shape[1])
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """x: (..., in) -> (..., in), rounded as in `forward`; float32, or float64 as x is."""
+        """x: (..., in) -> (..., in), rounded as in `forward`, then float32, or float64 as x is."""
         prepared = self.prepared(x)
         if self.spec.activation is not None:
-            codes, scale, salient = self._split(prepared)
+            codes, scale, salient = self.split(prepared)
             values = reference.scaled(codes, scale, self.spec.group_size)
             prepared = torch.cat([values, salient], 1).view(x.shape)
         return self._restored(prepared)
 
-    def _split(self, prepared: Tensor) -> list[Tensor]:
+    def split(self, prepared: Tensor) -> list[Tensor]:
+        """What `prepare` made, for each token: codes (tokens, kept), scales (tokens, groups) and
+        salient inputs (tokens, salient)."""
         rows = prepared.reshape(-1, prepared.shape[-1])
         return list(rows.split([self.spec.kept, self.groups, self.spec.salient], 1))
-
-    def forward(self, x: Tensor, prepare_only: bool = False) -> Tensor:
-        """x: (..., in_features) -> (..., out_features), in the dtype of x."""
-        if prepare_only:
-            return self.prepare(x)
-        prepared = self.prepared(x)
-        # Half precision is slower than float32 on a CPU.
-        dtype = prepared.dtype if x.device.type == "cpu" else x.dtype
-        if self.spec.activation is None:
-            y = functional.linear(prepared.to(dtype), self.ordered().to(dtype)).to(prepared.dtype)
-        else:
-            y = self._multiply(self._split(prepared), dtype)
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
-
-    def _multiply(self, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
-        spec = self.spec
-        assert spec.activation is not None
-        codes, scale, salient = inputs
-        size = min(spec.group_size or spec.kept, spec.kept)
-        exact = reference.exact_dtype(spec.bits, spec.activation.bits, size)
-        y = reference.multiply((codes, scale), (self._signed(), self.scale), spec.group_size, exact)
-        columns = self.salient_weight()
-        if columns is not None:
-            y = y + functional.linear(salient.to(dtype), columns.to(dtype)).to(y.dtype)
-        return y
 
 
 def _checked(permutation: Tensor, inputs: int) -> Tensor:

@@ -103,5 +103,22 @@ class InputOrder:
     activation_bits: int | None
 
 
+@dataclass(frozen=True, eq=False)
+class SortedGroupLayout:
+    """How a layer is stored.
+
+    order: of its inputs.
+    bits: of a code.
+    salient_bits: of a salient weight: 16 (float32 where float16 would overflow) or 8.
+    shares: the name of the layer that has the permutation, where `lowbit.formats.link` must find
+        it; None: this one has it.
+    """
+
+    order: InputOrder
+    bits: int
+    salient_bits: int = 16
+    shares: str | None = None
+
+
 def index_dtype(inputs: int) -> torch.dtype:
     return torch.int16 if inputs <= SHORT else torch.int32

@@ -6,13 +6,73 @@ a matrix product of floats is then the integer product, many times as fast as to
 and does not depend on how many tokens are multiplied at once.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from lowbit.formats.backend import Backend
+from lowbit.formats.tiles import WEIGHTS_ON_CPU, by_rows, product_dtype
 from lowbit.formats.uniform.reference import groups_of
 from lowbit.kernels.straight_through import round_ste
 
+if TYPE_CHECKING:
+    from lowbit.formats.sorted_group import SortedGroupLinear
+
 EXACT = 2**24  # float32 holds every integer up to here
+
+
+class Reference(Backend["SortedGroupLinear"]):
+    """Takes the integer sums of some rows at a time; where inputs are not rounded, dequantizes."""
+
+    name = "reference"
+
+    def multiply(
+        self, layer: "SortedGroupLinear", packed: dict[str, Tensor], prepared: Tensor
+    ) -> Tensor:
+        if layer.spec.activation is None:
+            return self._by_weight(layer, prepared)
+        return self._by_sums(layer, prepared)
+
+    def _by_weight(self, layer: "SortedGroupLinear", prepared: Tensor) -> Tensor:
+        spec, x = layer.spec, prepared.to(product_dtype(prepared))
+        scale = layer.scale.float()
+
+        def product(tile: slice, weight: Tensor) -> Tensor:
+            kept = weight[:, : spec.kept].copy_(layer.signed(tile))
+            for group, columns in groups_of(kept, spec.group_size):
+                group.mul_(scale[tile, columns, None])
+            if spec.salient:
+                weight[:, spec.kept :] = layer.salient_weight(tile)
+            return functional.linear(x, weight.to(x.dtype))
+
+        return by_rows((layer.out_features, layer.in_features), x.device, product)
+
+    def _by_sums(self, layer: "SortedGroupLinear", prepared: Tensor) -> Tensor:
+        spec, (codes, scale, salient) = layer.spec, layer.split(prepared)
+        assert spec.activation is not None
+        size = min(spec.group_size or spec.kept, spec.kept)
+        exact = exact_dtype(spec.bits, spec.activation.bits, size)
+        inputs, weight_scale = codes.to(exact), layer.scale.to(scale.dtype).T.contiguous()
+        # Sums of a few tokens are added up for all rows at once: an addition for each group and
+        # tile would take longer than the products.
+        few = len(codes) * layer.groups * layer.out_features <= WEIGHTS_ON_CPU
+
+        def product(tile: slice, weight: Tensor) -> Tensor:
+            sums = group_sums(inputs, weight.copy_(layer.signed(tile)), spec.group_size)
+            return sums.flatten(0, 1) if few else total(sums, scale, weight_scale[:, tile])
+
+        y = by_rows((layer.out_features, spec.kept), codes.device, product, exact)
+        if few:
+            y = total(y.view(layer.groups, len(codes), -1), scale, weight_scale)
+        return y + self._of_salient(layer, salient) if spec.salient else y
+
+    def _of_salient(self, layer: "SortedGroupLinear", x: Tensor) -> Tensor:
+        def product(tile: slice, weight: Tensor) -> Tensor:
+            return functional.linear(x, weight.copy_(layer.salient_weight(tile)))
+
+        return by_rows((layer.out_features, x.shape[1]), x.device, product, x.dtype)
 
 
 def top_code(bits: int) -> int:
@@ -52,29 +112,27 @@ def exact_dtype(bits: int, input_bits: int, size: int) -> torch.dtype:
     )
 
 
-def multiply(
-    inputs: tuple[Tensor, Tensor],
-    weights: tuple[Tensor, Tensor],
-    group_size: int | None,
-    exact: torch.dtype,
-) -> Tensor:
-    """sum over groups of (input scale * weight scale) * (input codes . weight codes)
+def group_sums(inputs: Tensor, weights: Tensor, group_size: int | None) -> Tensor:
+    """The products of codes, summed over each group.
 
-    inputs: codes (m, k) and scale (m, groups)  weights: codes (n, k) and scale (n, groups)
-    exact: from `exact_dtype`  ->  (m, n) in the dtype of the inputs
+    inputs: (m, k)  weights: (n, k), both in the dtype of `exact_dtype`  ->  (groups, m, n)
     """
-    codes, scale = inputs
-    weight_scale = weights[1].to(scale.dtype)
-    total = codes.new_zeros(len(codes), len(weights[0]))
-    by_group = zip(
-        groups_of(codes.to(exact), group_size),
-        groups_of(weights[0].to(exact), group_size),
-        strict=True,
-    )
-    with torch.autocast(codes.device.type, enabled=False):  # which would round the sums
-        for (ours, columns), (theirs, _) in by_group:
-            for i, group in enumerate(range(columns.start, columns.stop)):
-                sums = (ours[:, i] @ theirs[:, i].T).to(total.dtype)
-                # Rounded step by step: fused ones would depend on where in memory a token is.
-                total.add_(sums.mul_(scale[:, group, None]).mul_(weight_scale[:, group]))
-    return total
+    by_group = zip(groups_of(inputs, group_size), groups_of(weights, group_size), strict=True)
+    sums = [
+        torch.bmm(ours.transpose(0, 1), theirs.permute(1, 2, 0))
+        for (ours, _), (theirs, _) in by_group
+    ]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+def total(sums: Tensor, scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """sum over groups of input scale * weight scale * sums
+
+    sums: (groups, m, n), overwritten  scale: (m, groups)  weight_scale: (groups, n)
+    ->  (m, n) in the dtype of the scales
+    """
+    sums = sums.to(scale.dtype).mul_(scale.T.unsqueeze(2)).mul_(weight_scale.unsqueeze(1))
+    added = torch.zeros_like(sums[0])
+    for group in sums.unbind():  # step by step: fused ones would depend on where a token lies
+        added.add_(group)
+    return added

@@ -30,6 +30,7 @@ and, in a layer that rounds what it reads when it runs, `"activation": {"bits": 
 bool}`: each token on 2**bits values that span its range and 0, as `kernels/tokens.py` says.
 """
 
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -41,7 +42,10 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
 from lowbit.formats.entry import LayerEntry, ScaleName, Size
 from lowbit.formats.uniform import reference
+from lowbit.formats.uniform.reference import UniformLayout
 from lowbit.kernels.bits import pack, packed_bytes, unpack
+
+__all__ = ["UniformEntry", "UniformLayout", "UniformLinear", "tensor_bytes"]
 
 
 class UniformEntry(LayerEntry):
@@ -55,6 +59,10 @@ class UniformEntry(LayerEntry):
     scale_dtype: ScaleName
     activation: Activation | None = None
 
+    @property
+    def layout(self) -> UniformLayout:
+        return UniformLayout(self.bits, self.group_size, self.zero_shift)
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         most = 0 if self.symmetric else 8 - self.bits
@@ -63,7 +71,7 @@ class UniformEntry(LayerEntry):
                 f"zero_shift is {self.zero_shift}: allowed with bits {self.bits} and "
                 f"symmetric {self.symmetric} are 0 to {most}"
             )
-        self.check_bytes(tensor_bytes(**self.model_dump(exclude={"format", "bias", "activation"})))
+        self.check_bytes(tensor_bytes(**self.model_dump(exclude={"format", "bias"})))
         return self
 
 
@@ -74,12 +82,14 @@ def tensor_bytes(
     symmetric: bool,
     zero_shift: int,
     scale_dtype: str,
+    **free: Any,
 ) -> int:
     """Bytes that stand for the weight, those of `UniformLinear.weight_bytes()`:
 
     out * ceil(in * bits / 8) + out * groups * (2 or 4) + groups * ceil(out * zbits / 8)
 
     that is codes, scales (2 for float16) and, unless symmetric, zeros (zbits = bits + zero_shift).
+    free: what else an entry says takes no bytes.
     """
     rows, columns = shape
     groups = reference.group_count(columns, group_size)
@@ -93,6 +103,7 @@ class UniformLinear(QuantizedLinear):
 
     format = "uniform"
     Entry = UniformEntry
+    backends = (reference.Reference(),)
 
     spec: UniformEntry
     packed: Tensor
@@ -110,8 +121,9 @@ class UniformLinear(QuantizedLinear):
         self.add_frozen("zero", (groups, width), None if spec.symmetric else "uint8")
 
     def entry(self) -> dict[str, Any]:
-        """Silent about `activation` where inputs are not rounded."""
-        entry = self.spec.model_dump(exclude={"activation"})
+        """With the `activation` that the layer has now, which a method may set."""
+        entry = super().entry()
+        entry.pop("activation", None)
         rounding = {} if self.activation is None else {"activation": self.activation.model_dump()}
         return entry | rounding
 
@@ -121,33 +133,26 @@ class UniformLinear(QuantizedLinear):
         weight: Tensor,
         scale: Tensor,
         zero: Tensor | None,
+        layout: UniformLayout,
         *,
-        bits: int,
-        group_size: int | None,
-        zero_shift: int = 0,
         bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """The nearest codes to a float weight, counted from scale and zero as they are stored.
 
-        weight: (out, in)  scale: (out, groups)  bias: (out,)
+        weight: (out, in)  scale: (out, groups)
         zero: (out, groups), clamped to the codes and rounded to 2**-zero_shift; None when symmetric
+        bias, dtype: as `from_codes` takes them.
         """
-        scale, unit = storable(scale), 2.0**-zero_shift
+        scale, unit, bits = storable(scale), 2.0**-layout.zero_shift, layout.bits
         if zero is None:
             points = reference.zero_points(None, scale, bits, 0)
         else:
             zero = (finite("zero", zero).clamp(0, 2**bits - 1) / unit).round().to(torch.uint8)
             points = zero * unit
-        codes = reference.quantize(finite("weight", weight), scale, points, bits, group_size)
-        return cls.from_codes(
-            codes,
-            scale,
-            zero,
-            bits=bits,
-            group_size=group_size,
-            zero_shift=zero_shift,
-            bias=bias,
-        )
+        weight = finite("weight", weight)
+        codes = reference.quantize(weight, scale, points, bits, layout.group_size)
+        return cls.from_codes(codes, scale, zero, layout, bias=bias, dtype=dtype)
 
     @classmethod
     def from_codes(
@@ -155,31 +160,34 @@ class UniformLinear(QuantizedLinear):
         codes: Tensor,
         scale: Tensor,
         zero: Tensor | None,
+        layout: UniformLayout,
         *,
-        bits: int,
-        group_size: int | None,
-        zero_shift: int = 0,
         bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
-        """codes: (out, in) uint8  scale: (out, groups)  bias: (out,)
+        """A layer of these codes.
+
+        codes: (out, in) uint8  scale: (out, groups)
         zero: (out, groups) of an integer dtype, in units of 2**-zero_shift; None when symmetric
+        bias: (out,), kept in its dtype.
+        dtype: of the float weight that the layer stands for; None: not known.
         """
         scale = storable(scale)
         layer = cls.empty(
             codes.shape,
             bias,
             codes.device,
-            bits=bits,
-            group_size=group_size,
+            dtype,
             symmetric=zero is None,
-            zero_shift=zero_shift,
             scale_dtype=dtype_name(scale.dtype),
+            **asdict(layout),
         )
         check_shape("scale", scale, layer.scale.shape)
         if zero is not None:
             check_shape("zero", zero, layer.scale.shape)
-            zero = _packed_zeros(zero, bits + zero_shift)
-        layer.store({"packed": pack(codes, bits), "scale": scale, "zero": zero, "bias": bias})
+            zero = _packed_zeros(zero, layout.bits + layout.zero_shift)
+        packed = pack(codes, layout.bits)
+        layer.store({"packed": packed, "scale": scale, "zero": zero, "bias": bias})
         return layer
 
     def codes(self) -> Tensor:
@@ -192,16 +200,10 @@ class UniformLinear(QuantizedLinear):
         return reference.zero_points(self.zero, self.scale, spec.bits, spec.zero_shift).contiguous()
 
     def dequantize(self) -> Tensor:
-        spec = self.spec
-        return reference.dequantize(
-            self.packed,
-            self.scale,
-            self.zero,
-            spec.bits,
-            spec.group_size,
-            spec.zero_shift,
-            self.in_features,
-        )
+        codes, scale = self.codes(), self.scale.float()
+        weight = torch.empty_like(codes, dtype=torch.float32)
+        reference.write_weight(weight, codes, scale, self.zeros(), self.spec.layout)
+        return weight
 
 
 def _packed_zeros(zero: Tensor, width: int) -> Tensor:

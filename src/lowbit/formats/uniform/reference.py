@@ -1,11 +1,52 @@
 """The definition of the uniform format's arithmetic, in torch."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from lowbit.formats.backend import Backend
+from lowbit.formats.tiles import by_rows, product_dtype
 from lowbit.kernels.bits import unpack
+
+if TYPE_CHECKING:
+    from lowbit.formats.uniform import UniformLinear
+
+
+class Reference(Backend["UniformLinear"]):
+    """Dequantizes some rows of the weight at a time and multiplies by them."""
+
+    name = "reference"
+
+    def multiply(
+        self, layer: "UniformLinear", packed: dict[str, Tensor], prepared: Tensor
+    ) -> Tensor:
+        layout, x = layer.spec.layout, prepared.to(product_dtype(prepared))
+        stored, zero, scale = layer.packed, layer.zeros(), layer.scale.float()
+
+        def product(tile: slice, weight: Tensor) -> Tensor:
+            codes = unpack(stored[tile], layout.bits, layer.in_features)
+            write_weight(weight, codes, scale[tile], zero[tile], layout)
+            return functional.linear(x, weight.to(x.dtype))
+
+        return by_rows((layer.out_features, layer.in_features), x.device, product)
+
+
+@dataclass(frozen=True)
+class UniformLayout:
+    """How codes lie on their grid.
+
+    bits: of a code, 2 to 8.
+    group_size: inputs that share a scale and a zero point; None: a whole row.
+    zero_shift: zero points are in units of 2**-zero_shift codes.
+    """
+
+    bits: int
+    group_size: int | None
+    zero_shift: int = 0
 
 
 def group_count(in_features: int, group_size: int | None) -> int:
@@ -18,12 +59,14 @@ def groups_of(matrix: Tensor, group_size: int | None) -> Iterator[tuple[Tensor, 
 
     Two views at most: the whole groups, and the shorter one that ends each row.
     """
-    in_features = matrix.shape[1]
+    rows, in_features = matrix.shape
     size = min(group_size or in_features, in_features)
     whole = in_features // size
-    yield matrix[:, : whole * size].unflatten(1, (whole, size)), slice(0, whole)
-    if whole * size < in_features:
-        yield matrix[:, whole * size :].unsqueeze(1), slice(whole, whole + 1)
+    if whole * size == in_features:
+        yield matrix.view(rows, whole, size), slice(0, whole)
+        return
+    yield matrix[:, : whole * size].view(rows, whole, size), slice(0, whole)
+    yield matrix[:, whole * size :].unsqueeze(1), slice(whole, whole + 1)
 
 
 def quantize(
@@ -51,22 +94,22 @@ def zero_points(zero: Tensor | None, scale: Tensor, bits: int, zero_shift: int) 
     return unpack(zero, bits + zero_shift, scale.shape[0]).T
 
 
-def dequantize(
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bits: int,
-    group_size: int | None,
-    zero_shift: int,
-    in_features: int,
-) -> Tensor:
+def write_weight(
+    into: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, layout: UniformLayout
+) -> None:
     """scale * (code - zero / 2**zero_shift) in float32, where only the product is rounded.
 
-    packed: (out, ceil(in * bits / 8)) uint8  scale: (out, groups)
-    zero: (groups, ceil(out * (bits + zero_shift) / 8)) uint8, or None  ->  (out, in) float32
+    into: (out, in) float32  codes: (out, in) uint8, overwritten  scale: (out, groups) float32
+    zero: (out, groups) uint8, in units of 2**-zero_shift
     """
-    weight = unpack(packed, bits, in_features).float()
-    offset = zero_points(zero, scale, bits, zero_shift).float() * 2.0**-zero_shift
-    for group, columns in groups_of(weight, group_size):
-        group.sub_(offset[:, columns, None]).mul_(scale[:, columns, None])
-    return weight
+    small = layout.zero_shift == 0 and layout.bits < 8  # differences fit into one byte
+    steps = codes.view(torch.int8) if small else into.copy_(codes)
+    offset = zero.view(torch.int8) if small else zero.float().mul_(2.0**-layout.zero_shift)
+    by_group = zip(
+        groups_of(steps, layout.group_size), groups_of(into, layout.group_size), strict=True
+    )
+    for (step, columns), (weight, _) in by_group:
+        step.sub_(offset[:, columns, None])
+        if small:
+            weight.copy_(step)
+        weight.mul_(scale[:, columns, None])

@@ -8,7 +8,7 @@ SmoothQuant (Xiao et al., arXiv 2211.10438, equation 4) may go before, GPTQ may 
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -19,7 +19,12 @@ from lowbit.blocks.folding import Tensors, apply_folds, tensors_of
 from lowbit.blocks.hessian import Hessians, input_hessians
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.formats import link
-from lowbit.formats.sorted_group import InputOrder, SortedGroupLinear, tensor_bytes
+from lowbit.formats.sorted_group import (
+    InputOrder,
+    SortedGroupLayout,
+    SortedGroupLinear,
+    tensor_bytes,
+)
 from lowbit.formats.uniform.reference import group_count
 from lowbit.methods.method import Method
 from lowbit.methods.mixedquant.absorbing import SplitHessian, split_hessian
@@ -299,18 +304,17 @@ class MixedQuant(Method):
         """The layer, and its proxy loss where it is rounded with feedback."""
         weight = ordered.of(weight.float())
         ordinary, salient = weight.tensor_split([ordered.kept], 1)
-        facts: dict[str, Any] = {"bits": self.bits, "salient_bits": self.salient_bits}
-        facts |= {"shares": shares, "bias": bias}
+        layout = SortedGroupLayout(ordered.order, self.bits, self.salient_bits, shares)
         grid = self._grid(ordinary, ordered)
-        layer = SortedGroupLinear.from_grid(weight, grid.scale, ordered.order, **facts)
+        layer = SortedGroupLinear.from_grid(weight, grid.scale, layout, bias=bias)
         if split is None or self.rounding == "nearest":
             return layer, None
         stored = replace(grid, scale=layer.scale.float())
         codes, _ = gptq_codes(ordinary, stored, split.factor)
-        rounded = SortedGroupLinear.from_codes(codes, layer.scale, salient, ordered.order, **facts)
+        rounded = SortedGroupLinear.from_codes(codes, layer.scale, salient, layout, bias=bias)
         error = ordinary - rounded.ordered()[:, : ordered.kept]
         salient = split.absorbed(salient, error)
-        made = SortedGroupLinear.from_codes(codes, layer.scale, salient, ordered.order, **facts)
+        made = SortedGroupLinear.from_codes(codes, layer.scale, salient, layout, bias=bias)
         return made, proxy_loss(weight, made.ordered(), split.hessian)
 
     def _grid(self, weight: Tensor, ordered: OrderedGroup) -> Grid:

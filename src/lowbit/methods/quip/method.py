@@ -23,7 +23,7 @@ from lowbit.blocks.folding import tensors_of
 from lowbit.blocks.hessian import Hessians, input_hessians
 from lowbit.blocks.training import ParameterGroup, fit, mean_loss
 from lowbit.formats import link
-from lowbit.formats.lattice import LatticeLinear, stored_scale, tensor_bytes
+from lowbit.formats.lattice import LatticeLayout, LatticeLinear, stored_scale, tensor_bytes
 from lowbit.formats.lattice.codebooks import Codebook, codebook
 from lowbit.formats.lattice.incoherence import (
     Rotation,
@@ -245,15 +245,8 @@ class QuIP(Method):
         rounder = inputs.rounder(book.dim)
         generator = task.generator(name)
         words = spread(rotated, rounder, book.nearest, here._spread(book, weight), generator)
-        layer = LatticeLinear.from_codes(
-            words.codes,
-            words.scale,
-            inputs.side,
-            side,
-            codebook=book,
-            shares=inputs.owner,
-            bias=bias,
-        )
+        layout = LatticeLayout(book, inputs.side, side, inputs.owner)
+        layer = LatticeLinear.from_codes(words.codes, words.scale, layout, bias=bias)
         inputs.owner = inputs.owner or name
         energy = rounder.energy(rotated)
         return layer, LinearReport(

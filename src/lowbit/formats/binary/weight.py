@@ -1,0 +1,42 @@
+"""Products with the dequantized weight, for half precision on a GPU."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowbit.formats.backend import Backend
+from lowbit.formats.tiles import by_rows
+
+if TYPE_CHECKING:
+    from lowbit.formats.binary import BinaryLinear
+
+
+class Weight(Backend["BinaryLinear"]):
+    """Dequantizes some rows at a time, in the order of the prepared input.
+
+    The sums that the reference takes are larger than the result, and may be too large for half
+    precision; on a GPU, float32 takes many times as long.
+    """
+
+    name = "weight"
+
+    def supports(
+        self,
+        layer: "BinaryLinear",
+        device: torch.device,
+        dtype: torch.dtype,
+        tokens: int,
+        gradients: bool,
+    ) -> bool:
+        return device.type != "cpu" and dtype in (torch.float16, torch.bfloat16)
+
+    def multiply(
+        self, layer: "BinaryLinear", packed: dict[str, Tensor], prepared: Tensor
+    ) -> Tensor:
+        def product(tile: slice, weight: Tensor) -> Tensor:
+            return functional.linear(prepared, weight.copy_(layer.ordered(tile)))
+
+        shape = layer.out_features, layer.in_features
+        return by_rows(shape, prepared.device, product, prepared.dtype)

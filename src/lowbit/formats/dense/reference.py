@@ -1,0 +1,28 @@
+"""The definition of the dense format's arithmetic, in torch."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn import functional
+
+from lowbit.formats.backend import Backend
+from lowbit.formats.tiles import by_rows, product_dtype
+
+if TYPE_CHECKING:
+    from lowbit.formats.dense import DenseLinear
+
+
+class Reference(Backend["DenseLinear"]):
+    """Multiplies by the stored values, cast some rows at a time where their dtype is another."""
+
+    name = "reference"
+
+    def multiply(self, layer: "DenseLinear", packed: dict[str, Tensor], prepared: Tensor) -> Tensor:
+        x, values = prepared.to(product_dtype(prepared)), layer.values
+        if values.dtype == x.dtype:
+            return functional.linear(x, values)
+
+        def product(tile: slice, weight: Tensor) -> Tensor:
+            return functional.linear(x, weight.copy_(values[tile]))
+
+        return by_rows((layer.out_features, layer.in_features), x.device, product, x.dtype)
