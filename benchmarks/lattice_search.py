@@ -1,11 +1,11 @@
-"""How fast is the nearest word of a codebook found, and when does it pay to rotate the tokens?
+"""How fast is the nearest word of a codebook found, and does it pay to rotate the tokens?
 
     python benchmarks/lattice_search.py [--vectors N] [--repeats N] [--skip-forward]
 
 Search: microseconds for a Gaussian vector (eight weights; D4 four, HI one) at the codebook's scale.
 The bound is x.clone(), the definition is reference.nearest, which tries all 65536 words of E8P12.
-Forward: a layer's time with rotated tokens over its time with the restored weight, at multiples of
-the harmonic mean of (in, out). Processor time of one thread, the best of the repeats.
+Forward: a layer's time, which rotates the tokens, over the time with its weight restored, at
+multiples of the harmonic mean of (in, out). Processor time of one thread, the best of the repeats.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from results import append
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn import functional
 
-import lowbit.formats.lattice
-from lowbit.formats.lattice import LatticeLinear, reference, search
+from lowbit.formats.lattice import LatticeLayout, LatticeLinear, reference, search
 from lowbit.formats.lattice.codebooks import CODEBOOKS
 from lowbit.formats.lattice.incoherence import rotation
 from lowbit.formats.lattice.tables import table
@@ -74,13 +74,10 @@ def measure_search(vectors: int, repeats: int, console: Console) -> list[dict[st
 
 
 def ratio(layer: LatticeLinear, tokens: int, repeats: int) -> float:
-    """Time with rotated tokens over time with the restored weight."""
+    """Time of a forward, which rotates the tokens, over the time with the restored weight."""
     x = torch.randn(tokens, layer.in_features, generator=torch.Generator().manual_seed(0))
-    spent = []
-    for most in (float("inf"), 0.0):
-        lowbit.formats.lattice.MOST_ROTATED = most
-        spent.append(seconds(lambda: layer(x), repeats))
-    return spent[0] / spent[1]
+    rotated = seconds(lambda: layer(x), repeats)
+    return rotated / seconds(lambda: functional.linear(x, layer.dequantize()), repeats)
 
 
 def measure_forward(repeats: int, console: Console) -> list[dict[str, object]]:
@@ -89,8 +86,8 @@ def measure_forward(repeats: int, console: Console) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for out, columns in SHAPES:
         codes = torch.randint(0, 2**16, (out, book.blocks(columns)), dtype=torch.int32)
-        sides = rotation(columns, 1), rotation(out, 2)
-        layer = LatticeLinear.from_codes(codes, torch.ones(1), *sides, codebook=book)
+        layout = LatticeLayout(book, rotation(columns, 1), rotation(out, 2))
+        layer = LatticeLinear.from_codes(codes, torch.ones(1), layout)
         mean = 2 / (1 / out + 1 / columns)
         counts = [max(1, round(multiple * mean)) for multiple in MULTIPLES]
         found = [ratio(layer, count, repeats) for count in counts]

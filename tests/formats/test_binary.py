@@ -324,6 +324,7 @@ def test_plain_weight_is_the_formula() -> None:
 
 @pytest.mark.parametrize("make", [lambda: made(8, 32, 8), lambda: made(8, 32)])
 def test_compiles_without_a_break(make: Callable[[], QuantizedLinear]) -> None:
+    torch._dynamo.reset()
     layer = make()
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     for tokens in (1, 8):

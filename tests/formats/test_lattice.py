@@ -592,6 +592,7 @@ def test_factors_that_cannot_be_stored() -> None:
 
 
 def test_compiles_whole() -> None:
+    torch._dynamo.reset()
     for book in CODEBOOKS.values():
         layer = made(12, 40, book)
         compiled = torch.compile(layer, backend="eager", fullgraph=True)

@@ -5,56 +5,64 @@ forward; a tile of it stays in a processor's cache until it is multiplied. 2048 
 bits and one token take 28 to 48 ms whole and 8 ms in tiles (one CPU thread).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-# Weights in a tile: on a CPU 1 MiB of float32, half of a second-level cache; elsewhere 64 MiB,
-# because each tile costs a dozen kernel launches.
+# Weights in a tile: on a CPU 1 MiB of float32, half of a second-level cache. From MANY tokens on,
+# TIMES as many (4 MiB): reading the tokens again for each tile then takes longer than fetching the
+# tile from further away, up to a third of the time. Elsewhere 64 MiB, because each tile costs a
+# dozen kernel launches.
 WEIGHTS_ON_CPU = 2**18
+MANY, TIMES = 64, 4
 WEIGHTS_ELSEWHERE = 2**24
 ALIGNMENT = 16  # matrix products like tiles whose rows are a multiple of it
 
 
 def by_rows(
+    x: Tensor,
     shape: tuple[int, int],
-    device: torch.device,
-    product: Callable[[slice, Tensor], Tensor],
+    product: Callable[..., Tensor],
+    sources: Sequence[Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The products with all rows of a weight, some rows at a time: (tokens, rows).
+    """The products of x with all rows of a weight, some rows at a time: (tokens, rows).
 
+    x: (tokens, ...), which `product` reads; it says how many tokens there are and on which device.
     shape: rows and columns of the weight.
-    product: takes a slice of the rows and an uninitialised tensor (these rows, columns), into which
-        it writes this part of the weight; returns (tokens, these rows).
-    dtype: of that tensor.
+    product: takes an uninitialised tensor (some rows, columns), into which it writes this part of
+        the weight, and the same rows of each source; returns (tokens, these rows).
+    sources: tensors with a row for each row of the weight.
+    dtype: of the part of the weight.
 
-    Where no gradients are recorded, all tiles have the same memory (freshly allocated ones are
+    Where no gradients are recorded, all parts have the same memory (freshly allocated ones are
     page-faulted as the allocator pleases, which takes up to three times as long) and run in
     inference mode (the bookkeeping of views takes a quarter of the time).
     """
     rows, columns = shape
-    tiles = _tiles(rows, columns, device)
+    at_once = min(rows, _rows_at_once(columns, len(x), x.device))
 
     def memory() -> Tensor:
-        return torch.empty(tiles[0].stop, columns, dtype=dtype, device=device)
+        return torch.empty(at_once, columns, dtype=dtype, device=x.device)
 
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        parts = [product(tile, memory()[: tile.stop - tile.start]) for tile in tiles]
+        tiles = zip(*(source.split(at_once) for source in sources), strict=True)
+        parts = [product(memory()[: len(tile[0])], *tile) for tile in tiles]
     else:
         with torch.inference_mode():
             shared = memory()
-            parts = [product(tile, shared[: tile.stop - tile.start]) for tile in tiles]
+            tiles = zip(*(source.split(at_once) for source in sources), strict=True)
+            parts = [product(shared[: len(tile[0])], *tile) for tile in tiles]
     return torch.cat(parts, 1)  # outside of inference mode: an ordinary tensor
 
 
-def _tiles(rows: int, columns: int, device: torch.device) -> list[slice]:
-    weights = WEIGHTS_ON_CPU if device.type == "cpu" else WEIGHTS_ELSEWHERE
+def _rows_at_once(columns: int, tokens: int, device: torch.device) -> int:
+    weights = WEIGHTS_ELSEWHERE
+    if device.type == "cpu":
+        weights = WEIGHTS_ON_CPU * (TIMES if tokens >= MANY else 1)
     count = max(1, weights // columns)
-    if count > ALIGNMENT:
-        count = round(weights / columns / ALIGNMENT) * ALIGNMENT
-    return [slice(start, min(start + count, rows)) for start in range(0, rows, count)]
+    return count - count % ALIGNMENT if count > ALIGNMENT else count
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -260,17 +260,16 @@ class BinaryLinear(QuantizedLinear):
             raise ValueError(f"mask has {marked} salient channels: allowed is {self.spec.salient}")
         return torch.empty_like(ordered).index_copy_(1, order, ordered)
 
-    def ordered(self, rows: slice = slice(None)) -> Tensor:
-        """Some rows of the weight with its plain channels first: (rows, in) float32"""
-        mean = None if self.row_mean is None else self.row_mean[rows]
+    def ordered(self) -> Tensor:
+        """The weight with its plain channels first: (out, in) float32"""
         plain = reference.plain_weight(
-            self.sign[rows], self.row_scale[rows], mean, self.column_scale, self.plain
+            self.sign, self.row_scale, self.row_mean, self.column_scale, self.plain
         )
         if not self.spec.salient:
             return plain
         assert self.salient is not None and self.salient_scale is not None
-        codes = unpack(self.salient[rows], 4, self.spec.salient)
-        salient = reference.salient_weight(codes, self.salient_scale[rows], self.zeros()[rows])
+        codes = unpack(self.salient, 4, self.spec.salient)
+        salient = reference.salient_weight(codes, self.salient_scale, self.zeros())
         return torch.cat([plain, salient], 1)
 
     def zeros(self) -> Tensor:

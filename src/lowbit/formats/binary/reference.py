@@ -63,10 +63,10 @@ class Reference(Backend["BinaryLinear"]):
 def _unpacked_sums(packed: Tensor, bits: int, x: Tensor) -> Tensor:
     """Sums of inputs times unsigned codes.  x: (tokens, n)  ->  (tokens, out)"""
 
-    def product(tile: slice, codes: Tensor) -> Tensor:
-        return functional.linear(x, codes.copy_(unpack(packed[tile], bits, x.shape[1])))
+    def product(codes: Tensor, packed: Tensor) -> Tensor:
+        return functional.linear(x, codes.copy_(unpack(packed, bits, x.shape[1])))
 
-    return by_rows((len(packed), x.shape[1]), x.device, product, x.dtype)
+    return by_rows(x, (len(packed), x.shape[1]), product, [packed], x.dtype)
 
 
 def channel_order(mask: Tensor | None, in_features: int) -> Tensor | None:

@@ -7,14 +7,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.formats.backend import Backend
-from lowbit.formats.tiles import by_rows
 
 if TYPE_CHECKING:
     from lowbit.formats.binary import BinaryLinear
 
 
 class Weight(Backend["BinaryLinear"]):
-    """Dequantizes some rows at a time, in the order of the prepared input.
+    """Dequantizes the weight, in the order of the prepared input.
 
     The sums that the reference takes are larger than the result, and may be too large for half
     precision; on a GPU, float32 takes many times as long.
@@ -35,8 +34,4 @@ class Weight(Backend["BinaryLinear"]):
     def multiply(
         self, layer: "BinaryLinear", packed: dict[str, Tensor], prepared: Tensor
     ) -> Tensor:
-        def product(tile: slice, weight: Tensor) -> Tensor:
-            return functional.linear(prepared, weight.copy_(layer.ordered(tile)))
-
-        shape = layer.out_features, layer.in_features
-        return by_rows(shape, prepared.device, product, prepared.dtype)
+        return functional.linear(prepared, layer.ordered().to(prepared.dtype))

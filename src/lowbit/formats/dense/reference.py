@@ -22,7 +22,8 @@ class Reference(Backend["DenseLinear"]):
         if values.dtype == x.dtype:
             return functional.linear(x, values)
 
-        def product(tile: slice, weight: Tensor) -> Tensor:
-            return functional.linear(x, weight.copy_(values[tile]))
+        def product(weight: Tensor, values: Tensor) -> Tensor:
+            return functional.linear(x, weight.copy_(values))
 
-        return by_rows((layer.out_features, layer.in_features), x.device, product, x.dtype)
+        shape = layer.out_features, layer.in_features
+        return by_rows(x, shape, product, [values], x.dtype)

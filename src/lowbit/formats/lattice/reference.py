@@ -33,15 +33,15 @@ class Reference(Backend["LatticeLinear"]):
     ) -> Tensor:
         book, rows, columns = layer.codebook, layer.out_features, layer.in_features
         blocks = book.blocks(columns)
-        scale = (layer.scale.float() * book.unit).expand(rows).unsqueeze(1)
+        unit = (layer.scale.float() * book.unit).expand(rows).unsqueeze(1)
 
-        def product(tile: slice, words: Tensor) -> Tensor:
-            codes = book.unpack(layer.packed[tile], blocks)
+        def product(words: Tensor, packed: Tensor, unit: Tensor) -> Tensor:
+            codes = book.unpack(packed, blocks)
             book.write(codes, words.view(*codes.shape, book.dim))
-            weight = words.mul_(scale[tile])[:, :columns]
+            weight = words.mul_(unit)[:, :columns]
             return functional.linear(prepared, weight.to(prepared.dtype))
 
-        y = by_rows((rows, blocks * book.dim), prepared.device, product)
+        y = by_rows(prepared, (rows, blocks * book.dim), product, (layer.packed, unit))
         y = y if y.dtype == torch.float64 else y.float()
         return layer.rotation_out.undo(y, layer.sign_out, layer.factor_out)
 

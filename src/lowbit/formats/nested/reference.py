@@ -38,33 +38,34 @@ class Reference(Backend["NestedLinear"]):
     def multiply(
         self, layer: "NestedLinear", packed: dict[str, Tensor], prepared: Tensor
     ) -> Tensor:
-        x, codes_of = prepared.to(product_dtype(prepared)), self._codes(layer, packed)
-        scale, zero = layer.scale.float(), layer.zeros().float()
+        x = prepared.to(product_dtype(prepared))
+        codes_of, stored = self._codes(layer, packed)
 
-        def product(tile: slice, weight: Tensor) -> Tensor:
-            codes = codes_of(tile)
-            write_weight(weight, codes, scale[tile], zero[tile], layer.spec.group_size)
+        def product(weight: Tensor, scale: Tensor, zero: Tensor, *stored: Tensor) -> Tensor:
+            write_weight(weight, codes_of(*stored), scale, zero, layer.spec.group_size)
             return functional.linear(x, weight.to(x.dtype))
 
-        return by_rows((layer.out_features, layer.in_features), x.device, product)
+        sources = (layer.scale.float(), layer.zeros().float(), *stored)
+        return by_rows(x, (layer.out_features, layer.in_features), product, sources)
 
-    def _codes(self, layer: "NestedLinear", packed: dict[str, Tensor]) -> Callable[[slice], Tensor]:
-        """What gives the codes of some rows, in units of the master's."""
+    def _codes(
+        self, layer: "NestedLinear", packed: dict[str, Tensor]
+    ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """What makes some rows of codes, in units of the master's, and of what rows it does."""
         spec, columns = layer.spec, layer.in_features
         if spec.resident == "master":
-            return lambda tile: rounded_codes(layer.master[tile], spec.bits, spec.extra_precision)
+            extra = spec.extra_precision
+            return lambda master: rounded_codes(master, spec.bits, extra), (layer.master,)
         if layer.overflow is None:
-            return lambda tile: unpack(layer.packed[tile], spec.bits, columns).mul_(step(spec.bits))
+            unit = step(spec.bits)
+            return lambda part: unpack(part, spec.bits, columns).mul_(unit), (layer.packed,)
         tops = top_codes(layer.overflow, spec.bits, spec.top_codes or 0)
-        before = packed["before"].tolist()
 
-        def codes(tile: slice) -> Tensor:
-            sliced = unpack_slice(
-                layer.packed[tile], tops[before[tile.start] :], spec.bits, columns
-            )
+        def codes(part: Tensor, before: Tensor) -> Tensor:
+            sliced = unpack_slice(part, tops[int(before[0]) :], spec.bits, columns)
             return sliced.to(torch.int16).mul_(step(spec.bits))
 
-        return codes
+        return codes, (layer.packed, packed["before"])
 
 
 def write_weight(
@@ -76,8 +77,8 @@ def write_weight(
     scale, zero: (out, groups) float32, the master's
     """
     into.copy_(codes)
-    for group, columns in groups_of(into, group_size):
-        group.sub_(zero[:, columns, None]).mul_(scale[:, columns, None])
+    for group, point, unit in groups_of(into, group_size, zero, scale):
+        group.sub_(point).mul_(unit)
 
 
 def pack_slice(codes: Tensor, bits: int, extra_precision: bool) -> tuple[Tensor, Tensor]:

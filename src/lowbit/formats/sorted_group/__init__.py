@@ -193,23 +193,18 @@ class SortedGroupLinear(QuantizedLinear):
         """(out, kept) uint8"""
         return unpack(self.packed, self.spec.bits, self.spec.kept)
 
-    def signed(self, rows: slice = slice(None)) -> Tensor:
-        """The codes of some rows less 2**(bits - 1): (rows, kept) int8"""
-        codes = unpack(self.packed[rows], self.spec.bits, self.spec.kept)
-        return codes.sub_(2 ** (self.spec.bits - 1)).view(torch.int8)
-
-    def salient_weight(self, rows: slice = slice(None)) -> Tensor:
-        """Of some rows, where there are salient inputs: (rows, salient) float32"""
-        assert self.salient is not None
-        weight = self.salient[rows].float()
-        if self.salient_scale is None:
-            return weight
-        return weight * self.salient_scale[rows].float().unsqueeze(1)
+    def salient_tensors(self) -> tuple[Tensor, ...]:
+        """What `reference.salient_weight` takes; nothing where there are no salient inputs."""
+        return tuple(tensor for tensor in (self.salient, self.salient_scale) if tensor is not None)
 
     def ordered(self) -> Tensor:
         """The weight with its columns in the order: (out, in) float32"""
-        values = reference.scaled(self.signed().float(), self.scale.float(), self.spec.group_size)
-        return torch.cat([values, self.salient_weight()], 1) if self.spec.salient else values
+        spec = self.spec
+        codes = reference.signed_codes(self.packed, spec.bits, spec.kept).float()
+        values = reference.scaled(codes, self.scale.float(), spec.group_size)
+        if not spec.salient:
+            return values
+        return torch.cat([values, reference.salient_weight(*self.salient_tensors())], 1)
 
     def dequantize(self) -> Tensor:
         """The weight that `forward` multiplies `quantized_input` by: (out, in) float32

@@ -15,6 +15,7 @@ from torch.nn import functional
 from lowbit.formats.backend import Backend
 from lowbit.formats.tiles import WEIGHTS_ON_CPU, by_rows, product_dtype
 from lowbit.formats.uniform.reference import groups_of
+from lowbit.kernels.bits import unpack
 from lowbit.kernels.straight_through import round_ste
 
 if TYPE_CHECKING:
@@ -37,42 +38,54 @@ class Reference(Backend["SortedGroupLinear"]):
 
     def _by_weight(self, layer: "SortedGroupLinear", prepared: Tensor) -> Tensor:
         spec, x = layer.spec, prepared.to(product_dtype(prepared))
-        scale = layer.scale.float()
 
-        def product(tile: slice, weight: Tensor) -> Tensor:
-            kept = weight[:, : spec.kept].copy_(layer.signed(tile))
-            for group, columns in groups_of(kept, spec.group_size):
-                group.mul_(scale[tile, columns, None])
-            if spec.salient:
-                weight[:, spec.kept :] = layer.salient_weight(tile)
+        def product(weight: Tensor, packed: Tensor, scale: Tensor, *salient: Tensor) -> Tensor:
+            kept = weight[:, : spec.kept].copy_(signed_codes(packed, spec.bits, spec.kept))
+            for group, unit in groups_of(kept, spec.group_size, scale):
+                group.mul_(unit)
+            if salient:
+                weight[:, spec.kept :] = salient_weight(*salient)
             return functional.linear(x, weight.to(x.dtype))
 
-        return by_rows((layer.out_features, layer.in_features), x.device, product)
+        sources = (layer.packed, layer.scale.float(), *layer.salient_tensors())
+        return by_rows(x, (layer.out_features, layer.in_features), product, sources)
 
     def _by_sums(self, layer: "SortedGroupLinear", prepared: Tensor) -> Tensor:
         spec, (codes, scale, salient) = layer.spec, layer.split(prepared)
         assert spec.activation is not None
         size = min(spec.group_size or spec.kept, spec.kept)
         exact = exact_dtype(spec.bits, spec.activation.bits, size)
-        inputs, weight_scale = codes.to(exact), layer.scale.to(scale.dtype).T.contiguous()
+        inputs, scales = codes.to(exact), layer.scale.to(scale.dtype)
         # Sums of a few tokens are added up for all rows at once: an addition for each group and
         # tile would take longer than the products.
         few = len(codes) * layer.groups * layer.out_features <= WEIGHTS_ON_CPU
 
-        def product(tile: slice, weight: Tensor) -> Tensor:
-            sums = group_sums(inputs, weight.copy_(layer.signed(tile)), spec.group_size)
-            return sums.flatten(0, 1) if few else total(sums, scale, weight_scale[:, tile])
+        def product(weight: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+            weight.copy_(signed_codes(packed, spec.bits, spec.kept))
+            sums = group_sums(inputs, weight, spec.group_size)
+            return sums.flatten(0, 1) if few else total(sums, scale, scales)
 
-        y = by_rows((layer.out_features, spec.kept), codes.device, product, exact)
-        if few:
-            y = total(y.view(layer.groups, len(codes), -1), scale, weight_scale)
+        shape = layer.out_features, spec.kept
+        y = by_rows(codes, shape, product, (layer.packed, scales), exact)
+        y = total(y.view(layer.groups, len(codes), -1), scale, scales) if few else y
         return y + self._of_salient(layer, salient) if spec.salient else y
 
     def _of_salient(self, layer: "SortedGroupLinear", x: Tensor) -> Tensor:
-        def product(tile: slice, weight: Tensor) -> Tensor:
-            return functional.linear(x, weight.copy_(layer.salient_weight(tile)))
+        def product(weight: Tensor, *salient: Tensor) -> Tensor:
+            return functional.linear(x, weight.copy_(salient_weight(*salient)))
 
-        return by_rows((layer.out_features, x.shape[1]), x.device, product, x.dtype)
+        shape = layer.out_features, x.shape[1]
+        return by_rows(x, shape, product, layer.salient_tensors(), x.dtype)
+
+
+def signed_codes(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Codes less 2**(bits - 1).  packed: (rows, bytes) uint8  ->  (rows, count) int8"""
+    return unpack(packed, bits, count).sub_(2 ** (bits - 1)).view(torch.int8)
+
+
+def salient_weight(salient: Tensor, scale: Tensor | None = None) -> Tensor:
+    """salient: (rows, salient) weights or, with a scale (rows,), their codes  ->  float32"""
+    return salient.float() if scale is None else salient.float() * scale.float().unsqueeze(1)
 
 
 def top_code(bits: int) -> int:
@@ -88,7 +101,7 @@ def quantize_input(x: Tensor, bits: int, group_size: int | None) -> tuple[Tensor
     """
     top = top_code(bits)
     codes, scales = [], []
-    for group, _ in groups_of(x, group_size):
+    for (group,) in groups_of(x, group_size):
         step = group.abs().amax(-1) / top
         # A division by infinity is the 0 that a group of zeros should get, and never NaN.
         ratios = group / step.masked_fill(step == 0, torch.inf).unsqueeze(-1)
@@ -100,8 +113,8 @@ def quantize_input(x: Tensor, bits: int, group_size: int | None) -> tuple[Tensor
 def scaled(codes: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
     """scale * codes.  codes: (rows, k)  scale: (rows, groups)  ->  (rows, k)"""
     values = codes.clone()
-    for group, columns in groups_of(values, group_size):
-        group.mul_(scale[:, columns, None])
+    for group, unit in groups_of(values, group_size, scale):
+        group.mul_(unit)
     return values
 
 
@@ -119,8 +132,7 @@ def group_sums(inputs: Tensor, weights: Tensor, group_size: int | None) -> Tenso
     """
     by_group = zip(groups_of(inputs, group_size), groups_of(weights, group_size), strict=True)
     sums = [
-        torch.bmm(ours.transpose(0, 1), theirs.permute(1, 2, 0))
-        for (ours, _), (theirs, _) in by_group
+        torch.bmm(ours.transpose(0, 1), theirs.permute(1, 2, 0)) for (ours,), (theirs,) in by_group
     ]
     return sums[0] if len(sums) == 1 else torch.cat(sums)
 
@@ -128,10 +140,14 @@ def group_sums(inputs: Tensor, weights: Tensor, group_size: int | None) -> Tenso
 def total(sums: Tensor, scale: Tensor, weight_scale: Tensor) -> Tensor:
     """sum over groups of input scale * weight scale * sums
 
-    sums: (groups, m, n), overwritten  scale: (m, groups)  weight_scale: (groups, n)
+    sums: (groups, m, n), overwritten  scale: (m, groups)  weight_scale: (n, groups)
     ->  (m, n) in the dtype of the scales
     """
-    sums = sums.to(scale.dtype).mul_(scale.T.unsqueeze(2)).mul_(weight_scale.unsqueeze(1))
+    sums = (
+        sums.to(scale.dtype)
+        .mul_(scale.T.unsqueeze(2))
+        .mul_(weight_scale.T.contiguous().unsqueeze(1))
+    )
     added = torch.zeros_like(sums[0])
     for group in sums.unbind():  # step by step: fused ones would depend on where a token lies
         added.add_(group)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.formats.backend import Backend
+from lowbit.formats.checks import check_shape
 from lowbit.formats.tiles import by_rows, product_dtype
 from lowbit.kernels.bits import unpack
 
@@ -25,14 +26,14 @@ class Reference(Backend["UniformLinear"]):
         self, layer: "UniformLinear", packed: dict[str, Tensor], prepared: Tensor
     ) -> Tensor:
         layout, x = layer.spec.layout, prepared.to(product_dtype(prepared))
-        stored, zero, scale = layer.packed, layer.zeros(), layer.scale.float()
 
-        def product(tile: slice, weight: Tensor) -> Tensor:
-            codes = unpack(stored[tile], layout.bits, layer.in_features)
-            write_weight(weight, codes, scale[tile], zero[tile], layout)
+        def product(weight: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+            codes = unpack(packed, layout.bits, layer.in_features)
+            write_weight(weight, codes, scale, zero, layout)
             return functional.linear(x, weight.to(x.dtype))
 
-        return by_rows((layer.out_features, layer.in_features), x.device, product)
+        shape = layer.out_features, layer.in_features
+        return by_rows(x, shape, product, (layer.packed, layer.scale.float(), layer.zeros()))
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,23 @@ def group_count(in_features: int, group_size: int | None) -> int:
     return 1 if group_size is None else -(-in_features // group_size)
 
 
-def groups_of(matrix: Tensor, group_size: int | None) -> Iterator[tuple[Tensor, slice]]:
-    """The groups of matrix: (out, in) as views (out, n, size), each with its columns of `scale`.
+def groups_of(
+    matrix: Tensor, group_size: int | None, *numbers: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """The groups of a matrix (out, in) as views (out, n, size), and the numbers that they have.
 
+    numbers: (out, groups) each, given back as (out, n, 1).
     Two views at most: the whole groups, and the shorter one that ends each row.
     """
     rows, in_features = matrix.shape
     size = min(group_size or in_features, in_features)
     whole = in_features // size
     if whole * size == in_features:
-        yield matrix.view(rows, whole, size), slice(0, whole)
+        yield matrix.view(rows, whole, size), *(number.unsqueeze(2) for number in numbers)
         return
-    yield matrix[:, : whole * size].view(rows, whole, size), slice(0, whole)
-    yield matrix[:, whole * size :].unsqueeze(1), slice(whole, whole + 1)
+    parts = matrix[:, : whole * size].view(rows, whole, size)
+    yield parts, *(number[:, :whole, None] for number in numbers)
+    yield matrix[:, whole * size :].unsqueeze(1), *(number[:, whole:, None] for number in numbers)
 
 
 def quantize(
@@ -77,13 +82,15 @@ def quantize(
     weight: (out, in)  scale, zero: (out, groups), zero in steps of the grid, or between two of them
     ->  (out, in) uint8
     """
+    groups = group_count(weight.shape[1], group_size)
+    check_shape("scale", scale, torch.Size((len(weight), groups)))
     codes = weight.to(torch.float32, copy=True)
     # A division by infinity is the 0 that a group without a scale should get, and never NaN.
     step = scale.float().masked_fill(scale == 0, torch.inf)
     fraction = zero % 1
-    for group, columns in groups_of(codes, group_size):
-        group.div_(step[:, columns, None]).add_(fraction[:, columns, None])
-        group.round_().add_((zero - fraction)[:, columns, None])
+    numbers = step, fraction, zero - fraction
+    for group, unit, shift, point in groups_of(codes, group_size, *numbers):
+        group.div_(unit).add_(shift).round_().add_(point)
     return codes.clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
@@ -106,10 +113,12 @@ def write_weight(
     steps = codes.view(torch.int8) if small else into.copy_(codes)
     offset = zero.view(torch.int8) if small else zero.float().mul_(2.0**-layout.zero_shift)
     by_group = zip(
-        groups_of(steps, layout.group_size), groups_of(into, layout.group_size), strict=True
+        groups_of(steps, layout.group_size, offset),
+        groups_of(into, layout.group_size, scale),
+        strict=True,
     )
-    for (step, columns), (weight, _) in by_group:
-        step.sub_(offset[:, columns, None])
+    for (step, point), (weight, unit) in by_group:
+        step.sub_(point)
         if small:
             weight.copy_(step)
-        weight.mul_(scale[:, columns, None])
+        weight.mul_(unit)
