@@ -143,8 +143,8 @@ def test_a_file_of_the_users_own(tmp_path):
         ("method: rtn", "description: is missing"),
         ("- rtn", "the whole: should be a valid dictionary"),
         ("", "the whole: should be a valid dictionary"),
-        ("a: b: c", "is no YAML"),
-        ("description: x\nmethod: !!python/name:os.system", "is no YAML"),
+        ("a: b: c", "is not valid YAML"),
+        ("description: x\nmethod: !!python/name:os.system", "is not valid YAML"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(tmp_path, text, message):

@@ -1,21 +1,24 @@
-"""What a run reports while it works: what `on_event` gets, and the lines of OUT/events.jsonl.
+"""The events of a run: the arguments of `on_event`, and the lines of OUT/events.jsonl.
 
-There is one class for each kind of event. Its `kind` is the word by which events.jsonl names it;
-its fields are the other keys of the line, beside the time. A field that is None is left out.
+There is one class for each kind of event. A line of events.jsonl has the keys "time", "kind" (the
+class attribute) and the fields of the class. A field that is None is left out.
 
 A run emits, in this order:
 
     DryRunStarted                     before a long run, or on request
-    RunStarted                        DryRunFinished follows if there was a dry run
-    CalibrationRead                   for a method that reads text
+    RunStarted
+    DryRunFinished                    if there was a dry run
+    CalibrationRead                   if the method needs calibration text
     BlockResumed                      for each block that an earlier run finished
-    BlockStarted                      for each other block, then
+    for each other block:
+        BlockStarted
         EpochFinished, Warned         any number of them
-    BlockFinished
+        BlockFinished
     RunFinished
 
-or RunComplete alone, where nothing was left to do. `lowbit.preprocess` emits the events of its
-first pass, then TrainingStarted, TrainingStep after every few steps, and RunFinished.
+If an earlier run has finished everything, RunComplete is the only event. `lowbit.preprocess` emits
+the events of its first pass, then TrainingStarted, TrainingStep after every few steps, and
+RunFinished.
 """
 
 from collections.abc import Callable
@@ -25,15 +28,14 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened in a run."""
+    """The base class of all events."""
 
     kind: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
-        """The kind and all fields that are known, as events.jsonl has them."""
+        """Returns the kind and all fields that are not None, as written to events.jsonl."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        known = {name: value for name, value in values.items() if value is not None}
-        return {"kind": self.kind, **known}
+        return {"kind": self.kind, **{k: v for k, v in values.items() if v is not None}}
 
 
 OnEvent = Callable[[Event], None]
@@ -41,12 +43,12 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
-    """A run begins or goes on.
+    """A run starts, or resumes an earlier one.
 
-    out: the folder that is written.
-    blocks: how many blocks the model has.
-    device: where the run computes, as torch names it.
-    method: the method's name and fields.
+    out: the output folder.
+    blocks: the number of blocks of the model.
+    device: the torch device on which the run computes.
+    method: the name and the fields of the method.
     """
 
     kind: ClassVar[str] = "run"
@@ -59,7 +61,10 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class DryRunStarted(Event):
-    """One block is quantized for trial, before the run. blocks: how many blocks the model has."""
+    """A dry run starts: one block is quantized, to estimate what the run will take.
+
+    blocks: the number of blocks of the model.
+    """
 
     kind: ClassVar[str] = "rehearsal"
 
@@ -68,7 +73,7 @@ class DryRunStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class DryRunFinished(Event):
-    """What the run will take, according to the dry run: the fields of `lowbit.Estimate`."""
+    """The dry run is finished; the fields are those of `lowbit.Estimate`."""
 
     kind: ClassVar[str] = "rehearsed"
 
@@ -85,7 +90,11 @@ class DryRunFinished(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRead(Event):
-    """The calibration text is there: `samples` windows of `seqlen` tokens."""
+    """The calibration text has been read.
+
+    samples: the number of windows.
+    seqlen: the number of tokens in a window.
+    """
 
     kind: ClassVar[str] = "capture"
 
@@ -95,11 +104,11 @@ class CalibrationRead(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockEvent(Event):
-    """Something that happened to a block.
+    """The base class of events that belong to a block.
 
-    block: its name, as in "model.layers.3".
-    index: its number, from 0.
-    of: how many blocks the model has.
+    block: the name of the block, such as "model.layers.3".
+    index: its index, from 0.
+    of: the number of blocks of the model.
     """
 
     block: str
@@ -109,14 +118,18 @@ class BlockEvent(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockStarted(BlockEvent):
-    """A block begins to be quantized."""
+    """The quantization of a block starts."""
 
     kind: ClassVar[str] = "block"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochFinished(BlockEvent):
-    """A pass over the calibration text ended. epoch: from 1. loss: the mean over all batches."""
+    """A training epoch of a block is finished.
+
+    epoch: the number of the epoch, from 1.
+    loss: the mean loss over all batches.
+    """
 
     kind: ClassVar[str] = "epoch"
 
@@ -126,7 +139,7 @@ class EpochFinished(BlockEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResumed(BlockEvent):
-    """A block is taken over as an earlier run left it."""
+    """A block is skipped, because an earlier run has already written it."""
 
     kind: ClassVar[str] = "resumed"
 
@@ -135,11 +148,12 @@ class BlockResumed(BlockEvent):
 class BlockFinished(BlockEvent):
     """A block is quantized and written.
 
-    loss_rtn, loss_after: the loss of rounding to nearest, and of what was written.
-    proxy_loss: the largest of its linears.
-    seconds: since it was started.
-    memory: the most bytes that the process held, without mapped files.
-    device_memory: the most bytes that torch held on a CUDA device.
+    loss_rtn: the loss of rounding to nearest.
+    loss_after: the loss of the block that was written.
+    proxy_loss: the largest proxy loss of its linears.
+    seconds: the time since BlockStarted.
+    memory: the peak memory of the process in bytes, without mapped files.
+    device_memory: the peak memory that torch allocated on a CUDA device, in bytes.
     """
 
     kind: ClassVar[str] = "finished"
@@ -154,7 +168,11 @@ class BlockFinished(BlockEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class Warned(Event):
-    """Something did not go as it was meant to. block, index, of: where, if it was in a block."""
+    """A warning.
+
+    text: the warning, one sentence.
+    block, index, of: as in `BlockEvent`, if it belongs to a block.
+    """
 
     kind: ClassVar[str] = "warning"
 
@@ -166,7 +184,10 @@ class Warned(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunComplete(Event):
-    """An earlier run had finished everything. out: the folder."""
+    """Nothing is left to do, because an earlier run has finished everything.
+
+    out: the output folder.
+    """
 
     kind: ClassVar[str] = "complete"
 
@@ -175,7 +196,10 @@ class RunComplete(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFinished(Event):
-    """Everything is written. out: the folder."""
+    """The run has written everything.
+
+    out: the output folder.
+    """
 
     kind: ClassVar[str] = "done"
 
@@ -184,7 +208,11 @@ class RunFinished(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStarted(Event):
-    """`lowbit.preprocess` begins to train: `steps` updates on `tokens` tokens in all."""
+    """`lowbit.preprocess` starts to train.
+
+    steps: the number of optimiser steps.
+    tokens: the number of tokens in all steps together.
+    """
 
     kind: ClassVar[str] = "training"
 
@@ -194,7 +222,12 @@ class TrainingStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStep(Event):
-    """`lowbit.preprocess` has taken `step` of its steps. loss: the mean since the last event."""
+    """`lowbit.preprocess` has taken a few more steps.
+
+    step: the number of steps so far.
+    of: the number of steps in all.
+    loss: the mean loss since the last of these events.
+    """
 
     kind: ClassVar[str] = "step"
 
@@ -215,9 +248,10 @@ KINDS: dict[str, type[Event]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLog:
-    """How a method reports what happens in a block: every event gets the block's place.
+    """Emits the events of one block; methods use it to report warnings and epochs.
 
-    emit: takes the events. block, index, of: as in `BlockEvent`.
+    emit: receives the events.
+    block, index, of: as in `BlockEvent`.
     """
 
     emit: OnEvent
@@ -226,11 +260,15 @@ class BlockLog:
     of: int
 
     def warn(self, text: str) -> None:
-        """Something did not go as it was meant to."""
+        """Emits a warning."""
         self.emit(Warned(text=text, block=self.block, index=self.index, of=self.of))
 
     def epoch(self, number: int, loss: float) -> None:
-        """A pass over the calibration text ended. number: from 1."""
+        """Emits that an epoch is finished.
+
+        number: the number of the epoch, from 1.
+        loss: the mean loss over all batches.
+        """
         self.emit(
             EpochFinished(block=self.block, index=self.index, of=self.of, epoch=number, loss=loss)
         )

@@ -1,13 +1,13 @@
-"""What a run found out about each linear and each block: OUT/report.json.
+"""The report of a run, OUT/report.json: errors, losses and fallbacks of all linears and blocks.
 
-The method fills in `LinearReport` and `BlockReport`; everybody who shows a report reads the same
-classes. They are the one place where a key of report.json is spelt: what is at its default is left
-out of the file.
+A method fills in `LinearReport` and `BlockReport`, and all code that shows a report reads the same
+classes. Their fields are the keys of report.json; fields with their default value are left out of
+the file.
 
-Files are read tolerantly. Keys that are not known are passed over, since another version may have
-written them, and `fallbacks` is also found under its former name, "given_up". A number that JSON
-cannot hold becomes null: decibels that are null are infinite (an exact copy), a loss that is null
-was not finite.
+Reading is tolerant: unknown keys are ignored, since another version may have written them, and
+`fallbacks` is also read from its former key, "given_up". Numbers that JSON cannot represent are
+written as null: decibels that are null are infinite (an exact copy), and a loss that is null was
+not finite.
 """
 
 import math
@@ -37,14 +37,14 @@ def _null_if_infinite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# Signal to noise, rounded to 0.01 dB; infinite for an exact copy, which is null in JSON.
+# A signal-to-noise ratio, rounded to 0.01 dB. It is infinite for an exact copy: null in JSON.
 Decibels = Annotated[
     float,
     BeforeValidator(_infinite_if_null),
     AfterValidator(_hundredths),
     PlainSerializer(_null_if_infinite),
 ]
-# A loss; None where it is not known or not finite.
+# A loss; None if it was not measured or is not finite.
 Loss = Annotated[
     float | None, AfterValidator(lambda value: None if value is None else _null_if_infinite(value))
 ]
@@ -56,17 +56,18 @@ class _Report(BaseModel):
 
 
 class LinearReport(_Report):
-    """What is known of one quantized linear.
+    """The report of one quantized linear.
 
-    signal_to_noise_db: 10 log10(|W|^2 / |W - dequantize()|^2) of the weight that was rounded.
-    slices_db: the same by number of bits, for a weight that can be read at several.
-    proxy_loss: the share of the output's energy that is lost, by the inputs' Hessian.
+    signal_to_noise_db: 10 log10(|W|^2 / |W - dequantize()|^2) of the weight W that was rounded.
+    slices_db: the same for each width, if the weight can be sliced to several widths.
+    proxy_loss: the share of the output's energy that is lost, measured with the inputs' Hessian.
     salient_ratio: the share of the inputs that have more bits than the others.
-    permutation: how the order of its inputs is kept: "stored", "folded" into the linear before, or
-        "none" if they are not reordered.
-    scale: of a codebook: one for the whole "tensor", or one for each "row".
-    tokens: how many calibration tokens it saw.
-    fallback: why and how it was quantized in a simpler way than asked for, in one sentence.
+    permutation: how the order of its inputs is stored: "stored" in the layer, "folded" into the
+        linears before it, or "none" if inputs are not reordered.
+    scale: whether a codebook has one scale for the whole "tensor" or one for each "row".
+    tokens: the number of calibration tokens that it saw.
+    fallback: if it was quantized in a simpler way than asked for, one sentence that says why and
+        how.
     """
 
     signal_to_noise_db: Decibels
@@ -80,12 +81,13 @@ class LinearReport(_Report):
 
 
 class TrainingReport(_Report):
-    """How the training of a block went.
+    """The course of the training of a block.
 
-    before, after: the loss of the initial and of the best values.
-    best_epoch: when the best values were found; 0 are the initial ones.
-    curve: the loss after each epoch.
-    failures: what ended a try that was then repeated with smaller rates.
+    before: the loss of the initial values.
+    after: the loss of the best values, which are kept.
+    best_epoch: the epoch of the best values; 0 for the initial values.
+    curve: the loss after each epoch, over all tries.
+    failures: one sentence for each try that ended early; the next one has smaller learning rates.
     """
 
     before: Loss = None
@@ -96,13 +98,15 @@ class TrainingReport(_Report):
 
 
 class BlockReport(_Report):
-    """What is known of one block.
+    """The report of one block.
 
-    linears: by name, relative to the block; in memory while the method works, on disk in the file.
-    training: None where nothing was trained.
+    linears: by name, relative to the block. The names are those of the model in memory while the
+        method works, and those of the checkpoint in report.json.
+    training: None if nothing was trained.
     loss_rtn: the loss of rounding to nearest.
-    loss_before, loss_after: the loss before training, and of what was written.
-    fallback: why and how the whole block was quantized in a simpler way than asked for.
+    loss_before: the loss before training.
+    loss_after: the loss of the block that was written.
+    fallback: like that of `LinearReport`, for the whole block.
     """
 
     linears: dict[Name, LinearReport] = {}
@@ -114,26 +118,29 @@ class BlockReport(_Report):
 
     @property
     def worst_proxy_loss(self) -> float | None:
-        """The largest of all linears."""
-        found = (linear.proxy_loss for linear in self.linears.values())
-        return max((loss for loss in found if loss is not None), default=None)
+        """The largest proxy loss of all linears."""
+        losses = (linear.proxy_loss for linear in self.linears.values())
+        return max((loss for loss in losses if loss is not None), default=None)
 
     def renamed(self, names: Mapping[str, str]) -> "BlockReport":
-        """The same report with other names for the linears.  names: the new by the old one."""
+        """Returns the same report with other names for the linears.
+
+        names: the new name of each linear, by its old name.
+        """
         linears = {names[name]: linear for name, linear in self.linears.items()}
         return self.model_copy(update={"linears": linears})
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; what is at its default is left out."""
+        """Returns the report as JSON values, without fields that have their default value."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
 class RunReport(_Report):
-    """report.json: all that a run reports, by names on disk.
+    """The report of a whole run, as report.json has it; names are those of the checkpoint.
 
-    fallbacks: the sentences of all linears and blocks that fell back, by full name.
-    left_float: full names of the matrices that no method got.
-    blocks: by the block's name; their linears are named relative to the block.
+    fallbacks: the fallback sentences of linears and blocks, by full name.
+    left_float: the full names of the matrices that were not quantized.
+    blocks: the reports of the blocks, by the block's name.
     """
 
     fallbacks: dict[Name, str] = Field({}, validation_alias=AliasChoices("fallbacks", "given_up"))
@@ -142,12 +149,12 @@ class RunReport(_Report):
 
     @classmethod
     def of(cls, blocks: Mapping[str, BlockReport], left_float: Sequence[str]) -> "RunReport":
-        """The report of a finished run; collects what fell back."""
+        """Returns the report of a finished run, with the fallbacks of all blocks and linears."""
         fallbacks = {
-            f"{block}.{linear}": found.fallback
+            f"{block}.{name}": linear.fallback
             for block, report in blocks.items()
-            for linear, found in report.linears.items()
-            if found.fallback is not None
+            for name, linear in report.linears.items()
+            if linear.fallback is not None
         }
         fallbacks |= {
             block: report.fallback
@@ -157,7 +164,7 @@ class RunReport(_Report):
         return cls(fallbacks=fallbacks, left_float=list(left_float), blocks=dict(blocks))
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values, in the order in which a reader wants them."""
+        """Returns the report as JSON values; what matters most to a reader comes first."""
         return {
             "fallbacks": self.fallbacks,
             "left_float": self.left_float,

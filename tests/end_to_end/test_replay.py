@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "rtn"}, "needs a method that learns; rtn does not"),
     "groups": (
         {"method": OmniQuant(bits=3, group_size=8, let=True, min_tokens=8)},
-        r"model.layers.0: .*clip_low has shape \[48, 3\], these settings need \[48, 6\]",
+        r"model.layers.0: .*clip_low with shape \[48, 3\], but these settings need \[48, 6\]",
     ),
     "fields": (
         {"method": OmniQuant(bits=3, group_size=16, let=False, min_tokens=8)},

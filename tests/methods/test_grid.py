@@ -12,7 +12,7 @@ METHODS = (RTN, GPTQ, OmniQuant)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_symmetric_grids_have_no_zeros_to_be_fine(method: type[GridMethod]) -> None:
-    with pytest.raises(ValidationError, match="fine_zeros says how .* symmetric has none"):
+    with pytest.raises(ValidationError, match="fine_zeros needs .* symmetric groups have none"):
         method(symmetric=True, fine_zeros=True)
 
 

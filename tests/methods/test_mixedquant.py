@@ -223,11 +223,11 @@ def test_experts_with_too_few_tokens_are_ordered_by_their_weights_and_named() ->
     assert norm[-4:].mean() > norm[:-4].mean()
 
 
-def test_overrides_that_part_an_input_are_refused() -> None:
+def test_overrides_that_differ_within_a_group_are_refused() -> None:
     def quantize(overrides: dict[str, Any]) -> BlockResult:
         return MixedQuant(**COARSE, overrides=overrides).quantize(task("llama"))
 
-    with pytest.raises(ValueError, match="group_size as 16, 8, 16 for .*k_proj.*the same input"):
+    with pytest.raises(ValueError, match="group_size to 16, 8, 16 for .*k_proj.*the same input"):
         quantize({"k_proj": {"group_size": 8}})
     result = quantize({"k_proj": {"bits": 6, "salient_bits": 8}, "down_proj": {"group_size": 8}})
     entries = {name: linear.entry() for name, linear in result.linears.items()}
@@ -248,7 +248,7 @@ def test_overrides_that_part_an_input_are_refused() -> None:
         ({"group_size": None}, "sort is mean3std: with group_size null .* set sort to none"),
         ({"sort": "median"}, "sort"),
         ({"smooth": 1.5}, "smooth"),
-        ({"overrides": {"x": {"smooth": 0.5}}}, "'smooth' is no field that mixedquant can have"),
+        ({"overrides": {"x": {"smooth": 0.5}}}, "'smooth' is no.* field of mixedquant that overr"),
     ],
     ids=str,
 )

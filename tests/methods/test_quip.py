@@ -153,7 +153,7 @@ def test_merged_signs_cost_nothing_and_change_little(name: str) -> None:
         assert torch.equal(*q)
 
 
-def test_where_nothing_can_be_merged_it_is_said() -> None:
+def test_merging_signs_without_folds_warns() -> None:
     task, events = zoo.task("gemma2"), list[Event]()
     task.log = zoo.log(events.append)
     result = QuIP(**QUICK, merge_suv=True).quantize(task)
@@ -174,7 +174,7 @@ def test_merging_and_tuning_exclude_each_other() -> None:
         ({"scale": 0.0}, "scale"),
         ({"scale": "best"}, "scale"),
         ({"overrides": {"q_proj": {"codebook": "E9"}}}, "overrides.q_proj: codebook: 'E9' is no"),
-        ({"overrides": {"q_proj": {"seed": 1}}}, "'seed' is no field that quip can have per linea"),
+        ({"overrides": {"q_proj": {"seed": 1}}}, "'seed' is no.* field of quip that overrides can"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -183,7 +183,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_width_without_the_transform_names_the_layer() -> None:
-    with pytest.raises(ValueError, match="transform, at layers.0.fc1: n is 7: no Hadamard matrix"):
+    with pytest.raises(ValueError, match="transform, for layers.0.fc1: n is 7: no Hadamard matrix"):
         QuIP(transform="hadamard")._rotation("layers.0.fc1", 7, 0)
 
 

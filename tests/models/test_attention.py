@@ -112,7 +112,7 @@ def test_a_name_that_is_not_there_or_is_no_attention() -> None:
 def test_another_implementation_is_refused_before_or_after() -> None:
     model = marked("llama")
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="'sdpa' would not do: set .*lowbit-sdpa"):
+    with pytest.raises(ValueError, match="'sdpa' does not: set .*lowbit-sdpa"):
         model(zoo.tokens())
     model.set_attn_implementation("lowbit-eager")
     assert model(zoo.tokens()).logits.isfinite().all()

@@ -1,10 +1,12 @@
-"""One transformer block in float: the words that methods and models share.
+"""One transformer block in float32: the data classes through which models and methods meet.
 
-A method does not know the model and a model does not know the method. They meet in `LinearGroup`
-(which linears read the same input), `Fold` (where a per-channel change can be absorbed) and
-`BlockTask` (what a method gets). What a method returns is `lowbit.methods.result.BlockResult`.
+A method knows nothing of model families, and a family knows nothing of methods. Both use
+`LinearGroup` (which linears read the same input), `Fold` (where a scale per channel can be
+absorbed) and `BlockTask` (what a method receives for one block). A method returns a
+`lowbit.methods.result.BlockResult`.
 
-Names are relative to the block, as in memory: "self_attn.q_proj", "input_layernorm".
+Module names are relative to the block and are those of the model in memory, which may differ from
+the names in the checkpoint: "self_attn.q_proj", "input_layernorm".
 """
 
 import hashlib
@@ -23,7 +25,14 @@ __all__ = ["Batch", "BlockTask", "Fold", "LinearGroup", "Stream"]
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears that read the same input: one statistic, one mask, one permutation, one rotation."""
+    """Linears of a block that read the same input.
+
+    They share all that belongs to the input: its statistics, its salient channels, its permutation
+    and its rotation.
+
+    name: identifies the group within the block.
+    linears: the names of the linears.
+    """
 
     name: str
     linears: tuple[str, ...]
@@ -31,37 +40,49 @@ class LinearGroup:
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Where a per-channel change can be absorbed so that the block's output stays the same.
+    """A place where channels can be rescaled without changing the block's output.
 
-    A fold has `size` free channels, each with one scale (and, where `shiftable`, one shift).
-    `source` is divided by the scale and every reader is multiplied by it:
+    A fold has `size` free channels. Each has one scale and, if the fold is `shiftable`, one shift.
+    The source is divided by the scales, and every reader is multiplied by them:
 
-    ========  ======================  =====================================================
-    kind      source is divided       readers are multiplied
-    ========  ======================  =====================================================
-    norm      its weight (and bias)   input columns
-    values    output rows             input columns (v_proj to o_proj)
-    gated     output rows             input columns (up_proj to down_proj, times the gate)
-    rotary    rows, or norm weight    rows, or norm weight (queries against keys)
-    ========  ======================  =====================================================
+    ========  ==========================  ==========================  =======================
+    kind      divided in the source       multiplied in the readers   for example
+    ========  ==========================  ==========================  =======================
+    norm      the weight (and bias)       input columns               norm to q, k and v_proj
+    values    output rows                 input columns               v_proj to o_proj
+    gated     output rows                 input columns               up_proj to down_proj
+    rotary    output rows, or the weight  output rows, or the weight  q_proj to k_proj, or
+              of a norm                   of a norm                   q_norm to k_norm
+    ========  ==========================  ==========================  =======================
 
-    The maps are int64 vectors, None for "all, in order". `source_rows` picks rows of a fused
-    matrix (Falcon's query_key_value); `source_channels[i]` is the free channel that divides the
-    i-th of them, `reader_channels[i]` the one that multiplies the i-th column (rotary: the i-th of
-    `reader_rows`). Grouped-query attention repeats channels; the two members of a rotary pair
-    share one.
+    kind: see the table.
+    source: the name of the module that is divided.
+    readers: the names of ALL modules that read the source's output, a router included.
+    size: the number of free channels.
+
+    Four maps say which row or column belongs to which channel. They are int64 vectors; None means
+    all, in order. With grouped-query attention several columns share a channel, and so do the two
+    members of a rotary pair.
+
+    source_rows: the rows of the source that the fold is about, where several matrices are fused
+        into one (Falcon's query_key_value).
+    source_channels: for each of these rows, the free channel that divides it.
+    reader_rows: like source_rows, for the reader of a rotary fold.
+    reader_channels: for each input column of a reader (rotary: for each of reader_rows), the free
+        channel that multiplies it.
+    shiftable: whether a shift can be absorbed, since the source and all readers have a bias.
     """
 
     kind: Literal["norm", "values", "gated", "rotary"]
     source: str
-    readers: tuple[str, ...]  # ALL modules that read the source, the router included
+    readers: tuple[str, ...]
     size: int
     _: KW_ONLY
     source_rows: Tensor | None = None
     source_channels: Tensor | None = None
     reader_rows: Tensor | None = None
     reader_channels: Tensor | None = None
-    shiftable: bool = False  # a shift can be absorbed: source and readers have biases
+    shiftable: bool = False
 
     @property
     def name(self) -> str:
@@ -70,16 +91,18 @@ class Fold:
 
 @dataclass(kw_only=True)
 class BlockTask:
-    """All that a method sees of one block.
+    """What a method receives for one block.
 
-    name: the block's, as in "model.layers.3".
-    block: in float32; every matrix is an nn.Linear.
-    groups, folds: of its linears.
-    streams: the inputs of this block, by the name of the stream.
-    seed: of the run; see `generator`.
-    log: reports what happens.
-    start: what an earlier run learned for this block (its `BlockResult.learned`): where to begin.
-    attentions: modules whose queries, keys and values can be rounded.
+    name: the block's path in the model, such as "model.layers.3".
+    block: the block in float32; every weight matrix belongs to an nn.Linear.
+    groups: the linears to quantize, grouped by the input that they read.
+    folds: the places in the block where channels can be rescaled.
+    streams: the inputs of this block, by the name of the stream ("float", "quantized").
+    seed: the seed of the run; `generator` derives random numbers from it.
+    log: takes warnings and the losses of epochs.
+    start: what an earlier run learned for this block (its `BlockResult.learned`); training begins
+        with these values.
+    attentions: the names of the attention modules whose queries, keys and values can be rounded.
     """
 
     name: str
@@ -93,10 +116,10 @@ class BlockTask:
     attentions: tuple[str, ...] = ()
 
     def generator(self, linear: str) -> torch.Generator:
-        """The random numbers of one linear, on the CPU.
+        """Returns the random number generator of one linear, on the CPU.
 
-        They depend on seed, block and linear alone: in whatever order linears are quantized, and
-        wherever a run goes on, each gets the same numbers.
+        It is seeded by the run's seed, the block and the linear alone. A linear therefore gets the
+        same numbers whatever the order of quantization, and also in a resumed run.
         """
         digest = hashlib.sha256(f"{self.seed} {self.name}.{linear}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

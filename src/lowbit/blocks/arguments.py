@@ -1,7 +1,7 @@
-"""The keyword arguments of blocks: masks, positions, and state that one block hands to the next.
+"""The keyword arguments of blocks: masks, positions, and state that blocks share.
 
-Some models pass one mutable container (a dict, a list) to all blocks; an early block writes into
-it, and later blocks read it (Gemma 3n: keys and values that several layers share). Such a container
+Some models pass one mutable container (a dict, a list) to all blocks: an early block writes to it,
+and later blocks read it (Gemma 3n: keys and values that several layers share). Such a container
 belongs to one batch of one stream, and every block of that batch gets the same one.
 """
 
@@ -16,10 +16,10 @@ CONTAINERS = (MutableMapping, MutableSequence)
 
 
 class BlockArguments:
-    """What every block is called with besides its hidden states, batch by batch.
+    """The keyword arguments of every block for every batch, without the hidden states.
 
-    A call gets copies of the containers, so that trying a block out leaves no trace; `keep` takes
-    over what a call has written.
+    Each call of a block gets copies of the containers, so that a block can be called for trial.
+    `keep` stores what a call has written to them.
     """
 
     def __init__(self) -> None:
@@ -27,9 +27,9 @@ class BlockArguments:
 
     @classmethod
     def of_one_block(cls, batches: Sequence[dict[str, Any]]) -> "BlockArguments":
-        """Arguments of a single block.
+        """Returns the arguments of a single block.
 
-        batches: its keyword arguments for each batch.
+        batches: the block's keyword arguments for each batch.
         """
         made = cls()
         for kwargs in batches:
@@ -43,8 +43,9 @@ class BlockArguments:
     def append(self, calls: Sequence[dict[str, Any]]) -> None:
         """Adds one batch.
 
-        calls: the keyword arguments of each block, from one forward pass of the model. Tensors that
-        equal those of the first batch are stored once.
+        Tensors that are equal to those of the first batch are stored once.
+
+        calls: the keyword arguments of each block, from one forward pass of the model.
         """
         self._blocks = self._blocks or [[] for _ in calls]
         containers = _Containers()
@@ -54,7 +55,7 @@ class BlockArguments:
             batches.append({key: _once(first.get(key), value) for key, value in own.items()})
 
     def copy(self) -> "BlockArguments":
-        """The same arguments with containers of their own, for another stream."""
+        """Returns the same arguments with separate containers, for another stream."""
         made = BlockArguments()
         made._blocks = [[] for _ in self._blocks]
         for batch in range(len(self)):
@@ -64,16 +65,17 @@ class BlockArguments:
         return made
 
     def call(self, block: int, batch: int, device: torch.device) -> dict[str, Any]:
-        """The keyword arguments of one call, on a device; behind the last block there are none."""
+        """Returns the keyword arguments of one call, on a device; {} after the last block."""
         if block == len(self._blocks):
             return {}
         containers = _Containers(lambda tensor: tensor.to(device))
         return {k: containers.copy(value) for k, value in self._blocks[block][batch].items()}
 
     def keep(self, block: int, batch: int, used: dict[str, Any]) -> None:
-        """Takes over what a call has written into its containers; later blocks then read it.
+        """Stores what a call has written to its containers, for later blocks to read.
 
-        used: from `call`, after the block has run. The tensors are kept on the CPU, in memory.
+        used: the arguments that `call` returned, after the block has run. Their tensors are kept on
+            the CPU, in memory.
         """
         containers = _Containers(lambda tensor: tensor.detach().to("cpu"))
         seen: set[int] = set()
@@ -82,20 +84,20 @@ class BlockArguments:
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """A copy of nested tuples and containers, with the tensors inside moved to a device."""
+    """Returns a copy of nested tuples and containers with all tensors on a device."""
     return _Containers(lambda tensor: tensor.to(device)).copy(value)
 
 
 class _Containers:
     """Copies nested tuples and containers; a container that occurs twice is copied once.
 
-    tensor: what becomes of the tensors inside.
+    tensor: maps each tensor inside to the one in the copy.
     """
 
     def __init__(self, tensor: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         self._tensor = tensor
         self._copies: dict[int, Any] = {}
-        self._originals: list[Any] = []  # kept alive, so that no id is used twice
+        self._originals: list[Any] = []  # keeps them alive, so that ids stay unique
 
     def copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -107,16 +109,16 @@ class _Containers:
             return value
         if id(value) not in self._copies:
             self._originals.append(value)
-            made = self._copies[id(value)] = copy(value)  # before its parts: it may hold itself
+            made = self._copies[id(value)] = copy(value)  # registered first: it may contain itself
             for key, part in _items(value):
                 made[key] = self.copy(part)
         return self._copies[id(value)]
 
 
 def _once(first: Any, value: Any) -> Any:
-    """The value, with tensors of the first batch in the place of equal ones.
+    """Returns the value, with tensors that equal those of the first batch replaced by these.
 
-    Containers stay those of the value: another batch must never write into them.
+    Containers are never shared, since each batch writes to its own.
     """
     if isinstance(value, Tensor):
         return first if isinstance(first, Tensor) and _equal(first, value) else value
@@ -131,7 +133,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _take_over(kept: Any, used: Any, containers: _Containers, seen: set[int]) -> None:
-    """Makes the containers in `kept` hold what stands in `used`, which was copied from them."""
+    """Updates the containers in `kept` to the contents of `used`, which was copied from them."""
     if isinstance(kept, tuple):
         for mine, theirs in zip(kept, used, strict=True):
             _take_over(mine, theirs, containers, seen)
@@ -152,6 +154,6 @@ def _take_over(kept: Any, used: Any, containers: _Containers, seen: set[int]) ->
 
 
 def _items(container: Any) -> list[tuple[Any, Any]]:
-    """Pairs of key and value of a dict, of place and value of a list."""
+    """Returns the (key, value) pairs of a dict or the (index, value) pairs of a list."""
     mapping = isinstance(container, MutableMapping)
     return list(container.items() if mapping else enumerate(container))

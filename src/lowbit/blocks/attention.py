@@ -1,15 +1,16 @@
-"""Let an attention round what it reads: sets an attribute that `lowbit.models.attention` obeys.
+"""Make attention modules round their queries, keys and values.
 
-transformers' attentions hand their queries, keys and values (after rotary embeddings, the whole
-cache) to a function that they find by the name of their config's implementation. An attention that
-rounds has the attribute, and a config that names one of our functions instead of transformers' own.
+An attention of transformers passes its queries, keys and values (after rotary embeddings, the
+cache included) to a function that it looks up by `config._attn_implementation`. To make it round,
+the config names one of our functions, which `lowbit.models.attention` registers, and the module
+gets an attribute with the settings, which that function reads.
 """
 
 from typing import Any
 
 from torch import nn
 
-PREFIX = "lowbit-"  # of the names of our functions: "lowbit-sdpa" wraps "sdpa"
+PREFIX = "lowbit-"  # begins the names of our functions: "lowbit-sdpa" wraps "sdpa"
 WRAPPED = ("sdpa", "eager")
 MARK = "lowbit_rounding"
 
@@ -17,29 +18,30 @@ MARK = "lowbit_rounding"
 def round_attention(attention: nn.Module, rounding: dict[str, Any]) -> None:
     """Makes an attention round its queries, keys and values, each token and head on its own grid.
 
-    attention: is changed in place.
+    attention: the module, which is changed in place.
     rounding: {"bits": ..., "symmetric": ...}, as in config.json.
 
-    Raises ValueError where the attention runs in a function that has no rounding counterpart.
+    Raises ValueError if the attention implementation is not one of those that we wrap.
     """
     config: Any = attention.config
-    own = (config._attn_implementation or "").removeprefix(PREFIX)
-    if own not in WRAPPED:
+    implementation = (config._attn_implementation or "").removeprefix(PREFIX)
+    if implementation not in WRAPPED:
         raise ValueError(
-            f"the attention implementation {own!r} cannot round queries, keys and values: "
-            f"allowed are {' and '.join(WRAPPED)}"
+            f"the attention implementation {implementation!r} cannot round queries, keys and "
+            f"values: use {' or '.join(WRAPPED)}"
         )
-    config._attn_implementation = PREFIX + own
+    config._attn_implementation = PREFIX + implementation
     if not hasattr(attention, MARK):
         attention.register_forward_pre_hook(_check_routed)
     setattr(attention, MARK, dict(rounding))
 
 
 def _check_routed(attention: nn.Module, args: tuple[Any, ...]) -> None:
-    """Refuses an implementation that was set later: it would silently leave the rounding out."""
+    """Raises ValueError if another implementation was set later, since it would not round."""
     config: Any = attention.config
     if not str(config._attn_implementation).startswith(PREFIX):
         raise ValueError(
-            f"this model rounds queries, keys and values, which {config._attn_implementation!r} "
-            f"would not do: set the implementation {' or '.join(PREFIX + own for own in WRAPPED)}"
+            "this model rounds queries, keys and values, but the attention implementation "
+            f"{config._attn_implementation!r} does not: set it to "
+            f"{' or '.join(PREFIX + name for name in WRAPPED)}"
         )

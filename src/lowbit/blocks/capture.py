@@ -1,4 +1,4 @@
-"""Record what a block is called with, call it again, and record the inputs of its linears."""
+"""Record the arguments of a block, call it with them, and observe the inputs of its linears."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -12,14 +12,19 @@ from lowbit.blocks.stream import Batch
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """A stub has recorded its call and ends the forward pass."""
+    """Ends a forward pass early, after a stub has recorded its call."""
 
 
 class BlockStub(nn.Module):
-    """Stands where a block was: records the call, hands the hidden states on unchanged (or stops).
+    """A placeholder for a block: records each call and returns the hidden states unchanged.
 
-    The model's own forward, run with every block stubbed, tells each block's keyword arguments
-    (masks, positions): sliding-window layers get others than their neighbours.
+    The model's own forward pass, with a stub in place of every block, shows which keyword arguments
+    (masks, positions) each block gets. They differ within a model: sliding-window layers have other
+    masks than full attention.
+
+    block: the block to replace; its signature and its plain attributes are copied.
+    tuple_output: whether the block returns a tuple.
+    stop: whether a call raises `Stopped` instead of returning.
     """
 
     def __init__(self, block: nn.Module, tuple_output: bool, stop: bool = False) -> None:
@@ -31,7 +36,7 @@ class BlockStub(nn.Module):
         self.calls: list[Batch] = []
 
     def __getattr__(self, name: str) -> Any:
-        # Some models look at an attribute of the block, such as Gemma's `attention_type`.
+        # Some models read an attribute of the block, such as Gemma's `attention_type`.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -52,19 +57,19 @@ class BlockStub(nn.Module):
 
 
 def call_block(block: nn.Module, batch: Batch) -> Tensor:
-    """The block's output for one batch: (batch, tokens, channels)."""
+    """Returns the block's output for one batch: (batch, tokens, channels)."""
     out = block(batch.hidden, **batch.kwargs)
     return out[0] if isinstance(out, tuple) else out
 
 
 @contextmanager
 def observed(
-    block: nn.Module, linears: Iterable[str], see: Callable[[str, Tensor], None]
+    block: nn.Module, linears: Iterable[str], on_input: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """While open, see(name, input) is called with the input of each named linear."""
+    """Calls on_input(name, input) whenever one of the named linears runs in this context."""
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: see(name, args[0])
+        return lambda module, args: on_input(name, args[0])
 
     handles = [
         block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in linears
@@ -80,9 +85,9 @@ def observe_inputs(
     block: nn.Module,
     linears: Iterable[str],
     stream: Iterable[Batch],
-    see: Callable[[str, Tensor], None],
+    on_input: Callable[[str, Tensor], None],
 ) -> None:
-    """Runs the block over a whole stream and calls see(name, input) for each named linear."""
-    with torch.no_grad(), observed(block, linears, see):
+    """Runs the block over a whole stream; calls on_input(name, input) for each named linear."""
+    with torch.no_grad(), observed(block, linears, on_input):
         for batch in stream:
             call_block(block, batch)

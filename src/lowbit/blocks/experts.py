@@ -1,7 +1,7 @@
-"""Fused expert parameters to one nn.Linear per matrix, named as on disk.
+"""Split the fused experts of a layer into one nn.Linear per matrix, named as in the checkpoint.
 
-transformers 5 keeps the experts of a layer as two 3-D parameters, gate_up_proj (experts, 2 * inner,
-hidden) and down_proj (experts, hidden, inner), but writes one tensor per expert and matrix.
+transformers 5 keeps the experts of a layer in two 3-D parameters, gate_up_proj (experts, 2 * inner,
+hidden) and down_proj (experts, hidden, inner). A checkpoint has one tensor per expert and matrix.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """What the matrices of one expert are called on disk; Mixtral: w1, w3, w2."""
+    """The names of an expert's matrices in the checkpoint; Mixtral: w1, w3 and w2."""
 
     gate: str
     up: str
@@ -20,7 +20,7 @@ class ExpertNames:
 
 
 class Expert(nn.Module):
-    """down(act(gate(x)) * up(x))."""
+    """One expert, a gated feed-forward network: down(act(gate(x)) * up(x))."""
 
     def __init__(self, hidden: int, inner: int, names: ExpertNames, activation: nn.Module) -> None:
         super().__init__()
@@ -36,25 +36,27 @@ class Expert(nn.Module):
 
 
 class UnfusedExperts(nn.ModuleList):
-    """Takes the place of a fused experts module; same arguments, same result.
-
-    hidden: (tokens, hidden)  top_k_index: (tokens, k) int64  top_k_weights: (tokens, k)
-    -> (tokens, hidden)
-    """
+    """Replaces a fused experts module; takes the same arguments and returns the same result."""
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Returns the weighted sum of each token's experts: (tokens, hidden).
+
+        hidden: (tokens, hidden).
+        top_k_index: (tokens, k) int64, the experts of each token.
+        top_k_weights: (tokens, k), the weights of their outputs.
+        """
         total = torch.zeros_like(hidden)
         for number in top_k_index.unique().tolist():
-            if number >= len(self):  # transformers' mark for a token that is not routed
+            if number >= len(self):  # transformers uses such an index for unrouted tokens
                 continue
-            token, place = torch.where(top_k_index == number)
-            out = self[number](hidden[token]) * top_k_weights[token, place, None]
+            token, choice = torch.where(top_k_index == number)
+            out = self[number](hidden[token]) * top_k_weights[token, choice, None]
             total.index_add_(0, token, out.to(total.dtype))
         return total
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether this is transformers' standard experts module, whose matrices we can tell apart."""
+    """Whether a module has transformers' standard layout of fused experts, which we can split."""
     fused = all(
         isinstance(parameter := getattr(module, name, None), nn.Parameter) and parameter.dim() == 3
         for name in ("gate_up_proj", "down_proj")
@@ -70,7 +72,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def unfuse(fused: nn.Module, names: ExpertNames) -> UnfusedExperts:
-    """One `Expert` per expert. Parameters of a meta module stay on meta, others are copied."""
+    """Returns the experts one by one. Parameters are copied; those on meta stay there."""
     gate_up, down = fused.gate_up_proj, fused.down_proj
     activation = fused.act_fn
     assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)

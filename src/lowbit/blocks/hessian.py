@@ -1,4 +1,4 @@
-"""H = E[x x^T] of every group's input: one streaming pass, one matrix per group."""
+"""Hessians E[x x^T] of the inputs of linears, computed in one pass over a stream."""
 
 import os
 import tempfile
@@ -13,15 +13,15 @@ from lowbit.blocks import LinearGroup, Stream
 from lowbit.blocks.capture import observe_inputs
 
 MOST_OF_MEMORY = 0.25  # sums that need a larger share of the memory go to disk
-GATHERED = 4  # a product is made of channels / GATHERED rows: they take an eighth of the sum's room
+GATHERED = 4  # rows wait for a product until there are channels / 4: an eighth of the sum's bytes
 
 
 @dataclass(frozen=True)
 class Hessian:
-    """E[x x^T] of an input.
+    """The Hessian E[x x^T] of an input with n channels.
 
-    matrix: (n, n) float32, the mean over tokens.
-    tokens: how many there were.
+    matrix: (n, n) float32, the mean of x x^T over tokens.
+    tokens: the number of tokens.
     """
 
     matrix: Tensor
@@ -29,7 +29,10 @@ class Hessian:
 
 
 class Hessians(Mapping[str, Hessian]):
-    """The Hessians of all groups, by the group's name. Each access computes the matrix anew."""
+    """The Hessians of all groups, by the group's name.
+
+    Only the float64 sums are stored: each access computes the float32 mean.
+    """
 
     def __init__(self, sums: dict[str, "_Sum"], device: torch.device) -> None:
         self._sums = sums
@@ -37,12 +40,13 @@ class Hessians(Mapping[str, Hessian]):
         self._together: dict[tuple[str, ...], Hessian] = {}
 
     def tokens(self, group: str) -> int:
+        """Returns the number of tokens that a group saw."""
         return self._sums[group].tokens
 
     def together(self, groups: tuple[str, ...]) -> Hessian:
-        """The Hessian of several groups as if they were one, for experts that read the same norm.
+        """Returns the Hessian over the tokens of several groups: experts that read the same norm.
 
-        It is kept, so that it is computed once.
+        It is computed once and then kept.
         """
         if groups not in self._together:
             tokens = sum(self.tokens(group) for group in groups)
@@ -53,9 +57,9 @@ class Hessians(Mapping[str, Hessian]):
         return self._together[groups]
 
     def __getitem__(self, group: str) -> Hessian:
-        found = self._sums[group]
-        mean = (found.total / max(found.tokens, 1)).to(self._device, torch.float32)
-        return Hessian(mean, found.tokens)
+        summed = self._sums[group]
+        mean = (summed.total / max(summed.tokens, 1)).to(self._device, torch.float32)
+        return Hessian(mean, summed.tokens)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sums)
@@ -65,9 +69,10 @@ class Hessians(Mapping[str, Hessian]):
 
 
 class _Sum:
-    """A running sum of x x^T: products of many rows in float32, added up in float64.
+    """A running sum of x x^T: float32 products of many rows, added up in float64.
 
-    Adding costs n^2, whatever the number of rows: experts see few of a batch, so rows wait.
+    An addition costs n^2 operations, however few rows the product is made of, and an expert sees
+    few rows of each batch. Rows are therefore gathered before they are multiplied.
     """
 
     def __init__(self, total: Tensor) -> None:
@@ -81,7 +86,8 @@ class _Sum:
         self.tokens += len(rows)
         self._rows += len(rows)
         enough = self._rows * GATHERED >= len(self.total)
-        self._waiting.append(rows if enough else rows.clone())  # a block may write to its inputs
+        # Rows that wait are copied, since the block may overwrite its inputs.
+        self._waiting.append(rows if enough else rows.clone())
         if enough:
             self.flush()
 
@@ -93,24 +99,24 @@ class _Sum:
 
 
 def input_hessians(block: nn.Module, groups: Sequence[LinearGroup], stream: Stream) -> Hessians:
-    """The Hessian of every group's input, by the group's name.
+    """Returns the Hessian of every group's input, by the group's name.
 
-    Sums that would fill the memory live in unnamed files, beside the stream's if that is on disk:
-    8 n^2 bytes for a group with n channels.
+    A sum takes 8 n^2 bytes for a group with n channels. If all sums need more than a quarter of the
+    memory, they are kept in unnamed files, in the folder of the stream if that is on disk.
     """
     first = {group.linears[0]: group.name for group in groups}
     widths = {name: _in_features(block, name) for name in first}
     device = next(block.parameters()).device
-    place = _place(sum(8 * n * n for n in widths.values()), device, stream.folder)
-    sums = {first[name]: _Sum(_zeros(n, place)) for name, n in widths.items()}
+    storage = _storage(sum(8 * n * n for n in widths.values()), device, stream.folder)
+    sums = {first[name]: _Sum(_zeros(n, storage)) for name, n in widths.items()}
     observe_inputs(block, first, stream, lambda name, x: sums[first[name]].update(x))
-    for found in sums.values():
-        found.flush()
+    for group_sum in sums.values():
+        group_sum.flush()
     return Hessians(sums, device)
 
 
-def _place(needed: int, device: torch.device, folder: Path | None) -> torch.device | Path:
-    """Where sums of so many bytes live: with the block, else in memory, else in a folder."""
+def _storage(needed: int, device: torch.device, folder: Path | None) -> torch.device | Path:
+    """Chooses where to keep sums of `needed` bytes: on the block's GPU, in memory or on disk."""
     if device.type == "cuda" and needed <= MOST_OF_MEMORY * torch.cuda.mem_get_info(device)[0]:
         return device
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -119,12 +125,13 @@ def _place(needed: int, device: torch.device, folder: Path | None) -> torch.devi
     return folder or Path(tempfile.gettempdir())
 
 
-def _zeros(channels: int, place: torch.device | Path) -> Tensor:
+def _zeros(channels: int, storage: torch.device | Path) -> Tensor:
     shape = (channels, channels)
-    if isinstance(place, torch.device):
-        return torch.zeros(shape, dtype=torch.float64, device=place)
-    with tempfile.NamedTemporaryFile(dir=place, suffix=".f64") as file:
-        # A full disk is an error here, but a SIGBUS once mapped. The file goes with the tensor.
+    if isinstance(storage, torch.device):
+        return torch.zeros(shape, dtype=torch.float64, device=storage)
+    with tempfile.NamedTemporaryFile(dir=storage, suffix=".f64") as file:
+        # On a full disk this call raises an error; writing to the mapped file would kill the
+        # process (SIGBUS). The file has no name afterwards and is freed with the tensor.
         os.posix_fallocate(file.fileno(), 0, 8 * channels * channels)
         flat = torch.from_file(file.name, shared=True, size=channels**2, dtype=torch.float64)
     return flat.view(shape)

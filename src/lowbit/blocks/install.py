@@ -1,4 +1,4 @@
-"""Put what was made of a block into it: the next input of a stream must come through it."""
+"""Turn a float block into its quantized version, in place."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from lowbit.blocks.attention import round_attention
 
 
 def replace_module(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` where parent.NAME was; `name` may have dots."""
+    """Replaces the submodule `name` of `parent`; `name` may have dots."""
     path, _, attribute = name.rpartition(".")
     setattr(parent.get_submodule(path), attribute, module)
 
@@ -21,11 +21,13 @@ def install(
     tensors: Mapping[str, Tensor],
     attention: Mapping[str, dict[str, Any]],
 ) -> None:
-    """Changes a block in place.
+    """Replaces linears and parameters of a block, in place.
 
-    linears: modules by the name of the linear that each replaces; they move to its device.
-    tensors: new values of parameters, by name.
-    attention: how attentions round their queries, keys and values; see `round_attention`.
+    linears: the new modules, by the name of the linear that each replaces. They are moved to the
+        device of that linear.
+    tensors: new values of other parameters, by name.
+    attention: how attention modules round their queries, keys and values, by the module's name; see
+        `round_attention`.
     """
     for name, linear in linears.items():
         old = block.get_submodule(name)

@@ -1,4 +1,4 @@
-"""A loss of several parts that share their inputs, with one part's graph in memory at a time."""
+"""Sum a loss over several parts while only one part's autograd graph is in memory."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -9,11 +9,12 @@ from torch import Tensor
 def sum_of_parts(
     shared: Mapping[str, Tensor], parts: Callable[[Mapping[str, Tensor]], Iterator[Tensor]]
 ) -> Tensor:
-    """sum(parts(shared)), where each part is backpropagated as soon as it is yielded.
+    """Returns sum(parts(shared)); each part is backpropagated as soon as it is yielded.
 
-    shared: what the parts have in common and need gradients through. parts: a generator of scalars;
-    it is given the tensors cut off from their own graph. The result is a scalar whose gradient is
-    that of the sum; without gradients it is the sum alone.
+    shared: the tensors that all parts depend on, by name; gradients flow through them.
+    parts: a generator of scalar losses. It is called with detached copies of `shared`.
+
+    Returns a scalar whose gradient is that of the whole sum, and in torch.no_grad() the plain sum.
     """
     if not torch.is_grad_enabled():
         return torch.stack(list(parts(shared))).sum()
@@ -28,6 +29,6 @@ def sum_of_parts(
     total = torch.stack(values).sum()
     for name, tensor in shared.items():
         gradient = leaves[name].grad
-        if gradient is not None:  # nothing is added but the gradient
+        if gradient is not None:  # adds the gradient and the value 0
             total = total + ((tensor - tensor.detach()) * gradient).sum()
     return total

@@ -1,4 +1,4 @@
-"""Inputs of linears to statistics per channel: one streaming pass over a block, in float32."""
+"""Statistics of the inputs of linears, per channel, from one pass over a stream, in float32."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,15 @@ from lowbit.blocks.capture import observe_inputs
 
 @dataclass(kw_only=True)
 class ChannelStatistics:
-    """What a group's input looks like, channel by channel.
+    """Statistics of a group's input x over all tokens, for each channel.
 
-    absmax, absmean, square: (channels,) float32, maximum and mean of |x| and mean of x^2 over
-    tokens. low, high: (channels,) float32, the extremes of x. position: (channels,) int64, the
-    first token with that maximum, by its place in its sequence (for experts: among the tokens that
-    came with it). tokens: how many were seen; 0 leaves all of them zero.
+    absmax: (channels,) float32, the maximum of |x|.
+    absmean: (channels,) float32, the mean of |x|.
+    square: (channels,) float32, the mean of x^2.
+    low, high: (channels,) float32, the minimum and maximum of x.
+    position: (channels,) int64, the index in its sequence of the first token that has the maximum
+        of |x| (for an expert: its index among the tokens of one call).
+    tokens: the number of tokens; with 0 tokens all statistics are 0.
     """
 
     absmax: Tensor
@@ -38,11 +41,14 @@ class ChannelStatistics:
 
     @property
     def deviation(self) -> Tensor:
-        """The standard deviation of |x| over tokens: (channels,) float32."""
+        """Returns the standard deviation of |x| over tokens: (channels,) float32."""
         return (self.square - self.absmean.square()).clamp(min=0).sqrt()
 
     def divided(self, scale: Tensor) -> "ChannelStatistics":
-        """Those of x / scale.  scale: (channels,) positive."""
+        """Returns the statistics of x / scale.
+
+        scale: (channels,), positive.
+        """
         return ChannelStatistics(
             absmax=self.absmax / scale,
             absmean=self.absmean / scale,
@@ -54,7 +60,10 @@ class ChannelStatistics:
         )
 
     def update(self, x: Tensor) -> None:
-        """x: (..., tokens of a sequence, channels)."""
+        """Adds the tokens of one call.
+
+        x: (..., tokens of a sequence, channels).
+        """
         rows = x.reshape(-1, x.shape[-1]).float()
         if not len(rows):
             return
@@ -64,8 +73,8 @@ class ChannelStatistics:
         self.tokens += len(rows)
         share = len(rows) / self.tokens
         largest, token = rows.abs().max(0)
-        place = token % x.shape[-2]
-        self.position = torch.where(largest > self.absmax, place, self.position)
+        position = token % x.shape[-2]
+        self.position = torch.where(largest > self.absmax, position, self.position)
         self.absmax = torch.maximum(self.absmax, largest)
         self.absmean = self.absmean.lerp(rows.abs().mean(0), share)
         self.square = self.square.lerp(rows.square().mean(0), share)
@@ -74,7 +83,7 @@ class ChannelStatistics:
 def input_statistics(
     block: nn.Module, groups: Sequence[LinearGroup], stream: Stream
 ) -> dict[str, ChannelStatistics]:
-    """The statistics of every group's input, by the group's name."""
+    """Returns the statistics of every group's input, by the group's name."""
     first = {group.linears[0]: group.name for group in groups}
     gathered: dict[str, ChannelStatistics] = {}
     for linear, group in first.items():
@@ -88,5 +97,8 @@ def input_statistics(
 def tokens_by_linear(
     groups: Sequence[LinearGroup], statistics: Mapping[str, ChannelStatistics]
 ) -> dict[str, int]:
-    """How many tokens each linear saw.  statistics: by the name of a group"""
+    """Returns the number of tokens that each linear saw, by the linear's name.
+
+    statistics: by the group's name.
+    """
     return {name: statistics[group.name].tokens for group in groups for name in group.linears}

@@ -1,4 +1,4 @@
-"""A stream: the inputs of a block for every calibration batch, moved from block to block."""
+"""Streams: the inputs of a block for all calibration batches, which move from block to block."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,10 +17,10 @@ from lowbit.blocks.arguments import BlockArguments
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of a block.
+    """The arguments of one call of a block.
 
-    hidden: (batch, tokens, channels) float32
-    kwargs: the other arguments; their containers belong to this call alone.
+    hidden: (batch, tokens, channels) float32, the hidden states.
+    kwargs: the keyword arguments; mutable containers in them belong to this call alone.
     """
 
     hidden: Tensor
@@ -28,13 +28,15 @@ class Batch:
 
 
 class Stream:
-    """Hidden states of all calibration batches at one block, and the arguments of all blocks.
+    """The hidden states of all calibration batches at one block, and the arguments of all blocks.
 
-    hidden: per batch (batch, tokens, channels) float32, kept on the CPU: in memory (the tensors
-        themselves, not copies), or with `folder` in one file per batch.
-    arguments: the keyword arguments of all blocks, and the state that blocks hand on.
-    device: where batches are moved when they are read.
-    folder: where hidden states are kept on disk; None: in memory.
+    Iterating over a stream yields a `Batch` for each calibration batch.
+
+    hidden: for each batch (batch, tokens, channels) float32. They are kept on the CPU: in memory
+        (the tensors themselves, not copies) or, with `folder`, in one file per batch.
+    arguments: the keyword arguments of all blocks, including the state that blocks share.
+    device: the device to which a batch is moved when it is read.
+    folder: the folder for hidden states; None: they are kept in memory.
     block: the index of the block whose inputs these are.
     """
 
@@ -55,7 +57,8 @@ class Stream:
         self._hidden = [self._keep(i, h) for i, h in enumerate(hidden)]
         if len(self._hidden) != len(arguments):
             raise ValueError(
-                f"{len(self._hidden)} batches, but keyword arguments for {len(arguments)}"
+                f"there are {len(self._hidden)} batches, but keyword arguments for "
+                f"{len(arguments)}: both must be the same"
             )
 
     @classmethod
@@ -65,9 +68,10 @@ class Stream:
         device: torch.device | str = "cpu",
         folder: Path | None = None,
     ) -> "Stream":
-        """The stream at the first block.
+        """Returns the stream at the first block.
 
-        calls: for every batch, what each block is called with; one batch is made at a time.
+        calls: for every batch, the arguments of each block. They are consumed one batch at a time.
+        device, folder: as in the class.
         """
         arguments = BlockArguments()
 
@@ -83,7 +87,8 @@ class Stream:
         if self.folder is None:
             return hidden
         shape, path = hidden.shape, str(self.folder / f"{index:05d}.f32")
-        with open(path, "wb") as file:  # a full disk is an error here, but a SIGBUS once mapped
+        with open(path, "wb") as file:
+            # On a full disk this raises an error; writing to the mapped file would be a SIGBUS.
             os.posix_fallocate(file.fileno(), 0, max(1, hidden.nbytes))
         mapped = torch.from_file(path, shared=True, size=hidden.numel(), dtype=torch.float32)
         return mapped.view(shape).copy_(hidden)
@@ -99,24 +104,24 @@ class Stream:
         return (self[i] for i in range(len(self)))
 
     def hidden(self) -> list[Tensor]:
-        """The hidden states of every batch, on the CPU; they belong to the stream."""
+        """Returns the stream's own hidden states, one tensor per batch, on the CPU."""
         return list(self._hidden)
 
     @property
     def bytes(self) -> int:
-        """What the hidden states take."""
+        """The size of all hidden states in bytes."""
         return sum(hidden.nbytes for hidden in self._hidden)
 
     def copy(self, folder: Path | None = None) -> "Stream":
-        """A stream of its own with the same contents, on disk where a folder is given."""
+        """Returns an independent stream with the same contents, on disk if a folder is given."""
         hidden = (states.clone() for states in self._hidden)
         return Stream(hidden, self.arguments.copy(), self.device, folder, self.block)
 
     def advance(self, call: Callable[[Batch], Tensor]) -> None:
-        """Moves to the next block.
+        """Replaces the hidden states by the block's outputs, which are the next block's inputs.
 
-        call: runs the block on one batch and returns its output; what the block has written into
-            the state that it shares with later blocks is kept.
+        call: runs the block on one batch and returns its output. What the block writes to the state
+            that it shares with later blocks is kept.
         """
         with torch.no_grad():
             for index, batch in enumerate(self):
@@ -125,9 +130,10 @@ class Stream:
         self.block += 1
 
     def map(self, function: Callable[[Batch], Tensor]) -> "Stream":
-        """A new stream of function(batch), on disk inside `folder` if this one is on disk.
+        """Returns a new stream of function(batch), on disk if this one is on disk.
 
-        Its files go with it: each call has its own, so that two results can be held side by side.
+        The files of each result are in a folder of their own inside `folder`, and are deleted
+        together with the result.
         """
         folder = self.folder and Path(mkdtemp(prefix="mapped-", dir=self.folder))
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Train the learned parameters of a block with AdamW, and keep the best values that occurred."""
+"""Train parameters of a block with AdamW and keep the values with the lowest loss."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from lowbit.events import BlockLog
 
-RATE_CUT = 0.1  # a run that met a non-finite loss is tried again with this share of its rates
+RATE_CUT = 0.1  # factor of the learning rates in a new try after a non-finite loss
 TRIES = 3
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are learned with one rate."""
+    """Parameters that share a learning rate."""
 
     parameters: Sequence[Tensor]
     rate: float
@@ -23,12 +23,13 @@ class ParameterGroup:
 
 @dataclass(kw_only=True)
 class Fit:
-    """How a training went; losses are means over the batches, at fixed parameters.
+    """The course of a training. Losses are means over all batches, at fixed parameters.
 
-    before, after: the loss of the initial and of the best values.
-    best_epoch: when the best values were found; 0 are the initial ones.
-    curve: the loss after each epoch.
-    failures: what ended a try.
+    before: the loss of the initial values.
+    after: the loss of the best values, which are kept.
+    best_epoch: the epoch of the best values; 0 for the initial values.
+    curve: the loss after each epoch, over all tries.
+    failures: one sentence for each try that ended early.
     """
 
     before: float
@@ -46,17 +47,19 @@ def fit(
     log: BlockLog,
     weight_decay: float = 0.0,
 ) -> Fit:
-    """Minimises the mean of loss(0), ..., loss(batches - 1), and leaves the best values in place.
+    """Minimises the mean of loss(0), ..., loss(batches - 1) over the parameters.
 
     Batches are taken in order. After each epoch the loss is measured over all batches at fixed
-    parameters; the best of these and of the initial values are kept. A non-finite loss or gradient
-    ends the try: the next one starts from the initial values with a tenth of the rates, up to TRIES
-    tries in all.
+    parameters. In the end the parameters have the values with the lowest loss that was measured,
+    which may be the initial ones. A non-finite loss or gradient ends the try; the next one starts
+    from the initial values with a tenth of the learning rates. There are at most TRIES tries.
 
-    groups: the parameters and their rates.
-    loss: the loss of a batch, by its number.
-    epochs: passes over all batches.
-    log: gets every epoch and a warning for every try that failed.
+    groups: the parameters and their learning rates.
+    loss: returns the loss of a batch, given its index.
+    batches: the number of batches.
+    epochs: the number of passes over all batches.
+    log: receives the loss of every epoch, and a warning for every try that ended early.
+    weight_decay: AdamW's weight decay, for all parameters.
     """
     parameters = [p for group in groups for p in group.parameters]
     initial = [p.detach().clone() for p in parameters]
@@ -88,7 +91,7 @@ def fit(
 
 
 def mean_loss(loss: Callable[[int], Tensor], batches: int) -> float:
-    """The mean over all batches, without gradients."""
+    """Returns the mean loss over all batches, computed without gradients."""
     with torch.no_grad():
         return sum(float(loss(i)) for i in range(batches)) / batches
 
@@ -99,7 +102,7 @@ def _epoch(
     loss: Callable[[int], Tensor],
     batches: int,
 ) -> bool:
-    """One pass; False when a loss or gradient is not finite (its step is not taken)."""
+    """Trains for one epoch; returns False as soon as a loss or gradient is not finite."""
     for i in range(batches):
         optimizer.zero_grad(set_to_none=True)
         value = loss(i)

@@ -1,4 +1,4 @@
-"""One step of a walk over the blocks of a model: a block, and the streams at its input."""
+"""One step of the walk over a model's blocks: a block and the streams at its input."""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -12,12 +12,12 @@ from lowbit.blocks.stream import Batch, Stream
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A visit to one block.
+    """A block of the model and the streams that are at its input.
 
-    index: of the block, from 0.
-    name: its path in the model, as "model.layers.3".
-    block: its weights in float32; `advance` uses it up.
-    streams: its inputs, by the name of the stream.
+    index: the index of the block, from 0.
+    name: the block's path in the model, such as "model.layers.3".
+    block: the block in float32. `advance` changes it, so it cannot be used afterwards.
+    streams: the block's inputs, by the name of the stream.
     """
 
     index: int
@@ -30,11 +30,12 @@ class Step:
         prepare: Callable[[nn.Module, str], None] = lambda block, stream: None,
         on_batch: Callable[[], None] = lambda: None,
     ) -> None:
-        """Moves every stream through the block, to the input of the next one.
+        """Moves every stream through the block, to the input of the next block.
 
-        prepare: called with a copy of the block and the name of a stream; it changes the copy into
-            what that stream passes through. The last stream gets the block itself.
-        on_batch: called after every batch.
+        prepare: called as prepare(copy, stream) with a copy of the block and the name of a stream;
+            changes the copy to the block that this stream passes through (such as the quantized
+            one). The last stream gets the block itself instead of a copy.
+        on_batch: called after every batch of every stream.
         """
         last = next(reversed(list(self.streams)), None)
         for name, stream in self.streams.items():

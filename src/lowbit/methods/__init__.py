@@ -1,4 +1,4 @@
-"""One file per algorithm: chooses the numbers."""
+"""Quantization methods, one file or folder each. A method chooses codes, scales and zero points."""
 
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.matquant import MatQuant

@@ -1,7 +1,7 @@
-"""GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323): rounding with feedback on the uniform grid.
+"""GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323): rounds to a uniform grid with error feedback.
 
-The Hessian is that of the quantized stream. Grids are fixed before rounding (static groups), so the
-order of activations needs no index at run time.
+Hessians are computed from the inputs that the already quantized blocks produce. All grids are fixed
+before rounding begins (static groups), so that act_order needs no index of groups at run time.
 """
 
 from typing import ClassVar
@@ -30,8 +30,8 @@ from lowbit.solvers.rounding import Grid, minmax_grid
 class GPTQ(GridMethod):
     """Rounds column by column and feeds each error into the columns left.
 
-    Source: GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323). The Hessian is that of the inputs
-    that quantized blocks hand on.
+    Source: GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323). Hessians are those of the
+    inputs that the already quantized blocks produce.
     """
 
     name: ClassVar[str] = "gptq"
@@ -76,7 +76,7 @@ class GPTQ(GridMethod):
         return result
 
     def _factor(self, hessian: Hessian) -> OrderedFactor | str:
-        """The Hessian ready for rounding, or why it cannot be used."""
+        """Returns the factored Hessian, or the fallback sentence if it cannot be used."""
         if hessian.tokens < self.min_tokens:
             return too_few_tokens(hessian.tokens)
         factor = ordered_factor(hessian.matrix, self.damping, self.act_order)

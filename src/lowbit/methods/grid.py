@@ -1,4 +1,4 @@
-"""The fields of a uniform grid: what RTN, GPTQ and OmniQuant share."""
+"""The fields that methods with uniform grids share: RTN, GPTQ and OmniQuant."""
 
 from typing import ClassVar, Self
 
@@ -8,7 +8,7 @@ from lowbit.formats.uniform import tensor_bytes
 from lowbit.methods.method import Method
 from lowbit.solvers.rounding import GridShape
 
-ZERO_BITS = 8  # of a fine zero point
+ZERO_BITS = 8  # bits of a zero point if fine_zeros is set
 
 
 class GridMethod(Method):
@@ -34,7 +34,10 @@ class GridMethod(Method):
     @model_validator(mode="after")
     def _check_zeros(self) -> Self:
         if self.fine_zeros and self.symmetric:
-            raise ValueError("fine_zeros says how zero points are stored: symmetric has none")
+            raise ValueError(
+                "fine_zeros needs zero points, and symmetric groups have none: set one of both "
+                "to false"
+            )
         return self
 
     def weight_bytes(self, rows: int, columns: int) -> int:
@@ -45,6 +48,6 @@ class GridMethod(Method):
 
     @property
     def grid_shape(self) -> GridShape:
-        """What a grid is made by."""
+        """The settings of the grids."""
         shift = ZERO_BITS - self.bits if self.fine_zeros else 0
         return GridShape(self.bits, self.group_size, self.symmetric, shift)

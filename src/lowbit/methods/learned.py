@@ -1,4 +1,4 @@
-"""What OmniQuant and MatQuant share: fields, and from a block that was learned to its result."""
+"""What OmniQuant and MatQuant share: their fields, and making a result of a learned block."""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -19,7 +19,7 @@ from lowbit.solvers.block_learner import BlockLearner, Learning
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 from lowbit.solvers.rounding import Grid
 
-# (name, folded weight, folded bias, grid) -> the layer, and what is known of it
+# (name, folded weight, folded bias, grid) -> the quantized linear and its report
 Pack = Callable[[str, Tensor, Tensor | None, Grid], tuple[QuantizedLinear, LinearReport]]
 NEAREST_BETTER = "rounding to nearest was better than what was learned, and is kept"
 
@@ -40,7 +40,7 @@ class LearningMethod(Method):
     aug_loss: bool = Field(
         False,
         description="Whether the loss also has the error against the float block on the inputs "
-        "that quantized blocks hand on.",
+        "that the already quantized blocks produce.",
     )
     epochs: int = Field(
         20, ge=0, description="Passes over all calibration windows; 0: nothing is learned."
@@ -80,7 +80,10 @@ class LearningMethod(Method):
         return self.batch
 
     def learning(self, inputs: bool = False) -> Learning:
-        """inputs: whether what the linears read is rounded too."""
+        """Returns the settings of a `BlockLearner`.
+
+        inputs: whether the inputs of linears are rounded too.
+        """
         return Learning(
             lwc=self.lwc,
             let=self.let,
@@ -92,9 +95,9 @@ class LearningMethod(Method):
         )
 
     def fallbacks(self, tokens: Mapping[str, int]) -> dict[str, str]:
-        """The linears that saw too few tokens, and the sentence for each.
+        """Returns the fallback sentence of each linear that saw too few tokens, by name.
 
-        tokens: how many each linear saw.
+        tokens: the number of tokens that each linear saw, by name.
         """
         few = {name: count for name, count in tokens.items() if count < self.min_tokens}
         return {name: too_few_tokens(count) for name, count in few.items()}
@@ -102,18 +105,21 @@ class LearningMethod(Method):
     def factors(
         self, task: BlockTask, learner: BlockLearner, shares: Mapping[str, float]
     ) -> dict[str, OrderedFactor]:
-        """What feedback needs, by linear: Hessians of the inputs of the block after folding.
+        """Returns the factored Hessian of each linear's input after folding, by name.
 
-        shares: of each stream in their mean. Linears that saw too few tokens have none.
+        Linears that saw too few tokens, or whose Hessian is not positive definite, are left out.
+
+        shares: the weight of each stream in the mean over streams, by the stream's name.
         """
         folded = deepcopy(task.block)
         load_changed(folded, learner.folded())
         mean: dict[str, Tensor] = {}
         enough = {group.name: group.linears for group in task.groups}
         for stream, share in shares.items():
-            for group, found in input_hessians(folded, task.groups, task.streams[stream]).items():
-                mean[group] = mean.get(group, 0.0) + share * found.matrix
-                if found.tokens < self.min_tokens:
+            hessians = input_hessians(folded, task.groups, task.streams[stream])
+            for group, hessian in hessians.items():
+                mean[group] = mean.get(group, 0.0) + share * hessian.matrix
+                if hessian.tokens < self.min_tokens:
                     enough.pop(group, None)
         made: dict[str, OrderedFactor] = {}
         for group, linears in enough.items():
@@ -125,7 +131,7 @@ class LearningMethod(Method):
 
 @torch.no_grad()
 def packed_block(learner: BlockLearner, pack: Pack) -> BlockResult:
-    """The block with every linear packed and everything else that folding has changed."""
+    """Returns the block with every linear packed, and all other tensors that folding changed."""
     tensors = learner.folded()
     result, reports = BlockResult(learned=learner.learned()), dict[str, LinearReport]()
     for name in learner.linears:
@@ -140,7 +146,12 @@ def packed_block(learner: BlockLearner, pack: Pack) -> BlockResult:
 
 
 def keep_if_better(learner: BlockLearner, task: BlockTask, learned: float, nearest: float) -> bool:
-    """Whether what was learned is as good as rounding to nearest; else it is forgotten."""
+    """Returns whether the learned block is at least as good as rounding to nearest.
+
+    If it is not, the learner forgets its parameters, and a warning is emitted.
+
+    learned, nearest: the losses of both.
+    """
     keep = learned <= nearest
     if not keep:
         task.log.warn(NEAREST_BETTER)

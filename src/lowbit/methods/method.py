@@ -1,4 +1,4 @@
-"""What a method is: a frozen configuration that turns a block in float into a quantized one."""
+"""The base class of all methods."""
 
 from abc import abstractmethod
 from typing import Any, ClassVar, Self
@@ -13,10 +13,11 @@ from lowbit.patterns import matches
 
 
 class Method(Config):
-    """A method IS its configuration; `name` is also the name of its file.
+    """A quantization method: a frozen configuration that can quantize one block.
 
-    per_linear: names of the fields that `overrides` may change for some linears.
-    learns: whether `BlockResult.learned` can be a task's `start`.
+    name: the name of the method, and of its file or folder.
+    per_linear: the names of the fields that `overrides` may change for some linears.
+    learns: whether a run can start from what an earlier run learned.
     """
 
     name: ClassVar[str]
@@ -34,7 +35,7 @@ class Method(Config):
         for pattern, fields in self.overrides.items():
             for field in fields:
                 if field not in self.per_linear:
-                    what = f"field that {self.name} can have per linear"
+                    what = f"field of {self.name} that overrides can set"
                     sentence = unknown_name(field, self.per_linear, what)
                     raise ValueError(f"overrides.{pattern}: {sentence}")
             try:
@@ -47,7 +48,10 @@ class Method(Config):
         return self.model_validate({**self.model_dump(exclude={"overrides"}), **fields})
 
     def at(self, linear: str) -> Self:
-        """The settings for one linear, by its full name: "model.layers.3.mlp.down_proj"."""
+        """Returns the settings for one linear, with the overrides that match its name.
+
+        linear: the full name, such as "model.layers.3.mlp.down_proj".
+        """
         fields: dict[str, Any] = {}
         for pattern, differing in self.overrides.items():
             if matches(linear, pattern):
@@ -55,30 +59,38 @@ class Method(Config):
         return self._with(fields) if fields else self
 
     def streams(self) -> tuple[str, ...]:
-        """The streams of hidden states that it needs; none: no calibration text."""
+        """Returns the names of the streams that the method needs; none: no calibration text.
+
+        "float" is the stream through the float blocks, all others pass through quantized blocks.
+        """
         return ()
 
     def windows_per_batch(self) -> int:
-        """How many calibration windows make one batch of a stream."""
+        """Returns the number of calibration windows in one batch of a stream."""
         return 1
 
     @abstractmethod
     def weight_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a linear on disk without its bias; scales and all else that it needs included.
+        """Returns the bytes of a quantized linear on disk, including scales, without its bias.
 
-        rows, columns: outputs and inputs of the linear.
+        rows, columns: the number of outputs and inputs of the linear.
         """
 
     @abstractmethod
     def quantize(self, task: BlockTask) -> BlockResult:
-        """Chooses the numbers for one block; `task.block` stays as it is."""
+        """Quantizes one block; `task.block` is not changed."""
 
     def install(self, block: nn.Module, result: BlockResult, stream: str) -> None:
-        """Changes the block to what `stream` must pass through; "float" is left alone."""
+        """Changes the block, in place, to the version that a stream passes through.
+
+        block: the float block.
+        result: what `quantize` returned for it.
+        stream: the name of the stream; for "float" the block is not changed.
+        """
         if stream != "float":
             result.install(block)
 
     def signature(self) -> dict[str, Any]:
-        """Everything that shapes the result, as JSON values; what may differ per linear first."""
+        """Returns the name and all fields as JSON values; fields that may differ come first."""
         fields = self.model_dump(mode="json")
         return {"name": self.name, **{name: fields[name] for name in self.per_linear}, **fields}

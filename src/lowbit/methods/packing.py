@@ -1,4 +1,4 @@
-"""From a grid to a layer of the uniform format, and back to the grid as a layer stores it."""
+"""Make layers of the uniform format from grids, and read the grid that a layer stores."""
 
 from dataclasses import replace
 from typing import Protocol
@@ -18,7 +18,7 @@ def pack(weight: Tensor, bias: Tensor | None, grid: Grid) -> UniformLinear:
 def pack_with_feedback(
     weight: Tensor, bias: Tensor | None, grid: Grid, hessian: OrderedFactor
 ) -> tuple[UniformLinear, float]:
-    """weight (out, in) rounded by GPTQ to the grid as it is stored; and the proxy loss."""
+    """Rounds a weight (out, in) by GPTQ to the stored grid; returns layer and proxy loss."""
     stored = pack(weight, bias, grid)
     codes, loss = gptq_codes(weight, as_stored(grid, stored), hessian)
     zero = None if grid.zero is None else stored.zeros()
@@ -32,15 +32,18 @@ def layout_of(grid: Grid) -> UniformLayout:
 
 
 class OnGrid(Protocol):
-    """A layer whose codes are counted from a scale and a zero point for each group of a row."""
+    """A layer that stores a scale and a zero point for each group."""
 
     scale: Tensor
 
     def zeros(self) -> Tensor:
-        """(out, groups) uint8"""
+        """Returns the stored zero points, (out, groups) uint8."""
 
 
 def as_stored(grid: Grid, layer: OnGrid) -> Grid:
-    """The grid that a layer's codes are counted on: scales and zero points as it holds them."""
+    """Returns the grid with the scales and zero points that the layer stores.
+
+    They differ from those of `grid` by the rounding to the stored dtypes.
+    """
     zero = None if grid.zero is None else layer.zeros() * 2.0**-grid.zero_shift
     return replace(grid, scale=layer.scale.float(), zero=zero)

@@ -1,4 +1,4 @@
-"""What a method returns for a block, and the sentences for what it had to do in a simpler way."""
+"""What a method returns for a block, and the sentences by which it reports fallbacks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ NOT_POSITIVE_DEFINITE = f"Hessian not positive definite: {NEAREST}"
 
 @dataclass(kw_only=True)
 class BlockResult:
-    """A quantized block, as the difference to the float one.
+    """A quantized block, described by its differences from the float block.
 
-    linears: by the name of the linear that each replaces.
-    tensors: new values of ALL other parameters that changed, by name.
-    attention: how attentions round their queries, keys and values, by name.
-    learned: what a later run can start from; written to OUT/learned/.
-    report: what is known of the block and its linears.
+    linears: the quantized linears, by the name of the linear that each replaces.
+    tensors: the new values of ALL other parameters that changed, by name.
+    attention: how attention modules round their queries, keys and values, by the module's name.
+    learned: the learned tensors from which a later run can start; written to OUT/learned/.
+    report: errors, losses and fallbacks of the block and its linears.
     """
 
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
@@ -35,22 +35,26 @@ class BlockResult:
     report: BlockReport = field(default_factory=BlockReport)
 
     def install(self, block: nn.Module) -> None:
-        """Makes the float block the quantized one, in place."""
+        """Turns the float block into the quantized one, in place."""
         attention = {name: rounding.model_dump() for name, rounding in self.attention.items()}
         install(block, self.linears, self.tensors, attention)
 
 
 def too_few_tokens(tokens: int, instead: str = NEAREST) -> str:
-    """The sentence for a linear, of an expert, that saw too few calibration tokens."""
+    """Returns the fallback sentence for a linear that saw too few calibration tokens.
+
+    tokens: the number of tokens that it saw.
+    instead: how it was quantized instead.
+    """
     return f"too few calibration tokens ({tokens}): {instead}"
 
 
 def warn_of_hessians(task: BlockTask, linears: Mapping[str, LinearReport]) -> None:
-    """One warning for all linears of the block whose Hessian is not positive definite.
+    """Emits one warning that names all linears whose Hessian is not positive definite.
 
-    There is none for experts that saw too few tokens: they can be many, and report.json names them.
+    Experts that saw too few tokens get no warning, since there can be many; report.json names them.
     """
-    names = [name for name, found in linears.items() if found.fallback == NOT_POSITIVE_DEFINITE]
+    names = [name for name, report in linears.items() if report.fallback == NOT_POSITIVE_DEFINITE]
     if names:
         task.log.warn(f"{', '.join(names)}: {NOT_POSITIVE_DEFINITE}")
 
@@ -62,10 +66,12 @@ def trained_report(
     after: float,
     fallbacks: Sequence[str],
 ) -> BlockReport:
-    """The report of a block that was trained.
+    """Returns the report of a block that was trained.
 
+    linears: the reports of its linears, by name.
+    fitted: the course of the training.
     nearest: the loss of rounding to nearest, if it was measured.
-    after: the loss of what is returned.
+    after: the loss of the block that is returned.
     fallbacks: sentences about the whole block.
     """
     training = TrainingReport(
@@ -86,9 +92,10 @@ def trained_report(
 
 
 def signal_to_noise(weight: Tensor, linear: QuantizedLinear) -> float:
-    """10 log10(|W|^2 / |W - dequantize()|^2), in decibels; inf for an exact copy.
+    """Returns 10 log10(|W|^2 / |W - dequantize()|^2) in decibels; inf for an exact copy.
 
-    weight: (out, in) float32, the weight that was rounded.
+    weight: (out, in) float32, the weight W that was rounded.
+    linear: the quantized linear.
     """
     noise = float((weight - linear.dequantize().to(weight.device)).square().sum())
     signal = float(weight.square().sum())

@@ -1,4 +1,4 @@
-"""Round to nearest: the whole range of every group, no calibration. The baseline of everything."""
+"""Round to nearest (RTN): the grid of every group spans its whole range; no calibration."""
 
 from typing import ClassVar
 

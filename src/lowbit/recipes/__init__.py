@@ -1,6 +1,7 @@
-"""Named settings, one YAML file each: what `--recipe` accepts.
+"""Recipes: named settings for `--recipe`, one YAML file each.
 
-A recipe is a method with its fields and calibration, and what differs for a family of models.
+A recipe holds a method with its fields, the calibration text, and fields that differ for some model
+families.
 """
 
 from importlib import resources
@@ -17,7 +18,7 @@ SUFFIX = ".yaml"
 
 
 class RecipeCalibration(Config):
-    """What a recipe says about its calibration text; None: the default of `Calibration`."""
+    """The calibration text of a recipe; a field that is None has the default of `Calibration`."""
 
     sources: tuple[str, ...] | None = Field(
         None, min_length=1, description="Names of data sets or text files; None: wikitext2."
@@ -53,19 +54,22 @@ class Recipe(Config):
     )
 
     def settings(self, family: str) -> dict[str, Any]:
-        """The method's fields for a family of models."""
+        """Returns the fields of the method for a model family."""
         return self.fields | self.families.get(family, {})
 
 
 def recipe_names() -> list[str]:
-    """The recipes that lowbit brings along."""
+    """Returns the names of all recipes that come with lowbit."""
     return sorted(_packaged())
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe of ours by name, or a file of the user's own that ends in .yaml.
+    """Reads a recipe.
 
-    Raises ValueError that names the nearest recipe, or the file and what is wrong in it.
+    name: the name of a recipe that comes with lowbit, or the path of a file that ends in .yaml.
+
+    Raises ValueError for an unknown name, with the most similar one, and for a file that is missing
+    or is not a valid recipe.
     """
     packaged = _packaged()
     if name in packaged:
@@ -74,14 +78,16 @@ def load_recipe(name: str) -> Recipe:
         raise ValueError(f"{unknown_name(name, packaged, 'recipe')}; or a {SUFFIX} file")
     path = Path(name)
     if not path.is_file():
-        raise ValueError(f"there is no recipe file {name}; `lowbit recipes` lists ours")
+        raise ValueError(
+            f"there is no recipe file {name}; `lowbit recipes` lists the recipes of lowbit"
+        )
     return _read(path, name)
 
 
 def _packaged() -> dict[str, Traversable]:
     folder = resources.files(__name__)
-    found = (file for file in folder.iterdir() if file.name.endswith(SUFFIX))
-    return {file.name.removesuffix(SUFFIX): file for file in found}
+    files = (file for file in folder.iterdir() if file.name.endswith(SUFFIX))
+    return {file.name.removesuffix(SUFFIX): file for file in files}
 
 
 def _read(file: Traversable, name: str) -> Recipe:
@@ -91,4 +97,4 @@ def _read(file: Traversable, name: str) -> Recipe:
         raise ValueError(f"recipe {name}: {explain(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"recipe {name} is no YAML: {reason}") from None
+        raise ValueError(f"recipe {name} is not valid YAML: {reason}") from None

@@ -1,1 +1,4 @@
-"""What several methods share: rounding, clipping, equivalent transformations. Numbers, no bits."""
+"""Algorithms that several methods share: rounding, clipping, equivalent transformations.
+
+They choose the numbers; `lowbit.formats` packs them into bits.
+"""

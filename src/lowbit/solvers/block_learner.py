@@ -1,7 +1,7 @@
-"""What OmniQuant learns of a block: how ranges are clipped, and how channels are scaled.
+"""The learned parameters of OmniQuant for one block: clipping ranges and channel scales.
 
-OmniQuant (arXiv 2308.13137), sections 3.2 and 3.3. The methods that use it decide which rounding
-the grids are for, and what the loss is.
+Source: OmniQuant (arXiv 2308.13137), sections 3.2 and 3.3. The methods that use them define the
+rounding and the loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,18 +20,21 @@ from lowbit.solvers.clipping import LearnedClipping, search_clipping
 from lowbit.solvers.equivalence import middle_shift, searched_scale, smooth_scale
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, minmax_grid
 
-Statistics = Mapping[str, ChannelStatistics]  # by the name of a group
+Statistics = Mapping[str, ChannelStatistics]  # by the name of a group or of a linear
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """What is learned, and how.
+    """Settings of `BlockLearner`: which parameters are learned, and from which initial values.
 
-    lwc: whether clips are learned, at the rate lwc_lr.
-    let: whether scales of channels are learned, at the rate let_lr.
-    alpha, init: where scales and clips begin.
-    inputs: whether what the linears and attentions read is rounded too. Then `let` also shifts
-        channels, where biases can take it up, and scales queries against keys.
+    lwc: whether clipping ranges are learned (learnable weight clipping).
+    let: whether channel scales are learned (learnable equivalent transformation).
+    lwc_lr, let_lr: the learning rates of both.
+    alpha: the exponent of activations in SmoothQuant's formula for initial scales.
+    init: the initial values: "minmax" for whole ranges and SmoothQuant's formula, "awq" for a
+        search of both.
+    inputs: whether the inputs of linears and attentions are rounded too. `let` then also shifts
+        channels where biases can absorb a shift, and scales queries against keys.
     """
 
     lwc: bool
@@ -44,10 +47,13 @@ class Learning:
 
 
 class BlockLearner:
-    """The parameters of one block, and its float tensors and grids as functions of them.
+    """The learned parameters of one block; computes its folded tensors and its grids from them.
 
-    shapes: of the grid of every linear that is quantized. unclipped: linears whose whole range is
-    kept, unless an earlier run has clipped them.
+    task: the block, with what an earlier run learned.
+    statistics: of the groups' inputs, by the group's name.
+    unclipped: linears whose whole range is kept, unless an earlier run has clipped them.
+    learning: the settings.
+    shapes: the settings of the grid of every linear that is quantized, by name.
     """
 
     def __init__(
@@ -65,54 +71,54 @@ class BlockLearner:
         self.linears = list(self.tokens)
         self.start = Start(task)
         by_reader = {name: statistics[g.name] for g in task.groups for name in g.linears}
-        seen = {name: s for name, s in by_reader.items() if s.tokens}
+        inputs = {name: s for name, s in by_reader.items() if s.tokens}
         self.folds: dict[str, Fold] = {}
         if learning.let:
-            attends = learning.inputs and bool(task.attentions)
-            self.folds = {f.name: f for f in task.folds if _is_seen(f, self.linears, attends)}
+            attention = learning.inputs and bool(task.attentions)
+            self.folds = {f.name: f for f in task.folds if _can_help(f, self.linears, attention)}
         self.shifts = {
-            name: nn.Parameter(self._first_shift(fold, seen))
+            name: nn.Parameter(self._first_shift(fold, inputs))
             for name, fold in self.folds.items()
             if learning.inputs and fold.shiftable
         }
-        # Learned as logarithms: positive whatever the optimiser does.
+        # Scales are learned as logarithms, so that they stay positive.
         self.log_scales = {
-            name: nn.Parameter(self._first_log_scale(fold, seen))
+            name: nn.Parameter(self._first_log_scale(fold, inputs))
             for name, fold in self.folds.items()
         }
         self.clipping: dict[str, LearnedClipping] = {}
         if learning.lwc:
             folded = self.folded()
             self.clipping = {
-                name: self._first_clipping(folded[f"{name}.weight"].detach(), seen, name)
+                name: self._first_clipping(folded[f"{name}.weight"].detach(), inputs, name)
                 for name in self.linears
                 if name not in unclipped or f"{name}.clip_low" in self.start
             }
         self.start.check_used()
 
     def rounded(self, name: str, weight: Tensor, grid: Grid) -> Tensor:
-        """The rounding that initial scales and clips are searched for."""
+        """Rounds a weight as in the search for initial scales and clipping ranges."""
         return fake_quantize(weight, grid)
 
-    def _first_shift(self, fold: Fold, seen: Statistics) -> Tensor:
+    def _first_shift(self, fold: Fold, inputs: Statistics) -> Tensor:
         started = self.start.take(f"fold.{fold.name}.shift", (fold.size,))
         if started is not None:
             return started
         device = self.float_tensors[f"{fold.source}.weight"].device
-        if self.learning.init == "awq":  # its search is for inputs that stay where they are
+        if self.learning.init == "awq":  # its search assumes inputs that are not shifted
             return torch.zeros(fold.size, device=device)
-        return middle_shift(fold, seen, device)
+        return middle_shift(fold, inputs, device)
 
-    def _first_log_scale(self, fold: Fold, seen: Statistics) -> Tensor:
+    def _first_log_scale(self, fold: Fold, inputs: Statistics) -> Tensor:
         started = self.start.take(f"fold.{fold.name}.log_scale", (fold.size,))
         if started is not None:
             return started
         if self.learning.init == "awq":
-            return searched_scale(fold, self.float_tensors, seen, self.round_to_nearest).log()
+            return searched_scale(fold, self.float_tensors, inputs, self.round_to_nearest).log()
         shift = self.shifts[fold.name].detach() if fold.name in self.shifts else 0.0
-        return smooth_scale(fold, self.float_tensors, seen, self.learning.alpha, shift).log()
+        return smooth_scale(fold, self.float_tensors, inputs, self.learning.alpha, shift).log()
 
-    def _first_clipping(self, weight: Tensor, seen: Statistics, name: str) -> LearnedClipping:
+    def _first_clipping(self, weight: Tensor, inputs: Statistics, name: str) -> LearnedClipping:
         shape = self.shapes[name]
         first = LearnedClipping.start(weight, shape.group_size)
         low, high = (self.start.take(f"{name}.clip_{e}", first.low.shape) for e in ("low", "high"))
@@ -120,9 +126,9 @@ class BlockLearner:
             return LearnedClipping(low, high)
         if self.learning.init == "minmax":
             return first
-        square = seen[name].square
-        for fold_name, fold in self.folds.items():  # folding has divided this linear's input
-            if name in fold.readers:
+        square = inputs[name].square
+        for fold_name, fold in self.folds.items():
+            if name in fold.readers:  # the fold divides the input of this linear
                 scale = self.log_scales[fold_name].detach().exp()
                 per_column = scale if fold.reader_channels is None else scale[fold.reader_channels]
                 square = square / per_column.square()
@@ -132,6 +138,7 @@ class BlockLearner:
         return LearnedClipping.from_ratios(*ratios)
 
     def parameter_groups(self) -> list[ParameterGroup]:
+        """Returns the parameters with their learning rates."""
         moved = [*self.log_scales.values(), *self.shifts.values()]
         logits = [p for clipping in self.clipping.values() for p in clipping.parameters()]
         return [
@@ -140,31 +147,32 @@ class BlockLearner:
         ]
 
     def folded(self) -> Tensors:
-        """The block's float tensors after the transformation."""
+        """Returns the block's float tensors after folding, differentiable in the parameters."""
         scales = {name: log_scale.exp() for name, log_scale in self.log_scales.items()}
         return apply_folds(self.float_tensors, self.folds, scales, self.shifts)
 
     def grid(self, name: str, weight: Tensor) -> Grid:
+        """Returns the grid of a linear's clipped ranges."""
         if name not in self.clipping:
             return self.whole_grid(name, weight)
         return self.clipping[name].grid(weight, self.shapes[name])
 
     def whole_grid(self, name: str, weight: Tensor) -> Grid:
-        """Of the range as it is."""
+        """Returns the grid of a linear's whole ranges."""
         return minmax_grid(weight, *self.shapes[name])
 
     def round_to_nearest(self, name: str, weight: Tensor) -> Tensor:
-        """A linear's weight on the grid of its whole range; a reader that stays float as it is."""
+        """Rounds a weight to the grid of its whole ranges, if the linear is to be quantized."""
         if name not in self.shapes:
             return weight
         return self.rounded(name, weight, self.whole_grid(name, weight))
 
     def forget(self) -> None:
-        """Back to rounding to nearest."""
+        """Drops all parameters; the block is then rounded to nearest."""
         self.clipping, self.log_scales, self.shifts, self.folds = {}, {}, {}, {}
 
     def learned(self) -> Tensors:
-        """What a later run can start from."""
+        """Returns the parameters by name, from which a later run can start."""
         learned = {f"fold.{name}.log_scale": p.detach() for name, p in self.log_scales.items()}
         learned |= {f"fold.{name}.shift": p.detach() for name, p in self.shifts.items()}
         for name, clipping in self.clipping.items():
@@ -173,8 +181,12 @@ class BlockLearner:
         return learned
 
 
-def _is_seen(fold: Fold, rounded: Sequence[str], attends: bool) -> bool:
-    """Whether something that is rounded sees a fold's scale. attends: attention rounds."""
-    if fold.kind == "rotary":  # not the weights: a row's grid follows its scale
-        return attends
+def _can_help(fold: Fold, rounded: Sequence[str], attention: bool) -> bool:
+    """Whether the scale of a fold can change a rounding error.
+
+    rounded: the linears that are quantized.
+    attention: whether attention rounds its queries and keys.
+    """
+    if fold.kind == "rotary":  # it scales whole rows, whose grids scale with them
+        return attention
     return fold.kind in ("norm", "values") and not set(rounded).isdisjoint(fold.readers)

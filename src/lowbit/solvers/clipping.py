@@ -1,4 +1,4 @@
-"""Clipping of weight ranges: learned (OmniQuant section 3.2) or searched (as AWQ does)."""
+"""Clip the ranges of weights: by learning (OmniQuant, section 3.2) or by search (as in AWQ)."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,14 +15,16 @@ from lowbit.solvers.rounding import (
 )
 
 START = 4.0  # sigmoid(4) = 0.982: OmniQuant's initial logit
-RATIOS = tuple(1 - 0.05 * step for step in range(11))  # searched shares of a range
-WIDEST = 0.998  # an initial ratio of 1 would have no gradient
+RATIOS = tuple(1 - 0.05 * step for step in range(11))  # the shares of a range that are tried
+WIDEST = 0.998  # the largest initial ratio: at 1 the sigmoid has no gradient
 
 
 class LearnedClipping(nn.Module):
-    """One logit for the lower and one for the upper end of every group's range.
+    """Learnable clipping of the range of every group, one logit for each end.
 
-    low, high: (out, groups) float32; the range is [sigmoid(low) * min, sigmoid(high) * max].
+    The clipped range is [sigmoid(low) * min, sigmoid(high) * max].
+
+    low, high: (out, groups) float32, the initial logits.
     """
 
     def __init__(self, low: Tensor, high: Tensor) -> None:
@@ -32,18 +34,21 @@ class LearnedClipping(nn.Module):
 
     @classmethod
     def start(cls, weight: Tensor, group_size: int | None) -> "LearnedClipping":
-        """OmniQuant's initial values, for a weight (out, in)."""
+        """Returns OmniQuant's initial values for a weight (out, in)."""
         logits = torch.full_like(extremes(weight, group_size)[0], START)
         return cls(logits, logits)
 
     @classmethod
     def from_ratios(cls, low: Tensor, high: Tensor) -> "LearnedClipping":
-        """ratios in (0, 1], (out, groups): the share of the range that is kept."""
+        """Returns the clipping that keeps given shares of both ends.
+
+        low, high: (out, groups), in (0, 1].
+        """
         ratios = (r.clamp(1 - WIDEST, WIDEST) for r in (low, high))
         return cls(*(torch.logit(r) for r in ratios))
 
     def grid(self, weight: Tensor, shape: GridShape) -> Grid:
-        """The grid of the clipped ranges; differentiable in the logits and in the weight."""
+        """Returns the grid of the clipped ranges, differentiable in the logits and the weight."""
         low, high = extremes(weight, shape.group_size)
         return grid_from_range(
             torch.sigmoid(self.low) * low, torch.sigmoid(self.high) * high, *shape
@@ -57,11 +62,19 @@ def search_clipping(
     ratios: Sequence[float] = RATIOS,
     rounded: Callable[[Tensor, Grid], Tensor] = fake_quantize,
 ) -> tuple[Tensor, Tensor]:
-    """The ratios (low, high), (out, groups), with the least weighted squared error.
+    """Searches the shares of each group's range that give the least weighted squared error.
 
-    importance: (in,) mean square of each input channel, so that the error is that of the output if
-    channels were uncorrelated. Both ends are searched together, then each alone around the best.
-    rounded: the weight that a grid leaves of it.
+    Both ends are first clipped by the same ratio. Then each end is varied alone, unless the grid is
+    symmetric.
+
+    weight: (out, in).
+    importance: (in,), the mean square of each input channel. The weighted error is then that of the
+        output, if channels are uncorrelated.
+    shape: the settings of the grid.
+    ratios: the shares to try.
+    rounded: rounds a weight to a grid.
+
+    Returns the ratios of the lower and the upper end, (out, groups) each.
     """
     low, high = extremes(weight, shape.group_size)
     best_low, best_high = torch.ones_like(low), torch.ones_like(high)
@@ -70,8 +83,8 @@ def search_clipping(
     def attempt(try_low: Tensor, try_high: Tensor) -> None:
         nonlocal best_low, best_high, least
         grid = grid_from_range(try_low * low, try_high * high, *shape)
-        wrong = (rounded(weight, grid) - weight).square() * importance
-        error = _group_sums(wrong, shape.group_size)
+        squares = (rounded(weight, grid) - weight).square() * importance
+        error = _group_sums(squares, shape.group_size)
         better = error < least
         best_low = torch.where(better, try_low, best_low)
         best_high = torch.where(better, try_high, best_high)
@@ -89,14 +102,14 @@ def search_clipping(
 
 
 def clipped_grid(weight: Tensor, importance: Tensor, shape: GridShape) -> Grid:
-    """The grid of the ranges that `search_clipping` finds."""
-    low, high = search_clipping(weight, importance, shape)
-    least, most = extremes(weight, shape.group_size)
-    return grid_from_range(low * least, high * most, *shape)
+    """Returns the grid of the ranges that `search_clipping` finds."""
+    low_ratio, high_ratio = search_clipping(weight, importance, shape)
+    low, high = extremes(weight, shape.group_size)
+    return grid_from_range(low_ratio * low, high_ratio * high, *shape)
 
 
 def _group_sums(values: Tensor, group_size: int | None) -> Tensor:
-    """Sums over groups, (out, groups); a ragged last group is padded with zeros."""
+    """Returns the sum over each group: (out, in) -> (out, groups)."""
     columns = values.shape[1]
     size = min(group_size or columns, columns)
     padded = nn.functional.pad(values, (0, -columns % size))

@@ -1,4 +1,4 @@
-"""Initial scales of equivalent transformations: SmoothQuant's formula, AWQ's search."""
+"""Initial scales and shifts of folds: by SmoothQuant's formula or by AWQ's search."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,21 +8,24 @@ from torch import Tensor
 from lowbit.blocks import Fold
 from lowbit.blocks.statistics import ChannelStatistics
 
-FLOOR = 1e-5  # of channel maxima, as OmniQuant has it
+FLOOR = 1e-5  # the least channel maximum, as in OmniQuant's code
 ALPHAS = tuple(i / 20 for i in range(21))
-Statistics = Mapping[str, ChannelStatistics]  # by the name of a linear that reads them
+Statistics = Mapping[str, ChannelStatistics]  # of its input, by the name of the linear
 
 
 def middle_shift(fold: Fold, statistics: Statistics, device: torch.device) -> Tensor:
-    """(high + low) / 2 of the inputs per free channel, (fold.size,) float32; 0 where none is known.
+    """Returns the middle of each channel's range, (high + low) / 2: (fold.size,) float32.
 
-    What stays has a range around 0, half as wide as it was high where it lay to one side.
+    The shifted inputs have a range that is centred at 0. For a channel whose values have one sign,
+    the largest |input| is then at most half of what it was.
+
+    statistics: of the readers' inputs; without any the shift is 0.
     """
-    seen = [statistics[reader] for reader in fold.readers if reader in statistics]
-    if not seen:
+    inputs = [statistics[reader] for reader in fold.readers if reader in statistics]
+    if not inputs:
         return torch.zeros(fold.size, device=device)
-    high = _by_free_channel([s.high for s in seen], fold)
-    low = -_by_free_channel([-s.low for s in seen], fold)
+    high = _by_free_channel([s.high for s in inputs], fold)
+    low = -_by_free_channel([-s.low for s in inputs], fold)
     return (high + low) / 2
 
 
@@ -33,20 +36,26 @@ def smooth_scale(
     alpha: float,
     shift: Tensor | float = 0.0,
 ) -> Tensor:
-    """a^alpha / w^(1 - alpha) per free channel, (fold.size,) float32.
+    """Returns SmoothQuant's scale a^alpha / w^(1 - alpha) of each channel: (fold.size,) float32.
 
-    a: the largest |input - shift|, w: the largest |weight|, over all readers (SmoothQuant, equation
-    4; OmniQuant's code takes one reader and the input as it was). shift: (fold.size,). A rotary
-    fold starts at 1.
+    a is the largest |input - shift| and w the largest |weight| over all readers. (OmniQuant's code
+    looks at one reader, and at the input before the shift.) A rotary fold has the scale 1.
+
+    tensors: the block's tensors by name.
+    statistics: of the readers' inputs; without any, a is 1.
+    alpha: from 0 (only weights count) to 1 (only inputs count).
+    shift: (fold.size,), subtracted from the input.
+
+    Source: SmoothQuant (arXiv 2211.10438), equation 4.
     """
     weights = [tensors[f"{reader}.weight"] for reader in fold.readers]
     if fold.kind == "rotary":
         return torch.ones(fold.size, device=weights[0].device)
-    seen = [statistics[reader] for reader in fold.readers if reader in statistics]
+    inputs = [statistics[reader] for reader in fold.readers if reader in statistics]
     largest = _by_free_channel([w.abs().amax(0) for w in weights], fold)
-    if seen:
-        above = _by_free_channel([s.high for s in seen], fold) - shift
-        below = shift + _by_free_channel([-s.low for s in seen], fold)
+    if inputs:
+        above = _by_free_channel([s.high for s in inputs], fold) - shift
+        below = shift + _by_free_channel([-s.low for s in inputs], fold)
         a = torch.maximum(above, below)
     else:
         a = torch.ones_like(largest)
@@ -60,11 +69,17 @@ def searched_scale(
     statistics: Statistics,
     quantize: Callable[[str, Tensor], Tensor],
 ) -> Tensor:
-    """AWQ's scale a^alpha, alpha of ALPHAS with the least output error, (fold.size,) float32.
+    """Returns AWQ's scale of each channel, a^alpha with the best alpha: (fold.size,) float32.
 
-    a: the mean |input| per channel; the result is normalised to a geometric mid-range of 1. The
-    error is that of quantize(reader, weight * scale) / scale, weighted by the mean square of the
-    input.
+    a is the mean |input|. Scales are normalised so that sqrt(largest * smallest) is 1. The best of
+    ALPHAS is the one with the least error of quantize(reader, weight * scale) / scale, weighted by
+    the mean square of each input channel. A rotary fold has the scale 1.
+
+    tensors: the block's tensors by name.
+    statistics: of the readers' inputs; readers without any are left out.
+    quantize: rounds the weight of the named reader.
+
+    Source: AWQ (Lin et al., arXiv 2306.00978), section 3.2.
     """
     weights = {r: tensors[f"{r}.weight"] for r in fold.readers if r in statistics}
     if fold.kind == "rotary" or not weights:
@@ -77,15 +92,15 @@ def searched_scale(
         per_column = scale if fold.reader_channels is None else scale[fold.reader_channels]
         error = 0.0
         for reader, weight in weights.items():
-            wrong = quantize(reader, weight * per_column) / per_column - weight
-            error += float((wrong.square() * statistics[reader].square).sum())
+            difference = quantize(reader, weight * per_column) / per_column - weight
+            error += float((difference.square() * statistics[reader].square).sum())
         if error < least:
             best, least = scale, error
     return best
 
 
 def _by_free_channel(columns: Sequence[Tensor], fold: Fold) -> Tensor:
-    """The maximum over readers, and over the columns that share a free channel: (fold.size,)."""
+    """Returns the maximum over readers and over all columns of a free channel: (fold.size,)."""
     largest = torch.stack(list(columns)).amax(0)
     if fold.reader_channels is None:
         return largest

@@ -1,8 +1,8 @@
-"""Rounding with linear feedback: block LDLQ, of which GPTQ is the scalar case, and greedy passes.
+"""Round a weight with error feedback: block LDLQ (GPTQ is its scalar case), and greedy passes.
 
-The error of a layer is tr((W - Q) H (W - Q)^T), H = E[x x^T]. Columns are rounded block by block
-from the last to the first; each target takes up the errors already made, so that H weighs them
-(QuIP, arXiv 2307.13304, section 3; QuIP#, arXiv 2402.04396, section 4).
+The loss of a layer is tr((W - Q) H (W - Q)^T) with H = E[x x^T]. Columns are rounded block by
+block, from the last to the first. The error of the columns that are done is fed into the target of
+the next block. Source: QuIP (arXiv 2307.13304), section 3; QuIP# (arXiv 2402.04396), section 4.
 """
 
 from collections.abc import Callable
@@ -11,26 +11,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# (first column of the block, target (rows, block)) -> codes (rows, ...), values (rows, block)
+# Rounds a block of columns:
+# (its first column, target (rows, block)) -> codes (rows, ...), values (rows, block)
 Quantize = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
-SLAB = 128  # columns whose feedback is gathered in one matrix product
-MOST_DAMPING = 10  # how often more damping is added to a Hessian that is not positive definite
+SLAB = 128  # number of columns whose feedback is computed by one matrix product
+MOST_DAMPING = 10  # a Hessian that is not positive definite gets up to 10 times the damping
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """values: (rows, columns) float32. codes: (rows, blocks, ...), as the quantizer gave them."""
+    """A rounded weight.
+
+    values: (rows, columns) float32, the rounded weight.
+    codes: (rows, blocks, ...), the codes that the quantizer returned for each block.
+    """
 
     values: Tensor
     codes: Tensor
 
 
 def damped_factor(hessian: Tensor, damping: float, block: int) -> tuple[Tensor, Tensor] | None:
-    """(damped H, L); None for a Hessian that is not positive definite with ten times the damping.
+    """Damps and factors a Hessian: H = L D L^T.
 
-    hessian: (n, n) float32, n divisible by `block`. damping: share of the mean diagonal that is
-    added. H = L D L^T is over that mean; L: (n, n), unit lower block triangular.
+    The Hessian is divided by its mean diagonal first. Damping is added up to ten times until the
+    result is positive definite.
+
+    hessian: (n, n) float32, n divisible by `block`.
+    damping: the share of the mean diagonal that is added to the diagonal.
+    block: the number of columns that are rounded together.
+
+    Returns the damped H and L, both (n, n), L unit lower block triangular; None if the Hessian is
+    not positive definite with ten times the damping.
     """
     mean = hessian.diagonal().mean()
     if not torch.isfinite(hessian).all() or mean <= 0:
@@ -45,7 +57,7 @@ def damped_factor(hessian: Tensor, damping: float, block: int) -> tuple[Tensor, 
 
 
 def _block_unit(lower: Tensor, block: int) -> Tensor:
-    """Each column panel times the inverse of its diagonal block."""
+    """Multiplies each panel of `block` columns by the inverse of its diagonal block."""
     n = len(lower)
     panels = lower.view(n, n // block, block)
     diagonal = torch.stack([lower[k : k + block, k : k + block] for k in range(0, n, block)])
@@ -54,10 +66,15 @@ def _block_unit(lower: Tensor, block: int) -> Tensor:
 
 
 def round_with_feedback(weight: Tensor, factor: Tensor, quantize: Quantize, block: int) -> Rounded:
-    """Block LDLQ: target_k = W_k + (W - Q)_{:, >k} L_{>k, k}.
+    """Rounds a weight by block LDLQ: target_k = W_k + (W - Q)_{:, >k} L_{>k, k}.
 
-    weight: (rows, n)  factor: (n, n) from `damped_factor`. quantize is called from the last block
-    to the first. Slabs gather the feedback of finished columns; n need not be divisible by SLAB.
+    The feedback from finished slabs of SLAB columns is computed by one matrix product; n need not
+    be divisible by SLAB.
+
+    weight: (rows, n).
+    factor: (n, n), L of `damped_factor`.
+    quantize: rounds one block of columns; it is called from the last block to the first.
+    block: the number of columns of a block.
     """
     rows, n = weight.shape
     error = torch.zeros_like(weight)
@@ -77,11 +94,16 @@ def round_with_feedback(weight: Tensor, factor: Tensor, quantize: Quantize, bloc
 def greedy_pass(
     weight: Tensor, hessian: Tensor, rounded: Rounded, quantize: Quantize, block: int
 ) -> Rounded:
-    """One coordinate descent over blocks that never makes any row worse.
+    """Improves a rounded weight by one pass of coordinate descent over blocks of columns.
 
-    hessian: (n, n), the damped one. The nearest codeword to the minimiser over a block is taken
-    only by the rows whose loss it lowers: in the metric of H it need not be the best (an unguarded
-    pass doubled the loss on a spectrum k^-1.5). Slabs gather the gradients, as they do feedback.
+    For each block, the minimiser of the loss is rounded to the nearest codeword. A row takes the
+    new codeword only if that lowers its loss: the nearest codeword need not be the best one in the
+    metric of H. (A pass without this check doubled the loss on a spectrum k^-1.5.)
+
+    weight: (rows, n), the weight before rounding.
+    hessian: (n, n), the damped H of `damped_factor`.
+    rounded: the result of `round_with_feedback` or of an earlier pass; it is not changed.
+    quantize, block: as in `round_with_feedback`.
     """
     values, codes = rounded.values.clone(), rounded.codes.clone()
     n = weight.shape[1]
@@ -100,24 +122,30 @@ def greedy_pass(
             change = 2 * (step * gradient).sum(1) + ((step @ diagonal[i]) * step).sum(1)
             better = change < 0
             values[:, here] = torch.where(better[:, None], new, values[:, here])
-            codes[:, i] = torch.where(_like(better, new_codes), new_codes, codes[:, i])
+            codes[:, i] = torch.where(_expanded(better, new_codes), new_codes, codes[:, i])
     return Rounded(values, codes)
 
 
-def _like(rows: Tensor, codes: Tensor) -> Tensor:
-    """A flag for each row in the shape of its codes, (rows,) or (rows, ...)."""
+def _expanded(rows: Tensor, codes: Tensor) -> Tensor:
+    """Returns flags (rows,) in a shape that broadcasts against codes (rows, ...)."""
     return rows.view(-1, *[1] * (codes.dim() - 1))
 
 
 def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
-    """The diagonal of E H E^T: what each row loses.  error: (rows, n)  ->  (rows,)"""
+    """Returns the loss of each row, the diagonal of E H E^T: (rows,).
+
+    error: (rows, n), the difference E of weight and rounded weight.
+    """
     return ((error @ hessian) * error).sum(1)
 
 
 def proxy_loss(weight: Tensor, values: Tensor, hessian: Tensor) -> float:
-    """tr((W - Q) H (W - Q)^T) / tr(W H W^T): the share of the output's energy that is lost.
+    """Returns the share of the output's energy that is lost, or 0 if the output is always 0.
 
-    0 for a weight that puts nothing out.
+    It is tr((W - Q) H (W - Q)^T) / tr(W H W^T).
+
+    weight, values: (rows, n), W and the rounded weight Q.
+    hessian: (n, n).
     """
     lost = float(row_losses(weight - values, hessian).sum())
     energy = float(row_losses(weight, hessian).sum())

@@ -1,4 +1,7 @@
-"""GPTQ on a given uniform grid (Frantar et al., arXiv 2210.17323): which codes, not which grid."""
+"""GPTQ on a given uniform grid: chooses the codes, not the grid.
+
+Source: GPTQ (Frantar et al., arXiv 2210.17323).
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +14,12 @@ from lowbit.solvers.rounding import Grid, nearest_code
 
 @dataclass(frozen=True)
 class OrderedFactor:
-    """A Hessian ready for rounding: order (n,) int64, damped H and L (n, n) in that order."""
+    """A factored Hessian whose inputs are reordered for rounding.
+
+    order: (n,) int64, the input at each position. Rounding begins with the last position.
+    damped: (n, n), the damped Hessian in this order.
+    factor: (n, n), its factor L; see `damped_factor`.
+    """
 
     order: Tensor
     damped: Tensor
@@ -19,11 +27,12 @@ class OrderedFactor:
 
 
 def ordered_factor(hessian: Tensor, damping: float, act_order: bool) -> OrderedFactor | None:
-    """The Hessian in the order of rounding; None if it is not positive definite.
+    """Returns the factored Hessian, or None if it is not positive definite.
 
-    act_order: the inputs with most energy are rounded first.
+    hessian: (n, n) float32.
+    damping: the share of the mean diagonal that is added to the diagonal.
+    act_order: whether the inputs with the most energy are rounded first.
     """
-    # Rounding goes from the last column to the first.
     every = torch.arange(len(hessian), device=hessian.device)
     order = hessian.diagonal().argsort() if act_order else every
     factored = damped_factor(hessian[order][:, order], damping, block=1)
@@ -31,7 +40,14 @@ def ordered_factor(hessian: Tensor, damping: float, act_order: bool) -> OrderedF
 
 
 def gptq_codes(weight: Tensor, grid: Grid, hessian: OrderedFactor) -> tuple[Tensor, float]:
-    """(codes (out, in) uint8, proxy loss). grid: with the scale as it is stored."""
+    """Rounds a weight to a grid with error feedback.
+
+    weight: (out, in).
+    grid: the grid, with scales rounded to the dtype in which they are stored.
+    hessian: from `ordered_factor`.
+
+    Returns the codes, (out, in) uint8, and the proxy loss.
+    """
     size = grid.group_size or weight.shape[1]
     group_of = (hessian.order // size).tolist()
     zeros = torch.full_like(grid.scale, 2.0 ** (grid.bits - 1)) if grid.zero is None else grid.zero

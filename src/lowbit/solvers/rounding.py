@@ -1,8 +1,9 @@
-"""Uniform grids: from the range of a group to scale and zero point, and rounding to them.
+"""Uniform grids: compute scale and zero point from the range of a group, and round to the grid.
 
-Grids are per group of `group_size` input channels of one output row (None: the whole row). The last
-group of a row may be shorter; groups never straddle rows. OmniQuant section 3.2, equation 2; with
-the corrections that the range always includes 0 and that zero points stay within the codes.
+Every group of `group_size` input channels of an output row has a grid of its own (None: the whole
+row). The last group of a row may be shorter; no group spans two rows. Source: OmniQuant (arXiv
+2308.13137), section 3.2, equation 2, with two corrections: the range always includes 0, and zero
+points stay within the codes.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,13 @@ from lowbit.kernels.straight_through import round_ste
 
 
 class GridShape(NamedTuple):
-    """What of a grid is chosen beforehand: the last arguments of the functions that make one."""
+    """The settings of a grid: the last arguments of the functions that make one.
+
+    bits: the bits of a code.
+    group_size: input channels per group; None: all of a row.
+    symmetric: whether there are no zero points.
+    zero_shift: zero points are multiples of 2^-zero_shift.
+    """
 
     bits: int
     group_size: int | None
@@ -26,9 +33,12 @@ class GridShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """scale, zero: (out, groups) float32; zero in multiples of 2^-zero_shift, None for symmetric.
+    """A uniform grid for each group of a weight: code q represents scale * (q - zero).
 
-    Code q stands for scale * (q - zero); symmetric grids have their zero at 2^(bits - 1).
+    scale: (out, groups) float32.
+    zero: (out, groups) float32, multiples of 2^-zero_shift; None for a symmetric grid, whose zero
+        is 2^(bits - 1).
+    bits, group_size, zero_shift: as in `GridShape`.
     """
 
     scale: Tensor
@@ -40,13 +50,15 @@ class Grid:
 
     @property
     def top(self) -> int:
+        """The largest code."""
         return 2**self.bits - 1
 
 
 def grouped(weight: Tensor, group_size: int | None) -> Tensor:
-    """(out, in) -> (out, groups, group_size), a ragged last group padded with its own last value.
+    """Splits rows into groups: (out, in) -> (out, groups, group_size).
 
-    Repeating a value changes neither minimum nor maximum.
+    A shorter last group is padded with the row's last value, which changes neither its minimum nor
+    its maximum.
     """
     rows, columns = weight.shape
     size = min(group_size or columns, columns)
@@ -57,12 +69,12 @@ def grouped(weight: Tensor, group_size: int | None) -> Tensor:
 
 
 def ungrouped(values: Tensor, columns: int) -> Tensor:
-    """The inverse of `grouped`: (out, groups, group_size) -> (out, columns)."""
+    """Undoes `grouped`: (out, groups, group_size) -> (out, columns)."""
     return values.flatten(1)[:, :columns]
 
 
 def extremes(weight: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of every group, (out, groups), forced to include 0."""
+    """Returns minimum and maximum of every group and 0: two tensors (out, groups)."""
     values = grouped(weight, group_size)
     return values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
 
@@ -75,10 +87,14 @@ def grid_from_range(
     symmetric: bool,
     zero_shift: int = 0,
 ) -> Grid:
-    """The grid that spans [low, high]; low <= 0 <= high, (out, groups). Differentiable in both."""
+    """Returns the grid that spans the range [low, high] of each group.
+
+    low, high: (out, groups), low <= 0 <= high. The scale is differentiable in both.
+    """
     top = 2**bits - 1
     if symmetric:
-        # 2^bits - 1 steps, one more of them below zero: the error stays within half a step.
+        # There is one more code below zero than above. With 2^bits - 1 steps from -reach to reach
+        # the error is nevertheless at most half a step at both ends.
         reach = torch.maximum(high, -low)
         scale = _positive(2 * reach / top, reach)
         return Grid(scale, None, bits=bits, group_size=group_size)
@@ -91,20 +107,24 @@ def grid_from_range(
 def minmax_grid(
     weight: Tensor, bits: int, group_size: int | None, symmetric: bool, zero_shift: int = 0
 ) -> Grid:
-    """Round-to-nearest's grid: the whole range of every group."""
+    """Returns the grid that spans the whole range of every group, as round to nearest uses it.
+
+    weight: (out, in).
+    """
     ends = extremes(weight, group_size)
     return grid_from_range(*ends, bits, group_size, symmetric, zero_shift)
 
 
 def _positive(scale: Tensor, reach: Tensor) -> Tensor:
-    """An all-zero group gets the scale 1: its codes are the zero point."""
+    """Replaces the scale of an all-zero group by 1; all codes of it are then the zero point."""
     return torch.where(reach > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
 
 
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
-    """weight rounded to the grid, (out, in); gradients pass to the weight and to the grid's scale.
+    """Returns the weight (out, in) rounded to the grid, with straight-through gradients.
 
-    A clamped weight has gradient only through the scale, as in LSQ.
+    Gradients flow to the weight and to the grid's scale. A clamped weight gets none; it contributes
+    only to the gradient of the scale, as in LSQ.
     """
     values = grouped(weight, grid.group_size)
     scale = grid.scale.unsqueeze(-1)
@@ -116,7 +136,13 @@ def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
 def nearest_code(
     steps: Tensor, zero: Tensor | float, rounded: Callable[[Tensor], Tensor] = torch.round
 ) -> Tensor:
-    """The code nearest to steps + zero, not clamped. Ties depend on what of zero is a fraction
-    alone: a whole zero point only moves the codes."""
+    """Returns the code nearest to steps + zero, not clamped.
+
+    Only the fraction of the zero point enters the rounding, so that an integer zero point shifts
+    all codes alike and does not change how ties are rounded.
+
+    steps: the weights divided by the scale.
+    rounded: rounds to integers.
+    """
     fraction = zero % 1
     return rounded(steps + fraction) + (zero - fraction)

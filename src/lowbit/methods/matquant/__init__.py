@@ -1,4 +1,4 @@
-"""MatQuant: method.py is the method, the other files are what only it uses."""
+"""MatQuant: method.py defines the method, the other files belong to it alone."""
 
 from lowbit.methods.matquant.method import MatQuant
 

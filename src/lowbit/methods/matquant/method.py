@@ -1,11 +1,11 @@
-"""MatQuant (Nair et al., ICML 2025, arXiv 2502.06786), weight-only, on the base of OmniQuant.
+"""MatQuant (Nair et al., ICML 2025, arXiv 2502.06786), for weights alone, based on OmniQuant.
 
-One model of 8-bit codes is made so that the upper bits of the codes are good models too: each width
-of `widths` has its own squared error of the block's output, and their weighted sum is minimised
-(equation 7) over the clips (and scales) of one 8-bit grid, by gradient descent straight through
-rounding and slicing. Any other width from 2 to 8 can be sliced as well (section 4.2). With
-extra precision slices have one level more (equation 8); with `distill` a width also learns from a
-higher one (section 4.3).
+It learns one model of 8-bit codes (the master) whose upper bits are good models too (the slices).
+For each width of `widths`, the loss has the squared error of the block's output at that width; the
+weighted sum of these errors is minimised (equation 7) over the clipping ranges, and the channel
+scales, of one 8-bit grid, by gradient descent straight through rounding and slicing. Other widths
+from 2 to 8 can be sliced as well (section 4.2). With `extra_precision` a slice has one more level
+(equation 8). With `distill` a width also learns from a higher one (section 4.3).
 """
 
 import re
@@ -44,10 +44,10 @@ from lowbit.solvers.block_learner import BlockLearner
 from lowbit.solvers.gptq import OrderedFactor
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, grouped
 
-# Share of the weights that have the code which extra precision adds to a slice; each takes a bit.
-# Measured on llama-mini at 2, 3, 4 and 6 bits, with benchmarks/matquant.py.
+# Share of weights whose code is the additional one of extra_precision, by width; each costs a bit.
+# Measured on llama-mini at 2, 3, 4 and 6 bits with benchmarks/matquant.py.
 TOP_CODES = {2: 0.32, 3: 0.11, 4: 0.06, 5: 0.04, 6: 0.03, 7: 0.02}
-ATTENTION = ("attn", "attention")  # what transformers calls it in the names of linears
+ATTENTION = ("attn", "attention")  # found in transformers' names of attention modules
 
 
 class MatQuant(LearningMethod):
@@ -115,19 +115,20 @@ class MatQuant(LearningMethod):
         if not all(2 <= width <= MASTER_BITS for width in self.widths):
             raise ValueError(f"widths is {self.widths}: allowed are 2 to {MASTER_BITS}")
         if sorted(set(self.widths), reverse=True) != self.widths:
-            raise ValueError(f"widths is {self.widths}: allowed is each once, from high to low")
+            raise ValueError(f"widths is {self.widths}: list each width once, from high to low")
         if len(self.weights) != len(self.widths) or not all(w > 0 for w in self.weights):
             raise ValueError(
-                f"weights is {self.weights}: allowed is one above 0 for each of widths "
-                f"{self.widths}; leave out a width that shall not count"
+                f"weights is {self.weights}: give one number above 0 for each of the widths "
+                f"{self.widths}, and remove widths that should not count"
             )
         for lesson in self.distill:
             if not re.fullmatch("[2-8]->[2-8]", lesson):
-                raise ValueError(f"distill has {lesson!r}: allowed are lessons such as '8->2'")
+                raise ValueError(f"distill has {lesson!r}: write its entries as '8->2'")
             teacher, student = _lesson(lesson)
             if not {teacher, student} <= set(self.widths) or teacher <= student:
                 raise ValueError(
-                    f"distill has {lesson!r}: allowed is a higher to a lower one of {self.widths}"
+                    f"distill has {lesson!r}: both must be in widths {self.widths}, the higher "
+                    "one first"
                 )
         return self
 
@@ -135,7 +136,10 @@ class MatQuant(LearningMethod):
         return tuple(dict.fromkeys(("float", *map(self.stream_of, self.widths))))
 
     def weight_bytes(self, rows: int, columns: int, width: int = MASTER_BITS) -> int:
-        """width: of a slice that is stored alone; 8: the master, from which any can be cut."""
+        """Returns the bytes of a linear on disk, without its bias.
+
+        width: the width of a slice that is stored alone; 8: the master, which has all slices.
+        """
         resident = "master" if width == MASTER_BITS else "slice"
         shape, size, symmetric = (rows, columns), self.group_size, self.symmetric
         share = TOP_CODES[width] if self.extra_precision and resident == "slice" else 0.0
@@ -143,12 +147,12 @@ class MatQuant(LearningMethod):
         return tensor_bytes(shape, width, size, symmetric, resident, top_codes, "float16")
 
     def stream_of(self, width: int) -> str:
-        """The stream that a slice learns on."""
+        """Returns the name of the stream on which the slice of a width learns."""
         shared = {"per_bit": str(width), "shared_8": str(MASTER_BITS), "shared_float": "float"}
         return shared[self.inputs]
 
     def install(self, block: nn.Module, result: BlockResult, stream: str) -> None:
-        """The stream "4" passes through the layers at 4 bits."""
+        """Changes the block as in `Method.install`; stream "4" passes through it at 4 bits."""
         if stream == "float":
             return
         linears: dict[str, QuantizedLinear] = {
@@ -183,7 +187,7 @@ class MatQuant(LearningMethod):
         result = learner.result(factors, learned, fallbacks)
         warn_of_hessians(task, result.report.linears)
         after = fitted.after if keep else loss_nearest
-        if self.rounding == "joint":  # so far it was measured with the nearest codes
+        if self.rounding == "joint":  # fitted.after is the loss with the nearest codes
             packed = learner.packed(result.linears)
             after = mean_loss(lambda index: loss(index, packed), loss.batches)
         reasons = [] if keep else [NEAREST_BETTER]
@@ -191,7 +195,7 @@ class MatQuant(LearningMethod):
         return result
 
     def _shares(self) -> dict[str, float]:
-        """Loss weight of each stream: the sum over its bit widths, of 1 in all."""
+        """Returns the loss weight of each stream: the sum over its widths, normalised to 1."""
         shares: dict[str, float] = {}
         for width, weight in zip(self.widths, self.weights, strict=True):
             stream = self.stream_of(width)
@@ -201,19 +205,28 @@ class MatQuant(LearningMethod):
 
 @dataclass(frozen=True)
 class _Master:
-    """A block on 8-bit grids. tensors: float, after folding. grids, codes: by linear."""
+    """A block with 8-bit codes, from which the block at any width can be computed.
+
+    tensors: the block's float tensors after folding.
+    grids: the 8-bit grid of each linear, by name.
+    codes: the 8-bit codes of each linear that is sliced, by name; see `master_codes`.
+    settings: the settings of the linears that are sliced, by name; the others keep 8 bits.
+    """
 
     tensors: Tensors
     grids: Mapping[str, Grid]
     codes: Mapping[str, Tensor]
-    settings: Mapping[str, MatQuant]  # of the linears that are sliced; the others keep 8 bits
+    settings: Mapping[str, MatQuant]
 
     def parts(self) -> Tensors:
-        """All that gradients go through."""
+        """Returns all tensors that gradients flow through, by name."""
         return self.tensors | {f"{name} scale": grid.scale for name, grid in self.grids.items()}
 
     def at(self, width: int, parts: Mapping[str, Tensor]) -> Tensors:
-        """What the block runs with at one width; `parts` in place of its own."""
+        """Returns the tensors of the block at one width.
+
+        parts: what `parts` returned, or a copy of it to differentiate by.
+        """
         tensors = {name: parts[name] for name in self.tensors}
         for name, grid in self.grids.items():
             weight, grid = parts[f"{name}.weight"], replace(grid, scale=parts[f"{name} scale"])
@@ -227,7 +240,7 @@ class _Master:
 
 
 class _Learner(BlockLearner):
-    """What is learned of one block, and the master that follows from it."""
+    """The learned parameters of one block, and the master that they give."""
 
     def __init__(
         self,
@@ -244,30 +257,36 @@ class _Learner(BlockLearner):
         }
         self.settings = {n: s for n, s in settings.items() if method.scope == "all" or _is_ffn(n)}
         if not self.settings:
-            raise ValueError(f"{task.name} has no linear outside attention: use scope all")
+            raise ValueError(
+                f'{task.name} has no linear outside attention, which scope "ffn" needs: set scope '
+                'to "all"'
+            )
         outside = set(settings) - set(self.settings)
         super().__init__(task, statistics, unclipped | outside, method.learning(), shapes)
 
     def rounded(self, name: str, weight: Tensor, grid: Grid) -> Tensor:
-        """At the width whose error counts most; a bit less has four times the squared error."""
+        """Rounds at the width whose error contributes most to the loss.
+
+        The squared error is taken to grow fourfold with each bit less.
+        """
         if name not in self.settings:
             return fake_quantize(weight, grid)
-        counts = zip(self.method.weights, self.method.widths, strict=True)
-        _, width = max((count * 4.0**-width, width) for count, width in counts)
+        weighted = zip(self.method.weights, self.method.widths, strict=True)
+        _, width = max((share * 4.0**-width, width) for share, width in weighted)
         extra = self.settings[name].extra_precision
         return fake_slice(weight, grid, master_codes(weight, grid), width, extra)
 
     def master(self) -> _Master:
-        """Differentiable in all parameters."""
+        """Returns the learned master, differentiable in all parameters."""
         return self._master(self.folded(), self.grid)
 
     def nearest(self) -> _Master:
-        """The same block rounded to nearest at 8 bits: the slices of this are the baseline."""
+        """Returns the master of rounding to nearest at 8 bits; its slices are the baseline."""
         return self._master(self.float_tensors, self.whole_grid)
 
     @torch.no_grad()
     def packed(self, layers: Mapping[str, QuantizedLinear]) -> _Master:
-        """What was packed, whichever codes were chosen."""
+        """Returns the master with the grids and codes of the packed layers."""
         made = self.master()
         grids, codes = dict(made.grids), dict(made.codes)
         for name, layer in layers.items():
@@ -289,10 +308,13 @@ class _Learner(BlockLearner):
         learned: bool,
         fallbacks: Mapping[str, str],
     ) -> BlockResult:
-        """The packed block; linears in `factors` are rounded jointly, with feedback.
+        """Packs the block.
 
-        learned: whether the grids of the linears that have enough tokens were made for the widths.
-        fallbacks: the sentences for linears that fall back.
+        factors: the factored Hessians of the linears to round jointly for all widths, by name; all
+            others are rounded to nearest.
+        learned: whether the grids were learned or searched for the widths (those of linears that
+            saw too few tokens never are).
+        fallbacks: the fallback sentences of linears, by name.
         """
         weights = dict(zip(self.method.widths, self.method.weights, strict=True))
 
@@ -321,17 +343,17 @@ class _Learner(BlockLearner):
 
 
 class _Loss:
-    """The weighted sum over widths of the mean squared errors of a block's output, per batch."""
+    """The loss of a batch: the weighted sum over widths of the squared error of the output."""
 
     def __init__(self, method: MatQuant, task: BlockTask) -> None:
         self.method = method
         self.block = task.block
         self.streams = task.streams
         self.target = self._float_output("float")
-        self.seen: dict[str, Stream] = {}
+        self.aug_targets: dict[str, Stream] = {}
         if method.aug_loss:
             used = {method.stream_of(width) for width in method.widths}
-            self.seen = {name: self._float_output(name) for name in sorted(used - {"float"})}
+            self.aug_targets = {n: self._float_output(n) for n in sorted(used - {"float"})}
         self.batches = len(self.target)
 
     def _float_output(self, stream: str) -> Stream:
@@ -341,7 +363,7 @@ class _Loss:
         return sum_of_parts(master.parts(), lambda parts: self._terms(index, master, parts))
 
     def _terms(self, index: int, master: _Master, parts: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """The term of each width; teachers come first, as they are the higher widths."""
+        """Yields the term of each width, from high to low, so that teachers precede students."""
         outputs: dict[int, Tensor] = {}
         for width, weight in zip(self.method.widths, self.method.weights, strict=True):
             stream = self.method.stream_of(width)
@@ -355,13 +377,13 @@ class _Loss:
             if not targets or not self.method.distill_alone:
                 targets.append(self.target[index].hidden)
             error = torch.stack([functional.mse_loss(out, target) for target in targets]).mean()
-            if stream in self.seen:
-                error = error + functional.mse_loss(out, self.seen[stream][index].hidden)
+            if stream in self.aug_targets:
+                error = error + functional.mse_loss(out, self.aug_targets[stream][index].hidden)
             yield weight * error
 
 
 def _lesson(text: str) -> tuple[int, int]:
-    """(8, 2) of "8->2"."""
+    """Returns (teacher, student): (8, 2) for "8->2"."""
     teacher, student = text.split("->")
     return int(teacher), int(student)
 

@@ -1,4 +1,4 @@
-"""From a grid to a layer of the nested format."""
+"""Make layers of the nested format from grids."""
 
 from collections.abc import Mapping
 
@@ -21,10 +21,12 @@ def pack_nested(
     extra_precision: bool,
     learned: bool,
 ) -> NestedLinear:
-    """weight (out, in) as a master: the nearest codes, or with a Hessian those of `joint_codes`.
+    """Packs a weight (out, in) as a master: with the nearest codes or those of `joint_codes`.
 
-    weights: what the error of each width counts. learned: whether the grid was made for these
-    widths, too; if nothing was, it is the master of 8 bits alone that is made well.
+    hessian: the factored Hessian for `joint_codes`; None for the nearest codes.
+    weights: the loss weight of each width.
+    learned: whether the grid was learned for these widths. If neither grid nor codes were, the
+        layer records 8 bits as the only width that it was trained for.
     """
     trained = tuple(weights) if learned or hessian is not None else (MASTER_BITS,)
     layout = NestedLayout(grid.group_size, extra_precision, trained)

@@ -1,7 +1,7 @@
-"""Rounding to 8-bit codes whose slices are used too (MatQuant, arXiv 2502.06786, section 3).
+"""Round to 8-bit codes whose slices are used too (MatQuant, arXiv 2502.06786, section 3).
 
-Grids are those of `lowbit.solvers.rounding` at 8 bits; symmetric ones have their zero at 128, which
-is a code of every slice.
+Grids are those of `lowbit.solvers.rounding` at 8 bits. Symmetric grids have their zero at 128,
+which is a code of every slice.
 """
 
 from collections.abc import Mapping
@@ -14,15 +14,18 @@ from lowbit.solvers.feedback import round_with_feedback
 from lowbit.solvers.gptq import OrderedFactor
 from lowbit.solvers.rounding import Grid, grouped, ungrouped
 
-ZERO = 128.0  # of symmetric grids
+ZERO = 128.0  # the zero point of symmetric grids
 TOP = 2**MASTER_BITS - 1
-TIE_BREAK = 1e-3  # share of the largest weight that the master has at least
+TIE_BREAK = 1e-3  # the least weight of 8 bits in `joint_codes`, as a share of the largest weight
 
 
 def master_codes(weight: Tensor, grid: Grid) -> Tensor:
-    """The nearest codes, (out, groups, size) int16; -1 and 256 stand for what had to be clamped.
+    """Returns the nearest 8-bit codes, (out, groups, size) int16, without gradients.
 
-    weight: (out, in). All slices are cut from these, and no gradient passes through them.
+    All slices are cut from them. The values -1 and 256 mark weights outside the grid, which are to
+    be clamped to the codes 0 and 255.
+
+    weight: (out, in).
     """
     assert grid.bits == MASTER_BITS
     with torch.no_grad():
@@ -34,11 +37,14 @@ def master_codes(weight: Tensor, grid: Grid) -> Tensor:
 def fake_slice(
     weight: Tensor, grid: Grid, codes: Tensor, bits: int, extra_precision: bool
 ) -> Tensor:
-    """The weight at `bits` bits, (out, in); gradients pass to the weight and to the grid's scale.
+    """Returns the weight (out, in) sliced to `bits` bits, with straight-through gradients.
 
-    codes: from `master_codes`. The gradient is straight through rounding and slicing together: that
-    of the identity, but none to a weight that the 8-bit codes or the slice clamp; it has gradient
-    only through the scale, as in LSQ.
+    Rounding and slicing together have the gradient of the identity. A weight that is clamped, by
+    the 8-bit codes or by the slice, gets none; it contributes only to the gradient of the scale, as
+    in LSQ.
+
+    weight: (out, in).
+    codes: from `master_codes`.
     """
     clamped = codes.clamp(0, TOP)
     whole = slice_codes(clamped.to(torch.uint8), bits, extra_precision=True)
@@ -51,7 +57,7 @@ def fake_slice(
 
 
 class _StraightThrough(torch.autograd.Function):
-    """scale * offset, as if it were scale * (values / scale + constant) where it passes."""
+    """scale * offset, differentiated as scale * (values / scale + constant) where it passes."""
 
     @staticmethod
     def forward(
@@ -80,20 +86,28 @@ def joint_codes(
     weights: Mapping[int, float],
     extra_precision: bool,
 ) -> Tensor:
-    """Codes that are good at several widths at once, (out, in) uint8: GPTQ with one code for all.
+    """Chooses one 8-bit code per weight that is good at several widths: GPTQ for all of them.
 
-    weight: (out, in)  grid: with the scale as it is stored  weights: of each width's squared error
+    Columns are rounded one by one, as in GPTQ. Each width feeds its own error forward and therefore
+    has its own target. Of the 256 codes, the one is chosen whose slices have the least weighted
+    squared distance to the targets. (MatGPTQ, arXiv 2602.03537, feeds forward the mean of the
+    errors, so that all widths have the same target. The nearest code is then within half a code of
+    the best at every width, and a search gains nothing.)
 
-    Column by column, as in GPTQ, every width feeds its own error forward and so has its own target;
-    of the 256 codes the one is taken whose slices are nearest to all targets, by weight. (MatGPTQ,
-    arXiv 2602.03537, feeds forward the mean of the errors, and so has one target: for that the
-    nearest code is within half a code of the best at every width, and the search changes nothing.)
+    weight: (out, in).
+    grid: the 8-bit grid, with scales rounded to the dtype in which they are stored.
+    hessian: from `ordered_factor`.
+    weights: the weight of each width's squared error.
+    extra_precision: whether slices have one more level.
+
+    Returns the codes, (out, in) uint8.
     """
-    floor = TIE_BREAK * max(weights.values())  # codes that no width tells apart: nearest of 8 bits
+    # Codes with equal slices at all widths: 8 bits have a small weight, so the nearest one wins.
+    floor = TIE_BREAK * max(weights.values())
     weights = {**weights, MASTER_BITS: max(weights.get(MASTER_BITS, 0.0), floor)}
     rows, columns = weight.shape
     every = torch.arange(TOP + 1, dtype=torch.uint8, device=weight.device)
-    # (widths, 256), counted from the middle to keep squares small
+    # The value of each code at each width, (widths, 256), relative to 128 to keep squares small.
     levels = torch.stack(
         [slice_codes(every, b, extra_precision).float() * step(b) - ZERO for b in weights]
     )
@@ -105,8 +119,9 @@ def joint_codes(
     def choose(column: int, target: Tensor) -> tuple[Tensor, Tensor]:
         group = group_of[column]
         scale, offset = grid.scale[:, group], zeros[:, group] - ZERO
-        wanted = target.view(len(levels), rows) / scale + offset
-        codes = (squares - 2 * (share[:, None] * wanted).T @ levels).argmin(1)
+        targets = target.view(len(levels), rows) / scale + offset
+        # The squared distance to the targets, without the terms that all codes have in common.
+        codes = (squares - 2 * (share[:, None] * targets).T @ levels).argmin(1)
         values = (levels[:, codes] - offset) * scale
         return codes.repeat(len(levels))[:, None], values.reshape(-1, 1)
 

@@ -1,4 +1,4 @@
-"""MixedQuant: method.py is the method, the other files are what only it uses."""
+"""MixedQuant: method.py defines the method, the other files belong to it alone."""
 
 from lowbit.methods.mixedquant.method import MixedQuant
 

@@ -1,9 +1,11 @@
-"""GPTQ where some columns stay float: they take up what the rounding of the others leaves.
+"""GPTQ for weights of which some columns stay float and absorb the error of the rounded columns.
 
-With the inputs in two parts, H = [[A, B], [B^T, C]], and E the error of the rounded columns, the
-loss is least when the float ones are changed by E B C^-1; it is then tr(E (A - B C^-1 B^T) E^T), so
-that is the Hessian to round by. On examples/models/llama-mini, 5 % float, 4 bits, text that was not
-calibrated on: the loss of a linear is 4 to 7 % below that of GPTQ on A alone.
+Let H = [[A, B], [B^T, C]], with the rounded inputs first, and let E be the error of the rounded
+columns. The loss is least if E B C^-1 is added to the float columns. It is then
+tr(E (A - B C^-1 B^T) E^T), so the columns are rounded with the Hessian A - B C^-1 B^T.
+
+Measured on examples/models/llama-mini (5 % float, 4 bits, text that was not used for calibration):
+the loss of a linear is 4 to 7 % lower than with GPTQ on A alone.
 """
 
 from dataclasses import dataclass
@@ -16,21 +18,32 @@ from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 
 @dataclass(frozen=True)
 class SplitHessian:
-    """hessian: (in, in), rounded inputs first. factor: for those. transfer: (float, rounded)."""
+    """A Hessian split into rounded and float inputs.
+
+    hessian: (in, in), the rounded inputs first.
+    factor: the factored Hessian for the rounded inputs.
+    transfer: (float, rounded), C^-1 B^T: maps errors of rounded columns to changes of float ones.
+    """
 
     hessian: Tensor
     factor: OrderedFactor
     transfer: Tensor
 
     def absorbed(self, stays: Tensor, error: Tensor) -> Tensor:
-        """The float columns (out, float), with the error (out, rounded) of the others taken up."""
+        """Returns the float columns, changed to absorb the error of the rounded columns.
+
+        stays: (out, float), the float columns.
+        error: (out, rounded), the error of the rounded columns.
+        """
         return stays + error @ self.transfer.T
 
 
 def split_hessian(hessian: Tensor, rounded: int, damping: float) -> SplitHessian | None:
-    """The Hessian in its two parts; None if it is not positive definite.
+    """Splits and factors a Hessian; returns None if it is not positive definite.
 
-    hessian: (in, in), the `rounded` inputs first.
+    hessian: (in, in), the rounded inputs first.
+    rounded: the number of rounded inputs.
+    damping: the share of the mean diagonal that is added to the diagonal.
     """
     if not hessian.isfinite().all():
         return None

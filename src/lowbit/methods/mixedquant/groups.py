@@ -1,4 +1,4 @@
-"""Linears that read one input, with the order of that input, and where the order can be folded."""
+"""Groups of linears with the order of their input, and folding that order into other linears."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,33 +15,36 @@ from lowbit.methods.mixedquant.ordering import is_identity
 
 @dataclass(kw_only=True)
 class OrderedGroup:
-    """A group with the order of its inputs.
+    """A group of linears with the order of its input channels.
 
-    columns: (in,) int64, the input at each place, whether it is stored or folded into what makes
-        the input.
-    seen: after smoothing, in the input's own order.
-    scale: (in,) of the smoothing.
-    fallback: the sentence for its linears, if they are quantized in a simpler way than asked for.
+    group: the group.
+    columns: (in,) int64, the input channel at each position of the order.
+    order: the order as the layers store it; without a permutation if the order was folded into the
+        linears that produce the input.
+    statistics: of the input after smoothing, in its original order.
+    scale: (in,), the scale by which smoothing divides the input; None: no smoothing.
+    fallback: the fallback sentence of its linears, if there is one.
     """
 
     group: LinearGroup
     columns: Tensor
     order: InputOrder
-    seen: ChannelStatistics
+    statistics: ChannelStatistics
     scale: Tensor | None
     fallback: str | None
 
     @property
     def kept(self) -> int:
+        """The number of inputs that are not salient."""
         return len(self.columns) - self.order.salient
 
     def of(self, weight: Tensor) -> Tensor:
-        """weight (out, in) with its columns in the order"""
+        """Returns a weight (out, in) with its columns in this order."""
         return weight[:, self.columns]
 
     @property
     def permutation(self) -> Literal["none", "stored", "folded"]:
-        """How the order is kept; see `LinearReport`."""
+        """How the order is stored; see `LinearReport`."""
         if self.order.permutation is not None:
             return "stored"
         return "none" if is_identity(self.columns) else "folded"
@@ -50,18 +53,24 @@ class OrderedGroup:
 def input_scale(
     group: LinearGroup, folds: Mapping[str, Fold], scales: Mapping[str, Tensor]
 ) -> Tensor | None:
-    """The scale by which smoothing has divided the input of a group: (in,); None: there is none."""
-    found = None
+    """Returns the scale by which smoothing divides a group's input: (in,), or None."""
+    product = None
     for name, fold in folds.items():
         if group.linears[0] in fold.readers:
             channels = fold.reader_channels
             scale = scales[name] if channels is None else scales[name][channels]
-            found = scale if found is None else found * scale
-    return found
+            product = scale if product is None else product * scale
+    return product
 
 
 def permute_producers(task: BlockTask, groups: list[OrderedGroup], tensors: Tensors) -> None:
-    """Folds orders into what makes an input, where that is exact: no permutation is then stored."""
+    """Folds the orders of inputs into the linears that produce them, where that is exact.
+
+    These layers then store no permutation.
+
+    groups: their orders are replaced.
+    tensors: the block's tensors by name; rows of the producing linears are permuted.
+    """
     by_reader = {ordered.group.linears: ordered for ordered in groups}
     for readers, producers in _gated(task):
         ordered = by_reader[readers]
@@ -75,10 +84,11 @@ def permute_producers(task: BlockTask, groups: list[OrderedGroup], tensors: Tens
 
 
 def _gated(task: BlockTask) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """(all readers of an input, up and gate), whose rows, permuted alike, permute the input alone.
+    """Yields (readers, producers) of each input that is the product of an up and a gate projection.
 
-    A fold of kind "gated" names up; the gate is the one other linear that reads what up reads.
-    Values (v_proj) are no such case: their heads tie them to queries and keys.
+    Permuting the rows of both producers permutes the input and changes nothing else. A fold of kind
+    "gated" names the up projection; the gate is the only other linear that reads the same input.
+    Values (v_proj) cannot be permuted like this, since their heads belong to those of the queries.
     """
     by_linear = {name: group.linears for group in task.groups for name in group.linears}
     for fold in task.folds:

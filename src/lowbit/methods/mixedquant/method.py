@@ -1,9 +1,10 @@
 """MixedQuant: few bits for weights and inputs, salient channels in float, all others sorted.
 
-After the project adithyab100/smoothquant-mixedprecision (2024; there is no paper), with one order
-for inputs and weights, found once on calibration text: so that an integer product can be had, that
-a token's result depends on that token alone, and that salient columns widen no group's scale.
-SmoothQuant (Xiao et al., arXiv 2211.10438, equation 4) may go before, GPTQ may round the weights.
+After the project adithyab100/smoothquant-mixedprecision (2024; there is no paper). Unlike there,
+inputs and weights have one common order, which is found once on calibration text. Weights and
+inputs can therefore be multiplied as integers, the result of a token depends on that token alone,
+and salient columns do not widen the scale of any group. Optionally SmoothQuant (Xiao et al., arXiv
+2211.10438, equation 4) is applied first, and GPTQ rounds the weights.
 """
 
 from collections.abc import Mapping
@@ -54,9 +55,9 @@ from lowbit.solvers.feedback import proxy_loss
 from lowbit.solvers.gptq import gptq_codes
 from lowbit.solvers.rounding import Grid, GridShape, minmax_grid
 
-# What linears that read the same input have in common.
+# The fields that must be equal for all linears that read the same input.
 OF_THE_INPUT = ("activation_bits", "group_size", "salient_ratio", "alignment", "salience", "sort")
-UNROUNDED = 16  # activation_bits that leave inputs as they are
+UNROUNDED = 16  # the value of activation_bits for inputs that are not rounded
 
 
 class MixedQuant(Method):
@@ -188,59 +189,64 @@ class MixedQuant(Method):
         return result
 
     def _common(self, task: BlockTask, group: LinearGroup) -> Self:
-        """The settings for an input. Raises ValueError where overrides part those who read it."""
+        """Returns the settings that all linears of a group have in common.
+
+        Raises ValueError if overrides give these linears different values of `OF_THE_INPUT`.
+        """
         each = [self.at(f"{task.name}.{name}") for name in group.linears]
         for field in OF_THE_INPUT:
             values = [getattr(settings, field) for settings in each]
             if len(set(values)) > 1:
-                found = ", ".join(map(str, values))
+                given = ", ".join(map(str, values))
                 raise ValueError(
-                    f"overrides give {field} as {found} for {', '.join(group.linears)} of "
-                    f"{task.name}: they read the same input, so they need the same"
+                    f"overrides set {field} to {given} for {', '.join(group.linears)} of "
+                    f"{task.name}: these linears read the same input and need the same value"
                 )
         return each[0]
 
     def _smoothing(
         self, task: BlockTask, statistics: Mapping[str, ChannelStatistics]
     ) -> tuple[dict[str, Fold], dict[str, Tensor]]:
-        """The folds that are smoothed, and by what."""
+        """Returns the folds that are smoothed, and the scale of each, both by the fold's name."""
         if self.smooth is None:
             return {}, {}
-        seen = {
+        inputs = {
             name: statistics[group.name]
             for group in task.groups
             for name in group.linears
             if statistics[group.name].tokens >= self.min_tokens
         }
-        # Not "rotary": queries and keys are no linear's input.
-        folds = {f.name: f for f in task.folds if f.kind != "rotary" and seen.keys() & f.readers}
+        # Rotary folds scale queries and keys, which are not inputs of linears.
+        folds = {f.name: f for f in task.folds if f.kind != "rotary" and inputs.keys() & f.readers}
         tensors = tensors_of(task.block)
-        return folds, {n: smooth_scale(f, tensors, seen, self.smooth) for n, f in folds.items()}
+        return folds, {n: smooth_scale(f, tensors, inputs, self.smooth) for n, f in folds.items()}
 
     def _ordered(
         self,
         task: BlockTask,
         group: LinearGroup,
         tensors: Tensors,
-        seen: ChannelStatistics,
+        statistics: ChannelStatistics,
         scale: Tensor | None = None,
     ) -> OrderedGroup:
-        """Which inputs stay float, and the order of the others. scale: by which x was divided."""
+        """Chooses the salient inputs of a group and the order of the others.
+
+        statistics: of the input before smoothing.
+        scale: the scale by which smoothing divides the input.
+        """
         here = self._common(task, group)
         weights = [tensors[f"{name}.weight"] for name in group.linears]
-        enough = seen.tokens >= here.min_tokens
-        seen = seen if scale is None else seen.divided(scale)
-        if not enough:
-            matters, key = column_norm(weights), column_max(weights)
+        enough = statistics.tokens >= here.min_tokens
+        statistics = statistics if scale is None else statistics.divided(scale)
+        if enough:
+            ranking = importance(here.salience, statistics, weights)
+            key = sort_key(here.sort, statistics, weights)
         else:
-            matters, key = (
-                importance(here.salience, seen, weights),
-                sort_key(here.sort, seen, weights),
-            )
+            ranking, key = column_norm(weights), column_max(weights)
         salient = salient_count(here.salient_ratio, here.alignment, len(key))
         if here.sort == "none" or group_count(len(key) - salient, here.group_size) == 1:
-            key = torch.zeros_like(matters)
-        columns = channel_order(key, matters, salient)
+            key = torch.zeros_like(ranking)
+        columns = channel_order(key, ranking, salient)
         order = InputOrder(
             None if is_identity(columns) else columns,
             salient,
@@ -248,9 +254,13 @@ class MixedQuant(Method):
             None if here.activation_bits == UNROUNDED else here.activation_bits,
         )
         instead = "ordered by its weights and rounded to nearest"
-        fallback = None if enough else too_few_tokens(seen.tokens, instead)
         return OrderedGroup(
-            group=group, columns=columns, order=order, seen=seen, scale=scale, fallback=fallback
+            group=group,
+            columns=columns,
+            order=order,
+            statistics=statistics,
+            scale=scale,
+            fallback=None if enough else too_few_tokens(statistics.tokens, instead),
         )
 
     def _hessians(self, task: BlockTask) -> Hessians | None:
@@ -260,7 +270,7 @@ class MixedQuant(Method):
         return input_hessians(task.block, task.groups, task.streams["quantized"])
 
     def _split(self, ordered: OrderedGroup, hessians: Hessians) -> SplitHessian | None:
-        """The group's Hessian in the order of the inputs; None if it is not positive definite."""
+        """Returns the group's split Hessian in its order; None if not positive definite."""
         matrix = hessians[ordered.group.name].matrix
         if ordered.scale is not None:
             matrix = matrix / ordered.scale / ordered.scale.unsqueeze(1)
@@ -282,13 +292,13 @@ class MixedQuant(Method):
             shares = None if name == first else first
             made[name], loss = here._linear(weight, bias, ordered, split, shares)
             link(made)
-            wanted = weight if ordered.order.permutation is not None else ordered.of(weight)
+            target = weight if ordered.order.permutation is not None else ordered.of(weight)
             reports[name] = LinearReport(
-                signal_to_noise_db=signal_to_noise(wanted, made[name]),
+                signal_to_noise_db=signal_to_noise(target, made[name]),
                 proxy_loss=loss,
                 salient_ratio=round(ordered.order.salient / len(ordered.columns), 4),
                 permutation=ordered.permutation,
-                tokens=ordered.seen.tokens,
+                tokens=ordered.statistics.tokens,
                 fallback=ordered.fallback,
             )
         return made, reports
@@ -301,7 +311,7 @@ class MixedQuant(Method):
         split: SplitHessian | None,
         shares: str | None,
     ) -> tuple[SortedGroupLinear, float | None]:
-        """The layer, and its proxy loss where it is rounded with feedback."""
+        """Returns the layer, and its proxy loss if it is rounded with error feedback."""
         weight = ordered.of(weight.float())
         ordinary, salient = weight.tensor_split([ordered.kept], 1)
         layout = SortedGroupLayout(ordered.order, self.bits, self.salient_bits, shares)
@@ -319,14 +329,14 @@ class MixedQuant(Method):
 
     def _grid(self, weight: Tensor, ordered: OrderedGroup) -> Grid:
         shape = GridShape(self.bits, self.group_size, symmetric=True)
-        if not self.clip or ordered.seen.tokens < self.min_tokens:
+        if not self.clip or ordered.statistics.tokens < self.min_tokens:
             return minmax_grid(weight, *shape)
-        square = ordered.seen.square[ordered.columns[: ordered.kept]]
+        square = ordered.statistics.square[ordered.columns[: ordered.kept]]
         return clipped_grid(weight, square, shape)
 
 
 def _keep_changed(task: BlockTask, tensors: Tensors, result: BlockResult) -> None:
-    """What smoothing has changed beside the quantized linears."""
+    """Adds the tensors that smoothing changed outside the quantized linears to the result."""
     for name, before in tensors_of(task.block).items():
         if name.rpartition(".")[0] not in result.linears and not torch.equal(tensors[name], before):
             result.tensors[name] = tensors[name]

@@ -1,8 +1,8 @@
-"""Which inputs of a linear stay float, and in which order the others are cut into groups.
+"""Choose the inputs of a linear that stay float, and the order in which the others form groups.
 
-MixedQuant: inputs of like magnitude share a group, so that a group's scale fits all of them, and
-the few salient ones are left out of the groups. Both are settled from calibration, once: an order
-found anew for each call (as in the original code) lets a token change what earlier tokens gave.
+In MixedQuant, inputs of similar magnitude share a group, so that the group's scale fits all of
+them, and the few salient inputs are in no group. Both are determined once, from calibration text.
+(The original code sorts anew in each call, so that a token changes the results of earlier tokens.)
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,10 @@ Sort = Literal["none", "max", "mean3std", "argmax", "weight_max"]
 
 
 def salient_count(ratio: float, alignment: int, inputs: int) -> int:
-    """The multiple of `alignment` nearest to ratio * inputs; at least one of them, if any.
+    """Returns the number of salient inputs: the multiple of `alignment` nearest to ratio * inputs.
 
-    One input at least stays ordinary; where nothing fits beside it the count is 0.
+    It is at least `alignment` unless the ratio is 0. At least one input is not salient; if there
+    are too few inputs for both, the count is 0.
     """
     if ratio == 0:
         return 0
@@ -28,48 +29,63 @@ def salient_count(ratio: float, alignment: int, inputs: int) -> int:
     return min(units, (inputs - 1) // alignment) * alignment
 
 
-def importance(kind: Salience, seen: ChannelStatistics, weights: Sequence[Tensor]) -> Tensor:
-    """How much an input matters: (in,).
+def importance(
+    salience: Salience, statistics: ChannelStatistics, weights: Sequence[Tensor]
+) -> Tensor:
+    """Returns the importance of each input, by which salient ones are chosen: (in,).
 
-    weights: (out, in) of all linears that read it. absmean as AWQ and the original code have it;
-    weighted: absmean times the norm of the input's columns.
+    salience: "absmean" (as in AWQ and the original code), "absmax", or "weighted": absmean times
+        the norm of the input's weights.
+    statistics: of the input.
+    weights: (out, in) each, of all linears that read the input.
     """
-    if kind == "absmax":
-        return seen.absmax
-    return seen.absmean * column_norm(weights) if kind == "weighted" else seen.absmean
+    if salience == "absmax":
+        return statistics.absmax
+    if salience == "weighted":
+        return statistics.absmean * column_norm(weights)
+    return statistics.absmean
 
 
-def sort_key(sort: Sort, seen: ChannelStatistics, weights: Sequence[Tensor]) -> Tensor:
-    """By what inputs are sorted, ascending: (in,).
+def sort_key(sort: Sort, statistics: ChannelStatistics, weights: Sequence[Tensor]) -> Tensor:
+    """Returns the key by which inputs are sorted in ascending order: (in,).
 
-    max: of |x|. mean3std: of |x|, mean + 3 standard deviations. argmax: the place in its sequence
-    of the token with the largest |x|. weight_max: of |weight|, over all that read the input.
+    sort: "max": the maximum of |x|; "mean3std": its mean and 3 standard deviations; "argmax": the
+        position in its sequence of the token with the largest |x|; "weight_max": the maximum of
+        |weight|; "none": all keys are equal.
+    statistics: of the input.
+    weights: (out, in) each, of all linears that read the input.
     """
     if sort == "max":
-        return seen.absmax
+        return statistics.absmax
     if sort == "mean3std":
-        return seen.absmean + 3 * seen.deviation
+        return statistics.absmean + 3 * statistics.deviation
     if sort == "argmax":
-        return seen.position
+        return statistics.position
     if sort == "weight_max":
         return column_max(weights)
-    return torch.zeros_like(seen.absmax)
+    return torch.zeros_like(statistics.absmax)
 
 
 def column_max(weights: Sequence[Tensor]) -> Tensor:
-    """The largest |weight| of each column: (in,)."""
+    """Returns the largest |weight| of each column: (in,)."""
     return torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
 
 
 def column_norm(weights: Sequence[Tensor]) -> Tensor:
-    """The norm of each column over all weights: (in,)."""
+    """Returns the norm of each column over all weights: (in,)."""
     return torch.stack([weight.square().sum(0) for weight in weights]).sum(0).sqrt()
 
 
 def channel_order(key: Tensor, importance: Tensor, salient: int) -> Tensor:
-    """(in,) int64: the ordinary inputs by ascending key, then the salient ones by their number.
+    """Returns the order of inputs: ordinary ones by ascending key, then salient ones by index.
 
-    Equal keys keep their order, and so does everything where nothing is sorted or salient.
+    Inputs with equal keys keep their order.
+
+    key: (in,), from `sort_key`.
+    importance: (in,); the most important inputs are the salient ones.
+    salient: the number of salient inputs.
+
+    Returns (in,) int64, the input at each position.
     """
     chosen = importance.argsort(descending=True, stable=True)[:salient]
     stays = torch.zeros(len(key), dtype=torch.bool, device=key.device)

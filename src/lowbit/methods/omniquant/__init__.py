@@ -1,4 +1,4 @@
-"""OmniQuant: method.py is the method, the other files are what only it uses."""
+"""OmniQuant: method.py defines the method, the other files belong to it alone."""
 
 from lowbit.methods.omniquant.method import OmniQuant
 

@@ -1,14 +1,15 @@
-"""OmniQuant (Shao et al., ICLR 2024, arXiv 2308.13137), weight-only or with activations.
+"""OmniQuant (Shao et al., ICLR 2024, arXiv 2308.13137), for weights alone or with activations.
 
-Per block, two sets of parameters are learned by gradient descent through the rounding: how far each
-group's range is clipped (LWC, section 3.2) and by how much channels are scaled between a layer and
-the one before it (LET, section 3.3). The loss is the mean squared error between the float block fed
-by the float stream and the quantized block fed by the quantized stream (equation 1). Nothing is
-left at run time: scales are folded into norms and linears, ranges into the stored grid.
+For each block, two sets of parameters are learned by gradient descent through the rounding:
+learnable weight clipping (LWC, section 3.2) clips the range of each group, and learnable equivalent
+transformation (LET, section 3.3) scales channels between a layer and the one before it. The loss is
+the mean squared error between the output of the float block on the float stream and that of the
+quantized block on the quantized stream (equation 1). Nothing learned remains at run time: scales
+are folded into norms and linears, and ranges are part of the stored grid.
 
-With `activation_bits` each quantized linear rounds its input as it comes, and attention its
-queries, keys and values, token by token (section 4.1). LET then has more to do: it shifts channels
-where biases can take that up (equation 3) and scales queries against keys (equation 5).
+With `activation_bits`, each quantized linear rounds its input, and attention its queries, keys and
+values, token by token when the model runs (section 4.1). LET then also shifts channels where biases
+can absorb the shift (equation 3) and scales queries against keys (equation 5).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -86,13 +87,14 @@ class OmniQuant(LearningMethod, GridMethod):
     def _check_activation(self) -> Self:
         if self.activation_symmetric and self.activation_bits is None:
             raise ValueError(
-                "activation_symmetric says how to round activations: it needs activation_bits"
+                "activation_symmetric needs activations that are rounded: set activation_bits, or "
+                "set activation_symmetric to false"
             )
         return self
 
     @property
     def activation(self) -> Activation | None:
-        """How an input is rounded."""
+        """How the inputs of linears are rounded; None: they are not."""
         if self.activation_bits is None:
             return None
         return Activation(bits=self.activation_bits, symmetric=self.activation_symmetric)
@@ -124,7 +126,7 @@ class OmniQuant(LearningMethod, GridMethod):
         result = learner.result(factors, fallbacks)
         warn_of_hessians(task, result.report.linears)
         after = fitted.after if keep else nearest
-        if self.rounding == "gptq":  # so far it was measured with the nearest codes
+        if self.rounding == "gptq":  # fitted.after is the loss with the nearest codes
             packed = learner.packed(result.linears)
             after = mean_loss(_loss(task, lambda: packed, targets), len(targets[0]))
         reasons = [] if keep else [NEAREST_BETTER]
@@ -135,7 +137,7 @@ class OmniQuant(LearningMethod, GridMethod):
 
 
 class _Learner(BlockLearner):
-    """What is learned of one block, and the block's tensors on the grids that follow from it."""
+    """The learned parameters of one block, and its weights rounded to the grids that they give."""
 
     def __init__(
         self,
@@ -147,13 +149,13 @@ class _Learner(BlockLearner):
         self.method = method
         names = [name for group in task.groups for name in group.linears]
         settings = {name: method.at(f"{task.name}.{name}") for name in names}
-        found = {name: s.activation for name, s in settings.items()}
-        self.activations = {name: a for name, a in found.items() if a is not None}
-        whole = method.activation
+        activations = {name: s.activation for name, s in settings.items()}
+        self.activations = {name: a for name, a in activations.items() if a is not None}
+        default = method.activation
         self.attention = {
-            attention: whole
+            attention: default
             for attention in task.attentions
-            if whole and any(name.startswith(f"{attention}.") for name in names)
+            if default and any(name.startswith(f"{attention}.") for name in names)
         }
         shapes = {name: s.grid_shape for name, s in settings.items()}
         learning = method.learning(inputs=bool(self.activations))
@@ -161,13 +163,13 @@ class _Learner(BlockLearner):
         super().__init__(task, statistics, unclipped, learning, shapes)
 
     def rounding_block(self, task: BlockTask) -> nn.Module:
-        """The block, or one with its parameters that rounds inputs."""
+        """Returns the block, or a copy with the same parameters that rounds its inputs."""
         if not self.activations and not self.attention:
             return task.block
         return rounding_copy(task.block, self.activations, self.attention)
 
     def tensors(self) -> Tensors:
-        """What the quantized block runs with, differentiable in all parameters."""
+        """Returns the tensors of the quantized block, differentiable in the learned parameters."""
         tensors = self.folded()
         for name in self.linears:
             weight = tensors[f"{name}.weight"]
@@ -175,7 +177,7 @@ class _Learner(BlockLearner):
         return tensors
 
     def nearest(self) -> Tensors:
-        """The same block rounded to nearest: the baseline."""
+        """Returns the tensors of the block rounded to nearest, the baseline."""
         tensors = dict(self.float_tensors)
         for name in self.linears:
             weight = tensors[f"{name}.weight"]
@@ -184,7 +186,7 @@ class _Learner(BlockLearner):
 
     @torch.no_grad()
     def packed(self, layers: Mapping[str, QuantizedLinear]) -> Tensors:
-        """What was packed, whichever codes were chosen."""
+        """Returns the tensors of the quantized block, with the weights of the packed layers."""
         weights = {f"{name}.weight": layer.dequantize() for name, layer in layers.items()}
         return self.folded() | weights
 
@@ -193,9 +195,11 @@ class _Learner(BlockLearner):
         factors: Mapping[str, OrderedFactor],
         fallbacks: Mapping[str, str],
     ) -> BlockResult:
-        """The packed block; linears in `factors` are rounded with feedback.
+        """Packs the block.
 
-        fallbacks: the sentences for linears that fall back.
+        factors: the factored Hessians of the linears to round with error feedback, by name; all
+            others are rounded to nearest.
+        fallbacks: the fallback sentences of linears, by name.
         """
 
         def packed(
@@ -218,7 +222,7 @@ class _Learner(BlockLearner):
 
 
 def _targets(task: BlockTask, aug_loss: bool) -> list[Stream]:
-    """The float block's outputs on the float stream, and for aug_loss on the quantized one."""
+    """Returns the float block's outputs on the float stream, with aug_loss also on the other."""
     streams = ["float", "quantized"] if aug_loss else ["float"]
     return [task.streams[name].map(lambda batch: call_block(task.block, batch)) for name in streams]
 
@@ -226,7 +230,7 @@ def _targets(task: BlockTask, aug_loss: bool) -> list[Stream]:
 def _loss(
     task: BlockTask, tensors: Callable[[], Tensors], targets: Sequence[Stream]
 ) -> Callable[[int], Tensor]:
-    """The loss of one batch as a function of its number."""
+    """Returns a function that computes the loss of one batch, given its index."""
     quantized = task.streams["quantized"]
 
     def loss(index: int) -> Tensor:

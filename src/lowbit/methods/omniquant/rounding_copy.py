@@ -1,6 +1,6 @@
-"""A block that rounds what its linears and attentions read, as it will when it runs.
+"""Make a float block round its activations as the quantized block will, for training.
 
-OmniQuant (arXiv 2308.13137), section 4.1, quantizes so for W4A4 and W6A6.
+Source: OmniQuant (arXiv 2308.13137), section 4.1 (W4A4 and W6A6).
 """
 
 from collections.abc import Mapping
@@ -16,10 +16,11 @@ from lowbit.formats.activation import Activation
 def rounding_copy(
     block: nn.Module, linears: Mapping[str, Activation], attentions: Mapping[str, Activation]
 ) -> nn.Module:
-    """A copy of the block that has the very same parameters, but rounds.
+    """Returns a copy of the block that rounds its activations and shares the block's parameters.
 
-    block: stays as it is.
-    linears, attentions: those that round, by name, and how.
+    block: the block, which is not changed.
+    linears: how the inputs of linears are rounded, by the linear's name.
+    attentions: how queries, keys and values are rounded, by the attention's name.
     """
     copy = deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
     for name, rounding in linears.items():

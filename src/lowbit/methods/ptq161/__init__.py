@@ -1,4 +1,4 @@
-"""PTQ161: method.py is the method, the other files are what only it uses."""
+"""PTQ161: method.py defines the method, the other files belong to it alone."""
 
 from lowbit.methods.ptq161.method import PTQ161
 

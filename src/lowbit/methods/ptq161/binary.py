@@ -1,9 +1,10 @@
-"""Binary weights with a structured mask: which channels are salient, and signs with their scales.
+"""Binary weights: choose the salient channels, and approximate the others by signs and scales.
 
-PTQ1.61 (ACL 2025, arXiv 2502.13179), equations 4 and 9. Plain channels, those that are not salient,
-are approximated by
+The channels that are not salient are called plain. Their weights are approximated by
 
-    W[i, j] ~ column[j] * (mean[i] + row[i] * sigma[i, j])        sigma = 1 or -1
+    W[i, j] ~ column[j] * (mean[i] + row[i] * sigma[i, j])        sigma[i, j] = 1 or -1
+
+Source: PTQ1.61 (ACL 2025, arXiv 2502.13179), equations 4 and 9.
 """
 
 from dataclasses import dataclass, replace
@@ -11,15 +12,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-TOLERANCE = 0.1  # share by which aligning may change the count of salient channels
-ROUNDS = 10  # of alternating least squares; the weighted error falls by less than 1 % after these
-NARROWEST = 0.05  # of the mean of the column scales: what a column that hardly counts keeps
+TOLERANCE = 0.1  # share by which alignment may change the number of salient channels
+ROUNDS = 10  # of alternating least squares; more lower the weighted error by less than 1 %
+NARROWEST = 0.05  # the least column scale, as a share of the mean column scale
 
 
 @dataclass(frozen=True)
 class Binary:
-    """row, mean: (out,) float32  column: (plain,) float32, positive
-    negative: (out, plain) bool, where sigma is -1"""
+    """The binary weights of the plain channels of a linear.
+
+    row: (out,) float32, the scale of each output row.
+    mean: (out,) float32, the mean of each output row.
+    column: (plain,) float32, the scale of each plain channel, positive.
+    negative: (out, plain) bool, where sigma is -1.
+    """
 
     row: Tensor
     mean: Tensor
@@ -27,11 +33,11 @@ class Binary:
     negative: Tensor
 
     def signs(self) -> Tensor:
-        """(out, plain) float32 of 1 and -1"""
+        """Returns sigma: (out, plain) float32 of 1 and -1."""
         return 1 - 2 * self.negative.float()
 
     def weight(self) -> Tensor:
-        """(out, plain) float32"""
+        """Returns the approximated weight: (out, plain) float32."""
         return self._unscaled() * self.column
 
     def _unscaled(self) -> Tensor:
@@ -39,10 +45,14 @@ class Binary:
 
 
 def salient_count(channels: int, ratio: float, alignment: int) -> int:
-    """How many of the channels are salient: a share, aligned for the kernels' sake.
+    """Returns the number of salient channels, aligned because kernels need it.
 
-    alignment: a power of two, halved until the count is within a tenth of what is asked for. At
-    least one channel is salient unless the ratio is 0, and one is plain.
+    At least one channel is salient unless the ratio is 0, and at least one is plain.
+
+    channels: the number of all channels.
+    ratio: the wanted share of salient channels.
+    alignment: a power of two that divides the number. It is halved until the number is within a
+        tenth of ratio * channels.
     """
     wanted = ratio * channels
     if wanted == 0:
@@ -56,9 +66,11 @@ def salient_count(channels: int, ratio: float, alignment: int) -> int:
 
 
 def salient_mask(salience: Tensor, count: int) -> Tensor:
-    """The `count` channels with most salience; of equal ones the first.
+    """Returns a mask of the `count` channels with the largest salience: (in,) bool.
 
-    salience: (in,)  ->  (in,) bool
+    Among equal channels the first ones are taken.
+
+    salience: (in,).
     """
     mask = torch.zeros_like(salience, dtype=torch.bool)
     mask[salience.argsort(descending=True, stable=True)[:count]] = True
@@ -66,9 +78,12 @@ def salient_mask(salience: Tensor, count: int) -> Tensor:
 
 
 def binarized(weight: Tensor, with_mean: bool) -> Binary:
-    """Signs around the mean of a row, and the scale with the least squared error.
+    """Binarises a weight by the signs around each row's mean, without column scales.
 
-    weight: (out, plain) float32
+    The scale of a row is the mean |weight - mean|, which has the least squared error.
+
+    weight: (out, plain) float32.
+    with_mean: whether rows have a mean; if not, it is 0.
     """
     mean = weight.mean(1) if with_mean else weight.new_zeros(len(weight))
     centred = weight - mean.unsqueeze(1)
@@ -77,10 +92,15 @@ def binarized(weight: Tensor, with_mean: bool) -> Binary:
 
 
 def alternated(weight: Tensor, importance: Tensor, with_mean: bool, rounds: int = ROUNDS) -> Binary:
-    """`binarized`, improved by alternating least squares for signs, rows and columns in turn.
+    """Binarises a weight and improves columns, signs and rows in turn by least squares.
 
-    weight: (out, plain) float32  importance: (plain,), the mean square of each input, so that the
-    error is that of the output if channels were uncorrelated. No step makes it larger.
+    No step makes the weighted squared error larger.
+
+    weight: (out, plain) float32.
+    importance: (plain,), the mean square of each input. The weighted error is then that of the
+        output, if channels are uncorrelated.
+    with_mean: whether rows have a mean.
+    rounds: how often columns, signs and rows are improved.
     """
     if not bool(importance.sum() > 0):
         importance = torch.ones_like(importance)
@@ -90,33 +110,35 @@ def alternated(weight: Tensor, importance: Tensor, with_mean: bool, rounds: int 
         targets = weight / binary.column
         binary = replace(binary, negative=targets < binary.mean.unsqueeze(1))
         binary = _with_rows(binary, targets, importance * binary.column.square(), with_mean)
-    # Only products of rows and columns count: columns are kept around 1, far from all limits.
+    # Only products of row and column scales matter: columns get a geometric mean of 1, far from the
+    # limits of their stored dtype.
     size = binary.column.log().mean().exp()
     return Binary(binary.row * size, binary.mean * size, binary.column / size, binary.negative)
 
 
 def _with_columns(binary: Binary, weight: Tensor) -> Binary:
-    """The best columns, none of which may vanish: other steps divide by them."""
+    """Improves the column scales; none becomes 0, since other steps divide by them."""
     unscaled = binary._unscaled()
     energy = unscaled.square().sum(0)
     best = (weight * unscaled).sum(0) / energy.clamp(min=torch.finfo(torch.float32).tiny)
     old = binary.column
-    # Between the old and the best, the error falls: so too where the limit stops it.
+    # The error falls all the way from the old scale to the best, so a limited step lowers it too.
     limit = torch.minimum(old, NARROWEST * old.mean())
     return replace(binary, column=torch.where(energy > 0, torch.maximum(best, limit), old))
 
 
 def _with_rows(binary: Binary, targets: Tensor, importance: Tensor, with_mean: bool) -> Binary:
-    """The best row scales and means for given signs.
+    """Returns the binary weight with the best row scales and means for its signs.
 
-    targets: (out, plain), what row * sigma + mean should be  importance: (plain,)
+    targets: (out, plain), the values that row * sigma + mean approximates.
+    importance: (plain,), the weight of each channel's squared error.
     """
     signs = binary.signs()
     total, balance = importance.sum(), signs @ importance
     along, level = (targets * signs) @ importance, targets @ importance
     if not with_mean:
         return replace(binary, row=along / total)
-    # Where all signs are equal, row and mean cannot be told apart: those rows stay as they are.
+    # If all signs of a row are equal, scale and mean are not determined: that row is not changed.
     determinant = total.square() - balance.square()
     solvable = determinant > 1e-6 * total.square()
     divisor = determinant.where(solvable, 1)
@@ -128,11 +150,16 @@ def _with_rows(binary: Binary, targets: Tensor, importance: Tensor, with_mean: b
 
 
 def refit_gain(hessian: Tensor, mask: Tensor, damping: float) -> Tensor | None:
-    """What the salient weights gain by the error of the others, to take up as much as they can.
+    """Returns the matrix by which the salient weights compensate the error of the plain ones.
 
-    H_BS (H_SS + damping)^-1: with W_S + (W_B - W^_B) gain, E[|W x - W^ x|^2] is least.
-    hessian: (in, in)  mask: (in,) bool  damping: share of the mean diagonal
-    ->  (plain, salient), or None where H_SS is not positive definite
+    With W_S + (W_B - W^_B) gain as salient weights, where W_B are the plain weights and W^_B their
+    binary approximation, E[|W x - W^ x|^2] is least. gain = H_BS (H_SS + damping)^-1.
+
+    hessian: (in, in).
+    mask: (in,) bool, the salient channels.
+    damping: the share of the mean diagonal of H_SS that is added to its diagonal.
+
+    Returns gain, (plain, salient), or None if H_SS is not positive definite.
     """
     inner = hessian[mask][:, mask]
     inner = inner + damping * inner.diagonal().mean() * torch.eye(len(inner), device=inner.device)

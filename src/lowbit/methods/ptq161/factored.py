@@ -1,7 +1,7 @@
-"""A linear layer in its factors, to learn the scales of a binary weight that is never made.
+"""A linear layer that multiplies by the factors of a binary weight, to learn its scales.
 
-With u = column * x over the plain channels, the output is (u @ sigma.T) * row + sum(u) * mean and
-what the salient channels add. No product makes a gradient as large as the weight.
+With u = column * x over the plain channels, the output is (u @ sigma.T) * row + sum(u) * mean plus
+the output of the salient channels. The weight is never computed, so that no gradient has its size.
 """
 
 import torch
@@ -12,12 +12,15 @@ from lowbit.methods.ptq161.binary import Binary
 
 
 class FactoredLinear(nn.Module):
-    """binary: the plain channels, at the values where learning begins
-    salient: (out, salient) float32, fixed  mask: (in,) bool, the salient channels
-    bias: (out,) or None
+    """A linear layer with binary weights whose row and column scales are learned.
 
-    What is learned are the logarithms of two factors, 0 where learning begins: of the row scales,
-    (out,), and of the column scales, (plain,). The means stay.
+    The parameters are the logarithms of factors of the initial scales, 0 at the beginning: row_log
+    (out,) and column_log (plain,). Means of rows are not learned.
+
+    binary: the weights of the plain channels, with initial scales.
+    salient: (out, salient) float32, the weights of the salient channels, which are fixed.
+    mask: (in,) bool, the salient channels.
+    bias: (out,) or None.
     """
 
     sigma: Tensor
@@ -34,9 +37,11 @@ class FactoredLinear(nn.Module):
         self.column_log = nn.Parameter(torch.zeros_like(binary.column))
 
     def row(self) -> Tensor:
+        """Returns the learned row scales: (out,)."""
         return self.binary.row * self.row_log.exp()
 
     def column(self) -> Tensor:
+        """Returns the learned column scales: (plain,)."""
         return self.binary.column * self.column_log.exp()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """PTQ1.61 (Zhao et al., ACL 2025, arXiv 2502.13179), without its preprocessing.
 
-A fifth of the input channels, those where activations are large (equation 4), is kept at four bits
-and the rest at one: a sign, with scales for rows and columns that are learned block by block
-(equation 9). The loss has two targets, the float block on the float stream and the float block on
-the quantized stream; for each, the squared error and the negative logarithm of the cosine count.
+A fifth of the input channels, those with the largest activations (equation 4), keeps four bits. The
+others keep one bit, a sign, with scales for rows and columns that are learned block by block
+(equation 9). The loss compares the block's output with two targets: the float block's outputs on
+the float stream and on the quantized stream. For each it has the squared error and -log(cosine).
 
-Where this differs from the reference code: there, the range of the four bits is that of the whole
-row, a weight that equals its row's mean has a third level, mean |W| scales what was centred by the
-mean, and the cosine's absolute value rewards opposite outputs. Here scales are learned as
-logarithms, so that rates are shares of a scale.
+The reference code differs: the range of the four bits is that of the whole row, a weight that
+equals its row's mean has a third level, mean |W| scales weights that were centred by their mean,
+and the cosine's absolute value rewards opposite outputs. Here scales are learned as logarithms, so
+that a learning rate is relative to the scale.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,9 +52,9 @@ from lowbit.solvers.gptq import OrderedFactor, gptq_codes, ordered_factor
 from lowbit.solvers.rounding import Grid, minmax_grid
 
 SALIENT_BITS = 4
-LEAST_COSINE = 1e-3  # what a smaller one counts as: the logarithm stays finite
+LEAST_COSINE = 1e-3  # smaller cosines are raised to it, so that the logarithm is finite
 TARGETS = ("float", "quantized")
-MEANS_BETTER = "signs with mean scales were better than what was learned, and are kept"
+MEANS_BETTER = "signs with mean scales had a lower loss than what was learned, and are kept"
 
 
 class PTQ161(Method):
@@ -164,7 +164,7 @@ class PTQ161(Method):
     def _loss(
         self, block: nn.Module, stream: Stream, targets: Sequence[Stream]
     ) -> Callable[[int], Tensor]:
-        """The loss of one batch as a function of its number."""
+        """Returns a function that computes the loss of one batch, given its index."""
 
         def loss(index: int) -> Tensor:
             out = call_block(block, stream[index])
@@ -173,7 +173,7 @@ class PTQ161(Method):
         return loss
 
     def _distance(self, out: Tensor, target: Tensor) -> Tensor:
-        """Squared error and angle."""
+        """Returns the squared error plus `angular` * -log(cosine)."""
         cosine = functional.cosine_similarity(out, target, dim=-1).mean()
         angle = -cosine.clamp(min=LEAST_COSINE).log()
         return functional.mse_loss(out, target) + self.angular * angle
@@ -181,10 +181,12 @@ class PTQ161(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class _Shared:
-    """What linears of one group with equally many salient channels have in common.
+    """What linears of a group share if they have the same number of salient channels.
 
-    owner: the first of them, which holds the mask. mask: (in,) bool. square: (in,), mean squares of
-    the inputs, None where too few were seen. gain, factor: for `refit_salient`, both or neither.
+    owner: the name of the first of them, whose layer stores the mask.
+    mask: (in,) bool, the salient channels.
+    square: (in,), the mean square of each input; None after too few calibration tokens.
+    gain, factor: for refit_salient, from `refit_gain` and `ordered_factor`; None: no refitting.
     """
 
     owner: str
@@ -196,7 +198,11 @@ class _Shared:
 
 @dataclass(frozen=True)
 class _Linear:
-    """salient: None where no channel is. learns: whether its scales are learned."""
+    """A linear of the block while its scales are learned.
+
+    salient: the salient weights; None if no channel is salient.
+    learns: whether its scales are learned.
+    """
 
     factored: FactoredLinear
     salient: Salient | None
@@ -205,7 +211,7 @@ class _Linear:
 
 
 class _Learner:
-    """A block whose linears are binary, and what is learned of them."""
+    """A block with binary linears, and the scales that are learned."""
 
     def __init__(
         self, method: PTQ161, task: BlockTask, statistics: Mapping[str, ChannelStatistics]
@@ -214,7 +220,7 @@ class _Learner:
         self.task = task
         self.statistics = statistics
         self.start = Start(task)
-        # A copy that shares its parameters: those of the linears are then replaced.
+        # The copy shares the parameters of the block; its linears are replaced below.
         self.block = deepcopy(task.block, {id(p): p for p in task.block.parameters()})
         self.linears: dict[str, _Linear] = {}
         hessians = None
@@ -225,25 +231,31 @@ class _Learner:
         self.start.check_used()
 
     def _add_group(self, group: LinearGroup, hessians: Hessians | None) -> None:
-        seen = self.statistics[group.name]
-        enough = seen.tokens >= self.method.min_tokens
-        known = None
+        statistics = self.statistics[group.name]
+        enough = statistics.tokens >= self.method.min_tokens
+        hessian = None
         if enough and hessians is not None:
-            known = hessians[group.name]
-            known = known if known.tokens >= self.method.min_tokens else None
-        salience = self._salience(group, seen if enough else None)
-        kinds: dict[int, _Shared] = {}
+            if hessians.tokens(group.name) >= self.method.min_tokens:
+                hessian = hessians[group.name]
+        salience = self._salience(group, statistics if enough else None)
+        shared_by_count: dict[int, _Shared] = {}
         for name in group.linears:
             here = self.method.at(f"{self.task.name}.{name}")
             count = salient_count(len(salience), here.salient_ratio, here.alignment)
-            if count not in kinds:
-                mask = self._started_mask(name, salience, count)
-                shared = _Shared(owner=name, mask=mask, square=seen.square if enough else None)
-                kinds[count] = shared if known is None else self._with_feedback(shared, known)
-            self._add(name, kinds[count], here.row_mean)
+            if count not in shared_by_count:
+                mask = self._mask(name, salience, count)
+                square = statistics.square if enough else None
+                shared = _Shared(owner=name, mask=mask, square=square)
+                if hessian is not None:
+                    shared = self._with_feedback(shared, hessian)
+                shared_by_count[count] = shared
+            self._add(name, shared_by_count[count], here.row_mean)
 
-    def _started_mask(self, name: str, salience: Tensor, count: int) -> Tensor:
-        """(in,) bool: that of the earlier run, whose column scales belong to its channels."""
+    def _mask(self, name: str, salience: Tensor, count: int) -> Tensor:
+        """Returns the salient channels, (in,) bool, of the earlier run or by salience.
+
+        The column scales of an earlier run belong to the channels of its mask.
+        """
         started = self.start.take(f"{name}.mask", salience.shape)
         if started is None:
             return salient_mask(salience, count)
@@ -254,15 +266,16 @@ class _Learner:
             )
         return started.bool()
 
-    def _salience(self, group: LinearGroup, seen: ChannelStatistics | None) -> Tensor:
-        """(in,) float32; without statistics the largest weight of each channel."""
-        if seen is None:
+    def _salience(self, group: LinearGroup, statistics: ChannelStatistics | None) -> Tensor:
+        """Returns the salience of each channel, (in,); without statistics its largest |weight|."""
+        if statistics is None:
             return torch.stack([self._weight(n).abs().amax(0) for n in group.linears]).amax(0)
-        kinds = {"absmax": seen.absmax, "absmean": seen.absmean, "rms": seen.square}
-        return kinds[self.method.salience]
+        if self.method.salience == "rms":  # the mean square has the same order
+            return statistics.square
+        return statistics.absmax if self.method.salience == "absmax" else statistics.absmean
 
     def _with_feedback(self, shared: _Shared, hessian: Hessian) -> _Shared:
-        """As it is if there is nothing to refit or the Hessian cannot be used."""
+        """Adds gain and factor, unless no channel is salient or the Hessian cannot be used."""
         if not shared.mask.any():
             return shared
         gain = refit_gain(hessian.matrix, shared.mask, self.method.damping)
@@ -273,7 +286,7 @@ class _Learner:
         return replace(shared, gain=gain, factor=factor)
 
     def _weight(self, name: str) -> Tensor:
-        """(out, in) float32, of the float block"""
+        """Returns a weight of the float block, (out, in) float32."""
         return self.task.block.get_parameter(f"{name}.weight").detach().float()
 
     def _add(self, name: str, shared: _Shared, row_mean: bool) -> None:
@@ -326,7 +339,7 @@ class _Learner:
         return result
 
     def _fallback(self, linear: _Linear, tokens: int) -> str | None:
-        """The sentence for a linear that is quantized in a simpler way than asked for."""
+        """Returns the fallback sentence of a linear, if there is one."""
         if linear.shared.square is None:
             return too_few_tokens(tokens, "binarised by its weights alone")
         refits = self.method.refit_salient and linear.salient is not None
@@ -334,9 +347,10 @@ class _Learner:
 
 
 def _rounded(weight: Tensor, error: Tensor, shared: _Shared) -> Salient:
-    """The salient weights at four bits, with their range over these columns alone.
+    """Rounds the salient weights to four bits; each row's range is that of these columns alone.
 
-    weight: (out, salient)  error: (out, plain), what signs and scales miss
+    weight: (out, salient), the salient weights.
+    error: (out, plain), the error of the binary weights, for refit_salient.
     """
     if shared.gain is not None:
         weight = weight + error @ shared.gain
@@ -367,7 +381,7 @@ def _packed(name: str, linear: _Linear) -> BinaryLinear:
 
 
 def _learned(name: str, linear: _Linear) -> dict[str, Tensor]:
-    """What a later run can start from."""
+    """Returns the learned tensors of a linear by name, from which a later run can start."""
     factored = linear.factored
     learned = {f"{name}.row_log": factored.row_log.detach()}
     learned[f"{name}.column_log"] = factored.column_log.detach()

@@ -1,4 +1,4 @@
-"""QuIP: method.py is the method, the other files are what only it uses."""
+"""QuIP: method.py defines the method, the other files belong to it alone."""
 
 from lowbit.methods.quip.method import QuIP
 

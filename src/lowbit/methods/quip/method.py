@@ -1,10 +1,10 @@
-"""QuIP# (Tseng et al., arXiv 2402.04396): rotated weights, rounded to words of a lattice.
+"""QuIP# (Tseng et al., arXiv 2402.04396): rotates weights and rounds them to words of a lattice.
 
-Weights and Hessians are rotated by random signs and a Hadamard transform on both sides (section 3),
-rounded with feedback in blocks of columns to words of E8P or another codebook (section 4), and
-improved by greedy passes that are never for the worse. Then signs, scales, norms and biases of the
-block can be trained (section 5; of its two stages the one inside a block). Hessians are those of
-the float model, as in the paper.
+Weights and Hessians are rotated by random signs and a Hadamard transform on both sides (section 3).
+Blocks of columns are rounded with error feedback to words of E8P or another codebook (section 4),
+and improved by greedy passes, which never increase the loss. Then signs, scales, norms and biases
+of the block can be trained (section 5; only the stage inside a block, not that of the whole model).
+Hessians are those of the float model, as in the paper.
 """
 
 from collections.abc import Mapping
@@ -45,9 +45,9 @@ from lowbit.methods.result import (
 )
 from lowbit.run_report import BlockReport, LinearReport
 
-# Of a codebook's own scale, which is best without feedback: what is fed back adds to the weight.
+# Factors of the codebook's own scale. That one is best without feedback, which enlarges weights.
 RATIOS = (0.8, 0.86, 0.92, 0.98, 1.04)
-NOTHING_GAINED = "fine-tuning made nothing better"
+NOTHING_GAINED = "fine-tuning did not lower the loss, and is not kept"
 
 
 class QuIP(Method):
@@ -144,7 +144,7 @@ class QuIP(Method):
         return self.batch
 
     def weight_bytes(self, rows: int, columns: int) -> int:
-        """With the scale that a row_scale of "auto" mostly ends with: one for the whole linear."""
+        """Returns the bytes of a linear on disk; row_scale "auto" counts as a single scale."""
         scale = ("row", "float16") if self.row_scale == "always" else ("tensor", "float32")
         signs = "float16" if self.finetune_epochs else "seed"
         return tensor_bytes((rows, columns), self.codebook, *scale, signs, None)
@@ -172,12 +172,12 @@ class QuIP(Method):
         return result
 
     def _merged(self, task: BlockTask) -> Merged:
-        """The block's tensors, with signs inside if they shall be."""
+        """Returns the block's tensors, with merged signs if `merge_suv` is set."""
         tensors, device = tensors_of(task.block), next(task.block.parameters()).device
         if not self.merge_suv:
             return Merged(tensors, {}, frozenset())
         if not task.folds:
-            task.log.warn("no norm is known that could take signs; none was merged")
+            task.log.warn("merge_suv: nothing in this block can absorb signs; none was merged")
         return merge_signs(tensors, task.folds, lambda n: draw_signs(n, self._seed_in, device))
 
     @property
@@ -186,37 +186,38 @@ class QuIP(Method):
 
     @property
     def _seed_out(self) -> int:
-        """Not that of the input: a weight near the identity would stay as it is."""
+        """Differs from the input's: with equal signs the identity matrix would not be rotated."""
         return 2 * self.seed + 1
 
     def _hessian(
         self, task: BlockTask, group: LinearGroup, hessians: Hessians
     ) -> tuple[Tensor | None, str | None]:
-        """The Hessian of the group's input, or of all groups that read the same norm, or none.
+        """Returns the Hessian of a group's input, and the fallback sentence if it is another one.
 
-        With it the sentence to report, if it is not the group's own.
+        A group that saw too few tokens gets the Hessian of all groups that read the same norm, or
+        None if they saw too few as well.
         """
         tokens = hessians.tokens(group.name)
         if tokens >= self.min_tokens:
             return hessians[group.name].matrix, None
-        together = _reading_the_same(task, group)
-        if sum(map(hessians.tokens, together)) >= self.min_tokens:
+        experts = _groups_of_same_norm(task, group)
+        if sum(map(hessians.tokens, experts)) >= self.min_tokens:
             fallback = too_few_tokens(tokens, "rounded with the Hessian of all experts")
-            return hessians.together(together).matrix, fallback
+            return hessians.together(experts).matrix, fallback
         return None, too_few_tokens(tokens)
 
     def _inputs(
         self, task: BlockTask, group: LinearGroup, merged: Merged, hessians: Hessians
     ) -> "_Inputs":
-        """The group's input side."""
+        """Returns the rotated Hessian of a group's input, and what else its linears share."""
         hessian, fallback = self._hessian(task, group, hessians)
         columns = merged.tensors[f"{group.linears[0]}.weight"].shape[1]
         signs = merged.columns.get(group.linears[0])
         seed = self._seed_in if signs is None else None
         side = self._rotation(f"{task.name}.{group.linears[0]}", columns, seed)
         if hessian is not None:
-            merged_in = hessian if signs is None else hessian * signs * signs[:, None]
-            hessian = rotate_hessian(merged_in, side)
+            signed = hessian if signs is None else hessian * signs * signs[:, None]
+            hessian = rotate_hessian(signed, side)
         device = next(task.block.parameters()).device
         return _Inputs(
             side=side,
@@ -231,7 +232,7 @@ class QuIP(Method):
         try:
             return rotation(width, seed, self.transform)
         except ValueError as error:
-            raise ValueError(f"transform, at {linear}: {error}") from None
+            raise ValueError(f"transform, for {linear}: {error}") from None
 
     def _linear(
         self, task: BlockTask, name: str, inputs: "_Inputs", merged: Merged
@@ -279,10 +280,10 @@ class _Inputs:
     """What linears with the same input share.
 
     side: the rotation of their input.
-    hessian: rotated, None if it is not known.
-    tokens: how many calibration tokens they saw.
-    fallback: the sentence for a Hessian that is not their own, or not known.
-    owner: the first of them, which holds what they share, once there is one.
+    hessian: the rotated Hessian; None after too few calibration tokens.
+    tokens: how many calibration tokens the linears saw.
+    fallback: the fallback sentence if the Hessian is None or that of all experts.
+    owner: the name of the first linear, whose layer stores the signs; None before it is made.
     """
 
     side: Rotation
@@ -295,20 +296,20 @@ class _Inputs:
     rounders: dict[int, Rounder] = field(default_factory=dict)
 
     def rounder(self, dim: int) -> Rounder:
-        """For words of so many weights."""
+        """Returns the rounder for words of `dim` weights."""
         if dim not in self.rounders:
             made = Rounder(self.hessian, self.side.size, dim, self.damping, self.device)
             self.rounders[dim] = made
         return self.rounders[dim]
 
     def fallback_with(self, rounder: Rounder) -> str | None:
-        """The sentence for a linear that this rounder rounds."""
+        """Returns the fallback sentence of a linear that is rounded by this rounder, if any."""
         failed = self.hessian is not None and not rounder.factored
         return NOT_POSITIVE_DEFINITE if failed else self.fallback
 
 
-def _reading_the_same(task: BlockTask, group: LinearGroup) -> tuple[str, ...]:
-    """The groups of all experts that read the norm which this group reads."""
+def _groups_of_same_norm(task: BlockTask, group: LinearGroup) -> tuple[str, ...]:
+    """Returns the names of all groups that read the norm which this group reads."""
     for fold in task.folds:
         if fold.kind == "norm" and group.linears[0] in fold.readers:
             return tuple(g.name for g in task.groups if g.linears[0] in fold.readers)
@@ -320,7 +321,10 @@ def _layers(result: BlockResult) -> dict[str, LatticeLinear]:
 
 
 def _finetune(method: QuIP, task: BlockTask, result: BlockResult) -> None:
-    """Trains all of the block but its codes against the float block; keeps what is better."""
+    """Trains all of the quantized block but its codes, and changes the result if that helps.
+
+    The target is the output of the float block.
+    """
     stream = task.streams["float"]
     targets = stream.map(lambda batch: call_block(task.block, batch))
     energy = sum(float(batch.hidden.square().mean()) for batch in targets) / len(targets)
@@ -376,7 +380,7 @@ def _signs(layers: Mapping[str, LatticeLinear]) -> list[Tensor]:
 
 
 def _scales_and_biases(layers: Mapping[str, LatticeLinear]) -> list[Tensor]:
-    """In float32 while they are trained; what is stored is rounded again."""
+    """Returns scales and biases, converted to float32 for training; storing rounds them again."""
     for layer in layers.values():
         for part in (layer.scale, layer.bias):
             if part is not None:

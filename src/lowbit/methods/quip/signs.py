@@ -1,8 +1,9 @@
-"""Random signs inside a block's own tensors, so that they cost nothing at run time.
+"""Merge random signs into the tensors of a block, so that they cost nothing at run time.
 
-A fold by s, a vector of 1 and -1, leaves the block's output as it is, bit for bit: its source puts
-out s * x, and its readers have W diag(s) for W. That is the S_in of incoherence processing (QuIP#,
-arXiv 2402.04396, section 3) for the readers, and S_out for a source that is itself quantized.
+A fold by s, a vector of 1 and -1, does not change the block's output by a single bit: its source
+outputs s * x, and its readers have the weight W diag(s). For the readers, s is the sign vector S_in
+of incoherence processing (QuIP#, arXiv 2402.04396, section 3); for a source that is quantized too,
+it is S_out.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,8 +17,11 @@ from lowbit.blocks.folding import Tensors, apply_fold
 
 @dataclass(frozen=True)
 class Merged:
-    """tensors: the block's, with signs inside. columns: by reader, (in,), what multiplied its input
-    columns. rows: linears of which every output row was multiplied.
+    """The tensors of a block after merging signs.
+
+    tensors: the block's tensors by name, with signs.
+    columns: (in,) each, the signs of the input columns of a linear, by the linear's name.
+    rows: the linears all of whose output rows were multiplied by signs.
     """
 
     tensors: Tensors
@@ -26,10 +30,13 @@ class Merged:
 
 
 def merge_signs(tensors: Tensors, folds: Iterable[Fold], draw: Callable[[int], Tensor]) -> Merged:
-    """All folds of a channel into its readers' inputs, each by draw(its size).
+    """Applies random signs through all folds but rotary ones.
 
-    Not "rotary": it multiplies rows of queries and keys, whose columns carry the norm's signs. A
-    "gated" source is multiplied with its gate, so that signs pass.
+    A rotary fold multiplies rows of queries and keys, not the columns of a reader. A "gated" source
+    can have signs because its output is only multiplied by the gate's.
+
+    tensors: the block's tensors by name; they are not changed.
+    draw: returns n random signs, given n.
     """
     columns: dict[str, Tensor] = {}
     rows: set[str] = set()

@@ -1,7 +1,7 @@
-"""Rounding a rotated weight to words of a codebook: how wide the rows are spread, which words.
+"""Round a rotated weight to words of a codebook, and choose the scales of its rows.
 
-A row r of the weight is rounded as scale_r * words. One scale serves all rows, or each has its own,
-which takes more bits and loses less: `spread` weighs the one against the other.
+Row r of the weight is approximated by scale_r * words. Either all rows have one scale, or each has
+its own, which takes more bits and has a lower loss; `spread` decides between both.
 """
 
 import math
@@ -21,19 +21,23 @@ from lowbit.solvers.feedback import (
     row_losses,
 )
 
-DB_PER_BIT = 20 * math.log10(2)  # what another bit for each weight gains, at any number of bits
-SAMPLED_ROWS = 128  # on which scales are compared: so many, or a quarter if that is less
-MOST_VALUES = 2**26  # weights that are rounded at once, at several scales: 256 MB, a few times
+DB_PER_BIT = 20 * math.log10(2)  # the gain of another bit per weight, at any number of bits
+SAMPLED_ROWS = 128  # scales are compared on so many rows, or on a quarter of them if that is less
+MOST_VALUES = 2**26  # weights times scales that are rounded at once: a few buffers of 256 MB
 
-Nearest = Callable[[Tensor], tuple[Tensor, Tensor]]  # (rows, dim) -> codes (rows,), (rows, dim)
+# The nearest words to vectors (rows, dim): their codes (rows,) and the words (rows, dim)
+Nearest = Callable[[Tensor], tuple[Tensor, Tensor]]
 RowScale = Literal["auto", "never", "always"]
 
 
 @dataclass(frozen=True)
 class Words:
-    """codes: (rows, blocks)  values: (rows, blocks * dim), the words  scale: (rows,) or (1,)
+    """A weight rounded to scale * words.
 
-    loss: (rows,), of scale * words under the damped Hessian.
+    codes: (rows, blocks), the code of each word.
+    values: (rows, blocks * dim), the words.
+    scale: (rows,) or (1,).
+    loss: (rows,), the loss of scale * words under the damped Hessian.
     """
 
     codes: Tensor
@@ -43,10 +47,15 @@ class Words:
 
 
 class Rounder:
-    """Rounds weights that read one input, in words of `dim` weights, with that input's Hessian.
+    """Rounds weights that read the same input to words, with the Hessian of that input.
 
-    hessian: (columns, columns), None for one that is not known. factored: False where rounding goes
-    without feedback, since the Hessian is not known or is not positive definite.
+    The attribute `factored` is False if weights are rounded without feedback, because there is no
+    Hessian or it is not positive definite.
+
+    hessian: (columns, columns), or None.
+    columns: the number of inputs.
+    dim: the number of weights in a word.
+    damping: the share of the mean diagonal that is added to the diagonal.
     """
 
     def __init__(
@@ -55,26 +64,26 @@ class Rounder:
         self.dim = dim
         self.columns = columns
         self.padding = -columns % dim  # columns of zeros, to fill the last word
-        found = None
+        factors = None
         if hessian is not None:
             mean = hessian.diagonal().mean()
             padded = functional.pad(hessian, (0, self.padding, 0, self.padding))
             padded.diagonal()[columns:] = mean
-            found = damped_factor(padded, damping, dim)
-        self.factored = found is not None
-        if found is None:
+            factors = damped_factor(padded, damping, dim)
+        self.factored = factors is not None
+        if factors is None:
             eye = torch.eye(columns + self.padding, device=device)
-            found = eye, eye
-        self.hessian, self.factor = found
+            factors = eye, eye
+        self.hessian, self.factor = factors
 
     def round(self, weight: Tensor, scale: Tensor, nearest: Nearest) -> Words:
-        """Block LDLQ.  weight: (rows, columns)  scale: (rows,)"""
+        """Rounds a weight (rows, columns) with scales (rows,) by block LDLQ."""
         unit = self._unit(weight, scale)
         rounded = round_with_feedback(unit, self.factor, _of_any_column(nearest), self.dim)
         return self._words(unit, scale, rounded)
 
     def improve(self, weight: Tensor, words: Words, nearest: Nearest, passes: int) -> Words:
-        """Greedy passes over words that were rounded before; no row becomes worse."""
+        """Improves rounded words by greedy passes; the loss of no row grows."""
         if not passes or not self.factored:
             return words
         unit, rounded = self._unit(weight, words.scale), Rounded(words.values, words.codes)
@@ -83,11 +92,11 @@ class Rounder:
         return self._words(unit, words.scale, rounded)
 
     def energy(self, weight: Tensor) -> float:
-        """tr(W H W^T), what losses are a share of.  weight: (rows, columns)"""
+        """Returns tr(W H W^T), the energy of the output, for a weight (rows, columns)."""
         return float(self._losses(weight).sum())
 
     def _unit(self, weight: Tensor, scale: Tensor) -> Tensor:
-        # A division by infinity is the 0 that a row without a scale should get, and never NaN.
+        # A row with the scale 0 is divided by infinity, which gives zeros and never NaN.
         unit = weight / scale.masked_fill(scale == 0, torch.inf).unsqueeze(-1)
         return functional.pad(unit, (0, self.padding))
 
@@ -96,7 +105,7 @@ class Rounder:
         return Words(rounded.codes, rounded.values, scale, loss)
 
     def _losses(self, error: Tensor) -> Tensor:
-        """Of the columns that there are.  error: (rows, columns or more)  ->  (rows,)"""
+        """Returns the loss of each row, (rows,), for an error that may have padding columns."""
         n = self.columns
         return row_losses(error[:, :n], self.hessian[:n, :n])
 
@@ -107,11 +116,14 @@ def _of_any_column(nearest: Nearest) -> Callable[[int, Tensor], tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class Spread:
-    """How scales are chosen.
+    """How `spread` chooses scales.
 
-    size: the root mean square of rows that are divided by their scale  ratios: what it is tried
-    times; one: no search  rows: whether each row has its own scale  row_bits: what that takes, in
-    bits for each weight  stored: a scale to what is stored of it, in float32  passes: greedy ones.
+    size: the root mean square that a row should have after division by its scale.
+    ratios: the factors of `size` that are tried; with a single one there is no search.
+    rows: whether each row has its own scale.
+    row_bits: the cost of scales per row, in bits per weight.
+    stored: rounds a scale to the dtype in which it is stored, and returns it in float32.
+    passes: the number of greedy passes.
     """
 
     size: float
@@ -125,11 +137,18 @@ class Spread:
 def spread(
     weight: Tensor, rounder: Rounder, nearest: Nearest, how: Spread, generator: torch.Generator
 ) -> Words:
-    """The weight in words at the scales that lose least.  weight: (rows, columns)
+    """Rounds a weight to words with the scales that have the lowest loss.
 
-    With how.rows "auto" each row has its own scale where that gains DB_PER_BIT decibels of the loss
-    for each bit that it takes. One scale is chosen on SAMPLED_ROWS rows; a row's own on that row.
-    The result's scale is (1,) or (rows,).
+    A common scale is chosen on SAMPLED_ROWS rows, the scale of a single row on that row. If
+    how.rows is "auto", each row gets its own scale if this lowers the loss by at least DB_PER_BIT
+    decibels for each bit per weight that it costs.
+
+    weight: (rows, columns).
+    rounder: rounds with the Hessian of the weight's input.
+    nearest: the codebook.
+    generator: chooses the sampled rows.
+
+    Returns the words, with a scale of shape (1,) or (rows,).
     """
     single, own = _scales(weight, how)
     count = min(SAMPLED_ROWS, -(-len(weight) // 4))
@@ -140,8 +159,8 @@ def spread(
         losses = _round_all(weight[sample], tried, rounder, nearest).loss.view(2, len(single), -1)
         shared, apart = losses[0].sum(1), losses[1].amin(0).sum()
         best = int(shared.argmin())
-        worth = 10 ** (-how.row_bits * DB_PER_BIT / 10)
-        by_row = how.rows == "auto" and float(apart) < worth * float(shared[best])
+        needed = 10 ** (-how.row_bits * DB_PER_BIT / 10)  # the factor by which the loss must fall
+        by_row = how.rows == "auto" and float(apart) < needed * float(shared[best])
     scales = own if by_row else single[best : best + 1]
     rows = max(1, MOST_VALUES // (len(scales) * weight.shape[1]))
     parts = [
@@ -157,7 +176,7 @@ def spread(
 
 
 def _scales(weight: Tensor, how: Spread) -> tuple[Tensor, Tensor]:
-    """One scale for all and one for each row, by ratio: twice (ratios, rows)."""
+    """Returns the common scale and the scale of each row for each ratio: twice (ratios, rows)."""
     square = weight.square()
     sizes = square.mean().sqrt().reshape(1), square.mean(1).sqrt()
     one, each = (
@@ -168,12 +187,12 @@ def _scales(weight: Tensor, how: Spread) -> tuple[Tensor, Tensor]:
 
 
 def _round_all(weight: Tensor, scales: Tensor, rounder: Rounder, nearest: Nearest) -> Words:
-    """Each row at several scales, all at once.  scales: (tries, rows)  ->  tries * rows rows"""
+    """Rounds each row at several scales (tries, rows); the result has tries * rows rows."""
     return rounder.round(weight.repeat(len(scales), 1), scales.flatten(), nearest)
 
 
 def _round_best(weight: Tensor, scales: Tensor, rounder: Rounder, nearest: Nearest) -> Words:
-    """Each row at that of several scales at which it loses least.  scales: (tries, rows)"""
+    """Rounds each row at the scale with the lowest loss, of several scales (tries, rows)."""
     tried = _round_all(weight, scales, rounder, nearest)
     rows = torch.arange(len(weight), device=weight.device)
     best = tried.loss.view(scales.shape).argmin(0) * len(weight) + rows
