@@ -110,9 +110,10 @@ def test_the_former_name_of_fallbacks() -> None:
     assert RunReport.model_validate({"given_up": {"h.0": "why"}}).fallbacks == {"h.0": "why"}
 
 
-# The keys of reports that are no ordinary words, and the files where they mean something else:
-# a field of a method, or the report of `lowbit preprocess`.
+# Files where a key of a report means something else: a field of a method, a label on the screen, or
+# the report of `lowbit preprocess`. Keys that are ordinary words are not looked for.
 ELSEWHERE = {
+    "fallback": {"cli/inspect.py", "cli/quantize.py"},
     "salient_ratio": {"methods/ptq161/method.py", "methods/mixedquant/method.py"},
     "loss_before": {"preprocess/lora.py", "cli/preprocess.py"},
     "loss_after": {"preprocess/lora.py", "cli/preprocess.py"},

@@ -1,4 +1,4 @@
-"""Arguments of blocks, and state that blocks hand on inside them."""
+"""Arguments of blocks, and the state that blocks share through them."""
 
 from collections import UserDict, namedtuple
 from typing import Any

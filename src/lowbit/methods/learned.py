@@ -50,7 +50,9 @@ class LearningMethod(Method):
     let_lr: float = Field(
         5e-3, gt=0, description="AdamW's learning rate for channel scales and shifts."
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay for all of these.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="AdamW's weight decay for all that is learned."
+    )
     alpha: float = Field(
         0.5,
         ge=0,

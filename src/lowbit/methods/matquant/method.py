@@ -84,7 +84,7 @@ class MatQuant(LearningMethod):
     extra_precision: bool = Field(
         False,
         description="Whether a slice has one level more than its bits allow, at the cost of one "
-        "bit for each weight of its top code.",
+        "bit for each weight that has its top code.",
     )
     distill: list[str] = Field(
         [],
@@ -92,7 +92,8 @@ class MatQuant(LearningMethod):
         "slice is then the mean of the float block's and the 8-bit slice's outputs.",
     )
     distill_alone: bool = Field(
-        False, description="Whether the wider slice's output is the only target of a lesson."
+        False,
+        description="Whether the wider slice's output is the only target of a slice in distill.",
     )
     scope: Literal["all", "ffn"] = Field(
         "all",

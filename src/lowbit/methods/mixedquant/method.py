@@ -64,8 +64,8 @@ class MixedQuant(Method):
     """Few bits for weights and inputs; salient inputs stay in float.
 
     After the project adithyab100/smoothquant-mixedprecision (2024; there is no paper). All other
-    inputs are sorted, so that those that share a scale have a similar size. SmoothQuant (Xiao et
-    al., arXiv 2211.10438) may go before, GPTQ may round the weights.
+    inputs are sorted, so that those that share a scale have a similar size. Optionally SmoothQuant
+    (Xiao et al., arXiv 2211.10438) is applied first, and GPTQ rounds the weights.
     """
 
     name: ClassVar[str] = "mixedquant"
@@ -111,7 +111,7 @@ class MixedQuant(Method):
     sort: Sort = Field(
         "mean3std",
         description="Statistic by which the other inputs are sorted into groups: mean3std is the "
-        "mean of |x| and 3 standard deviations, argmax the place of the largest token.",
+        "mean of |x| plus 3 standard deviations, argmax the position of the largest token.",
     )
     smooth: float | None = Field(
         None,
@@ -131,7 +131,7 @@ class MixedQuant(Method):
     damping: float = Field(
         0.01,
         gt=0,
-        description="Share of GPTQ's Hessian's mean diagonal that is added to its diagonal.",
+        description="Share of the Hessian's mean diagonal that is added to its diagonal, for GPTQ.",
     )
     min_tokens: int = Field(
         64,

@@ -77,7 +77,8 @@ class PTQ161(Method):
         "signs.",
     )
     salience: Literal["absmax", "absmean", "rms"] = Field(
-        "absmax", description="Statistic of a channel's activations by which these are chosen."
+        "absmax",
+        description="Statistic of a channel's activations by which 4-bit channels are chosen.",
     )
     alignment: Literal[1, 2, 4, 8, 16, 32, 64, 128] = Field(
         64,
@@ -94,7 +95,7 @@ class PTQ161(Method):
     )
     refit_salient: bool = Field(
         False,
-        description="Whether the 4-bit weights make up for the error of the signs, and are rounded "
+        description="Whether the 4-bit weights compensate the error of the signs, and are rounded "
         "as by GPTQ.",
     )
     damping: float = Field(

@@ -45,7 +45,8 @@ from lowbit.methods.result import (
 )
 from lowbit.run_report import BlockReport, LinearReport
 
-# Factors of the codebook's own scale. That one is best without feedback, which enlarges weights.
+# Factors of the codebook's own scale that are tried. That scale itself is best without feedback,
+# but feedback adds to the weights.
 RATIOS = (0.8, 0.86, 0.92, 0.98, 1.04)
 NOTHING_GAINED = "fine-tuning did not lower the loss, and is not kept"
 
@@ -54,8 +55,8 @@ class QuIP(Method):
     """Rotates weights, then rounds eight at a time to points of a lattice.
 
     Source: QuIP# (Tseng et al., arXiv 2402.04396). The rotation, random signs and a Hadamard
-    transform on both sides, makes all weights alike; the lattice E8P holds more at 2 bits than any
-    grid of numbers. Of these methods the best at 2 bits.
+    transform on both sides, gives all weights a similar size; at 2 bits the lattice E8P then has a
+    lower error than any grid of single numbers. It is the best of these methods at 2 bits.
     """
 
     name: ClassVar[str] = "quip"
@@ -122,7 +123,7 @@ class QuIP(Method):
         description="Passes over all calibration windows that train signs, norms, scales and "
         "biases after rounding; 0: no training.",
     )
-    batch: int = Field(1, ge=1, description="Calibration windows in one step of that training.")
+    batch: int = Field(1, ge=1, description="Calibration windows in one step of the training.")
     sign_lr: float = Field(5e-4, gt=0, description="AdamW's learning rate for signs.")
     norm_lr: float = Field(
         5e-5, gt=0, description="AdamW's learning rate for norms, scales and biases."
