@@ -108,7 +108,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def section(folder: Path) -> dict[str, Any]:
-    """What config.json says about the quantization."""
+    """The quantization_config of a folder."""
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 

@@ -139,7 +139,7 @@ def test_a_whole_folder(tmp_path: Path) -> None:
     quantized.verify()
     made = quantized.quantization["made_by"]
     assert (made["source"], made["method"]["codebook"]) == ("in", "E8P12")
-    assert quantized.reader.tensors[quantized.guard].dtype == torch.float16
+    assert quantized.reader.tensors[quantized.placeholder].dtype == torch.float16
     plain = [n for n in state if n.rpartition(".")[2] == "weight" and state[n].dim()]
     kept = CheckpointReader(out).read(plain)
     assert len(plain) == 5 and all(torch.equal(kept[name], state[name]) for name in plain)
@@ -177,17 +177,23 @@ def changed(name: str, parts: Parts, **changes: Tensor | None) -> None:
 
 
 LAYERS: list[tuple[dict[str, Tensor | None], str]] = [
-    ({"had_left": None}, "had_left is missing, the matrix of order 3: without use_rand"),
-    ({"had_left": torch.eye(12)}, r"had_left is \[12, 12\]: .* it is \[3, 3\]"),
+    ({"had_left": None}, "had_left, a matrix of order 3, is missing: without use_rand"),
+    ({"had_left": torch.eye(12)}, r"had_left is \[12, 12\]: .* it must be \[3, 3\]"),
     ({"had_left": 2 * torch.eye(3)}, "had_left is not orthogonal"),
     ({"had_right": -torch.ones(1, 1)}, "had_right is not orthogonal"),
-    ({"SU": torch.ones(80)}, r"SU is \[80\]: .* it is \[96\]; a layer that was padded cannot"),
+    ({"SU": torch.ones(80)}, r"SU is \[80\]: .* must be \[96\]; a padded layer cannot"),
     ({"bias": torch.ones(20)}, r"bias is \[20\]"),
     ({"SV": torch.full((32,), torch.nan)}, "SV has values that are not finite"),
     ({"Wscale": None}, "Wscale is missing"),
-    ({"Qidxs": torch.zeros(32, 3, dtype=torch.int64)}, r"Qidxs is torch.int64 \[32, 3\]: E8P12 is"),
+    (
+        {"Qidxs": torch.zeros(32, 3, dtype=torch.int64)},
+        r"Qidxs is torch.int64 \[32, 3\]: E8P12 nee",
+    ),
     ({"weight": torch.zeros(32, 96)}, r"weight is \[32, 96\]"),
-    ({"codebook_id": torch.zeros(())}, "codebook_id is no tensor of this layout: it has Qidxs"),
+    (
+        {"codebook_id": torch.zeros(())},
+        "codebook_id is not a tensor of this layout: allowed are Qidxs",
+    ),
 ]
 
 

@@ -74,7 +74,7 @@ finally:
 
 
 def test_a_process_without_lowbit_refuses() -> None:
-    """It would only warn, and initialise at random, but for the empty tensor."""
+    """Without the placeholder it would only warn, and initialise the weights at random."""
     done = quantized.python(STOCK, quantized.folder("mixtral"))
     assert done.stdout == "False\n"
     assert done.returncode != 0
@@ -249,7 +249,7 @@ def test_only_verified_files_are_read(copy: Path) -> None:
     shutil.copy(quantized.source() / "model.safetensors", copy)
     for load in (lowbit.load, plugin):
         with pytest.raises(
-            ValueError, match="would read .'model.safetensors'.*remove what does not"
+            ValueError, match="would read .'model.safetensors'.*remove the files that do not"
         ):
             load(copy)
 

@@ -1,4 +1,4 @@
-"""What a run and its rehearsal share: streams, and where these live."""
+"""The work that a run and a dry run share: streams, and where these are kept."""
 
 from collections.abc import Iterable
 from pathlib import Path
