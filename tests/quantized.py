@@ -37,7 +37,7 @@ METHODS: dict[str, Method] = {
 RECURRENT = {"block_types": ("recurrent", "attention"), "attention_window_size": 8}
 LINES = (
     zoo.ZOO
-    | zoo.STRANGERS
+    | zoo.DISCOVERED
     | {"recurrent_gemma": zoo.Line("recurrent_gemma", zoo.GQA | RECURRENT | {"lru_width": 48})}
 )
 ITS_OWN = ("events.jsonl", "run/lock")  # what may differ between two runs: the times, the lock

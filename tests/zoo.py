@@ -116,7 +116,7 @@ ZOO: dict[str, Line] = {
     ),
 }
 # Architectures without a table, found by structure.
-STRANGERS: dict[str, Line] = {
+DISCOVERED: dict[str, Line] = {
     "gemma2": Line("gemma2", GQA | {"head_dim": 16, "sliding_window": WINDOW}, window=True),
     "phi3": Line("phi3", GQA | {"pad_token_id": 0, "sliding_window": None}),
     "gpt_neox": Line("gpt_neox", SIZES | {"intermediate_size": 80}),
@@ -166,8 +166,8 @@ _KEPT = TemporaryDirectory(prefix="lowbit-zoo-", ignore_cleanup_errors=True)
 
 @cache
 def folder(name: str) -> Path:
-    """A model of ZOO or STRANGERS on disk, for tests that only read it."""
-    return write((ZOO | STRANGERS)[name], Path(_KEPT.name) / name)
+    """A model of ZOO or DISCOVERED on disk, for tests that only read it."""
+    return write((ZOO | DISCOVERED)[name], Path(_KEPT.name) / name)
 
 
 @cache

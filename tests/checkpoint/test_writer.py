@@ -133,7 +133,7 @@ def test_restart_keeps_nothing(begun: Path, tmp_path: Path) -> None:
     assert (elsewhere / "kept").exists()
 
 
-STRANGERS = {
+OTHER_FOLDERS = {
     "a model": ["config.json", "model.safetensors"],
     "a hidden file": [".git/HEAD"],
     "a folder called run": ["run/weights.txt"],
@@ -143,9 +143,9 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize("restart", [False, True])
-@pytest.mark.parametrize("name", STRANGERS)
-def test_a_strangers_folder_is_left_alone(name: str, restart: bool, tmp_path: Path) -> None:
-    for file in STRANGERS[name]:
+@pytest.mark.parametrize("name", OTHER_FOLDERS)
+def test_other_folders_are_left_alone(name: str, restart: bool, tmp_path: Path) -> None:
+    for file in OTHER_FOLDERS[name]:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).mkdir() if file.endswith("/") else (tmp_path / file).write_text(file)
     before = sorted(tmp_path.rglob("*"))

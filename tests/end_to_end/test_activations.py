@@ -39,7 +39,7 @@ METHODS = {
     "nearest": OmniQuant(**W4A4, lwc=False, epochs=0),
 }
 FAMILIES = ["opt", "llama", "mistral", "qwen3", "mixtral", "falcon rw", "gemma2"]
-DISCOVERED = [name for name in zoo.STRANGERS if name != "gpt2"]
+DISCOVERED = [name for name in zoo.DISCOVERED if name != "gpt2"]
 MASKED = FAMILIES[:-1]  # eager attention turns rows that see nothing to NaN in float64
 every_family = pytest.mark.parametrize("name", FAMILIES)
 

@@ -14,15 +14,15 @@ from lowbit.kernels.tokens import round_tokens
 from lowbit.models import attention
 from lowbit.models.attention import attentions_of, calls_interface, round_attentions
 
-CALLERS = [n for n in (*zoo.ZOO, *zoo.STRANGERS) if not n.startswith(("falcon", "gpt2"))]
+CALLERS = [n for n in (*zoo.ZOO, *zoo.DISCOVERED) if not n.startswith(("falcon", "gpt2"))]
 W4: dict[str, Any] = {"bits": 4, "symmetric": False}
 
 
 def plain(name: str) -> Any:
-    return zoo.make((zoo.ZOO | zoo.STRANGERS)[name])
+    return zoo.make((zoo.ZOO | zoo.DISCOVERED)[name])
 
 
-@pytest.mark.parametrize("name", [*zoo.ZOO, *zoo.STRANGERS])
+@pytest.mark.parametrize("name", [*zoo.ZOO, *zoo.DISCOVERED])
 def test_those_are_found_that_call_the_interface(name: str) -> None:
     """Seen by putting a spy into transformers' table."""
     model = plain(name)
@@ -100,9 +100,9 @@ def test_queries_keys_and_values_are_rounded_per_token_and_head(
 
 def test_a_name_that_is_not_there_or_is_no_attention() -> None:
     model = zoo.make(zoo.ZOO["llama"])
-    with pytest.raises(ValueError, match="attention model.layers.2.self_attn .*does not have"):
+    with pytest.raises(ValueError, match="attention model.layers.2.self_attn, .*does not have"):
         round_attentions(model, {"model.layers.2.self_attn": W4})
-    with pytest.raises(ValueError, match="model.layers.0.mlp .* LlamaMLP that does not call"):
+    with pytest.raises(ValueError, match="model.layers.0.mlp, .* LlamaMLP that does not call"):
         round_attentions(model, {"model.layers.0.mlp": W4})
     falcon = zoo.make(zoo.ZOO["falcon 7b"])
     with pytest.raises(ValueError, match="FalconAttention that does not call"):

@@ -53,7 +53,7 @@ def test_every_table_has_a_model() -> None:
     assert family_name(zoo.folder("phi3")) == "discovered"
 
 
-@pytest.mark.parametrize("name", [n for n in zoo.ZOO | zoo.STRANGERS if n != "gpt2"])
+@pytest.mark.parametrize("name", [n for n in zoo.ZOO | zoo.DISCOVERED if n != "gpt2"])
 def test_streamed_forward_is_that_of_transformers(name: str) -> None:
     whole = AutoModelForCausalLM.from_pretrained(zoo.folder(name)).eval()
     batch = zoo.tokens()
@@ -109,13 +109,13 @@ def test_a_group_is_all_that_reads_one_input(name: str, block: int) -> None:
     firsts = [inputs[group.linears[0]] for group in task.groups]
     for group, first in zip(task.groups, firsts, strict=True):
         assert all(torch.equal(inputs[linear], first) for linear in group.linears), group.name
-    twins = [
+    read_the_same = [
         (a.name, b.name)
         for i, a in enumerate(task.groups)
         for j, b in enumerate(task.groups[:i])
         if torch.equal(firsts[i], firsts[j])
     ]
-    assert not twins
+    assert not read_the_same
     assert len({group.name for group in task.groups}) == len(task.groups)
 
 
