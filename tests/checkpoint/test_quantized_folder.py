@@ -91,7 +91,7 @@ def test_shards_are_converted_one_at_a_time() -> None:
 
 
 def test_the_dtype_of_the_float_weight() -> None:
-    """What an entry says of it comes first; a folder of version 1 has the placeholder tensor's."""
+    """The entry states the dtype; in a folder of version 1 it is that of the placeholder."""
     folder = QuantizedFolder(quantized.folder("opt", "omniquant", torch.bfloat16))
     name = next(iter(folder.entries))
     folder.entries = {name: {k: v for k, v in folder.entries[name].items() if k != "dtype"}}

@@ -1,4 +1,4 @@
-"""Each thing that can be wrong with a quantized folder is refused, by name."""
+"""Every kind of damage to a quantized folder is refused with a message that names it."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def cut(folder: Path) -> None:
 
 
 def grow(folder: Path) -> None:
-    """A new field in the file's metadata, no tensor."""
+    """Adds a field to the metadata of a file, but no tensor."""
     with safe_open(folder / SHARDS[2], framework="pt") as shard:
         tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
     save_file(tensors, folder / SHARDS[2], metadata={"format": "pt", "more": "text"})
@@ -228,7 +228,7 @@ def test_who_knows_what_he_changes_removes_the_digest(copy: Path) -> None:
 def test_an_entry_is_built_once_for_all_its_layers(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hostile range may name a million."""
+    """Otherwise a malicious range of a million layers would take too long."""
     built: list[Any] = []
     build = verify.build
     monkeypatch.setattr(verify, "build", lambda entry: [built.append(entry), build(entry)][1])

@@ -1,4 +1,4 @@
-"""OUT while it is written: what is finished, whose it is, and that nothing half-written remains."""
+"""Writing OUT: finished shards, folders of others, and no incomplete files."""
 
 import errno
 import json
@@ -203,7 +203,7 @@ def unserialisable(out: CheckpointWriter) -> None:
 
 
 def shared_memory(out: CheckpointWriter) -> None:
-    """safetensors refuses tensors that overlap."""
+    """safetensors refuses tensors that share memory."""
     both = torch.zeros(4)
     save_tensors(out.folder / A, {"a": both, "b": both[1:]})
 
@@ -264,7 +264,7 @@ def test_finite_leaves_the_rest_alone() -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[tuple[Path, AbstractContextManager[Any]]]:
-    """A folder and a context in which 2 MB do not fit: for real, where we may mount."""
+    """A folder on a disk that is too small for 2 MB; without the right to mount it is simulated."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]

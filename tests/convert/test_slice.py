@@ -1,4 +1,4 @@
-"""A slice in a folder of its own is the master at that width, bit for bit."""
+"""A folder with a slice computes exactly what the master computes at that width."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A folder is loaded only into a model that it fits; with forged checksums, too."""
+"""A folder is loaded only into a model that it fits, even if its checksums are forged."""
 
 import shutil
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def modules(**changes: Any) -> Callable[[Path], None]:
-    """Entries of the model's layers, changed or put in."""
+    """Changes or adds entries of layers."""
 
     def damage(folder: Path) -> None:
         def edit(config: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ def modules(**changes: Any) -> Callable[[Path], None]:
 
 
 def outside(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    """Edits what is not quantized; the index follows."""
+    """Edits tensors that are not quantized, and updates the index."""
 
     def damage(folder: Path) -> None:
         path = quantized.shard_with(folder, "lm_head.weight")
@@ -54,7 +54,7 @@ def outside(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None
 
 
 def add_layer(name: str, tensors_like: str = LINEAR) -> Callable[[Path], None]:
-    """A quantized layer that the model lacks, with all its tensors."""
+    """Adds a quantized layer with all its tensors, which the model does not have."""
 
     def tensors(folder: Path) -> dict[str, Tensor]:
         reader = CheckpointReader(folder)

@@ -1,4 +1,4 @@
-"""What attention reads is rounded in all that calls transformers' interface, and nowhere else."""
+"""Queries, keys and values are rounded in every attention that calls transformers' interface."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ def plain(name: str) -> Any:
 
 @pytest.mark.parametrize("name", [*zoo.ZOO, *zoo.DISCOVERED])
 def test_those_are_found_that_call_the_interface(name: str) -> None:
-    """Seen by putting a spy into transformers' table."""
+    """A spy in transformers' table of attention functions records the calls."""
     model = plain(name)
     called: set[nn.Module] = set()
 
@@ -61,7 +61,7 @@ def marked(name: str, rounding: dict[str, Any] = W4, implementation: str = "sdpa
 def test_rounding_to_nothing_is_transformers_own(
     name: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Masks too: of padding, on either side, and of windows."""
+    """With masks too: of padding on either side, and of sliding windows."""
     monkeypatch.setattr(attention, "round_tokens", lambda x, **rounding: x)
     ours, theirs = marked(name, implementation=implementation), plain(name)
     if implementation == "eager":
@@ -78,7 +78,7 @@ def test_rounding_to_nothing_is_transformers_own(
 def test_queries_keys_and_values_are_rounded_per_token_and_head(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After rotary embeddings: what reaches the function, each head's width at a time."""
+    """They are rounded after the rotary embeddings, in one group per token and head."""
     seen: list[Tensor] = []
 
     def spy(x: Tensor, **rounding: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Without a network: huggingface_hub is told that it is offline."""
+"""Models are found without a network: huggingface_hub runs in offline mode."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ def test_offline_is_said_with_advice(name: str) -> None:
 
 
 class Hub:
-    """What is asked of the hub, and answered: snapshots by revision, pull requests, commits."""
+    """A stand-in for the hub with snapshots by revision, pull requests and commits."""
 
     def __init__(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.cache = cache

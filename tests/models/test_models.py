@@ -1,4 +1,4 @@
-"""What every family must satisfy: a new one adds a line to ZOO in tests/zoo.py."""
+"""Properties of every family; a new family adds a line to ZOO in tests/zoo.py."""
 
 from collections import Counter
 from pathlib import Path
@@ -24,14 +24,14 @@ every_block = pytest.mark.parametrize("block", [0, 1])
 
 
 def branches(task: BlockTask, tensors: Tensors) -> Tensor:
-    """What the block adds to its input: the residual stream would drown errors."""
+    """Output minus input of a block: compared with the residual stream, errors would look small."""
     batch = task.streams["float"][0]
     out = functional_call(task.block, tensors, (batch.hidden,), batch.kwargs)
     return (out[0] if isinstance(out, tuple) else out) - batch.hidden
 
 
 def scale_for(fold: Fold, seed: int = 0) -> Tensor:
-    """Positive, most of it between a quarter and four."""
+    """Random positive scales, mostly between 1/4 and 4."""
     return torch.randn(fold.size, generator=torch.Generator().manual_seed(seed)).mul(0.7).exp()
 
 
@@ -77,7 +77,7 @@ def test_blocks_with_a_sliding_window_get_its_mask(name: str) -> None:
 
 
 def _seen(mask: Tensor | None) -> int:
-    """How many tokens the last one looks at."""
+    """The number of tokens that the last token attends to."""
     if mask is None:
         return zoo.TOKENS
     row = mask[0, 0, -1]

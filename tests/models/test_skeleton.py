@@ -67,7 +67,7 @@ def test_every_tensor_on_disk_has_its_own_name_in_memory(name: str) -> None:
 
 
 def test_names_on_disk_are_the_old_ones() -> None:
-    """Mixtral's differ from those in memory; a quantized tensor is renamed like its weight."""
+    """Mixtral's names on disk differ from those in memory; quantized tensors are renamed alike."""
     model = build_skeleton(AutoConfig.from_pretrained(zoo.folder("mixtral")))
     names = {
         f"model.layers.1.block_sparse_moe.{disk}": f"model.layers.1.mlp.{memory}"

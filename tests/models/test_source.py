@@ -18,12 +18,12 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 
 
 def first_inputs(model: SourceModel, *batches: Tensor) -> list[Tensor]:
-    """The hidden states that the first block gets."""
+    """The inputs of the first block."""
     return model.first_stream(batches).hidden()
 
 
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> Path:
-    """Rewrites the folder's one file after edit(tensors)."""
+    """Edits the tensors of a folder with one file."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
     edit(tensors)
@@ -120,7 +120,7 @@ def test_tied_weights_under_either_name(name: str, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_the_bare_model(tmp_path: Path) -> None:
-    """Its names lack the prefix; the head is tied."""
+    """Its names have no prefix, and its output layer is tied."""
 
     def strip(tensors: dict[str, Tensor]) -> None:
         for name in list(tensors):
@@ -220,7 +220,7 @@ def test_folders_that_cannot_be_quantized_are_refused(
 
 
 def test_tensors_that_no_module_has_are_left_alone(tmp_path: Path) -> None:
-    """Old Llama checkpoints hold the rotary table of every block."""
+    """Old Llama checkpoints also hold the rotary table of every block."""
     extra = "model.layers.0.self_attn.rotary_emb.inv_freq"
     folder = change(
         zoo.write(LLAMA, tmp_path), lambda tensors: tensors.update({extra: torch.ones(6)})

@@ -1,4 +1,4 @@
-"""Peak memory: what was held and freed again counts, mapped files do not."""
+"""Peak memory counts memory that was freed again, but no mapped files."""
 
 import gc
 import mmap

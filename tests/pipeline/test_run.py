@@ -1,4 +1,4 @@
-"""The run: what it depends on, what it keeps, how much it holds in memory, what it tells."""
+"""A run: what its result depends on, what it keeps, how much memory it takes, what it reports."""
 
 import json
 import shutil
@@ -130,7 +130,7 @@ def test_large_streams_go_to_disk_by_themselves(
 def test_never_more_than_one_block_is_read(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And never twice for one purpose: each block to quantize it and for what stays as it was."""
+    """Each block is read twice: to quantize it, and to copy the tensors that are not quantized."""
     calls: list[set[str]] = []
     read = CheckpointReader.read
 
@@ -173,7 +173,7 @@ def test_events(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
-    """A matrix of zeros is rounded without an error: infinitely many decibels."""
+    """Rounding a matrix of zeros causes no error, so its signal-to-noise ratio is infinite."""
     model = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
     name = "model.layers.1.mlp.up_proj"
     quantized.edit_shard(model / "model.safetensors", lambda t: t[f"{name}.weight"].zero_())
@@ -185,7 +185,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
 
 
 def test_what_the_models_config_says_is_kept(tmp_path: Path) -> None:
-    """Mamba's has an Infinity."""
+    """The config.json of Mamba has an Infinity."""
     model = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
     extra = {"time_step_limit": [0.0, float("inf")], "note": "é"}
     quantized.edit_json(model / "config.json", lambda config: config.update(extra))
@@ -255,7 +255,7 @@ def test_remote_code_runs_only_when_trusted(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_what_is_not_quantized_keeps_its_dtype(dtype: torch.dtype) -> None:
-    """OPT has it all: norms with biases, linears with biases, matrices outside the blocks."""
+    """OPT has norms with biases, linears with biases and matrices outside the blocks."""
     before = load_file(quantized.source("opt", dtype) / "model.safetensors")
     for method in quantized.METHODS:
         out = quantized.folder("opt", method, dtype)
