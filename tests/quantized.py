@@ -1,4 +1,4 @@
-"""The zoo's models with a tokenizer and a text, and the folders that lowbit makes of them."""
+"""Models of the zoo with a tokenizer and a text, and the folders that lowbit makes of them."""
 
 import json
 import os
@@ -37,7 +37,7 @@ METHODS: dict[str, Method] = {
 RECURRENT = {"block_types": ("recurrent", "attention"), "attention_window_size": 8}
 LINES = (
     zoo.ZOO
-    | zoo.STRANGERS
+    | zoo.DISCOVERED
     | {"recurrent_gemma": zoo.Line("recurrent_gemma", zoo.GQA | RECURRENT | {"lru_width": 48})}
 )
 ITS_OWN = ("events.jsonl", "run/lock")  # what may differ between two runs: the times, the lock
@@ -73,7 +73,7 @@ def add_tokenizer(folder: Path) -> Path:
 
 @cache
 def source(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """A model of the zoo that can be quantized; only to be read."""
+    """A float model of the zoo with a tokenizer; tests must not change the folder."""
     folder = _ROOT / f"{name}-{str(dtype).removeprefix('torch.')}-{seed}"
     return add_tokenizer(zoo.write(LINES[name], folder, dtype, seed=seed))
 
@@ -86,14 +86,14 @@ def quantize(model: Path, out: Path, method: str | Method = "rtn", **options: An
 
 @cache
 def folder(name: str = "llama", method: str = "rtn", dtype: torch.dtype = torch.float32) -> Path:
-    """A quantized model of the zoo; only to be read."""
+    """A quantized model of the zoo; tests must not change the folder."""
     out = _ROOT / f"{name}-{str(dtype).removeprefix('torch.')}-{method}"
     return quantize(source(name, dtype), out, method)
 
 
 @cache
 def master(name: str = "llama", extra_precision: bool = False, scope: str = "all") -> Path:
-    """A model of the zoo as plain 8-bit codes to be sliced; only to be read."""
+    """A model of the zoo with 8-bit codes to be sliced; tests must not change the folder."""
     out = _ROOT / f"{name}-master-{extra_precision}-{scope}"
     method = MatQuant(
         group_size=16, lwc=False, epochs=0, extra_precision=extra_precision, scope=scope
@@ -102,18 +102,18 @@ def master(name: str = "llama", extra_precision: bool = False, scope: str = "all
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but those that differ from run to run."""
+    """The content of every file below a folder, without those that differ from run to run."""
     paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     return {name: path.read_bytes() for name, path in paths.items() if name not in ITS_OWN}
 
 
 def section(folder: Path) -> dict[str, Any]:
-    """What config.json says about the quantization."""
+    """The quantization_config of a folder."""
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
 def python(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    """Runs a script in a process of its own, which finds what this one can import."""
+    """Runs a script in another process, with the import path of this one."""
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
@@ -128,11 +128,11 @@ def logits(model: Any, tokens: Tensor | None = None) -> Tensor:
         return model(zoo.tokens() if tokens is None else tokens).logits
 
 
-# Damage to a quantized folder, by somebody who may also forge its checksums.
+# Functions that damage a quantized folder, and forge its checksums.
 
 
 def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
-    """`change` edits in place, or returns what takes the whole's place."""
+    """`change` edits the value in place, or returns a new one."""
     value = json.loads(path.read_text())
     changed = change(value)
     path.write_text(json.dumps(value if changed is None else changed))
@@ -147,7 +147,7 @@ def edit_shard(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Sizes, hashes and digest made to agree with what stands there now."""
+    """Updates sizes, hashes and digest in config.json to the present content of the folder."""
 
     def forge(config: Any) -> None:
         section = config["quantization_config"]

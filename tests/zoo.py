@@ -1,4 +1,4 @@
-"""Small models of every family, random or made from the trained one: what many tests run over.
+"""Small models of every family for many tests, random or made from a trained model.
 
 A family's line in ZOO is also its contract: which folds each of its two blocks must have, and how
 many of them take a shift. A rule that silently stops to match changes these numbers.
@@ -115,8 +115,8 @@ ZOO: dict[str, Line] = {
         window=True,
     ),
 }
-# Architectures without a table, found by structure.
-STRANGERS: dict[str, Line] = {
+# Architectures without a table, whose groups are discovered from the structure of the model.
+DISCOVERED: dict[str, Line] = {
     "gemma2": Line("gemma2", GQA | {"head_dim": 16, "sliding_window": WINDOW}, window=True),
     "phi3": Line("phi3", GQA | {"pad_token_id": 0, "sliding_window": None}),
     "gpt_neox": Line("gpt_neox", SIZES | {"intermediate_size": 80}),
@@ -134,7 +134,7 @@ STRANGERS: dict[str, Line] = {
 
 
 def make(line: Line, seed: int = 0) -> PreTrainedModel:
-    """A float32 model in which every parameter is random, norms and biases too."""
+    """A float32 model whose parameters are all random, those of norms and biases too."""
     config = AutoConfig.for_model(line.model_type, **line.options)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     draw = torch.Generator().manual_seed(seed)
@@ -156,7 +156,7 @@ def write(
     max_shard_size: str = "5GB",
     seed: int = 0,
 ) -> Path:
-    """The model in a folder, as transformers saves it."""
+    """Saves the model to a folder with transformers."""
     make(line, seed).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
@@ -166,8 +166,8 @@ _KEPT = TemporaryDirectory(prefix="lowbit-zoo-", ignore_cleanup_errors=True)
 
 @cache
 def folder(name: str) -> Path:
-    """A model of ZOO or STRANGERS on disk, for tests that only read it."""
-    return write((ZOO | STRANGERS)[name], Path(_KEPT.name) / name)
+    """A model of ZOO or DISCOVERED on disk, for tests that only read it."""
+    return write((ZOO | DISCOVERED)[name], Path(_KEPT.name) / name)
 
 
 @cache
@@ -183,7 +183,7 @@ def tokens(seed: int = 0, rows: int = 2, length: int = TOKENS) -> Tensor:
 def task(
     name: str, block: int = 0, batches: int = 3, length: int = TOKENS, noise: float = 0.02
 ) -> BlockTask:
-    """What a method is given; the quantized streams differ from the float one by some noise."""
+    """The task of a method; its quantized streams are the float stream with noise."""
     model = source(name)
     first = model.first_stream([tokens(i, length=length) for i in range(batches)])
     block_name = model.block_names[block]
@@ -209,13 +209,13 @@ def log(emit: OnEvent = lambda event: None) -> BlockLog:
 
 
 def fallbacks(result: BlockResult) -> dict[str, str]:
-    """The sentence of every linear that fell back."""
+    """The report of every linear with a fallback, by name."""
     found = result.report.linears.items()
     return {name: linear.fallback for name, linear in found if linear.fallback is not None}
 
 
 def streamed_logits(model: SourceModel, whole: PreTrainedModel, batch: Tensor) -> Tensor:
-    """Block by block through `model`; what comes before and behind the blocks is `whole`'s own."""
+    """Logits with the blocks of `model`, run one by one, and all other parts of `whole`."""
     (hidden,) = model.run([batch]).hidden()
     blocks = whole.get_submodule(model.family.blocks)
     hooks = [block.register_forward_hook(_instead(hidden)) for block in blocks.children()]
@@ -291,7 +291,7 @@ def _as_mixtral(tensors: dict[str, Tensor], experts: int, noise: float) -> dict[
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter drawn from a normal distribution, without the global seed."""
+    """Draws every parameter from a normal distribution, without the global random generator."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

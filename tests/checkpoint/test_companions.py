@@ -1,4 +1,4 @@
-"""Which files go with the weights of a model."""
+"""Which files are copied with the weights of a model."""
 
 import shutil
 from pathlib import Path
@@ -47,7 +47,7 @@ STAYS = [
     "rust_model.ot",
     "model.gguf",
     "model.onnx",
-    # what is said about these weights, or others
+    # descriptions of these weights, or of others
     "config.json",
     "report.json",
     "report.html",
@@ -114,7 +114,7 @@ def test_code_goes_along_where_it_may_run(model: Path) -> None:
 
 
 def test_links_of_a_hub_snapshot_become_files(tmp_path: Path) -> None:
-    """A snapshot's files are links to ../../blobs; a link to a folder may lead anywhere."""
+    """Files of a snapshot from the hub are links to ../../blobs; links to folders are ignored."""
     blob = write(tmp_path / "hub" / "blobs", "abc") / "abc"
     snapshot = write(tmp_path / "hub" / "snapshots" / "0", "LICENSE")
     (snapshot / "tokenizer.json").symlink_to("../../blobs/abc")

@@ -1,4 +1,4 @@
-"""A folder is written whole or not at all."""
+"""A folder is written completely or not at all."""
 
 from collections.abc import Iterator
 from pathlib import Path

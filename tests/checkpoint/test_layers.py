@@ -1,4 +1,4 @@
-"""Layers from entries and tensors alone."""
+"""Layers are built from entries and tensors, without a model."""
 
 from typing import Any
 

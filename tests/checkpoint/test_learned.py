@@ -35,8 +35,8 @@ def test_the_digest_is_of_the_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shards", "gone", "message"),
     [
-        (3, "model-00003-of-00003.safetensors", "lacks model-00003-of-00003.*there are 1; this"),
-        (4, None, "lacks model-00002-of-00004.*there are 2; this model needs 3"),
+        (3, "model-00003-of-00003.safetensors", "lacks model-00003-of-00003.*it has 1 such files"),
+        (4, None, "lacks model-00002-of-00004.*it has 2 such files, this model needs 3"),
     ],
 )
 def test_what_is_missing_is_named(
@@ -50,5 +50,5 @@ def test_what_is_missing_is_named(
 
 
 def test_a_folder_without_any(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is none; this model needs 2.*of a method that le"):
+    with pytest.raises(ValueError, match="it has 0 such files, this model needs 2.*that learns"):
         Learned(tmp_path, 3)

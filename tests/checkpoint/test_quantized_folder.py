@@ -61,7 +61,7 @@ def test_every_tensor_is_in_one_place(name: str, method: str) -> None:
     others = [tensor for shard in shards for tensor in shard.others]
     assert sorted(layers) == sorted(folder.entries)
     packed = [tensor for layer in layers for tensor in folder.tensors_of(layer)]
-    assert sorted([*packed, *others, folder.guard]) == sorted(folder.reader.tensors)
+    assert sorted([*packed, *others, folder.placeholder]) == sorted(folder.reader.tensors)
     placed = folder.reader.tensors
     for shard in shards:
         assert all(placed[tensor].file == shard.file for tensor in shard.others)
@@ -91,7 +91,7 @@ def test_shards_are_converted_one_at_a_time() -> None:
 
 
 def test_the_dtype_of_the_float_weight() -> None:
-    """What an entry says of it comes first; a folder of version 1 has the guard tensor's."""
+    """The entry states the dtype; in a folder of version 1 it is that of the placeholder."""
     folder = QuantizedFolder(quantized.folder("opt", "omniquant", torch.bfloat16))
     name = next(iter(folder.entries))
     folder.entries = {name: {k: v for k, v in folder.entries[name].items() if k != "dtype"}}

@@ -99,7 +99,7 @@ def place(file: Any) -> Callable[[Path], None]:
     return reindex(lambda index: index["weight_map"].update({"norm.weight": file}))
 
 
-WEIGHT_MAP = "'weight_map' must map tensors to files beside it"
+WEIGHT_MAP = "'weight_map' must map the names of tensors to names of files in the same folder"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda f: (f / INDEX).unlink(), f"has neither {SINGLE} nor {INDEX}"),
     "index is no JSON": (lambda f: (f / INDEX).write_text("{"), f"{INDEX} cannot be read as JSON"),
@@ -115,13 +115,13 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "map to nothing": (place(""), WEIGHT_MAP),
     "map to a name that cannot be": (place("a" * 300), "a{300} is missing"),
     "map to bytes that cannot be": (place("a\0b\ud800"), "is missing"),
-    "map to another shard": (place(A), f"{INDEX} places norm.weight in {A}, which lacks it"),
+    "map to another shard": (place(A), f"tensor norm.weight is in {A}, but it is missing there"),
     "tensor that is not there": (
         reindex(lambda index: index["weight_map"].update(ghost=A)),
-        f"{INDEX} places ghost in {A}, which lacks it",
+        f"according to {INDEX}, tensor ghost is in {A}, but it is missing there",
     ),
     "missing shard": (lambda f: (f / B).unlink(), f"shard {B} is missing"),
-    "a shard twice": (swap, "tensor embed.weight stands in both"),
+    "a shard twice": (swap, "tensor embed.weight is in both"),
     "a shard that is a folder": (lambda f: [(f / B).unlink(), (f / B).mkdir()], f"{B} is missing"),
 }
 
@@ -138,14 +138,14 @@ def test_what_is_broken_is_named(name: str, tmp_path: Path) -> None:
 def test_a_file_that_is_cut(left: int, tmp_path: Path) -> None:
     whole = single(tmp_path) / SINGLE
     whole.write_bytes(whole.read_bytes()[:left])
-    with pytest.raises(ValueError, match=f"{SINGLE} is cut short or is no safetensors file"):
+    with pytest.raises(ValueError, match=f"{SINGLE} is cut short or is not a safetensors file"):
         CheckpointReader(tmp_path)
 
 
 def test_a_file_that_goes_on(tmp_path: Path) -> None:
     whole = single(tmp_path) / SINGLE
     whole.write_bytes(whole.read_bytes() + b"more")
-    with pytest.raises(ValueError, match=f"{SINGLE} is cut short or is no safetensors file"):
+    with pytest.raises(ValueError, match=f"{SINGLE} is cut short or is not a safetensors file"):
         CheckpointReader(tmp_path)
 
 
@@ -165,7 +165,9 @@ def test_a_dtype_that_torch_lacks(tmp_path: Path) -> None:
 
 def test_pickles_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
-    with pytest.raises(ValueError, match=r"(?s)pytorch_model.bin, a pickle.*Convert it.*save_pre"):
+    with pytest.raises(
+        ValueError, match=r"(?s)pytorch_model.bin, a pickle.*lowbit convert .* --from-bin"
+    ):
         CheckpointReader(tmp_path)
     assert CheckpointReader(single(tmp_path)).files == [SINGLE]  # not needed where both stand
 
@@ -173,7 +175,7 @@ def test_pickles_are_not_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["absent", "file"])
 def test_no_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=f"{name} is no folder"):
+    with pytest.raises(ValueError, match=f"{name} is not a folder"):
         CheckpointReader(tmp_path / name)
 
 

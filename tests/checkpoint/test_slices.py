@@ -1,4 +1,4 @@
-"""What slices would take, and which widths a folder has."""
+"""The size of slices on disk, and the widths that a folder has."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Each thing that can be wrong with a quantized folder is refused, by name."""
+"""Every kind of damage to a quantized folder is refused with a message that names it."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from lowbit.checkpoint.verify import check_dtypes
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 LINEAR = "model.layers.1.mlp.up_proj"
 PATTERN = "model.layers.{0-1}.mlp.up_proj"
-GUARD = "model.layers.0.self_attn.q_proj.weight"
+PLACEHOLDER = "model.layers.0.self_attn.q_proj.weight"
 Damage = Callable[[Path], Any]
 
 
@@ -60,7 +60,7 @@ def cut(folder: Path) -> None:
 
 
 def grow(folder: Path) -> None:
-    """A new field in the file's metadata, no tensor."""
+    """Adds a field to the metadata of a file, but no tensor."""
     with safe_open(folder / SHARDS[2], framework="pt") as shard:
         tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
     save_file(tensors, folder / SHARDS[2], metadata={"format": "pt", "more": "text"})
@@ -112,23 +112,26 @@ WRONG: dict[str, tuple[Damage, str]] = {
         config(lambda s: s["modules"].update({"lm_head": s["modules"][PATTERN]})),
         "tensor lm_head.packed is missing",
     ),
-    "no files": (config(drop("files")), "'files' must map shards to size and hash"),
-    "files is a list": (config(lambda s: s.update(files=SHARDS)), "'files' must map"),
+    "no files": (config(drop("files")), "files must map shards to size and hash"),
+    "files is a list": (config(lambda s: s.update(files=SHARDS)), "files must map"),
     "a file less": (config(lambda s: s["files"].pop(SHARDS[0])), "but config.json lists"),
     "a file more": (config(lambda s: s["files"].update(x={})), "but config.json lists"),
-    "no guard": (config(drop("marker")), "marker must be the weight .* not None"),
-    "guard of no layer": (config(lambda s: s.update(marker="lm_head.weight")), "marker must be"),
-    "guard elsewhere": (
+    "no placeholder": (config(drop("marker")), "marker must be the weight .* not None"),
+    "placeholder of no layer": (
+        config(lambda s: s.update(marker="lm_head.weight")),
+        "marker must be",
+    ),
+    "placeholder elsewhere": (
         config(lambda s: s.update(marker=f"{LINEAR}.weight")),
-        f"the empty tensor {LINEAR}.weight is missing",
+        f"the placeholder {LINEAR}.weight is missing: it must be an empty tensor",
     ),
-    "guard is gone": (
-        both(shard(drop(GUARD), GUARD), unindexed(GUARD)),
-        f"the empty tensor {GUARD} is missing",
+    "placeholder is gone": (
+        both(shard(drop(PLACEHOLDER), PLACEHOLDER), unindexed(PLACEHOLDER)),
+        f"the placeholder {PLACEHOLDER} is missing",
     ),
-    "guard is not empty": (
-        shard(lambda t: t.update({GUARD: torch.ones(3)}), GUARD),
-        f"the empty tensor {GUARD} is missing",
+    "placeholder is not empty": (
+        shard(lambda t: t.update({PLACEHOLDER: torch.ones(3)}), PLACEHOLDER),
+        f"the placeholder {PLACEHOLDER} is missing",
     ),
     "missing shard": (lambda f: (f / SHARDS[1]).unlink(), f"shard {SHARDS[1]} is missing"),
     "cut shard": (cut, f"{SHARDS[2]} is cut short"),
@@ -145,20 +148,23 @@ WRONG: dict[str, tuple[Damage, str]] = {
         shard(lambda t: t.update({f"{LINEAR}.packed": t[f"{LINEAR}.packed"].char()})),
         f"tensor {LINEAR}.packed is torch.int8",
     ),
-    "not in the index": (unindexed("lm_head.weight"), f"{INDEX} lacks tensor lm_head.weight"),
+    "not in the index": (
+        unindexed("lm_head.weight"),
+        f"{INDEX} does not list tensor lm_head.weight",
+    ),
     "index without metadata": (
         lambda f: quantized.edit_json(f / INDEX, lambda index: spoil(index, drop("metadata"))),
         f"{INDEX}: 'metadata' must be an object",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "is unfinished: run the same"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "must hold an object"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
     "float": (lambda f: quantized.edit_json(f / "config.json", drop_section), "not quantized by"),
 }
 # Seen by size, hash or digest alone.
 DAMAGED: dict[str, tuple[Damage, str]] = {
     "flipped byte": (flip, f"{SHARDS[1]} is damaged: its sha256"),
-    "grown": (grow, f"{SHARDS[2]} has .* bytes, config.json says"),
+    "grown": (grow, f"{SHARDS[2]} has .* bytes, but config.json states"),
     "edited": (config(lambda s: s["made_by"].update(seed=1)), "edited after quantization"),
     "edited outside": (
         lambda f: quantized.edit_json(f / "config.json", lambda c: c.update(rope_theta=1.0)),
@@ -222,7 +228,7 @@ def test_who_knows_what_he_changes_removes_the_digest(copy: Path) -> None:
 def test_an_entry_is_built_once_for_all_its_layers(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hostile range may name a million."""
+    """Otherwise a malicious range of a million layers would take too long."""
     built: list[Any] = []
     build = verify.build
     monkeypatch.setattr(verify, "build", lambda entry: [built.append(entry), build(entry)][1])

@@ -1,4 +1,4 @@
-"""OUT while it is written: what is finished, whose it is, and that nothing half-written remains."""
+"""Writing OUT: finished shards, folders of others, and no incomplete files."""
 
 import errno
 import json
@@ -133,7 +133,7 @@ def test_restart_keeps_nothing(begun: Path, tmp_path: Path) -> None:
     assert (elsewhere / "kept").exists()
 
 
-STRANGERS = {
+OTHER_FOLDERS = {
     "a model": ["config.json", "model.safetensors"],
     "a hidden file": [".git/HEAD"],
     "a folder called run": ["run/weights.txt"],
@@ -143,9 +143,9 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize("restart", [False, True])
-@pytest.mark.parametrize("name", STRANGERS)
-def test_a_strangers_folder_is_left_alone(name: str, restart: bool, tmp_path: Path) -> None:
-    for file in STRANGERS[name]:
+@pytest.mark.parametrize("name", OTHER_FOLDERS)
+def test_other_folders_are_left_alone(name: str, restart: bool, tmp_path: Path) -> None:
+    for file in OTHER_FOLDERS[name]:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).mkdir() if file.endswith("/") else (tmp_path / file).write_text(file)
     before = sorted(tmp_path.rglob("*"))
@@ -203,7 +203,7 @@ def unserialisable(out: CheckpointWriter) -> None:
 
 
 def shared_memory(out: CheckpointWriter) -> None:
-    """safetensors refuses tensors that overlap."""
+    """safetensors refuses tensors that share memory."""
     both = torch.zeros(4)
     save_tensors(out.folder / A, {"a": both, "b": both[1:]})
 
@@ -264,7 +264,7 @@ def test_finite_leaves_the_rest_alone() -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[tuple[Path, AbstractContextManager[Any]]]:
-    """A folder and a context in which 2 MB do not fit: for real, where we may mount."""
+    """A folder on a disk that is too small for 2 MB; without the right to mount it is simulated."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]

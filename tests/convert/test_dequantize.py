@@ -1,4 +1,4 @@
-"""A dequantized folder is a plain one: stock transformers computes what the quantized one does."""
+"""transformers computes the same with a dequantized folder as lowbit with the quantized one."""
 
 import subprocess
 import sys

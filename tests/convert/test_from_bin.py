@@ -1,4 +1,4 @@
-"""Pickled weights to safetensors, and what a pickle may not hold."""
+"""Weights in pickles are converted to safetensors; other pickles are refused."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints in their layout, written here, against what their layers compute."""
+"""Converted checkpoints compute what the layers of QuIP-for-all and AutoQuIP compute."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def theirs(
 
 
 def check(folder: Path, out: Path, layers: dict[str, Parts], codebook: str, ratio: float) -> None:
-    """Every layer of the model that lowbit loads gives what theirs would."""
+    """Checks that every converted layer gives the same outputs as the original layer."""
     model = load_model(from_quip(folder, out))
     assert len(layers) == 7
     for name, parts in layers.items():
@@ -55,9 +55,9 @@ def test_every_codebook(codebook: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("codebook", ["E8P12RVQ3B", "E8P12RVQ4B"])
-@pytest.mark.parametrize(("said", "ratio"), [(-1, -1), (0.5, 0.5), (2.5, 0.4)])
-def test_residual_scales(codebook: str, said: float, ratio: float, tmp_path: Path) -> None:
-    layers = theirs(tmp_path / "in", codebook, opt_resid_scale=said)
+@pytest.mark.parametrize(("stored", "ratio"), [(-1, -1), (0.5, 0.5), (2.5, 0.4)])
+def test_residual_scales(codebook: str, stored: float, ratio: float, tmp_path: Path) -> None:
+    layers = theirs(tmp_path / "in", codebook, opt_resid_scale=stored)
     check(tmp_path / "in", tmp_path / "out", layers, codebook, ratio)
 
 
@@ -73,7 +73,7 @@ def rescaled(name: str, parts: Parts) -> None:
 
 
 def merged(name: str, parts: Parts) -> None:
-    """Both gone, both one, or one of them one."""
+    """SU and SV are both missing, or both are 1, or one of them is missing."""
     if "mlp" in name:
         del parts["SU"], parts["SV"]
     elif "q_proj" in name:
@@ -116,7 +116,7 @@ def test_powers_of_two_without_use_rand(tmp_path: Path) -> None:
 
 
 def test_a_whole_folder(tmp_path: Path) -> None:
-    """Spread over two files, each layer too; what is no layer stays as it is."""
+    """The tensors of each layer are in two files; tensors of no layer are copied unchanged."""
     folder, out = tmp_path / "in", tmp_path / "out"
     theirs(folder, "E8P12")
     state = load_file(folder / "model.safetensors")
@@ -139,7 +139,7 @@ def test_a_whole_folder(tmp_path: Path) -> None:
     quantized.verify()
     made = quantized.quantization["made_by"]
     assert (made["source"], made["method"]["codebook"]) == ("in", "E8P12")
-    assert quantized.reader.tensors[quantized.guard].dtype == torch.float16
+    assert quantized.reader.tensors[quantized.placeholder].dtype == torch.float16
     plain = [n for n in state if n.rpartition(".")[2] == "weight" and state[n].dim()]
     kept = CheckpointReader(out).read(plain)
     assert len(plain) == 5 and all(torch.equal(kept[name], state[name]) for name in plain)
@@ -168,7 +168,7 @@ DOWN = "model.layers.0.mlp.down_proj"
 
 
 def changed(name: str, parts: Parts, **changes: Tensor | None) -> None:
-    """Changes one layer; None takes away."""
+    """Changes tensors of one layer; None removes a tensor."""
     if name == DOWN:
         for part, tensor in changes.items():
             parts.pop(part, None)
@@ -177,17 +177,23 @@ def changed(name: str, parts: Parts, **changes: Tensor | None) -> None:
 
 
 LAYERS: list[tuple[dict[str, Tensor | None], str]] = [
-    ({"had_left": None}, "had_left is missing, the matrix of order 3: without use_rand"),
-    ({"had_left": torch.eye(12)}, r"had_left is \[12, 12\]: .* it is \[3, 3\]"),
+    ({"had_left": None}, "had_left, a matrix of order 3, is missing: without use_rand"),
+    ({"had_left": torch.eye(12)}, r"had_left is \[12, 12\]: .* it must be \[3, 3\]"),
     ({"had_left": 2 * torch.eye(3)}, "had_left is not orthogonal"),
     ({"had_right": -torch.ones(1, 1)}, "had_right is not orthogonal"),
-    ({"SU": torch.ones(80)}, r"SU is \[80\]: .* it is \[96\]; a layer that was padded cannot"),
+    ({"SU": torch.ones(80)}, r"SU is \[80\]: .* must be \[96\]; a padded layer cannot"),
     ({"bias": torch.ones(20)}, r"bias is \[20\]"),
     ({"SV": torch.full((32,), torch.nan)}, "SV has values that are not finite"),
     ({"Wscale": None}, "Wscale is missing"),
-    ({"Qidxs": torch.zeros(32, 3, dtype=torch.int64)}, r"Qidxs is torch.int64 \[32, 3\]: E8P12 is"),
+    (
+        {"Qidxs": torch.zeros(32, 3, dtype=torch.int64)},
+        r"Qidxs is torch.int64 \[32, 3\]: E8P12 nee",
+    ),
     ({"weight": torch.zeros(32, 96)}, r"weight is \[32, 96\]"),
-    ({"codebook_id": torch.zeros(())}, "codebook_id is no tensor of this layout: it has Qidxs"),
+    (
+        {"codebook_id": torch.zeros(())},
+        "codebook_id is not a tensor of this layout: allowed are Qidxs",
+    ),
 ]
 
 

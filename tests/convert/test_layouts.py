@@ -1,4 +1,4 @@
-"""Layouts by name."""
+"""Layouts are chosen by name."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every code against the words of the layout, counted out in plain Python."""
+"""Every code gives the codeword of the original layout, which is computed in plain Python."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lowbit.formats.lattice.codebooks import CODEBOOKS
 
 
 def every_code(name: str) -> Tensor:
-    """Every word of either stage at least once."""
+    """Every codeword of both stages occurs at least once."""
     if name == "D4":
         return torch.arange(256).view(4, 64).byte()
     if name == "HI":

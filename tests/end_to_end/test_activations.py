@@ -1,4 +1,4 @@
-"""OmniQuant with rounded activations, from training to a folder that rounds them by itself."""
+"""OmniQuant with rounded activations, from training to the loaded model."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ METHODS = {
     "nearest": OmniQuant(**W4A4, lwc=False, epochs=0),
 }
 FAMILIES = ["opt", "llama", "mistral", "qwen3", "mixtral", "falcon rw", "gemma2"]
-DISCOVERED = [name for name in zoo.STRANGERS if name != "gpt2"]
+DISCOVERED = [name for name in zoo.DISCOVERED if name != "gpt2"]
 MASKED = FAMILIES[:-1]  # eager attention turns rows that see nothing to NaN in float64
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -49,7 +49,7 @@ _KEPT = TemporaryDirectory(prefix="lowbit-w4a4-", ignore_cleanup_errors=True)
 
 @cache
 def folder(name: str, method: str = "trained") -> Path:
-    """A model of the zoo at W4A4; only to be read."""
+    """A model of the zoo at W4A4; tests must not change the folder."""
     out = Path(_KEPT.name) / f"{name}-{method}"
     return quantized.quantize(quantized.source(name), out, METHODS[method])
 
@@ -134,7 +134,7 @@ def test_what_is_saved_is_what_ran(
 
 
 def double(name: str) -> Any:
-    """In float64 no rounding hangs on the order in which something was added up."""
+    """In float64 the order of additions does not change the rounded codes."""
     return lowbit.load(folder(name))[0].double()
 
 
@@ -233,7 +233,7 @@ def test_a_section_that_cannot_be(attention: Any, message: str, tmp_path: Path) 
 
 
 def test_only_some_linears(tmp_path: Path) -> None:
-    """An attention whose linears all stay float is left alone, and not called given up."""
+    """An attention whose linears all stay float is not rounded, and not reported as a fallback."""
     model = quantized.source()
     method = OmniQuant(**W4A4, epochs=0, overrides={"down_proj": {"activation_bits": 8}})
     out = quantized.quantize(model, tmp_path / "out", method, only=("mlp.*", "layers.1.*"))

@@ -72,7 +72,7 @@ def test_learned_scales_replay_to_the_same_bytes(folders: dict[str, Path], tmp_p
 def test_an_interrupted_run_ends_in_the_same_bytes(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The first block is read back, with the mask that its linears share."""
+    """The first block is read from its shard, with the mask that its linears share."""
     whole, out = folders["llama"], copytree(folders["llama"], tmp_path / "out")
     for path in [*out.rglob("*00003-of-00003*"), out / "config.json"]:  # shard, learned, record
         path.unlink()

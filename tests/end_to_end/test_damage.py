@@ -79,7 +79,7 @@ def copied() -> Iterator[Path]:
 
 
 def judge(folder: Path, forged: bool) -> None:
-    """The one property. forged: the checksums agree, so that other logits are no surprise."""
+    """A damaged folder must raise a ValueError, or load as the same model; forged: as any model."""
     try:
         model, _ = lowbit.load(folder)
     except ValueError as error:
@@ -90,7 +90,7 @@ def judge(folder: Path, forged: bool) -> None:
 
 
 def edit(tree: Any, steps: list[int], action: str, value: Any) -> None:
-    """Walks down until the steps or the tree end, and edits there, in place."""
+    """Follows `steps` down a tree of dictionaries and lists, and edits the value there in place."""
     children = [k for k, v in enumerated(tree) if isinstance(v, dict | list) and v]
     if len(steps) > 1 and children:
         key = children[steps[0] % len(children)]
@@ -147,7 +147,7 @@ def test_bytes_of_a_shard(forged: bool, shard: int, changes: list[tuple[Any, ...
 @bounded
 @given(st.integers(0, 2), st.lists(EDITS, min_size=1, max_size=2))
 def test_fields_of_a_shards_header(shard: int, edits: list[tuple[Any, ...]]) -> None:
-    """Names, dtypes, shapes and offsets: what random bytes seldom hit. Always forged."""
+    """Edits names, dtypes, shapes and offsets, which random bytes seldom hit; always forged."""
     with copied() as folder:
         path = sorted(folder.glob("*.safetensors"))[shard]
         data = path.read_bytes()
@@ -194,7 +194,7 @@ def test_entries_of_the_layers(forged: bool, edits: list[tuple[Any, ...]]) -> No
 @bounded
 @given(st.lists(EDITS, min_size=1, max_size=3))
 def test_index(edits: list[tuple[Any, ...]]) -> None:
-    """No checksum covers it: whatever is changed is seen, or changes nothing."""
+    """No checksum covers the index: every change is detected, or has no effect."""
     with copied() as folder:
         change_json(folder / INDEX, edits)
         judge(folder, forged=False)

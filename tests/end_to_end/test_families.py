@@ -1,4 +1,4 @@
-"""Every family of the zoo, and what is found by structure: quantized, loaded, run."""
+"""Models of every family, and of architectures without a table, are quantized, loaded and run."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.models.source import SourceModel
 from lowbit.pipeline.job import Job
 
-DISCOVERED = [name for name in zoo.STRANGERS if name != "gpt2"]
+DISCOVERED = [name for name in zoo.DISCOVERED if name != "gpt2"]
 FEW = OmniQuant(bits=3, group_size=16, epochs=1, min_tokens=12)
 
 
@@ -144,7 +144,7 @@ def test_the_router_stays_float() -> None:
 
 
 def test_matrices_that_are_not_understood(tmp_path: Path) -> None:
-    """GPT-2's are no nn.Linear: refused by name, or left float by name; all of them is too many."""
+    """GPT-2's matrices are not nn.Linear: they are refused, or may stay float, but not all."""
     gpt2, out = quantized.source("gpt2"), tmp_path / "out"
     with pytest.raises(ValueError, match="(?s)8 matrices.*h.0.attn.c_attn.*--allow-float"):
         quantized.quantize(gpt2, out)

@@ -1,4 +1,4 @@
-"""MixedQuant from folder to logits: what is shared is stored once, no token sees a later one."""
+"""MixedQuant end to end: shared tensors are stored once; no token depends on a later one."""
 
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,7 @@ def folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
 
 @cache
 def model(name: str) -> PreTrainedModel:
-    """In float64, so that one call and another round a value alike, which decides about codes."""
+    """In float64, so that two calls round a value to the same code."""
     loaded, _ = lowbit.load(folder(name), dtype=torch.float64)
     return loaded
 
@@ -102,7 +102,7 @@ def test_a_padded_batch_is_its_rows(name: str) -> None:
 
 
 def test_dequantized_is_the_weight_without_the_rounding_of_inputs(tmp_path: Path) -> None:
-    """Orders and shared permutations come out right: only inputs are no longer rounded."""
+    """Orders and permutations are undone; the only difference is that inputs are not rounded."""
     unrounded = METHOD.model_copy(update={"activation_bits": 16})
     out = quantized.quantize(quantized.source("llama"), tmp_path / "out", unrounded)
     plain = dequantize(out, tmp_path / "plain")

@@ -1,4 +1,4 @@
-"""What the original code does, faults included: they are why it is for comparison only."""
+"""The behaviour of the original code, with its faults, due to which it is for comparison only."""
 
 import sys
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""--start-from: what a run has learned is replayed to the same bytes, or trained on."""
+"""--start-from: learned parameters are applied again with the same result, or trained further."""
 
 import json
 from pathlib import Path

@@ -62,7 +62,7 @@ def test_a_width_for_each_layer(tmp_path: Path) -> None:
 
 
 def test_plans_name_layers_as_the_folder_does() -> None:
-    """Where they have other names in memory: a plan for `load` is one for `set_bits`."""
+    """Where names in memory differ: `load` and `set_bits` take the same widths by name."""
     plan = {"block_sparse_moe.experts.*": 2, "block_sparse_moe.experts.1.w1": 3}
     model, _ = lowbit.load(quantized.master("mixtral"))
     assert not any("block_sparse_moe" in name for name in layers(model))

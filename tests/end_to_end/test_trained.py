@@ -1,4 +1,4 @@
-"""The trained Llama, as itself and as the families that it is function for function."""
+"""The trained Llama, and the same function rewritten as a model of other families."""
 
 from functools import cache
 from pathlib import Path
@@ -42,7 +42,7 @@ def quantized(family: str, method: str = "rtn", device: str = "cpu") -> Path:
 
 @cache
 def tokens() -> Tensor:
-    """(4, 256) of stories that the model was not trained on."""
+    """(4, 256) tokens of stories that the model was not trained on."""
     text = (TEXT / "held_back_stories.txt").read_text()[:8000]
     ids = lowbit.load(LLAMA)[1](text, verbose=False)["input_ids"]
     return torch.tensor(ids[:1024]).view(4, 256)
@@ -58,7 +58,7 @@ def loss(model: Any) -> float:
 
 
 def test_learning_pays() -> None:
-    """In nats per token: what rounding to 2 bits costs, some of which OmniQuant gets back."""
+    """Rounding to 2 bits increases the loss (nats per token); OmniQuant recovers a part of that."""
     whole, rounded, learned = (
         loss(lowbit.load(folder)[0])
         for folder in (LLAMA, quantized("llama"), quantized("llama", "omniquant"))
@@ -78,7 +78,7 @@ def test_the_same_function_in_another_family(family: str) -> None:
 
 
 def test_experts_that_are_nearly_the_same() -> None:
-    """Mixtral with copies of one MLP as experts costs what the MLP costs."""
+    """Mixtral whose experts are copies of one MLP has the same loss as the model with that MLP."""
     model, _ = lowbit.load(quantized("mixtral"))
     assert loss(model) == pytest.approx(loss(lowbit.load(quantized("llama"))[0]), abs=0.1)
 
@@ -116,7 +116,7 @@ def test_a_gpu_and_the_disk_together(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
 def test_quantized_on_a_gpu(method: str) -> None:
-    """Nearly the same codes; what was learned may end a little elsewhere."""
+    """The codes are nearly the same; learned parameters may differ a little."""
     ours, theirs = quantized("llama", method), quantized("llama", method, "cuda:0")
     costs = [loss(lowbit.load(folder)[0]) for folder in (ours, theirs)]
     assert costs[0] == pytest.approx(costs[1], abs=0.001 if method == "rtn" else 0.1)

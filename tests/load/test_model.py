@@ -1,4 +1,4 @@
-"""A quantized folder becomes a model that runs, through lowbit.load and through transformers."""
+"""A quantized folder is loaded through lowbit.load and through transformers."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_plain_transformers_loads_the_same(dtype: torch.dtype) -> None:
-    """And in float32, whatever the checkpoint's dtype: half precision is slow on the CPU."""
+    """In float32 for every dtype of the checkpoint, because half precision is slow on the CPU."""
     folder = quantized.folder("opt", "omniquant", dtype)
     ours, tokenizer = lowbit.load(folder)
     theirs = plugin(folder)
@@ -58,7 +58,7 @@ def test_plain_transformers_loads_the_same(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["opt", "llama, tied, biased", "mixtral"])
 def test_transformers_finds_nothing_to_report(name: str) -> None:
-    """The empty tensor among the rest: it would be called unexpected, with a warning."""
+    """Not even the placeholder, which would cause a warning about an unexpected tensor."""
     _, report = plugin(quantized.folder(name), output_loading_info=True)
     assert {kind: list(found) for kind, found in report.items() if found} == {}
 
@@ -74,7 +74,7 @@ finally:
 
 
 def test_a_process_without_lowbit_refuses() -> None:
-    """It would only warn, and initialise at random, but for the empty tensor."""
+    """Without the placeholder it would only warn, and initialise the weights at random."""
     done = quantized.python(STOCK, quantized.folder("mixtral"))
     assert done.stdout == "False\n"
     assert done.returncode != 0
@@ -93,7 +93,7 @@ BLOCKS = {"llama": "model.layers", "mixtral": "model.layers", "opt": "model.deco
 
 
 def spread(model: nn.Module, path: str, places: tuple[str, str]) -> dict[str, str]:
-    """A device_map by module: each block in its place, everything else on the CPU."""
+    """A device_map that puts each block on a given device, and everything else on the CPU."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in model.named_buffers()]
     rest = {name.rpartition(".")[0]: "cpu" for name in names if not name.startswith(path)}
@@ -229,7 +229,7 @@ def test_verification_may_leave_out_the_hashes(copy: Path) -> None:
 
 
 def test_no_file_can_say_that_it_is_verified(copy: Path) -> None:
-    """Nor replace a method, or switch something in transformers, by a key of its own."""
+    """Nor can a key in config.json replace a method, or change what transformers does."""
 
     def edit(config: dict[str, Any]) -> None:
         config["quantization_config"] |= {"verified": True, "dequantize": True, "to_dict": 1}
@@ -245,18 +245,18 @@ def test_no_file_can_say_that_it_is_verified(copy: Path) -> None:
 
 
 def test_only_verified_files_are_read(copy: Path) -> None:
-    """transformers would prefer a single file to the shards."""
+    """transformers would read the single file instead of the shards."""
     shutil.copy(quantized.source() / "model.safetensors", copy)
     for load in (lowbit.load, plugin):
         with pytest.raises(
-            ValueError, match="would read .'model.safetensors'.*remove what does not"
+            ValueError, match="would read .'model.safetensors'.*remove the files that do not"
         ):
             load(copy)
 
 
 @pytest.mark.parametrize("name", ["llama, tied, biased", "falcon 40b"])
 def test_a_float_folder(name: str) -> None:
-    """What quantized models are compared with."""
+    """It computes exactly what transformers computes."""
     model, _ = lowbit.load(quantized.source(name))
     assert torch.equal(quantized.logits(model), quantized.logits(zoo.make(zoo.ZOO[name])))
 
@@ -268,7 +268,7 @@ def test_a_float_folder_has_no_widths() -> None:
 
 
 def test_a_float_folder_that_lacks_a_tensor(tmp_path: Path) -> None:
-    """transformers would warn and draw it at random."""
+    """transformers would only warn, and initialise the tensor at random."""
     folder = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
     quantized.edit_shard(folder / "model.safetensors", lambda t: t.pop(f"{LINEAR}.weight"))
     with pytest.raises(
@@ -306,7 +306,7 @@ def test_an_unfinished_folder(copy: Path) -> None:
 
 
 def test_a_device_that_runs_out_of_memory(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is not the folder's fault."""
+    """The error stays as it is: the folder is not damaged."""
 
     def exhausted(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -1,4 +1,4 @@
-"""A folder is loaded only into a model that it fits; with forged checksums, too."""
+"""A folder is loaded only into a model that it fits, even if its checksums are forged."""
 
 import shutil
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def modules(**changes: Any) -> Callable[[Path], None]:
-    """Entries of the model's layers, changed or put in."""
+    """Changes or adds entries of layers."""
 
     def damage(folder: Path) -> None:
         def edit(config: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ def modules(**changes: Any) -> Callable[[Path], None]:
 
 
 def outside(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    """Edits what is not quantized; the index follows."""
+    """Edits tensors that are not quantized, and updates the index."""
 
     def damage(folder: Path) -> None:
         path = quantized.shard_with(folder, "lm_head.weight")
@@ -54,7 +54,7 @@ def outside(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None
 
 
 def add_layer(name: str, tensors_like: str = LINEAR) -> Callable[[Path], None]:
-    """A quantized layer that the model lacks, with all its tensors."""
+    """Adds a quantized layer with all its tensors, which the model does not have."""
 
     def tensors(folder: Path) -> dict[str, Tensor]:
         reader = CheckpointReader(folder)
@@ -80,34 +80,34 @@ NORM = "model.norm.weight"
 MISFITS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a layer that is not there": (
         add_layer("model.layers.7.mlp.up_proj"),
-        "quantizes model.layers.7.mlp.up_proj, which this model does not have",
+        "lists model.layers.7.mlp.up_proj as quantized, but this model has no such layer",
     ),
     "a layer that is a norm": (
         add_layer("model.norm"),
-        "quantizes model.norm, which is a LlamaRMSN",
+        "lists model.norm as quantized, but it is a LlamaRMSNorm, not a linear",
     ),
     "a layer with another shape": (
         add_layer("lm_head"),
-        r"lm_head is \(out, in, bias\) \(101, 48, False\) in this model, .* \(80, 48, False\)",
+        r"lm_head needs \(out, in, bias\) \(101, 48, False\) in this model, .* \(80, 48, False\)",
     ),
     "fewer blocks": (
         model_config(num_hidden_layers=1),
-        "layers.1.* which this model does not have",
+        "layers.1.* as quantized, but this model has no such layer",
     ),
     "more blocks": (model_config(num_hidden_layers=3), "tensor model.layers.2.* is missing"),
-    "wider": (model_config(hidden_size=64), "is .out, in, bias. .* in this model, but"),
+    "wider": (model_config(hidden_size=64), "needs .out, in, bias. .* in this model, but"),
     "a larger vocabulary": (
         model_config(vocab_size=102),
-        "has shape .101, 48., the model needs .102",
+        "has shape .101, 48., but the model needs .102",
     ),
-    "another family": (model_config(model_type="opt"), "which this model does not have"),
+    "another family": (model_config(model_type="opt"), "but this model has no such layer"),
     "a family that nobody knows": (model_config(model_type="wombat"), "cannot be loaded: .*wombat"),
     "no family": (model_config(model_type=None), "cannot be loaded"),
     "biases": (model_config(attention_bias=True), "48, 48, True. in this model, but"),
     "a missing tensor": (outside(lambda t: t.pop(NORM)), f"tensor {NORM} is missing"),
     "another shape": (
         outside(lambda t: t.update({NORM: torch.ones(47)})),
-        rf"tensor {NORM} has shape \[47\], the model needs \[48\]",
+        rf"tensor {NORM} has shape \[47\], but the model needs \[48\]",
     ),
     "another dtype": (
         outside(lambda t: t.update({NORM: torch.ones(48, dtype=torch.int32)})),

@@ -1,4 +1,4 @@
-"""What attention reads is rounded in all that calls transformers' interface, and nowhere else."""
+"""Queries, keys and values are rounded in every attention that calls transformers' interface."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,17 +14,17 @@ from lowbit.kernels.tokens import round_tokens
 from lowbit.models import attention
 from lowbit.models.attention import attentions_of, calls_interface, round_attentions
 
-CALLERS = [n for n in (*zoo.ZOO, *zoo.STRANGERS) if not n.startswith(("falcon", "gpt2"))]
+CALLERS = [n for n in (*zoo.ZOO, *zoo.DISCOVERED) if not n.startswith(("falcon", "gpt2"))]
 W4: dict[str, Any] = {"bits": 4, "symmetric": False}
 
 
 def plain(name: str) -> Any:
-    return zoo.make((zoo.ZOO | zoo.STRANGERS)[name])
+    return zoo.make((zoo.ZOO | zoo.DISCOVERED)[name])
 
 
-@pytest.mark.parametrize("name", [*zoo.ZOO, *zoo.STRANGERS])
+@pytest.mark.parametrize("name", [*zoo.ZOO, *zoo.DISCOVERED])
 def test_those_are_found_that_call_the_interface(name: str) -> None:
-    """Seen by putting a spy into transformers' table."""
+    """A spy in transformers' table of attention functions records the calls."""
     model = plain(name)
     called: set[nn.Module] = set()
 
@@ -61,7 +61,7 @@ def marked(name: str, rounding: dict[str, Any] = W4, implementation: str = "sdpa
 def test_rounding_to_nothing_is_transformers_own(
     name: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Masks too: of padding, on either side, and of windows."""
+    """With masks too: of padding on either side, and of sliding windows."""
     monkeypatch.setattr(attention, "round_tokens", lambda x, **rounding: x)
     ours, theirs = marked(name, implementation=implementation), plain(name)
     if implementation == "eager":
@@ -78,7 +78,7 @@ def test_rounding_to_nothing_is_transformers_own(
 def test_queries_keys_and_values_are_rounded_per_token_and_head(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After rotary embeddings: what reaches the function, each head's width at a time."""
+    """They are rounded after the rotary embeddings, in one group per token and head."""
     seen: list[Tensor] = []
 
     def spy(x: Tensor, **rounding: Any) -> Tensor:
@@ -100,9 +100,9 @@ def test_queries_keys_and_values_are_rounded_per_token_and_head(
 
 def test_a_name_that_is_not_there_or_is_no_attention() -> None:
     model = zoo.make(zoo.ZOO["llama"])
-    with pytest.raises(ValueError, match="attention model.layers.2.self_attn .*does not have"):
+    with pytest.raises(ValueError, match="attention model.layers.2.self_attn, .*does not have"):
         round_attentions(model, {"model.layers.2.self_attn": W4})
-    with pytest.raises(ValueError, match="model.layers.0.mlp .* LlamaMLP that does not call"):
+    with pytest.raises(ValueError, match="model.layers.0.mlp, .* LlamaMLP that does not call"):
         round_attentions(model, {"model.layers.0.mlp": W4})
     falcon = zoo.make(zoo.ZOO["falcon 7b"])
     with pytest.raises(ValueError, match="FalconAttention that does not call"):

@@ -81,14 +81,14 @@ def test_the_tables_of_known_families_are_found(name: str) -> None:
 
 
 def test_what_is_no_linear_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"8 matrices of GPT2LMHeadModel are not understood") as e:
+    with pytest.raises(ValueError, match=r"8 matrices of GPT2LMHeadModel are not in exactly") as e:
         SourceModel(zoo.folder("gpt2"))
     assert "transformer.h.0.attn.c_attn (in 0 groups)" in str(e.value)
     assert "--allow-float PATTERN" in str(e.value)
 
 
 def test_what_is_no_linear_stays_float_where_allowed() -> None:
-    with pytest.raises(ValueError, match="4 matrices.*not understood") as e:
+    with pytest.raises(ValueError, match="4 matrices.*not in exactly one group") as e:
         SourceModel(zoo.folder("gpt2"), allow_float=["*.attn.*"])
     assert "c_attn" not in str(e.value) and "transformer.h.1.mlp.c_fc" in str(e.value)
     model = SourceModel(zoo.folder("gpt2"), allow_float=["*.attn.*", "transformer.h.*.mlp.*"])
@@ -100,7 +100,7 @@ def test_what_is_no_linear_stays_float_where_allowed() -> None:
     ("change", "message"),
     [
         (lambda model: setattr(model.model, "layers", nn.Identity()), "no list of blocks"),
-        (lambda model: setattr(model.model, "rotary_emb", None), "add a table, about 30 lines"),
+        (lambda model: setattr(model.model, "rotary_emb", None), "add a table of about 30 lines"),
     ],
     ids=["no list", "untraceable"],
 )

@@ -1,4 +1,4 @@
-"""Generation token by token: as transformers' own greedy search, and without global randomness."""
+"""Generation equals transformers' greedy search, and draws no global random numbers."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ MODEL = zoo.MODELS / "llama-mini"
 
 
 class Numbers:
-    """A tokenizer whose text is the numbers themselves."""
+    """A tokenizer whose text is the token ids as numbers."""
 
     eos_token_id = None
 
@@ -20,7 +20,7 @@ class Numbers:
 
 
 class Bytes:
-    """A tokenizer of bytes; two of them may be one character."""
+    """A tokenizer of bytes; a character may have two of them."""
 
     eos_token_id = 0
 
@@ -29,7 +29,7 @@ class Bytes:
 
 
 class Script(torch.nn.Module):
-    """Says what is written for it, whatever it reads."""
+    """A model that generates given tokens for every input."""
 
     def __init__(self, text: bytes, context: int | None = None) -> None:
         super().__init__()

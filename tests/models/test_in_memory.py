@@ -1,4 +1,4 @@
-"""A model in memory becomes a folder for a while."""
+"""A model in memory is saved to a temporary folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Without a network: huggingface_hub is told that it is offline."""
+"""Models are found without a network: huggingface_hub runs in offline mode."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,14 +47,14 @@ def test_malformed_ids(name: str) -> None:
 @pytest.mark.parametrize("name", ["owner/name", "gpt2"])
 def test_offline_is_said_with_advice(name: str) -> None:
     with pytest.raises(
-        ValueError, match=f"^{name!r} is no folder, and the hub.*hf auth login"
+        ValueError, match=f"^{name!r} is not a folder, and cannot.*hf auth login"
     ) as e:
         locate(name)
     assert "\n" not in str(e.value)
 
 
 class Hub:
-    """What is asked of the hub, and answered: snapshots by revision, pull requests, commits."""
+    """A stand-in for the hub with snapshots by revision, pull requests and commits."""
 
     def __init__(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.cache = cache
@@ -135,5 +135,5 @@ def test_the_hub_does_not_answer_about_conversions(
 
     hub.files[None] = "config.json"
     monkeypatch.setattr("lowbit.models.locate.get_repo_discussions", refuse)
-    with pytest.raises(ValueError, match="the hub does not give it \\(no network\\)"):
+    with pytest.raises(ValueError, match="cannot be downloaded from the hub \\(no network\\)"):
         locate("owner/name")

@@ -1,4 +1,4 @@
-"""What every family must satisfy: a new one adds a line to ZOO in tests/zoo.py."""
+"""Properties of every family; a new family adds a line to ZOO in tests/zoo.py."""
 
 from collections import Counter
 from pathlib import Path
@@ -24,14 +24,14 @@ every_block = pytest.mark.parametrize("block", [0, 1])
 
 
 def branches(task: BlockTask, tensors: Tensors) -> Tensor:
-    """What the block adds to its input: the residual stream would drown errors."""
+    """Output minus input of a block: compared with the residual stream, errors would look small."""
     batch = task.streams["float"][0]
     out = functional_call(task.block, tensors, (batch.hidden,), batch.kwargs)
     return (out[0] if isinstance(out, tuple) else out) - batch.hidden
 
 
 def scale_for(fold: Fold, seed: int = 0) -> Tensor:
-    """Positive, most of it between a quarter and four."""
+    """Random positive scales, mostly between 1/4 and 4."""
     return torch.randn(fold.size, generator=torch.Generator().manual_seed(seed)).mul(0.7).exp()
 
 
@@ -53,7 +53,7 @@ def test_every_table_has_a_model() -> None:
     assert family_name(zoo.folder("phi3")) == "discovered"
 
 
-@pytest.mark.parametrize("name", [n for n in zoo.ZOO | zoo.STRANGERS if n != "gpt2"])
+@pytest.mark.parametrize("name", [n for n in zoo.ZOO | zoo.DISCOVERED if n != "gpt2"])
 def test_streamed_forward_is_that_of_transformers(name: str) -> None:
     whole = AutoModelForCausalLM.from_pretrained(zoo.folder(name)).eval()
     batch = zoo.tokens()
@@ -77,7 +77,7 @@ def test_blocks_with_a_sliding_window_get_its_mask(name: str) -> None:
 
 
 def _seen(mask: Tensor | None) -> int:
-    """How many tokens the last one looks at."""
+    """The number of tokens that the last token attends to."""
     if mask is None:
         return zoo.TOKENS
     row = mask[0, 0, -1]
@@ -109,13 +109,13 @@ def test_a_group_is_all_that_reads_one_input(name: str, block: int) -> None:
     firsts = [inputs[group.linears[0]] for group in task.groups]
     for group, first in zip(task.groups, firsts, strict=True):
         assert all(torch.equal(inputs[linear], first) for linear in group.linears), group.name
-    twins = [
+    read_the_same = [
         (a.name, b.name)
         for i, a in enumerate(task.groups)
         for j, b in enumerate(task.groups[:i])
         if torch.equal(firsts[i], firsts[j])
     ]
-    assert not twins
+    assert not read_the_same
     assert len({group.name for group in task.groups}) == len(task.groups)
 
 

@@ -18,7 +18,7 @@ every_mixture = pytest.mark.parametrize("name", EXPERTS)
 
 
 def line(name: str) -> zoo.Line:
-    return (zoo.ZOO | zoo.STRANGERS)[name]
+    return (zoo.ZOO | zoo.DISCOVERED)[name]
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
@@ -53,7 +53,7 @@ def test_unfused_where_asked_for() -> None:
     assert not isinstance(model.model.layers[0].mlp.experts, UnfusedExperts)
 
 
-@pytest.mark.parametrize("name", [*zoo.ZOO, *zoo.STRANGERS])
+@pytest.mark.parametrize("name", [*zoo.ZOO, *zoo.DISCOVERED])
 def test_every_tensor_on_disk_has_its_own_name_in_memory(name: str) -> None:
     model = build_skeleton(AutoConfig.from_pretrained(zoo.folder(name)))
     on_disk = CheckpointReader(zoo.folder(name)).tensors
@@ -67,7 +67,7 @@ def test_every_tensor_on_disk_has_its_own_name_in_memory(name: str) -> None:
 
 
 def test_names_on_disk_are_the_old_ones() -> None:
-    """Mixtral's differ from those in memory; a quantized tensor is renamed like its weight."""
+    """Mixtral's names on disk differ from those in memory; quantized tensors are renamed alike."""
     model = build_skeleton(AutoConfig.from_pretrained(zoo.folder("mixtral")))
     names = {
         f"model.layers.1.block_sparse_moe.{disk}": f"model.layers.1.mlp.{memory}"

@@ -1,4 +1,4 @@
-"""A streamed model against the whole one, float and quantized."""
+"""A streamed model computes what the whole model computes, float and quantized."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ BATCHES = [zoo.tokens(0), zoo.tokens(1), zoo.tokens(2, rows=1, length=9)]
 
 
 def logits(model: StreamedModel, hidden: Stream, piece: int) -> list[Tensor]:
-    """Of every batch, asked for in pieces of so many tokens."""
+    """The logits of every batch, computed in pieces of `piece` tokens."""
     around = model.without_blocks()
     return [
         torch.cat(
@@ -123,7 +123,7 @@ def test_without_blocks_can_be_used_again_and_forget() -> None:
 
 
 def test_a_quantized_folder_lacks_the_float_models_tensors() -> None:
-    """Without its layers put in place it is refused, not read as something else."""
+    """Without `prepare`, which replaces its linears, it is refused."""
     folder = quantized.folder("llama")
     with pytest.raises(ValueError, match="tensors that the model needs|has shape"):
         StreamedModel(folder, load_config(folder))

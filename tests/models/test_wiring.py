@@ -23,7 +23,7 @@ SIZES = {
 
 
 def block_with(*names: str) -> nn.Module:
-    """Linears of those names, without data."""
+    """A block with linears of these names, on the meta device."""
     block = nn.Module()
     for name in names:
         *path, last = name.split(".")

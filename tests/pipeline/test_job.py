@@ -1,4 +1,4 @@
-"""What a run and its rehearsal share: streams, and where these live."""
+"""The work that a run and a dry run share: streams, and where these are kept."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +23,7 @@ def job(method: Method = METHOD, name: str = "llama", **options: object) -> Job:
 
 
 def test_the_signature_of_a_run() -> None:
-    """Its keys and values are what older folders hold: with others they could not be continued."""
+    """These keys and values must not change, or runs of older versions could not be continued."""
     start = quantized.folder(method="omniquant")
     made = job(skip=("q_proj",), lm_head_bits=4, start_from=start, recipe="mine", restart=True)
     windows = made.windows()

@@ -1,4 +1,4 @@
-"""Peak memory: what was held and freed again counts, mapped files do not."""
+"""Peak memory counts memory that was freed again, but no mapped files."""
 
 import gc
 import mmap
@@ -16,11 +16,11 @@ CPU = torch.device("cpu")
 
 
 def peak(size: int) -> int:
-    with PeakMemory(CPU) as watched:
+    with PeakMemory(CPU) as measured:
         held = torch.ones(size, dtype=torch.uint8)
         time.sleep(4 * EVERY)
         del held
-    return watched.found["memory"]
+    return measured.bytes["memory"]
 
 
 def test_what_was_freed_again_counts() -> None:
@@ -56,9 +56,9 @@ def test_a_gpu_counts_from_here_on(monkeypatch: pytest.MonkeyPatch) -> None:
             return answer
 
         monkeypatch.setattr(torch.cuda, name, tell)
-    with PeakMemory(torch.device("cuda:1")) as watched:
+    with PeakMemory(torch.device("cuda:1")) as measured:
         assert asked == ["reset_peak_memory_stats cuda:1"]
-    assert asked[1:] == ["max_memory_allocated cuda:1"] and watched.found["device_memory"] == 7
-    with PeakMemory(CPU) as watched:
+    assert asked[1:] == ["max_memory_allocated cuda:1"] and measured.bytes["device_memory"] == 7
+    with PeakMemory(CPU) as measured:
         pass
-    assert watched.found.keys() == {"memory"}
+    assert measured.bytes.keys() == {"memory"}

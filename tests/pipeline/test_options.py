@@ -17,7 +17,7 @@ SHAPES = {"device", "allow_float", "skip", "only", "lm_head_bits", "start_from",
 DEVICES = {
     "gpu": "'gpu' is not known: use cpu, cuda:N or auto",
     "meta": "'meta' is not known",
-    "cuda:99": "'cuda:99' was asked for, but torch finds [0-9]+ CUDA devices",
+    "cuda:99": "'cuda:99' does not exist: torch finds [0-9]+ CUDA devices",
 }
 
 

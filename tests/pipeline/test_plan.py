@@ -1,4 +1,4 @@
-"""What is planned against what the run writes, and how the parts of a rehearsal add up."""
+"""Estimates against what the run writes, and how they are derived from a dry run."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,15 @@ import quantized
 from lowbit.checkpoint.output import size_of
 from lowbit.methods import GPTQ, RTN
 from lowbit.pipeline import RunOptions
+from lowbit.pipeline.dry_run import DryRun, DryRunBlock, Stage
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.plan import LONG, Estimate, _memory, longest, plan
-from lowbit.pipeline.rehearsal import Rehearsal, Stage, Trial
 
 OMNIQUANT = quantized.METHODS["omniquant"]
 MIXED = RTN(bits=4, group_size=16, overrides={"down_proj": {"bits": 8}, "layers.1.*": {"bits": 2}})
-MARKER = 300  # bytes of a header: most blocks have no marker, the first that is rehearsed has it
+# Bytes of the placeholder tensor in a shard's header: the block of the dry run has one, of the run
+# only the first block with quantized layers.
+PLACEHOLDER = 300
 
 
 # model, method, options
@@ -40,7 +42,7 @@ def test_sizes(name: str, tmp_path: Path) -> None:
     written = size_of(out)
     assert found.linears == pytest.approx(written.linears, rel=1e-12)
     assert found.model == pytest.approx(written.model, rel=1e-12)
-    assert abs(found.bytes - written.bytes) < MARKER
+    assert abs(found.bytes - written.bytes) < PLACEHOLDER
     learned = sum(path.stat().st_size for path in out.glob("learned/*"))
     assert found.learned == pytest.approx(learned, rel=0.02)
 
@@ -62,12 +64,12 @@ def test_what_it_is_derived_from() -> None:
     assert found.seconds > 2 * found.seconds_per_block > 0
 
 
-def rehearsal(outside: int, capture: int | None, *trials: tuple[int, int]) -> Rehearsal:
-    """Peaks of each stage; a trial's, and how many streams it holds."""
+def dry_run(outside: int, capture: int | None, *blocks: tuple[int, int]) -> DryRun:
+    """A dry run with these memory peaks; of each block: its peak, and its number of streams."""
     times: dict[str, Any] = {"fixed": 1.0, "per_batch": 0.0, "per_epoch": 0.0}
     rest: dict[str, Any] = {"device_memory": None, "record": {}, "learned": 0}
-    made = [Trial(**times, **rest, memory=memory, held=held) for memory, held in trials]
-    return Rehearsal(
+    measured = [DryRunBlock(**times, **rest, memory=m, most_streams=n) for m, n in blocks]
+    return DryRun(
         batches=4,
         hashing=0.0,
         outside=Stage(1.0, outside),
@@ -75,23 +77,23 @@ def rehearsal(outside: int, capture: int | None, *trials: tuple[int, int]) -> Re
         outside_record={},
         capture=None if capture is None else Stage(1.0, capture),
         kinds=[],
-        trials=dict(enumerate(made)),
+        blocks=dict(enumerate(measured)),
     )
 
 
 MEMORY = {
-    "outside": (rehearsal(500, None, (400, 0)), None, 500),
-    "a block and its streams": (rehearsal(100, 300, (400, 3)), "memory", 400 + 3 * 50),
-    "on disk": (rehearsal(100, 300, (400, 3)), "disk", 400),
-    "capture and one stream": (rehearsal(100, 390, (300, 2), (310, 2)), "memory", 390 + 50),
+    "outside": (dry_run(500, None, (400, 0)), None, 500),
+    "a block and its streams": (dry_run(100, 300, (400, 3)), "memory", 400 + 3 * 50),
+    "on disk": (dry_run(100, 300, (400, 3)), "disk", 400),
+    "capture and one stream": (dry_run(100, 390, (300, 2), (310, 2)), "memory", 390 + 50),
 }
 
 
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory(name: str) -> None:
-    found, place, wanted = MEMORY[name]
+    measured, place, wanted = MEMORY[name]
     streams = None if place is None else {"place": place, "bytes": 50, "held": 3}
-    assert _memory(found, streams) == wanted
+    assert _memory(measured, streams) == wanted
 
 
 def test_a_run_that_could_be_long() -> None:

@@ -1,4 +1,4 @@
-"""What a run reports of linears has their names on disk."""
+"""Results of a block on disk; reports name linears as on disk."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def test_the_report_is_made_of_the_records() -> None:
 
 
 def test_one_linear_is_the_whole_block() -> None:
-    """What all its names begin with goes on behind its number."""
+    """The common start of all names of its tensors is longer than the name of the block."""
 
     class Source:
         def block_tensors(self, block: str) -> list[str]:
@@ -72,7 +72,7 @@ def test_what_is_left_float() -> None:
 
 @pytest.mark.parametrize("name", ["opt", "mixtral"])
 def test_the_report_lists_every_linear(name: str) -> None:
-    """Mixtral's experts have other names in memory."""
+    """Mixtral's experts have different names in memory and on disk."""
     report = json.loads((quantized.folder(name) / "report.json").read_text())
     entries = QuantizedFolder(quantized.folder(name)).entries
     listed = {

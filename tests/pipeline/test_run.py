@@ -1,4 +1,4 @@
-"""The run: what it depends on, what it keeps, how much it holds in memory, what it tells."""
+"""A run: what its result depends on, what it keeps, how much memory it takes, what it reports."""
 
 import json
 import shutil
@@ -102,7 +102,7 @@ def test_streams_that_do_not_fit_on_the_disk(
         return shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(run.shutil, "disk_usage", usage)
-    with pytest.raises(ValueError, match="need 24,576 bytes on the disk.*has 5,000 left"):
+    with pytest.raises(ValueError, match="need 24,576 bytes on the disk.*only 5,000 are free"):
         quantized.quantize(quantized.source(), tmp_path / "out", "omniquant", streams="disk")
     assert not (tmp_path / "out" / "run" / "streams").exists()
 
@@ -130,7 +130,7 @@ def test_large_streams_go_to_disk_by_themselves(
 def test_never_more_than_one_block_is_read(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And never twice for one purpose: each block to quantize it and for what stays as it was."""
+    """Each block is read twice: to quantize it, and to copy the tensors that are not quantized."""
     calls: list[set[str]] = []
     read = CheckpointReader.read
 
@@ -173,7 +173,7 @@ def test_events(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
-    """A matrix of zeros is rounded without an error: infinitely many decibels."""
+    """Rounding a matrix of zeros causes no error, so its signal-to-noise ratio is infinite."""
     model = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
     name = "model.layers.1.mlp.up_proj"
     quantized.edit_shard(model / "model.safetensors", lambda t: t[f"{name}.weight"].zero_())
@@ -185,7 +185,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
 
 
 def test_what_the_models_config_says_is_kept(tmp_path: Path) -> None:
-    """Mamba's has an Infinity."""
+    """The config.json of Mamba has an Infinity."""
     model = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
     extra = {"time_step_limit": [0.0, float("inf")], "note": "é"}
     quantized.edit_json(model / "config.json", lambda config: config.update(extra))
@@ -255,21 +255,21 @@ def test_remote_code_runs_only_when_trusted(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_what_is_not_quantized_keeps_its_dtype(dtype: torch.dtype) -> None:
-    """OPT has it all: norms with biases, linears with biases, matrices outside the blocks."""
+    """OPT has norms with biases, linears with biases and matrices outside the blocks."""
     before = load_file(quantized.source("opt", dtype) / "model.safetensors")
     for method in quantized.METHODS:
         out = quantized.folder("opt", method, dtype)
         reader = CheckpointReader(out)
-        marker = json.loads((out / "config.json").read_text())["quantization_config"]["marker"]
+        placeholder = json.loads((out / "config.json").read_text())["quantization_config"]["marker"]
         after = {n: t for n, t in reader.read(reader.tensors).items() if n in before}
-        after.pop(marker)
+        after.pop(placeholder)
         assert {n for n in before if n not in after} == {
             n
             for n in before
             if n.endswith(("proj.weight", "fc1.weight", "fc2.weight")) and ".layers." in n
         }
         assert {tensor.dtype for tensor in after.values()} == {dtype}
-        assert reader.tensors[marker].dtype == dtype
+        assert reader.tensors[placeholder].dtype == dtype
         moved = {n for n, tensor in after.items() if not torch.equal(tensor, before[n])}
         assert all(".layers." in n for n in moved)
         assert bool(moved) == getattr(quantized.METHODS[method], "let", False)
@@ -287,7 +287,7 @@ class Broken(RTN):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
 
-REHEARSED: dict[str, tuple[bool | None, float, bool]] = {  # dry_run_block, LONG, whether it is
+DRY_RUNS: dict[str, tuple[bool | None, float, bool]] = {  # dry_run_block, LONG, is there one
     "asked for": (True, 1e9, True),
     "a long run": (None, 0.0, True),
     "a short run": (None, 1e9, False),
@@ -295,9 +295,9 @@ REHEARSED: dict[str, tuple[bool | None, float, bool]] = {  # dry_run_block, LONG
 }
 
 
-@pytest.mark.parametrize("name", REHEARSED)
-def test_rehearsed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, long, done = REHEARSED[name]
+@pytest.mark.parametrize("name", DRY_RUNS)
+def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, long, done = DRY_RUNS[name]
     monkeypatch.setattr(run, "LONG", long)
     seen: list[Event] = []
     out = tmp_path / "out"
@@ -308,11 +308,11 @@ def test_rehearsed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert kinds[: len(before) + 1] == [*before, "capture"]
     assert quantized.contents(out) == quantized.contents(quantized.folder(method="omniquant"))
     lines = [strict_json(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    rehearsed = [line for line in lines if line["kind"] == "rehearsed"]
-    assert [line["basis"]["blocks"] for line in rehearsed] == [["model.layers.0"]] * done
+    finished = [line for line in lines if line["kind"] == "rehearsed"]
+    assert [line["basis"]["blocks"] for line in finished] == [["model.layers.0"]] * done
 
 
-def test_what_goes_on_is_not_rehearsed(tmp_path: Path) -> None:
+def test_a_continued_run_has_no_dry_run(tmp_path: Path) -> None:
     out = Path(shutil.copytree(quantized.folder(), tmp_path / "out"))
     (out / "config.json").unlink()
     (out / "run" / "model-00003-of-00003.json").unlink()
@@ -323,13 +323,13 @@ def test_what_goes_on_is_not_rehearsed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_rehearsal_that_fails(restart: bool, tmp_path: Path) -> None:
+def test_a_dry_run_that_fails(restart: bool, tmp_path: Path) -> None:
     out, model = tmp_path / "out", quantized.source()
     if restart:
         shutil.copytree(quantized.folder(), out)
     before = quantized.contents(out)
-    sentence = "the rehearsal failed, and so would the run.*: tried to allocate 80 GiB"
-    with pytest.raises(ValueError, match=sentence):
+    message = "the dry run of one block failed, so the run was not started: tried to allocate 80"
+    with pytest.raises(ValueError, match=message):
         quantized.quantize(model, out, Broken(), dry_run_block=True, restart=restart)
     assert quantized.contents(out) == before
     method = "rtn" if restart else "omniquant"  # another one may be tried at once

@@ -1,4 +1,4 @@
-"""--skip, --only: what stays float, stays as it was, loads, and is told."""
+"""--skip and --only: skipped linears stay unchanged in float, can be loaded, and are reported."""
 
 import json
 from pathlib import Path

@@ -1,8 +1,19 @@
-"""Checkpoints on disk; the only package that imports safetensors.
+"""Reads and writes checkpoints on disk; the only package that imports safetensors.
 
-reader.py reads any Hugging Face folder tensor by tensor. quantized_folder.py reads a quantized one
-layer by layer, with the checks of verify.py. writer.py writes OUT block by block and continues an
-interrupted run; folder.py writes a folder in one go, companions.py the files that go with weights.
+Reading:
+reader.py:           any Hugging Face folder, tensor by tensor.
+quantized_folder.py: a quantized folder, layer by layer.
+verify.py:           checks of the config.json of a quantized folder.
+layers.py:           quantized layers from their entries and tensors.
+slices.py:           widths and sizes of the slices of a MatQuant folder.
+learned.py:          the learned parameters of an earlier run.
+
+Writing:
+writer.py:           the folder of a run, block by block; an interrupted run can continue.
+folder.py:           a folder at once.
+companions.py:       the files other than weights that belong to a model.
+output.py:           config.json of a quantized folder, and sizes in bits per weight.
+ranges.py:           names of many layers as one entry of config.json.
 """
 
 from lowbit.checkpoint.quantized_folder import QuantizedFolder

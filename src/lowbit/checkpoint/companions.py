@@ -1,19 +1,20 @@
-"""Which files of a model folder go with its weights into another folder: tokenizer, licences, ...
+"""Copies the companions of a model's weights (tokenizer, licences, ...) to another folder.
 
-| a file                                                                        | goes along     |
+| file                                                                          | copied         |
 | ----------------------------------------------------------------------------- | -------------- |
 | weights in any format, and an index of weights                                | no             |
-| what lowbit writes about a folder: config.json, report.json, run/, ...        | no             |
-| what describes other weights: of an adapter, by another quantizer             | no             |
-| README*: the card of the float model would describe the wrong model           | no             |
-| hidden files, and what Python has compiled                                    | no             |
+| files that lowbit writes itself: config.json, report.json, run/, ...          | no             |
+| descriptions of other weights: of an adapter, of another quantizer            | no             |
+| README*: it describes the float model                                         | no             |
+| hidden files, and compiled Python code                                        | no             |
 | Python code                                                                   | if it may run  |
-| all in a folder that is a checkpoint of its own: original/, checkpoint-500/   | no             |
+| everything in a folder with its own checkpoint: original/, checkpoint-500/    | no             |
 | everything else: tokenizer, chat templates, processors, licences              | yes            |
 
-The same holds inside folders, such as additional_chat_templates/. Links to files are followed,
-because the folder of a model from the hub consists of them; links to folders are not. A folder is a
-checkpoint of its own where any file below it is weights, their index, config.json or params.json.
+The same rules apply inside subfolders, such as additional_chat_templates/. Links to files are
+followed, because a model folder from the hub consists of links; links to folders are not. A
+subfolder has its own checkpoint if any file below it is weights, an index of weights, config.json
+or params.json.
 """
 
 import os
@@ -38,9 +39,11 @@ CONFIGS = ("config.json", "params.json")
 
 
 def copy_companions(folder: Path, into: Path, code: bool = False) -> None:
-    """Copies the companions of a folder's weights, each written aside and renamed once it is whole.
+    """Copies the companions of a model folder; each is renamed to its name once it is complete.
 
-    code: whether Python code goes along, as it must where it may run (--trust-remote-code).
+    folder: the model folder.
+    into: the folder to copy to.
+    code: whether Python code is copied; it must be if the model needs it (--trust-remote-code).
     """
     for name in companions_of(folder, code):
         (into / name).parent.mkdir(parents=True, exist_ok=True)
@@ -49,33 +52,33 @@ def copy_companions(folder: Path, into: Path, code: bool = False) -> None:
 
 
 def companions_of(folder: Path, code: bool = False) -> list[Path]:
-    """The files that go with a folder's weights, by their paths relative to it; see the module."""
-    found: list[Path] = []
+    """Returns the companions of a model folder, as paths relative to it; see the table above."""
+    companions: list[Path] = []
     for path in sorted(folder.iterdir()):
         if path.name in (*ABOUT_ITSELF, *ABOUT_OTHER_WEIGHTS) or path.name.startswith(CARD):
             continue
         files = [path] if path.is_file() else _files_below(path)
         if not path.is_file() and any(map(_is_of_a_checkpoint, files)):
             continue
-        found += [file.relative_to(folder) for file in files]
-    return [file for file in found if _goes_along(file, code)]
+        companions += [file.relative_to(folder) for file in files]
+    return [file for file in companions if _is_companion(file, code)]
 
 
 def is_weights(file: Path) -> bool:
-    """Whether a file holds weights, or is an index of files that do."""
+    """Returns whether a file holds weights, or is an index of files with weights."""
     return file.suffix in WEIGHTS or file.name.endswith(INDEX_END)
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All files below a folder; none where it is a link, nor below links in it."""
+    """All files below a folder, without following links to folders."""
     if folder.is_symlink():
         return []
-    found = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
-    return sorted(path for path in found if path.is_file())
+    paths = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+    return sorted(path for path in paths if path.is_file())
 
 
-def _goes_along(file: Path, code: bool) -> bool:
-    """file: its path relative to the model folder"""
+def _is_companion(file: Path, code: bool) -> bool:
+    """file: path relative to the model folder"""
     if any(part.startswith(".") for part in file.parts) or is_weights(file):
         return False
     return code if file.suffix == CODE else file.suffix not in COMPILED

@@ -1,4 +1,4 @@
-"""Write a folder in one go: shards one after another, then the index, then config.json."""
+"""Writes a model folder at once: all shards, then the index, then config.json."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,14 +23,17 @@ def write_folder(
     companions: Path,
     code: bool = False,
 ) -> None:
-    """Writes a folder of weights, with config.json and the files that go with the weights.
+    """Writes a model folder: shards, index, config.json and companions such as the tokenizer.
 
-    shards: `count` dictionaries of tensors by name on disk, made one at a time.
-    config: config.json, or what makes it from the folder in which the shards then lie.
-    companions: the folder whose other files (tokenizer, licences) are copied.
+    out: the folder to write, which must not exist.
+    shards: one dictionary of tensors by name on disk for each shard; they are taken one at a time.
+    count: the number of shards.
+    config: the content of config.json, or a function that makes it from the folder once that holds
+        the shards.
+    companions: a model folder; its files other than weights (tokenizer, licences) are copied.
     code: whether its Python code is copied too.
 
-    Raises ValueError when `out` exists, or the disk is full; then nothing of `out` remains.
+    Raises ValueError if `out` exists, or the disk is full. After an error `out` does not exist.
     """
     with written_aside(out) as part:
         part.mkdir(parents=True)
@@ -40,9 +43,10 @@ def write_folder(
 
 @contextmanager
 def written_aside(out: Path) -> Iterator[Path]:
-    """The path to write to, which becomes `out` when all went well; else nothing of it remains.
+    """Gives a temporary path to write a folder to, and renames it to `out` if no error occurs.
 
-    Raises ValueError when `out` is there already, or the disk is full.
+    After an error the temporary folder is removed. Raises ValueError if `out` exists, or the disk
+    is full.
     """
     if out.exists():
         raise ValueError(f"{out} exists already: choose another folder, or remove it")

@@ -1,4 +1,4 @@
-"""Quantized layers from their entries and their tensors, without a model."""
+"""Builds quantized layers from their entries in config.json and their tensors, without a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,33 +13,35 @@ from lowbit.formats.base import QuantizedLinear
 def layers_from(
     entries: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor]
 ) -> dict[str, QuantizedLinear]:
-    """Layers on the CPU, with their tensors, each linked to the one that it shares with.
+    """Returns layers on the CPU by name on disk, filled and linked.
 
-    entries: what config.json says of each layer, by its name on disk; a layer that another one
-        shares with must be among them.
-    tensors: by name on disk, those of these layers at least.
+    A layer that shares tensors of another one (`shares` in its entry) is linked to that layer.
 
-    Raises ValueError, by the name of the layer, for one whose tensors do not fit its entry.
+    entries: the entries of these layers by name on disk, as in config.json; the layer whose tensors
+        another one shares must be among them.
+    tensors: by name on disk; more than those of these layers are allowed.
+
+    Raises ValueError, with the name of the tensor, where tensors do not fit the entries.
     """
     layers: dict[str, QuantizedLinear] = {}
     for name, entry in entries.items():
         with torch.device("meta"):
             layers[name] = build(entry)
         expected = layers[name].state_dict()
-        found = {key: tensors[f"{name}.{key}"] for key in expected if f"{name}.{key}" in tensors}
-        for key, place in expected.items():
-            if key not in found:
+        stored = {key: tensors[f"{name}.{key}"] for key in expected if f"{name}.{key}" in tensors}
+        for key, tensor in expected.items():
+            if key not in stored:
                 raise ValueError(f"tensor {name}.{key} is missing")
-            check_tensor(f"{name}.{key}", tuple(found[key].shape), found[key].dtype, place)
-        layers[name].load_state_dict(found, assign=True)
+            check_tensor(f"{name}.{key}", tuple(stored[key].shape), stored[key].dtype, tensor)
+        layers[name].load_state_dict(stored, assign=True)
     link(layers)
     return layers
 
 
-def check_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, place: Tensor) -> None:
-    """Raises ValueError where a stored tensor has not the shape and dtype of its place."""
-    if shape != tuple(place.shape) or dtype != place.dtype:
+def check_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, expected: Tensor) -> None:
+    """Raises ValueError if a stored tensor has another shape or dtype than the expected tensor."""
+    if shape != tuple(expected.shape) or dtype != expected.dtype:
         raise ValueError(
             f"tensor {name} is {dtype} {list(shape)}, "
-            f"but config.json asks for {place.dtype} {list(place.shape)}"
+            f"but config.json asks for {expected.dtype} {list(expected.shape)}"
         )

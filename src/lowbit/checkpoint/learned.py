@@ -1,4 +1,7 @@
-"""What an earlier run learned: OUT/learned/, one file per block, to replay or to train on."""
+"""Reads the parameters that an earlier run learned, in OUT/learned/, one file per block.
+
+A new run can apply them without training, or continue to train them.
+"""
 
 import hashlib
 from pathlib import Path
@@ -11,10 +14,13 @@ FOLDER = "learned"
 
 
 class Learned:
-    """folder: OUT, or its `learned`. shards: of the run, as `CheckpointWriter` counts them.
+    """The learned parameters of an earlier run.
 
-    Raises ValueError when a block's file is missing: the earlier run is unfinished, learns nothing
-    or was for a model with another number of blocks.
+    folder: OUT of that run, or the folder `learned` in it.
+    shards: number of shards of the new run, as `CheckpointWriter` counts them: blocks + 1.
+
+    Raises ValueError if the file of a block is missing: the earlier run is unfinished, its method
+    learns nothing, or its model has another number of blocks.
     """
 
     def __init__(self, folder: Path, shards: int) -> None:
@@ -23,21 +29,21 @@ class Learned:
             index: self.folder / f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
             for index in range(1, shards)
         }
-        found = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        missing = [path.name for path in self.files.values() if path.name not in found]
+        present = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        missing = [path.name for path in self.files.values() if path.name not in present]
         if missing:
-            there = f"there are {len(found)}" if found else "there is none"
             raise ValueError(
-                f"{folder} lacks {missing[0]} of what an earlier run learned ({there}; this model "
-                f"needs {len(self.files)}): name a finished OUT of a method that learns"
+                f"{folder} lacks {missing[0]} with learned parameters of a block (it has "
+                f"{len(present)} such files, this model needs {len(self.files)}): name the OUT of "
+                "a finished run on this model with a method that learns"
             )
 
     def digest(self) -> str:
-        """sha256 of all files."""
+        """Returns a sha256 of the contents of all files."""
         hashes = " ".join(file_sha256(path) for path in self.files.values())
         return hashlib.sha256(hashes.encode()).hexdigest()
 
     def of(self, index: int) -> dict[str, Tensor]:
-        """What was learned for the block of shard `index`."""
+        """Returns the learned parameters of the block in shard `index`."""
         reader = CheckpointReader.of_file(self.files[index])
         return reader.read(reader.tensors)

@@ -1,4 +1,4 @@
-"""config.json of a quantized folder, and the size of a folder in bits."""
+"""Makes config.json of a quantized folder, and computes the size of a folder in bits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +17,17 @@ Record = Mapping[str, Any]
 def final_config(
     source: Path, records: Sequence[Record], made_by: dict[str, Any]
 ) -> dict[str, Any]:
-    """The source's config.json with our section; `records` are those of all shards in order."""
+    """Returns config.json of the source with a quantization_config.
+
+    source: the folder of the float model.
+    records: of all shards, in order.
+    made_by: how the folder was made: method, calibration, versions.
+
+    Raises ValueError if no layer was quantized.
+    """
     modules = {name: entry for r in records for name, entry in r.get("modules", {}).items()}
     if not modules:
-        raise ValueError("no linear was quantized: every one is skipped or left float")
+        raise ValueError("no linear was quantized: all of them were skipped or left in float")
     attention = {name: how for r in records for name, how in r.get("attention", {}).items()}
     section = {
         "quant_method": "lowbit",
@@ -39,10 +46,12 @@ def final_config(
 
 @dataclass(frozen=True)
 class Size:
-    """Honest sizes from the bytes on disk.
+    """The size of a model folder, from the bytes on disk.
 
-    linears: bits per weight of the quantized linears, biases not counted (of a float folder: of the
-    whole model). model: bits per parameter of everything. bytes: of all shards.
+    linears: bits per weight of the quantized linears, scales and zero points included, biases not;
+        for a float model: of the whole model.
+    model: bits per parameter of the whole model.
+    bytes: size of all shards, their headers included.
     """
 
     linears: float
@@ -51,7 +60,7 @@ class Size:
 
 
 def size_of(folder: Path) -> Size:
-    """The size of a float or quantized folder, from its headers."""
+    """Returns the size of a float or quantized folder; only the headers of its shards are read."""
     reader = CheckpointReader(folder)
     stored = sum((folder / file).stat().st_size for file in reader.files)
     config = read_json(folder / "config.json")

@@ -1,4 +1,4 @@
-"""Read a folder that lowbit has quantized: layer by layer, shard by shard, without a model."""
+"""Reads a folder that lowbit has quantized, layer by layer or shard by shard, without a model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lowbit.checkpoint.layers import check_tensor, layers_from
 from lowbit.checkpoint.reader import INDEX, CheckpointReader, file_sha256, read_json
 from lowbit.checkpoint.verify import (
     config_digest,
-    guard_of,
+    placeholder_of,
     quantization_section,
     quantized_entries,
     read_config,
@@ -22,17 +22,18 @@ from lowbit.checkpoint.verify import (
 from lowbit.formats import build
 from lowbit.formats.base import QuantizedLinear
 
-Progress = Callable[[int, int], None]  # shards done, shards of
+Progress = Callable[[int, int], None]  # number of shards done, number of all shards
+# Name on disk of a layer and the layer -> the tensors to store instead, by name within the layer.
 Convert = Callable[[str, QuantizedLinear], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one file of a quantized folder holds.
+    """The content of one file of a quantized folder.
 
-    file: its name.
-    layers: the quantized layers, by name on disk; a layer is in the shard of its first tensor.
-    others: the tensors that belong to no quantized layer; the guard tensor is left out.
+    file: name of the file.
+    layers: names on disk of its quantized layers; a layer counts to the shard of its first tensor.
+    others: names on disk of the tensors that belong to no quantized layer, without the placeholder.
     """
 
     file: str
@@ -41,16 +42,17 @@ class Shard:
 
 
 class QuantizedFolder:
-    """A folder that lowbit has quantized.
+    """Reads a folder that lowbit has quantized.
 
-    config: config.json.
+    config: the content of config.json.
     quantization: its quantization_config.
-    entries: what that says of every quantized layer, by name on disk.
-    attention: how attentions round what they read, by name on disk.
-    guard: the name of the empty tensor that makes plain transformers refuse the folder.
-    reader: the tensors on disk.
+    entries: the entry of each quantized layer (format, shape, settings), by name on disk.
+    attention: how attentions round their queries, keys and values, by name on disk.
+    placeholder: the name of the empty tensor that makes transformers refuse the folder where lowbit
+        is not imported.
+    reader: reads the tensors.
 
-    Raises ValueError where config.json or a header cannot be; `verify` checks the rest.
+    Raises ValueError if config.json or the header of a shard is invalid; `verify` checks the rest.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,14 +61,16 @@ class QuantizedFolder:
         self.quantization = quantization_section(self.config, folder)
         self.entries = quantized_entries(self.quantization, folder)
         self.attention = rounded_attentions(self.quantization, folder)
-        self.guard = guard_of(self.quantization, self.entries, folder)
+        self.placeholder = placeholder_of(self.quantization, self.entries, folder)
         self.reader = CheckpointReader(folder)
 
     def layer(self, name: str) -> QuantizedLinear:
-        """A quantized layer with its tensors, linked to the layer that it shares with.
+        """Returns a quantized layer with its tensors, linked to the layer whose tensors it shares.
 
-        name: on disk. Raises ValueError for a name that is not quantized, and where a tensor is
-        missing or has not the shape and dtype that the entry asks for.
+        name: on disk.
+
+        Raises ValueError for a layer that is not quantized, and for a tensor that is missing or has
+        another shape or dtype than the layer's entry states.
         """
         names = [name]
         if (owner := self._entry(name).get("shares")) is not None:
@@ -77,19 +81,19 @@ class QuantizedFolder:
         return layer
 
     def float_dtype(self, name: str) -> torch.dtype:
-        """The dtype of the float weight that a quantized layer stands for; name: on disk."""
+        """Returns the dtype of the float weight from which a layer was quantized. name: on disk"""
         stated = self._entry(name).get("dtype")
-        if stated is None:  # a folder of version 1: all layers had the dtype of the guard tensor
-            return self.reader.tensors[self.guard].dtype
+        if stated is None:  # version 1 stores it only in the placeholder: equal for all layers
+            return self.reader.tensors[self.placeholder].dtype
         dtype: torch.dtype = getattr(torch, stated)
         return dtype
 
     def shards(self) -> list[Shard]:
-        """What each file holds, in the order of the files."""
+        """Returns the content of each file, in the order of the files."""
         placed = self.reader.tensors
         layers: dict[str, list[str]] = {file: [] for file in self.reader.files}
         others: dict[str, list[str]] = {file: [] for file in self.reader.files}
-        quantized = {self.guard}
+        quantized = {self.placeholder}
         for name in self.entries:
             tensors = self._checked(name)
             quantized.update(tensors)
@@ -102,41 +106,49 @@ class QuantizedFolder:
     def converted_shards(
         self, convert: Convert, progress: Progress = lambda done, of: None
     ) -> Iterator[dict[str, Tensor]]:
-        """The folder's shards by tensor name, with other tensors in the places of its layers.
+        """Yields the tensors of each shard by name on disk, with every quantized layer converted.
 
-        convert: makes of a layer's name and the layer the tensors that take its place, named
-            relative to the layer. What is not quantized is copied, the guard tensor left out.
+        Tensors of no quantized layer are copied; the placeholder is left out. One shard is in
+        memory at a time.
 
-        One shard is in memory at a time.
+        convert: a function of a layer's name on disk and the layer, which returns the tensors to
+            store for it, named relative to the layer.
+        progress: called with the number of shards done, and of all shards.
         """
         shards = self.shards()
         progress(0, len(shards))
         for done, shard in enumerate(shards, 1):
             tensors = self.reader.read(shard.others)
             for name in shard.layers:
-                made = convert(name, self.layer(name))
-                tensors |= {f"{name}.{key}": tensor for key, tensor in made.items()}
+                converted = convert(name, self.layer(name))
+                tensors |= {f"{name}.{key}": tensor for key, tensor in converted.items()}
             yield tensors
             progress(done, len(shards))
 
     def tensors_of(self, name: str) -> list[str]:
-        """Names on disk of all tensors of one quantized layer."""
+        """Returns the names on disk of all tensors of one quantized layer. name: on disk"""
         with torch.device("meta"):
             return [f"{name}.{key}" for key in build(self.entries[name]).state_dict()]
 
     def verify(self, hashes: bool = True) -> None:
-        """Raises ValueError where the folder is not as it was written.
+        """Checks that the folder is as it was written. Raises ValueError where it is not.
 
-        Checked are config.json, the sizes of the shards, the tensors of every quantized layer, and
-        with `hashes`, which takes longer, the contents of the shards.
+        It checks config.json, the sizes of the shards, and that the tensors of every quantized
+        layer are there with the right shape and dtype.
+
+        hashes: whether the contents of the shards are checked too, by their hashes; this takes
+            longer.
         """
         self._check_digest()
         self._check_files(hashes)
         for name in self.entries:
             self._checked(name)
-        guard = self.reader.tensors.get(self.guard)
-        if guard is None or guard.shape != (0,):
-            raise ValueError(f"{self.folder}: the empty tensor {self.guard} is missing")
+        placeholder = self.reader.tensors.get(self.placeholder)
+        if placeholder is None or placeholder.shape != (0,):
+            raise ValueError(
+                f"{self.folder}: the placeholder {self.placeholder} is missing: it must be an "
+                "empty tensor"
+            )
 
     def _entry(self, name: str) -> dict[str, Any]:
         if name not in self.entries:
@@ -146,15 +158,15 @@ class QuantizedFolder:
         return self.entries[name]
 
     def _checked(self, name: str) -> list[str]:
-        """`tensors_of`; ValueError where one of them is missing or does not fit the entry."""
+        """Returns `tensors_of` after checking each tensor against the entry."""
         with torch.device("meta"):
             expected = build(self.entries[name]).state_dict()
-        for key, place in expected.items():
+        for key, tensor in expected.items():
             info = self.reader.tensors.get(f"{name}.{key}")
             if info is None:
                 raise ValueError(f"{self.folder}: tensor {name}.{key} is missing")
             try:
-                check_tensor(f"{name}.{key}", info.shape, info.dtype, place)
+                check_tensor(f"{name}.{key}", info.shape, info.dtype, tensor)
             except ValueError as error:
                 raise ValueError(f"{self.folder}: {error}") from None
         return [f"{name}.{key}" for key in expected]
@@ -163,14 +175,17 @@ class QuantizedFolder:
         stated = self.quantization.get("digest")
         if stated is not None and stated != config_digest(self.config):
             raise ValueError(
-                f"{self.folder}/config.json was edited after quantization: restore it, or, if you "
-                "know what you changed, delete its quantization_config.digest"
+                f"{self.folder}/config.json was edited after quantization: restore it, or, if the "
+                "change was on purpose, delete its quantization_config.digest"
             )
 
     def _check_files(self, hashes: bool) -> None:
         stated = self.quantization.get("files")
         if not isinstance(stated, dict):
-            raise ValueError(f"{self.folder}/config.json: 'files' must map shards to size and hash")
+            raise ValueError(
+                f"{self.folder}/config.json: quantization_config.files must map shards to size and "
+                "hash"
+            )
         if sorted(stated) != self.reader.files:
             raise ValueError(
                 f"{self.folder} has the shards {self.reader.files}, "
@@ -181,19 +196,19 @@ class QuantizedFolder:
             path = self.folder / file
             if not isinstance(facts, dict) or facts.get("size") != path.stat().st_size:
                 raise ValueError(
-                    f"{path} has {path.stat().st_size} bytes, config.json says {facts}"
+                    f"{path} has {path.stat().st_size} bytes, but config.json states {facts}"
                 )
             if hashes and facts.get("sha256") != file_sha256(path):
                 raise ValueError(f"{path} is damaged: its sha256 is not the one in config.json")
 
     def _check_index(self) -> None:
-        """What transformers offloads to disk it finds through the index alone."""
+        """Checks that the index is complete: transformers needs it for layers offloaded to disk."""
         path = self.folder / INDEX
         if not path.exists():
             return
         index = read_json(path)
         absent = sorted(self.reader.tensors.keys() - index["weight_map"].keys())
         if absent:
-            raise ValueError(f"{path} lacks tensor {absent[0]}")
+            raise ValueError(f"{path} does not list tensor {absent[0]}")
         if not isinstance(index.get("metadata"), dict):
             raise ValueError(f"{path}: 'metadata' must be an object")

@@ -1,8 +1,10 @@
-"""Write equal entries of many layers once: model.layers.{0-31}.self_attn.q_proj.
+"""Writes equal entries of many layers as one: model.layers.{0-31}.self_attn.q_proj.
 
-Qwen3-30B-A3B has 18,624 quantized matrices; spelt out they would make config.json 3 MB long.
-In an entry for many layers, `shares` names each layer's own neighbour: "{}" in the place of a
-number stands for the number at that place, counted from the left, of the layer's name.
+Qwen3-30B-A3B has 18,624 quantized matrices; with one entry each, config.json would take 3 MB.
+
+An entry may name another layer whose tensors it shares (`shares`), which differs from layer to
+layer. In an entry for many layers, the first "{}" of `shares` stands for the first number in the
+layer's own name, the second "{}" for the second number, and so on.
 """
 
 import re
@@ -12,12 +14,17 @@ from math import prod
 from typing import Any
 
 RANGE = re.compile(r"\{([0-9]{1,9})-([0-9]{1,9})\}")
-NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")  # a part of a name, as int prints it
-MOST_NAMES = 1_000_000  # a hostile range must not fill the memory
+NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")  # between dots, no leading zeros
+MOST_NAMES = 1_000_000  # so that a malicious range cannot fill the memory
 
 
 def collapse(entries: dict[str, Any]) -> dict[str, Any]:
-    """Names that differ in whole ranges of numbers, with equal entries, become one."""
+    """Joins equal entries of layers whose names differ only in numbers that fill whole ranges.
+
+    entries: by name of the layer.
+
+    Returns the entries by name; joined ones by a name with ranges such as "{0-31}".
+    """
     by_template: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in entries:
         by_template[tuple(NUMBER.split(name))].append(name)
@@ -33,9 +40,10 @@ def collapse(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def expand(collapsed: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `collapse`.
+    """Returns one entry for each layer: the inverse of `collapse`.
 
-    Raises ValueError for a range that is empty or far too long, and for a name given twice.
+    Raises ValueError for a range that is empty, for more than MOST_NAMES layers, and for a layer
+    that is named twice.
     """
     entries: dict[str, Any] = {}
     for pattern, entry in collapsed.items():
@@ -45,9 +53,9 @@ def expand(collapsed: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"{pattern!r} names {count} layers; allowed are 1 to {MOST_NAMES} in all"
             )
-        start, *behind = RANGE.split(pattern)[::3]  # what stands around the ranges
+        start, *after = RANGE.split(pattern)[::3]  # the text before, between and after the ranges
         for numbers in product(*(range(low, high + 1) for low, high in bounds)):
-            name = start + "".join(f"{n}{text}" for n, text in zip(numbers, behind, strict=True))
+            name = start + "".join(f"{n}{text}" for n, text in zip(numbers, after, strict=True))
             if name in entries:
                 raise ValueError(f"{name!r} is named twice, once by {pattern!r}")
             entries[name] = _for_one(name, entry)
@@ -55,7 +63,7 @@ def expand(collapsed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _for_many(name: str, entry: Any) -> Any:
-    """The entry of a layer with what it shares in a form that its like in other blocks have too."""
+    """Returns a layer's entry with "{}" for the numbers in `shares` that its own name has too."""
     shares = entry.get("shares") if isinstance(entry, dict) else None
     if not isinstance(shares, str):
         return entry
@@ -66,20 +74,23 @@ def _for_many(name: str, entry: Any) -> Any:
 
 
 def _for_one(name: str, entry: Any) -> Any:
-    """The inverse of `_for_many`. Raises ValueError where the name has too few numbers."""
+    """Inverse of `_for_many`. Raises ValueError if the name has fewer numbers than `shares` {}."""
     shares = entry.get("shares") if isinstance(entry, dict) else None
     if not isinstance(shares, str) or "{}" not in shares:
         return entry
     numbers = NUMBER.findall(name)
     if shares.count("{}") > len(numbers):
-        raise ValueError(f"{name!r} has {len(numbers)} numbers, but shares {shares!r}")
+        raise ValueError(
+            f"{name!r} has {len(numbers)} numbers, but shares {shares!r}, which needs a number for "
+            "each {}"
+        )
     for number in numbers:
         shares = shares.replace("{}", number, 1)
     return entry | {"shares": shares}
 
 
 def _ranged(names: list[str]) -> str | None:
-    """One pattern for names of one template; None when their numbers do not fill whole ranges."""
+    """Returns one pattern for names that differ only in numbers; None if these leave gaps."""
     if len(names) < 2:
         return None
     numbers = {tuple(map(int, NUMBER.findall(name))) for name in names}

@@ -1,4 +1,4 @@
-"""Read a Hugging Face folder tensor by tensor: one file or shards, safetensors only."""
+"""Reads a Hugging Face folder tensor by tensor: one file or several shards, safetensors only."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says about one tensor."""
+    """File, shape and dtype of one tensor, from the header of a safetensors file."""
 
     file: str
     shape: tuple[int, ...]
@@ -46,9 +46,16 @@ class TensorInfo:
 
 
 class CheckpointReader:
-    """The tensors of a folder by their names on disk; headers are read now, data when asked for.
+    """Reads the tensors of a folder by their names on disk.
 
-    Raises ValueError when there is nothing to read, or a header, the index or a shard is broken.
+    The constructor reads the headers of all files, `read` the data of the tensors that it names.
+
+    folder: a Hugging Face model folder.
+    files: names of the files in it to read; None: all shards.
+    tensors: attribute, a `TensorInfo` for each tensor by its name on disk.
+
+    Raises ValueError if the folder holds no safetensors, or a header, the index or a shard is
+    broken.
     """
 
     def __init__(self, folder: Path, files: list[str] | None = None) -> None:
@@ -59,14 +66,14 @@ class CheckpointReader:
             for name, info in read_header(folder / file).items():
                 if name in self.tensors:
                     other = self.tensors[name].file
-                    raise ValueError(f"{folder}: tensor {name} stands in both {other} and {file}")
+                    raise ValueError(f"{folder}: tensor {name} is in both {other} and {file}")
                 self.tensors[name] = info
         if files is None:
             self._check_index()
 
     @classmethod
     def of_file(cls, path: Path) -> "CheckpointReader":
-        """One file alone, whatever stands beside it."""
+        """Returns a reader of one file, which ignores all other files in its folder."""
         return cls(path.parent, [path.name])
 
     def _check_index(self) -> None:
@@ -74,38 +81,47 @@ class CheckpointReader:
             return
         for name, file in read_json(self.folder / INDEX)["weight_map"].items():
             if name not in self.tensors or self.tensors[name].file != file:
-                raise ValueError(f"{self.folder}: {INDEX} places {name} in {file}, which lacks it")
+                raise ValueError(
+                    f"{self.folder}: according to {INDEX}, tensor {name} is in {file}, but it is "
+                    "missing there"
+                )
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors in their own dtypes, on the CPU; ValueError when a file has gone."""
+        """Returns the named tensors, on the CPU, in the dtypes in which they are stored.
+
+        Raises ValueError if a file can no longer be read.
+        """
         by_file: dict[str, list[str]] = defaultdict(list)
         for name in names:
             by_file[self.tensors[name].file].append(name)
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
             try:
                 with safe_open(self.folder / file, framework="pt") as shard:
-                    found.update({name: shard.get_tensor(name) for name in wanted})
+                    tensors.update({name: shard.get_tensor(name) for name in wanted})
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{self.folder / file} cannot be read: {error}") from error
-        return found
+        return tensors
 
     def digest(self) -> str:
-        """sha256 over the bytes of all shards."""
+        """Returns a sha256 of the names and contents of all shards."""
         joined = "".join(f"{file} {file_sha256(self.folder / file)}\n" for file in self.files)
         return hashlib.sha256(joined.encode()).hexdigest()
 
 
 def _shards(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise ValueError(f"{folder} is not a folder")
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX)
         placed = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(placed, dict) or not all(
             isinstance(file, str) and file and Path(file).name == file for file in placed.values()
         ):
-            raise ValueError(f"{folder / INDEX}: 'weight_map' must map tensors to files beside it")
+            raise ValueError(
+                f"{folder / INDEX}: 'weight_map' must map the names of tensors to names of files "
+                "in the same folder"
+            )
         return sorted(set(placed.values()))
     if (folder / SINGLE).exists():
         return [SINGLE]
@@ -113,38 +129,40 @@ def _shards(folder: Path) -> list[str]:
     if pickles:
         raise ValueError(
             f"{folder} has its weights in {pickles[0].name}, a pickle, which can run any code when "
-            'it is loaded and is never opened here. Convert it once with: python -c "from '
-            "transformers import AutoModelForCausalLM as M; M.from_pretrained('SOURCE')"
-            ".save_pretrained('CONVERTED')\" if you trust its source, then use CONVERTED"
+            "it is loaded, so it is not opened here. Convert it once with: "
+            f"lowbit convert {folder} CONVERTED --from-bin, then use CONVERTED"
         )
-    raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: it has no weights in safetensors")
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes of one safetensors file, without its data."""
-    if not os.path.isfile(path):  # False too for a name that no file can have
+    """Returns names, shapes and dtypes of the tensors in one safetensors file, without data.
+
+    Raises ValueError if the file is missing or broken, or has a dtype that torch does not know.
+    """
+    if not os.path.isfile(path):  # also False for a name that no file can have
         raise ValueError(f"{path.parent}: shard {path.name} is missing")
     try:
         with safe_open(path, framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
-            found = {
+            header = {
                 name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype()))
                 for name, s in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is cut short or is no safetensors file: {error}") from None
-    for name, (_, dtype) in found.items():
+        raise ValueError(f"{path} is cut short or is not a safetensors file: {error}") from None
+    for name, (_, dtype) in header.items():
         if dtype is None:
             raise ValueError(f"{path}: tensor {name} has a dtype that torch does not know")
     return {
         name: TensorInfo(path.name, shape, dtype)
-        for name, (shape, dtype) in found.items()
+        for name, (shape, dtype) in header.items()
         if dtype is not None
     }
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file; ValueError that names it when it cannot be read."""
+    """Returns the content of a JSON file. Raises ValueError if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

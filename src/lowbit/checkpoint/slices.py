@@ -1,4 +1,7 @@
-"""Slices of a folder that matquant made: which there are, and what they would take on disk."""
+"""Slices of a MatQuant folder: which widths its layers have, and the size of a slice on disk.
+
+A master is a layer with 8-bit codes; a slice of it keeps the upper bits of these codes.
+"""
 
 from collections.abc import Mapping
 from math import prod
@@ -21,12 +24,12 @@ from lowbit.formats.widths import (
 
 
 def entries_with_widths(folder: QuantizedFolder) -> dict[str, dict[str, Any]]:
-    """The entries of all layers that have widths, by name on disk."""
+    """Returns the entries of all layers that can run at chosen widths, by name on disk."""
     return {name: entry for name, entry in folder.entries.items() if entry_widths(entry)}
 
 
 def has_masters(folder: Path) -> bool:
-    """Whether a folder, of any kind, has layers that run at more widths than one."""
+    """Returns whether a model folder, float or quantized, has layers with more than one width."""
     section = read_config(folder).get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != "lowbit":
         return False
@@ -34,38 +37,47 @@ def has_masters(folder: Path) -> bool:
 
 
 def widths_of(folder: QuantizedFolder, bits: WidthPlan) -> dict[str, int]:
-    """The width of every layer that has some, by name on disk.
+    """Returns the chosen width of every layer that has widths, by name on disk.
 
-    bits: as `choose_widths` takes it. Raises ValueError, by the name of the layer, where the folder
-    holds a slice of another width.
+    bits: one width for all layers, widths by name or pattern, or the path of a YAML file of that;
+        see `choose_widths`.
+
+    Raises ValueError, with the name of the layer, if the folder holds only a slice of another
+    width.
     """
     entries = entries_with_widths(folder)
     widths = choose_widths({name: entry["bits"] for name, entry in entries.items()}, bits)
     for name, entry in entries.items():
         if widths[name] not in entry_widths(entry):
             raise ValueError(
-                f"layer {name}: it is a slice of {entry['bits']} bits: another, of {widths[name]} "
-                "bits, can only be cut from the master"
+                f"layer {name} is a slice of {entry['bits']} bits, from which one of "
+                f"{widths[name]} bits cannot be cut: use the MatQuant folder with the 8-bit codes"
             )
     return widths
 
 
 def slices_of(folder: QuantizedFolder, bits: WidthPlan | None) -> dict[str, dict[str, Any]]:
-    """Entries of the slices that take the place of the folder's masters, by name on disk."""
+    """Returns the entries of the slices that replace the folder's masters, by name on disk.
+
+    bits: as `widths_of` takes it; None: no slices.
+    """
     if bits is None:
         return {}
     return sliced_entries(folder.entries, bits, lambda name: read_codes(folder, name))
 
 
 def read_codes(folder: QuantizedFolder, name: str) -> Tensor:
-    """The 8-bit codes of one layer, (out, in) uint8; name: on disk."""
+    """Returns the 8-bit codes of one layer: (out, in) uint8. name: on disk"""
     return folder.reader.read([f"{name}.{CODES}"])[f"{name}.{CODES}"]
 
 
 def size_of_slice(folder: Path, bits: WidthPlan) -> Size:
-    """What `size_of` would say of a folder with these slices in the place of the masters.
+    """Returns the size that a folder would have with slices of these widths instead of masters.
 
-    With extra precision the masters are read: how many bytes a slice takes depends on their codes.
+    bits: as `widths_of` takes it.
+
+    For layers with extra precision the codes of the masters are read, because the size of a slice
+    depends on them.
     """
     whole, quantized = size_of(folder), QuantizedFolder(folder)
     saved = sum(
@@ -81,16 +93,18 @@ def size_of_slice(folder: Path, bits: WidthPlan) -> Size:
 
 
 def linear_weights(folder: QuantizedFolder) -> int:
-    """How many weights the bits of the linears are counted over."""
+    """Returns the number of quantized weights, over which `Size.linears` is the mean."""
     return sum(prod(e["shape"]) for e in folder.entries.values() if e["format"] != "dense")
 
 
 def trained_share(folder: QuantizedFolder, widths: Mapping[str, int]) -> float:
-    """The share of weights whose width is one that matquant trained for, from 0 to 1.
+    """Returns the fraction of weights, from 0 to 1, whose width MatQuant was trained for.
 
-    The other widths lie between trained ones. widths: of all layers that have some, by name.
+    The other widths lie between trained ones.
+
+    widths: the width of every layer that has widths, by name on disk.
     """
-    weights = {True: 0, False: 0}
+    weights = {True: 0, False: 0}  # by whether their width was trained
     for name, entry in entries_with_widths(folder).items():
         weights[widths[name] in entry["trained"]] += prod(entry["shape"])
     return weights[True] / sum(weights.values())

@@ -1,8 +1,8 @@
-"""What config.json says about a quantized folder, checked before anything is loaded from it.
+"""Checks the config.json of a quantized folder before anything is loaded from the folder.
 
-Nothing in the folder is trusted: anybody may have edited config.json. Whatever is wrong is a
-ValueError that names the file, the layer or the key. `QuantizedFolder.verify` compares the shards
-with what config.json says.
+The folder is not trusted: anybody may have edited config.json. Every error is a ValueError that
+names the file, the layer or the key. `QuantizedFolder.verify` checks the shards against
+config.json.
 """
 
 import hashlib
@@ -20,33 +20,41 @@ from lowbit.formats import build, link
 from lowbit.formats.activation import Activation
 from lowbit.formats.entry import FloatName
 
-# Of the checkpoint layout; folders of every earlier version keep loading.
-# 1: entries do not say which dtype the float weight had. 2: they do, in `dtype`.
+# Version of the checkpoint layout; folders of every earlier version keep loading.
+# 2: entries state the dtype of the float weight in `dtype`. 1: they do not.
 VERSION = 2
 FLOATS: tuple[str, ...] = get_args(FloatName)
 
 
 def config_digest(config: dict[str, Any]) -> str:
-    """sha256 of config.json as a whole, but for the place where the digest itself stands."""
+    """Returns a sha256 of config.json, without the key in which the digest itself is stored."""
     section = {k: v for k, v in config["quantization_config"].items() if k != "digest"}
     whole = {**config, "quantization_config": section}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of any folder; ValueError when there is none yet, or it is no object."""
+    """Returns the config.json of any model folder.
+
+    Raises ValueError if it is missing, as in an unfinished folder, or is not a JSON object.
+    """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise ValueError(f"{folder} is not a folder")
     if not (folder / "config.json").exists() and (folder / "run").is_dir():
         raise ValueError(f"{folder} is unfinished: run the same lowbit quantize command again")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
-        raise ValueError(f"{folder}/config.json must hold an object")
+        raise ValueError(f"{folder}/config.json must hold a JSON object")
     return config
 
 
 def quantization_section(config: dict[str, Any], folder: Path | str) -> dict[str, Any]:
-    """config.json's quantization_config, if it is ours and of a version that we read."""
+    """Returns the quantization_config of a config.json.
+
+    folder: its folder, or words for the model, which error messages begin with.
+
+    Raises ValueError if lowbit did not write it, or a newer version of lowbit did.
+    """
     section = config.get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != "lowbit":
         raise ValueError(f"{folder} was not quantized by lowbit")
@@ -55,14 +63,17 @@ def quantization_section(config: dict[str, Any], folder: Path | str) -> dict[str
         raise ValueError(f"{folder}: version must be a positive integer, not {version!r}")
     if version > VERSION:
         raise ValueError(
-            f"{folder} was written by a newer lowbit: its layout is version {version}, "
-            f"this one reads up to {VERSION}; upgrade with: pip install -U lowbit"
+            f"{folder} was written by a newer lowbit: its layout is version {version}, and this "
+            f"lowbit reads versions up to {VERSION}; upgrade with: pip install -U lowbit"
         )
     return section
 
 
 def quantized_entries(section: dict[str, Any], folder: Path | str) -> dict[str, dict[str, Any]]:
-    """The entry of every quantized linear by its name on disk, checked."""
+    """Returns the entry of every quantized linear, by name on disk, after checking all of them.
+
+    Raises ValueError, with the name of the layer, for an invalid entry.
+    """
     modules = section.get("modules")
     if not isinstance(modules, dict) or not modules:
         raise ValueError(f"{folder}: quantization_config.modules must name the quantized layers")
@@ -84,7 +95,10 @@ def quantized_entries(section: dict[str, Any], folder: Path | str) -> dict[str, 
 
 
 def rounded_attentions(section: dict[str, Any], folder: Path | str) -> dict[str, dict[str, Any]]:
-    """How the queries, keys and values of attentions are rounded, by name on disk, checked."""
+    """Returns how each attention rounds its queries, keys and values, by name on disk, checked.
+
+    Raises ValueError, with the name of the attention, for invalid settings.
+    """
     attention = section.get("attention", {})
     if not isinstance(attention, dict):
         raise ValueError(f"{folder}: quantization_config.attention must map attentions to settings")
@@ -100,14 +114,14 @@ def rounded_attentions(section: dict[str, Any], folder: Path | str) -> dict[str,
 
 
 def _check_shared(entries: dict[str, dict[str, Any]], folder: Path | str) -> None:
-    """What a layer shares another one must hold, and so that it fits."""
+    """Checks that the layer whose tensors another one shares exists and fits."""
     checked: set[str] = set()
     for name, entry in entries.items():
         owner = entry.get("shares")
         if owner is None:
             continue
         pair = json.dumps([{**entry, "shares": None}, entries.get(owner)], sort_keys=True)
-        if pair in checked:  # as in most blocks
+        if pair in checked:  # an equal pair of entries, as in most blocks
             continue
         checked.add(pair)
         with torch.device("meta"):
@@ -121,27 +135,30 @@ def _check_shared(entries: dict[str, dict[str, Any]], folder: Path | str) -> Non
 def check_dtypes(
     section: dict[str, Any], entries: dict[str, dict[str, Any]], folder: Path | str
 ) -> None:
-    """Raises ValueError where an entry does not say the dtype of its float weight, and must."""
+    """Raises ValueError if an entry lacks the dtype of its float weight; version 1 had none."""
     if section["version"] < 2:
         return
     for name, entry in entries.items():
         if entry.get("dtype") is None:
             raise ValueError(
-                f"{folder}: layer {name}: dtype is missing; from version 2 on an entry says the "
+                f"{folder}: layer {name}: dtype is missing; since version 2 an entry states the "
                 f"dtype of the float weight: {', '.join(FLOATS)}"
             )
 
 
-def guard_of(section: dict[str, Any], entries: dict[str, Any], folder: Path | str) -> str:
-    """The name of the guard tensor, which config.json calls `marker`.
+def placeholder_of(section: dict[str, Any], entries: dict[str, Any], folder: Path | str) -> str:
+    """Returns the name of the placeholder tensor, which config.json calls `marker`.
 
-    It is empty, and has the name of the float weight of a quantized layer: plain transformers, for
-    which it has the wrong shape, then refuses the folder instead of inventing the weights.
+    The placeholder is an empty tensor with the name of the float weight of a quantized layer. Plain
+    transformers refuses the folder because of its shape; without it, transformers would initialise
+    the weights at random.
+
+    Raises ValueError if config.json does not name the weight of a quantized layer.
     """
-    guard = section.get("marker")
-    if not isinstance(guard, str) or guard.removesuffix(".weight") not in entries:
+    placeholder = section.get("marker")
+    if not isinstance(placeholder, str) or placeholder.removesuffix(".weight") not in entries:
         raise ValueError(
             f"{folder}: quantization_config.marker must be the weight of a quantized layer, not "
-            f"{guard!r}"
+            f"{placeholder!r}"
         )
-    return guard
+    return placeholder

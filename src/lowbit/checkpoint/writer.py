@@ -1,15 +1,15 @@
-"""Write OUT block by block so that a run can die at any moment and go on.
+"""Writes OUT block by block, so that a run can be interrupted at any moment and continued.
 
-OUT/run/signature.json    what shaped the run: another recipe, model or text may not continue it
-OUT/run/streams/          hidden states, where they are too large for memory
-OUT/run/NAME.json         one record per finished shard, written after the shard itself
-OUT/learned/              what was learned, one file per block
-OUT/*.safetensors         one shard for everything outside the blocks, one per block
-OUT/events.jsonl          what happened, one JSON object a line, appended
-OUT/config.json           written last: an unfinished OUT does not load
+OUT/run/signature.json    what the result depends on: only a run with the same signature continues
+OUT/run/streams/          hidden states, if they are too large for memory
+OUT/run/NAME.json         one record per finished shard, written after the shard
+OUT/learned/              learned parameters, one file per block
+OUT/*.safetensors         one shard per block, and one for everything outside the blocks
+OUT/events.jsonl          the events of the run, one JSON object per line, appended
+OUT/config.json           written last: an unfinished OUT cannot be loaded
 
-Every other file is written aside and renamed. The lock is flock on OUT/run/lock: it falls with its
-owner.
+Every file but events.jsonl is written under another name and renamed when it is complete. The lock
+is an flock on OUT/run/lock, which the system releases when its process ends.
 """
 
 import errno
@@ -34,12 +34,18 @@ RUN, SIGNATURE, EVENTS = "run", "signature.json", "events.jsonl"
 
 
 class CheckpointWriter:
-    """OUT while one process writes it; a context manager that holds the lock.
+    """Writes the folder OUT of a run; a context manager that locks OUT.
 
-    `signature` is what must be equal for a run to go on. `before`: called ahead of a run that does
-    not go on, when nothing in OUT has changed yet; what it raises leaves OUT so. Raises ValueError
-    when OUT belongs to a run with another signature (and says what differs), is not ours, or is
-    being written.
+    folder: OUT.
+    signature: what the result depends on, as JSON values. A run in OUT continues only if its
+        signature is equal.
+    shards: number of shards: one per block, and one for everything outside the blocks.
+    restart: whether an earlier run in OUT is deleted.
+    before: called before a new run starts, not before one continues. If it raises an error, OUT
+        stays unchanged.
+
+    On entry, raises ValueError if OUT holds a run with another signature (the message lists the
+    differences), if OUT was not made by lowbit, or if another process is writing it.
     """
 
     def __init__(
@@ -75,7 +81,7 @@ class CheckpointWriter:
                 if self.restart:
                     self._clear()
                 self._compare_signature()
-                self._drop_half_an_event()
+                self._drop_incomplete_event()
         except BaseException:
             self._lock.close()
             raise
@@ -95,7 +101,7 @@ class CheckpointWriter:
 
     @property
     def streams(self) -> Path:
-        """Where hidden states may live while the run goes on."""
+        """The folder for hidden states during the run."""
         return self.folder / RUN / "streams"
 
     def clear_streams(self) -> None:
@@ -105,7 +111,7 @@ class CheckpointWriter:
         return f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
 
     def record(self, index: int) -> dict[str, Any] | None:
-        """What was recorded with a finished shard, or None: it is not finished."""
+        """Returns the record of a finished shard; None if the shard is not finished."""
         path = self._record_path(index)
         if not path.exists():
             return None
@@ -122,9 +128,12 @@ class CheckpointWriter:
         learned: dict[str, Tensor] | None,
         data: dict[str, Any],
     ) -> None:
-        """Writes one shard, then its record: `data` plus the file's name, size and hash.
+        """Writes one shard and then its record.
 
-        learned: None for a method that learns nothing; then no file says so.
+        index: of the shard; 0 is the one for everything outside the blocks.
+        tensors: by name on disk.
+        learned: the learned parameters of the block, written to OUT/learned; None: no file.
+        data: what the record holds apart from the file's name, size and hash.
         """
         name = self.shard_name(index)
         with explained(self.folder):
@@ -143,7 +152,7 @@ class CheckpointWriter:
             write_json(self._record_path(index), record)
 
     def read_shard(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a finished shard; ValueError when its bytes are not those written."""
+        """Returns the tensors of a finished shard. Raises ValueError if the file was changed."""
         record = self.record(index)
         assert record is not None
         path = self.folder / record["file"]
@@ -161,7 +170,7 @@ class CheckpointWriter:
             file.write(json.dumps(finite(event)) + "\n")
 
     def finish(self, config: dict[str, Any]) -> None:
-        """Writes the index, then config.json; OUT loads from now on."""
+        """Writes the index and then config.json, which makes OUT complete."""
         records = [self.record(index) for index in range(self.shards)]
         assert all(record is not None for record in records)
         placed = {key: r["file"] for r in records if r for key in r["tensors"]}
@@ -175,27 +184,30 @@ class CheckpointWriter:
         return self.folder / RUN / f"{self.shard_name(index).removesuffix('.safetensors')}.json"
 
     def _refuse_other_folders(self) -> None:
-        """--restart deletes; it must never delete somebody else's model."""
+        """Refuses a folder that lowbit did not make, since --restart would delete its content."""
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; OUT must be a folder")
         if not self.folder.is_dir() or (self.folder / RUN / SIGNATURE).is_file():
             return
-        # Without a signature it is ours only when it was killed before it wrote one.
+        # A run that was killed before it wrote its signature leaves only these files.
         first = {RUN, f"{RUN}/lock", f"{RUN}/{SIGNATURE}.part"}
-        found = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*"))
-        if not all(path in first for path in found):
+        paths = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*"))
+        if not all(path in first for path in paths):
             raise ValueError(
                 f"{self.folder} is not empty and was not made by lowbit quantize: "
                 "choose another folder, or empty it yourself"
             )
 
     def _clear(self) -> None:
-        """Deletes all but the lock: config.json first, so that half a folder does not load, and the
-        signature last, so that the rest is known as ours if this is interrupted."""
+        """Deletes everything but the lock.
+
+        config.json goes first, so that an incomplete folder cannot be loaded. The signature goes
+        last, so that lowbit recognises the rest as its own if this is interrupted.
+        """
         (self.folder / "config.json").unlink(missing_ok=True)
         signature, lock = self.folder / RUN / SIGNATURE, self.folder / RUN / "lock"
-        doomed = {*self.folder.iterdir(), *(self.folder / RUN).iterdir()}
-        for path in doomed - {self.folder / RUN, signature, lock}:
+        paths = {*self.folder.iterdir(), *(self.folder / RUN).iterdir()}
+        for path in paths - {self.folder / RUN, signature, lock}:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         signature.unlink(missing_ok=True)
 
@@ -212,8 +224,8 @@ class CheckpointWriter:
                 f"--restart starts over, another OUT keeps both:{lines}"
             )
 
-    def _drop_half_an_event(self) -> None:
-        """A full disk may have cut the last line."""
+    def _drop_incomplete_event(self) -> None:
+        """Removes the last line of events.jsonl if a full disk has cut it short."""
         path = self.folder / EVENTS
         if path.exists():
             text = path.read_bytes()
@@ -223,7 +235,10 @@ class CheckpointWriter:
 def differences(
     before: dict[str, Any], now: dict[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """(key, (before, now)) where two signatures differ; fields of one method one by one."""
+    """Yields (key, (before, now)) for each key in which two signatures differ.
+
+    Two methods of the same name are compared field by field.
+    """
     for key in sorted(before.keys() | now.keys()):
         a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict) and a.get("name") == b.get("name"):
@@ -234,7 +249,10 @@ def differences(
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """Where to write what shall be `path`: flushed to the disk and renamed once it is whole."""
+    """Gives a temporary path to write a file to; then flushes it to disk and renames it to `path`.
+
+    After an error nothing is renamed.
+    """
     part = path.with_name(path.name + ".part")
     yield part
     with part.open("rb") as file:
@@ -248,7 +266,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value with None for inf and nan: a loss can be either, and JSON knows neither."""
+    """Returns the value with None for inf and nan, which a loss can be and JSON does not allow."""
     if isinstance(value, dict):
         return {key: finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -260,7 +278,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with aside(path) as part:
         save_file(contiguous, part, metadata={"format": "pt"})
-        part.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
+        part.chmod(0o666 & ~_umask())  # safetensors creates files that only their owner can read
 
 
 def _umask() -> int:
@@ -271,7 +289,7 @@ def _umask() -> int:
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turns a full disk, or a folder that cannot be written, into a sentence."""
+    """Turns errors of a full disk, or a folder that cannot be written, into a clear ValueError."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Directory to directory: a quantized folder to a float one or a slice, foreign checkpoints in."""
+"""Converts folders: quantized to float, 8-bit codes to a slice, and other programs' checkpoints."""
 
 from lowbit.convert.dequantize import dequantize
 from lowbit.convert.from_bin import from_bin

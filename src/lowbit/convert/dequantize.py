@@ -1,4 +1,4 @@
-"""A quantized folder to a plain float one, which stock transformers loads."""
+"""Converts a quantized folder to a float one, which transformers loads without lowbit."""
 
 import logging
 from pathlib import Path
@@ -15,18 +15,18 @@ logger = logging.getLogger(__name__)
 def dequantize(
     folder: str | Path, out: str | Path, *, verify: bool = True, trust_remote_code: bool = False
 ) -> Path:
-    """Writes the float weights that a quantized model multiplies by, and returns that folder.
+    """Writes the dequantized weights of a quantized folder as a float model; returns its folder.
 
-    Other programs can read the result; what quantization lost stays lost. A float folder cannot
-    state that activations are rounded when the model runs: where they are, a warning is logged.
-    One shard is in memory at a time.
+    Other programs can read the result. Its weights are the rounded ones, not the original ones. A
+    float model does not round activations: if the quantized one does, a warning is logged. One
+    shard is in memory at a time.
 
     folder: a quantized folder.
-    out: the folder to write, which must not exist; weights have the dtype of the source model.
+    out: the folder to write, which must not exist. Its weights have the dtype of the source model.
     verify: whether files are checked against their hashes first.
-    trust_remote_code: whether Python code that comes with the model is copied.
+    trust_remote_code: whether Python code in the model's folder is copied.
 
-    Raises ValueError for a folder that is damaged, or an `out` that exists.
+    Raises ValueError if the folder is damaged, or `out` exists.
     """
     folder, out = Path(folder), Path(out)
     quantized = QuantizedFolder(folder)
@@ -34,8 +34,8 @@ def dequantize(
     config = {k: v for k, v in quantized.config.items() if k != "quantization_config"}
     if quantized.attention or any(e.get("activation") for e in quantized.entries.values()):
         logger.warning(
-            f"{folder} rounds activations when it runs; {out}, a float folder, has its weights but "
-            "will not round activations, and so computes something else"
+            f"the model in {folder} rounds activations when it runs; the float model in {out} has "
+            "its weights but will not round activations, so its outputs will differ"
         )
 
     def weights(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:

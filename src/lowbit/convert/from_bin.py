@@ -1,6 +1,7 @@
-"""Weights that exist only as pickles to safetensors: the one place where a pickle is opened.
+"""Converts weights in pickles (pytorch_model.bin) to safetensors.
 
-torch.load is called with weights_only=True, which unpickles tensors and nothing else.
+No other part of lowbit opens a pickle. torch.load is called with weights_only=True, so that no code
+in a pickle can run.
 """
 
 import pickle
@@ -21,10 +22,14 @@ BIN_SINGLE = "pytorch_model.bin"
 def from_bin(folder: str | Path, out: str | Path, trust_remote_code: bool = False) -> Path:
     """Writes pytorch_model.bin, or its shards, as safetensors, and returns the new folder.
 
-    trust_remote_code: copy the Python code that comes with the model.
+    One pickle is in memory at a time.
 
-    One pickle is in memory at a time. Raises ValueError when there is none, one holds anything but
-    tensors, or `out` exists.
+    folder: the folder with pytorch_model.bin.
+    out: the folder to write, which must not exist.
+    trust_remote_code: whether Python code in the model's folder is copied.
+
+    Raises ValueError if there is no pytorch_model.bin, it holds anything but tensors, or `out`
+    exists.
     """
     folder, out = Path(folder), Path(out)
     config = read_json(folder / "config.json")
@@ -39,7 +44,10 @@ def _files(folder: Path) -> list[str]:
         placed = index.get("weight_map") if isinstance(index, dict) else None
         if isinstance(placed, dict) and all(Path(str(f)).name == f for f in placed.values()):
             return sorted(set(placed.values()))
-        raise ValueError(f"{folder / BIN_INDEX}: 'weight_map' must map tensors to files beside it")
+        raise ValueError(
+            f"{folder / BIN_INDEX}: 'weight_map' must map the names of tensors to names of files "
+            "in the same folder"
+        )
     if (folder / BIN_SINGLE).exists():
         return [BIN_SINGLE]
     raise ValueError(f"{folder} has neither {BIN_SINGLE} nor {BIN_INDEX}")
@@ -51,12 +59,12 @@ def _shards(folder: Path, files: list[str]) -> Iterator[dict[str, Tensor]]:
         if not path.is_file():
             raise ValueError(f"{folder}: shard {file} is missing")
         try:
-            zipped = zipfile.is_zipfile(path)  # else of before torch 1.6, which cannot be mapped
+            zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{path} holds more than tensors, or is damaged: {reason}") from None
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-            raise ValueError(f"{path} is no dictionary of tensors")
-        # Cloned: tied tensors share their memory, which safetensors does not write.
+            raise ValueError(f"{path} is not a dictionary of tensors")
+        # Cloned, because safetensors refuses tensors that share memory, as tied ones do.
         yield {name: tensor.clone().contiguous() for name, tensor in state.items()}

@@ -1,8 +1,9 @@
-"""Checkpoints of QuIP-for-all and AutoQuIP to the format `lattice`: the same words, numbered anew.
+"""Converts checkpoints of QuIP-for-all and AutoQuIP to the format `lattice`.
 
-Their tensors of a layer y = S_V B_out (sigma C (B_in.T (S_U x))) + bias:
+The codewords are the same, only their numbers differ. A layer computes
+y = S_V B_out (sigma C (B_in.T (S_U x))) + bias and is stored in these tensors:
 
-| name        | holds                                                 | becomes                 |
+| tensor      | content                                               | in format `lattice`     |
 | ----------- | ----------------------------------------------------- | ----------------------- |
 | `Qidxs`     | the codes of C, see `quip_codes.py`                   | `packed`                |
 | `Wscale`    | sigma: one, or one for each row of C                  | `scale`                 |
@@ -10,13 +11,16 @@ Their tensors of a layer y = S_V B_out (sigma C (B_in.T (S_U x))) + bias:
 | `had_left`  | M of B_in, where the width has an odd part above 1    | `factor_in`             |
 | `had_right` | M of B_out, likewise                                  | `factor_out`            |
 | `bias`      | the bias                                              | `bias`                  |
-| `weight`    | one value or none, in some                            | nothing                 |
+| `weight`    | in some checkpoints: one value, or empty              | nothing                 |
 
-B = (M (x) I_p)(I_K (x) H_p), as the format has it (QuIP#, arXiv 2402.04396, section 3). S_U and S_V
-may be any vectors. With `rescale_WH` their SU is multiplied by a scale that should divide it; it is
-taken as it is, for that is what their models run with. So is a residual scale of -1, the default of
-their quantizer. Without `use_rand`, M comes from a table that is not in the checkpoint, or a width
-was padded to a power of two; both are refused.
+B = (M (x) I_p)(I_K (x) H_p), the same as in the format `lattice` (QuIP#, arXiv 2402.04396, section
+3). S_U and S_V may hold any values.
+
+Two oddities are kept, because the models run with them: with `rescale_WH`, SU was multiplied by a
+scale by which it should have been divided; and the default residual scale of their quantizer is -1.
+
+Two kinds of checkpoints without `use_rand` are refused: those in which M comes from a table that is
+not in the checkpoint, and those in which a width was padded to a power of two.
 """
 
 import shutil
@@ -44,12 +48,12 @@ from lowbit.formats.lattice.codebooks import CODEBOOKS
 from lowbit.version import __version__
 
 PARTS = ("Qidxs", "Wscale", "SU", "SV", "had_left", "had_right", "bias", "weight")
-RESIDUAL_SCALES = {"E8P12RVQ3B": 1 / 2.04, "E8P12RVQ4B": 1 / 3.45}  # where theirs is null
-ORTHOGONAL = 0.02  # how far M @ M.T may be from I; rounding to float16 makes 0.001
+RESIDUAL_SCALES = {"E8P12RVQ3B": 1 / 2.04, "E8P12RVQ4B": 1 / 3.45}  # if opt_resid_scale is null
+ORTHOGONAL = 0.02  # largest allowed |M @ M.T - I|; rounding M to float16 causes 0.001
 
 
 class Section(BaseModel):
-    """What their config.json says about quantization, as far as it matters here."""
+    """The quantization_config of a QuIP checkpoint, as far as it is needed here."""
 
     quant_method: str
     codebook: str
@@ -61,7 +65,10 @@ class Section(BaseModel):
 
     @property
     def residual_scale(self) -> float | None:
-        """What the second stage is multiplied by. Theirs is that, or above 1 its reciprocal."""
+        """The factor of the second stage of a residual codebook; None for other codebooks.
+
+        A stored value above 1 is the reciprocal of the factor.
+        """
         if self.codebook not in RESIDUAL_SCALES:
             return None
         scale = self.opt_resid_scale
@@ -72,7 +79,12 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Layer:
-    """One of their layers, from the headers. parts: its tensors by their names within it."""
+    """One layer of a QuIP checkpoint, as the headers describe it.
+
+    name: of the layer, on disk.
+    rows, columns: shape of the weight matrix.
+    parts: the layer's tensors, by name within the layer ("Qidxs", "Wscale", ...).
+    """
 
     name: str
     rows: int
@@ -81,22 +93,24 @@ class Layer:
 
     @property
     def factors(self) -> dict[str, int]:
-        """The matrices M that its widths need, and their orders."""
+        """The orders of the matrices M that this layer's shape needs, by name of their tensor."""
         sides = {"had_left": self.columns, "had_right": self.rows}
         orders = {name: width // (width & -width) for name, width in sides.items()}
         return {name: order for name, order in orders.items() if order > 1}
 
 
 def from_quip(folder: str | Path, out: str | Path, trust_remote_code: bool = False) -> Path:
-    """Writes what QuIP-for-all or AutoQuIP wrote as a folder that lowbit loads, and returns it.
+    """Converts a checkpoint of QuIP-for-all or AutoQuIP to a folder that lowbit loads; returns it.
 
-    Weights must be in safetensors. One shard is in memory at a time.
+    One shard is in memory at a time.
 
-    trust_remote_code: whether Python code that comes with the model is copied.
+    folder: the checkpoint, whose weights must be in safetensors.
+    out: the folder to write, which must not exist.
+    trust_remote_code: whether Python code in the model's folder is copied.
 
-    Raises ValueError, with the name of the layer, for what cannot be read or stored in our format,
-    and when `out` exists; shapes are checked before anything is written, and nothing of `out`
-    remains.
+    Raises ValueError, with the name of the layer, for a checkpoint that cannot be read or stored in
+    the format `lattice`, and if `out` exists. Shapes are checked before anything is written. After
+    an error `out` does not exist.
     """
     folder, out = Path(folder), Path(out)
     config = read_config(folder)
@@ -117,8 +131,8 @@ def _section(config: Mapping[str, Any], folder: Path) -> Section:
         raise ValueError(f"{folder}/config.json: quantization_config: {explain(error)}") from None
     if section.quant_method.lower() != "quip":
         raise ValueError(
-            f"{folder} was quantized by {section.quant_method!r}: --from quip reads what "
-            "QuIP-for-all and AutoQuIP wrote, whose quant_method is 'QUiP'"
+            f"{folder} was quantized by {section.quant_method!r}: --from quip reads only models of "
+            "QuIP-for-all and AutoQuIP, whose quant_method is 'QUiP'"
         )
     if section.codebook not in LAYOUTS:
         raise ValueError(f"{folder}: {unknown_name(section.codebook, LAYOUTS, 'codebook')}")
@@ -126,7 +140,7 @@ def _section(config: Mapping[str, Any], folder: Path) -> Section:
     if scale is not None and not 0 < abs(scale) <= 1:
         raise ValueError(
             f"{folder}: opt_resid_scale is {section.opt_resid_scale}: allowed are numbers above 0, "
-            "and negative ones down to -1"
+            "and negative numbers that are not below -1"
         )
     return section
 
@@ -135,8 +149,8 @@ def _reader(folder: Path) -> CheckpointReader:
     whole = (folder / INDEX).exists() or (folder / SINGLE).exists()
     if not whole and any(folder.glob("*.bin")):
         raise ValueError(
-            f"{folder} has its weights in pickles, and --from quip opens none: first write them as "
-            f"safetensors with lowbit convert {folder} SAFE --from-bin, then convert SAFE"
+            f"{folder} has its weights in pickles, which --from quip does not open: first convert "
+            f"them to safetensors with lowbit convert {folder} SAFE --from-bin, then convert SAFE"
         )
     return CheckpointReader(folder)
 
@@ -144,7 +158,7 @@ def _reader(folder: Path) -> CheckpointReader:
 def _layers(
     reader: CheckpointReader, section: Section, config: Mapping[str, Any]
 ) -> dict[str, Layer]:
-    """All of their layers by name, checked as far as headers tell."""
+    """All quantized layers of the checkpoint by name; their shapes and dtypes are checked."""
     parts: dict[str, dict[str, TensorInfo]] = {
         name.removesuffix(".Qidxs"): {} for name in reader.tensors if name.endswith(".Qidxs")
     }
@@ -153,11 +167,11 @@ def _layers(
         if owner in parts:
             parts[owner][part] = info
     if not parts:
-        raise ValueError(f"{reader.folder} has no tensor that is called Qidxs: nothing to convert")
+        raise ValueError(f"{reader.folder} has no tensor named Qidxs, so no layer to convert")
     layers: dict[str, Layer] = {}
-    for name, found in parts.items():
+    for name, tensors in parts.items():
         try:
-            layers[name] = _layer(name, found, section, config)
+            layers[name] = _layer(name, tensors, section, config)
         except ValueError as error:
             raise ValueError(f"{reader.folder}: layer {name}: {error}") from None
     return layers
@@ -169,13 +183,15 @@ def _layer(
     layout, codes = LAYOUTS[section.codebook], parts["Qidxs"]
     if codes.dtype != layout.dtype or len(codes.shape) != 2 or codes.shape[1] % layout.count:
         raise ValueError(
-            f"Qidxs is {codes.dtype} {list(codes.shape)}: {section.codebook} is {layout.dtype}, "
-            f"rows of a multiple of {layout.count}"
+            f"Qidxs is {codes.dtype} {list(codes.shape)}: {section.codebook} needs {layout.dtype}, "
+            f"in rows whose length is a multiple of {layout.count}"
         )
     rows, columns = codes.shape[0], codes.shape[1] // layout.count * layout.weights
     layer = Layer(name, rows, columns, parts)
     if unknown := sorted(parts.keys() - set(PARTS)):
-        raise ValueError(f"{unknown[0]} is no tensor of this layout: it has {', '.join(PARTS)}")
+        raise ValueError(
+            f"{unknown[0]} is not a tensor of this layout: allowed are {', '.join(PARTS)}"
+        )
     if "Wscale" not in parts:
         raise ValueError("Wscale is missing")
     allowed: dict[str, list[tuple[int, ...]]] = {
@@ -190,8 +206,8 @@ def _layer(
     for part, shapes in allowed.items():
         if part in parts and parts[part].shape not in shapes:
             raise ValueError(
-                f"{part} is {list(parts[part].shape)}: with Qidxs of {rows} x {columns} weights it "
-                f"is {list(shapes[-1])}; a layer that was padded cannot be converted"
+                f"{part} is {list(parts[part].shape)}: Qidxs holds {rows} x {columns} weights, for "
+                f"which it must be {list(shapes[-1])}; a padded layer cannot be converted"
             )
     _check_transforms(layer, section, config)
     return layer
@@ -201,69 +217,74 @@ def _check_transforms(layer: Layer, section: Section, config: Mapping[str, Any])
     for side, order in layer.factors.items():
         if side not in layer.parts:
             raise ValueError(
-                f"{side} is missing, the matrix of order {order}: without use_rand it comes from a "
-                "table that is not in the checkpoint, so only powers of two can be converted"
+                f"{side}, a matrix of order {order}, is missing: without use_rand it comes from a "
+                "table that is not in the checkpoint, so only widths that are powers of two can be "
+                "converted"
             )
     if section.use_rand:
         return
     for width in (layer.columns, layer.rows):
         if (size := _unpadded(width, config)) is not None:
             raise ValueError(
-                f"its width {width} is {size} in config.json, padded to a power of two: this "
-                "cannot be converted"
+                f"its width {width} is {size} in config.json, padded to a power of two: a padded "
+                "layer cannot be converted"
             )
 
 
 def _unpadded(width: int, config: Mapping[str, Any]) -> int | None:
-    """The size in config.json that a power of two stands for, if it does not stand there itself."""
+    """Returns the size in config.json that was padded to `width`; None if nothing was padded.
+
+    It was padded if `width` is a power of two that is no size in config.json, and some size there
+    lies between half of it and itself.
+    """
     named = {key: size for key, size in config.items() if type(size) is int and key != "vocab_size"}
     sizes = {size for key, size in named.items() if key.endswith(("_size", "_dim", "_inner"))}
-    near = sorted(size for size in sizes if width // 2 < size < width)
-    return near[-1] if near and width not in sizes and width & (width - 1) == 0 else None
+    below = sorted(size for size in sizes if width // 2 < size < width)
+    return below[-1] if below and width not in sizes and width & (width - 1) == 0 else None
 
 
 def _write(
     reader: CheckpointReader, layers: Mapping[str, Layer], section: Section, out: Path
 ) -> None:
-    """A shard for each of theirs. A layer is in the shard that has its codes."""
+    """Writes one shard for each file of the checkpoint; a layer goes where its codes are."""
     inside = {f"{layer.name}.{part}" for layer in layers.values() for part in layer.parts}
     plain = {n: info.file for n, info in reader.tensors.items() if n not in inside}
-    placed = {name: layer.parts["Qidxs"].file for name, layer in layers.items()}
-    files = sorted({*plain.values(), *placed.values()})
+    quantized = {name: layer.parts["Qidxs"].file for name, layer in layers.items()}
+    files = sorted({*plain.values(), *quantized.values()})
     made_by = {
         "source": reader.folder.resolve().name,
         "method": {"name": "converted from quip", **section.model_dump(exclude={"quant_method"})},
         "model": reader.digest(),
         "versions": {"lowbit": __version__},
     }
-    first, dtype = next(iter(layers)), _dtype(reader, plain)
+    first, dtype = next(iter(layers)), _float_dtype(reader, plain)
     with CheckpointWriter(out, made_by, len(files)) as writer:
         for index, file in enumerate(files):
-            tensors = reader.read([name for name, there in plain.items() if there == file])
+            tensors = reader.read([name for name, its_file in plain.items() if its_file == file])
             modules: dict[str, dict[str, Any]] = {}
-            for name in (name for name, there in placed.items() if there == file):
-                modules[name], made = _convert(reader, layers[name], section, dtype)
-                tensors |= {f"{name}.{key}": tensor for key, tensor in made.items()}
-            guard = f"{first}.weight" if first in modules else None
-            if guard is not None:
-                tensors[guard] = torch.empty(0, dtype=dtype)
-            writer.write_shard(index, tensors, None, {"modules": modules, "marker": guard})
+            for name in (name for name, its_file in quantized.items() if its_file == file):
+                modules[name], converted = _convert(reader, layers[name], section, dtype)
+                tensors |= {f"{name}.{key}": tensor for key, tensor in converted.items()}
+            placeholder = f"{first}.weight" if first in modules else None
+            if placeholder is not None:
+                tensors[placeholder] = torch.empty(0, dtype=dtype)
+            writer.write_shard(index, tensors, None, {"modules": modules, "marker": placeholder})
         records = [record for i in range(len(files)) if (record := writer.record(i))]
         writer.finish(final_config(reader.folder, records, made_by))
 
 
-def _dtype(reader: CheckpointReader, plain: Mapping[str, str]) -> torch.dtype:
-    """The dtype of the float weights: that of the largest tensor that is in no layer."""
-    beside = [
+def _float_dtype(reader: CheckpointReader, plain: Mapping[str, str]) -> torch.dtype:
+    """The dtype of the float weights, taken from the largest tensor that is not quantized."""
+    floats = [
         reader.tensors[name] for name in plain if reader.tensors[name].dtype.is_floating_point
     ]
-    return max(beside, key=lambda info: info.bytes).dtype if beside else torch.float16
+    return max(floats, key=lambda info: info.bytes).dtype if floats else torch.float16
 
 
 def _convert(
     reader: CheckpointReader, layer: Layer, section: Section, weight: torch.dtype
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The entry and the tensors of a layer of the format `lattice`.
+    """Returns a layer's entry and tensors in the format `lattice`.
 
     weight: the dtype of the float weight that the layer stands for.
     """
@@ -281,11 +302,11 @@ def _convert(
         if "bias" in stored:
             tensors["bias"] = stored["bias"]
         entry = _entry(layer, section, tensors) | {"dtype": dtype_name(weight)}
-        made = build(entry)
+        converted = build(entry)
     except ValueError as error:
         raise ValueError(f"{reader.folder}: layer {layer.name}: {error}") from None
-    made.load_state_dict(tensors)
-    return made.entry(), made.state_dict()
+    converted.load_state_dict(tensors)
+    return converted.entry(), converted.state_dict()
 
 
 def _entry(layer: Layer, section: Section, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -310,13 +331,13 @@ def _entry(layer: Layer, section: Section, tensors: Mapping[str, Tensor]) -> dic
 
 
 def _scale(stored: Tensor) -> Tensor:
-    """One in float32, or one for each row as it is stored."""
+    """The scale: one for the whole matrix in float32, or one per row in its stored dtype."""
     scale = finite("Wscale", stored.flatten())
     return scale.half() if len(scale) > 1 and stored.dtype == torch.float16 else scale
 
 
 def _signs(layer: Layer, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Nothing where there are none, or all are 1 because neighbours took them."""
+    """SU and SV as `sign_in` and `sign_out`; empty if all are 1, merged into other layers."""
     given = {part: stored[part] for part in ("SU", "SV") if part in stored}
     if all(bool((vector == 1).all()) for vector in given.values()):
         return {}
@@ -328,16 +349,17 @@ def _signs(layer: Layer, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _factors(layer: Layer, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    made: dict[str, Tensor] = {}
+    """The matrices M as `factor_in` and `factor_out`; ValueError if one is not orthogonal."""
+    factors: dict[str, Tensor] = {}
     for side, name in (("had_left", "factor_in"), ("had_right", "factor_out")):
         if side not in stored or not stored[side].numel():
             continue
         factor = finite(side, stored[side].reshape(layer.factors.get(side, 1), -1))
-        far = float((factor @ factor.T - torch.eye(len(factor))).abs().max())
-        if far > ORTHOGONAL or (side not in layer.factors and factor.item() < 0):
+        error = float((factor @ factor.T - torch.eye(len(factor))).abs().max())
+        if error > ORTHOGONAL or (side not in layer.factors and factor.item() < 0):
             raise ValueError(
-                f"{side} is not orthogonal: {side} @ {side}.T is {far:.3g} away from I"
+                f"{side} is not orthogonal: {side} @ {side}.T differs from I by {error:.3g}"
             )
         if side in layer.factors:
-            made[name] = factor.half() if stored[side].dtype == torch.float16 else factor
-    return made
+            factors[name] = factor.half() if stored[side].dtype == torch.float16 else factor
+    return factors

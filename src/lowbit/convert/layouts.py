@@ -1,4 +1,4 @@
-"""Checkpoints in layouts of other programs, by the name of the layout."""
+"""Converts checkpoints of other programs; chooses the reader by the name of the layout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,22 +7,23 @@ from lowbit.config import unknown_name
 from lowbit.convert.from_bin import from_bin
 from lowbit.convert.from_quip import from_quip
 
-# Each reads a folder, writes another one and returns it; True: Python code is copied too.
+# Arguments: the folder to read, the folder to write, whether Python code is copied. Each returns
+# the folder that it has written.
 READERS: dict[str, Callable[[Path, Path, bool], Path]] = {"bin": from_bin, "quip": from_quip}
 
 
 def convert(
     folder: str | Path, out: str | Path, layout: str, trust_remote_code: bool = False
 ) -> Path:
-    """Writes a checkpoint of another layout as one that lowbit and transformers read.
+    """Converts a checkpoint of another program to a folder that lowbit can load; returns it.
 
     folder: the folder to read.
-    out: the folder to write, which must not exist, and which is returned.
-    layout: "bin": pytorch_model.bin, of which only tensors are read, no other pickled objects.
-        "quip": what QuIP-for-all or AutoQuIP wrote.
-    trust_remote_code: whether Python code that comes with the model is copied.
+    out: the folder to write, which must not exist.
+    layout: "bin": weights in pytorch_model.bin; pickled objects other than tensors are refused.
+        "quip": a model that QuIP-for-all or AutoQuIP quantized.
+    trust_remote_code: whether Python code in the model's folder is copied.
 
-    Raises ValueError for an unknown layout, and for a folder that is not of that layout.
+    Raises ValueError for an unknown layout, and for a folder that does not have this layout.
     """
     folder, out = Path(folder), Path(out)
     if layout not in READERS:

@@ -1,15 +1,16 @@
-"""The codes of QuIP-for-all and AutoQuIP, and ours for the same words.
+"""Translates the codes of QuIP-for-all and AutoQuIP to those of the format `lattice`.
 
-| codebook   | dtype | a number holds                                                             |
+| codebook   | dtype | content of one stored number                                               |
 | ---------- | ----- | -------------------------------------------------------------------------- |
 | E8P12      | int16 | one code                                                                   |
-| E8P12RVQ3B | int32 | a third of four codes: a byte of E8, then 2 of E8P12, low byte first, ...  |
-| E8P12RVQ4B | int32 | the residual's code of E8P12, and the first one's in the high half         |
+| E8P12RVQ3B | int32 | 4 of 12 bytes with 4 codes: each 1 byte E8, then 2 E8P12, low byte first   |
+| E8P12RVQ4B | int32 | low half: the residual's code of E8P12; high half: that of the first stage |
 | D4         | uint8 | one code                                                                   |
 | HI         | int32 | eight codes; element NIBBLES[i] in bits 4 i to 4 i + 3                     |
 
-The words are those of QuIP# (arXiv 2402.04396, section 4), as ours are (`formats/lattice`); in
-which order they are numbered is told here alone, by a function for each table.
+Both have the codewords of QuIP# (arXiv 2402.04396, section 4; see `formats/lattice`) and number
+them differently. `e8p_words`, `e8_words` and `d4_words` list the codewords in the order that
+QuIP-for-all and AutoQuIP use.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,8 @@ from torch.nn import functional
 from lowbit.formats.lattice import e8p
 from lowbit.formats.lattice.tables import table
 
-# Of E8P12: the bit that holds the sign of each coordinate; and where the three halves stand in the
-# patterns of squared norm 12, which come last.
+# For E8P12: the bit of the code that holds the sign of each coordinate, and the coordinates that
+# are 1/2 in the 29 patterns of squared norm 12, which come last (the other five are 3/2).
 SIGN_BITS = (7, 5, 6, 4, 3, 1, 2, 0)
 TRIPLES = (
     "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 "
@@ -36,7 +37,7 @@ NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True)
 class Layout:
-    """dtype: of stored numbers. `count` of them hold `weights` weights, and no fewer are stored."""
+    """How codes are stored: `count` numbers of `dtype` together hold `weights` weights."""
 
     dtype: torch.dtype
     count: int
@@ -53,7 +54,13 @@ LAYOUTS = {
 
 
 def our_codes(codebook: str, stored: Tensor) -> Tensor:
-    """stored: (out, numbers), as LAYOUTS says  ->  (out, blocks) of our codebook's code_dtype"""
+    """Translates stored codes to those of the format `lattice`.
+
+    codebook: a key of LAYOUTS.
+    stored: (out, numbers), of the codebook's dtype in LAYOUTS.
+
+    Returns (out, blocks), of the code_dtype of lowbit's codebook of the same name.
+    """
     if codebook == "HI":
         nibbles = stored.unsqueeze(-1) >> torch.arange(0, 32, 4) & 15
         return nibbles[..., torch.tensor(NIBBLES).argsort()].flatten(1).to(torch.uint8)
@@ -73,22 +80,25 @@ def our_codes(codebook: str, stored: Tensor) -> Tensor:
 
 @lru_cache
 def translation(name: str) -> Tensor:
-    """Our code for each of theirs, of E8P12, E8 or D4: (count,) int32"""
+    """Returns lowbit's code for each QuIP code of a table: (codewords,) int32.
+
+    name: "E8P12", "E8" or "D4".
+    """
     theirs, ours = _keys(WORDS[name]()), _keys(table(name, torch.device("cpu")))
     ordered, codes = ours.sort()
-    place = torch.searchsorted(ordered, theirs).clamp(max=len(ours) - 1)
-    assert torch.equal(ordered[place], theirs)
-    return codes[place].int()
+    position = torch.searchsorted(ordered, theirs).clamp(max=len(ours) - 1)
+    assert torch.equal(ordered[position], theirs)
+    return codes[position].int()
 
 
 def _keys(words: Tensor) -> Tensor:
-    """A number for each word: quarters are whole, and eight bytes are one int64."""
+    """One int64 per codeword: each of up to 8 coordinates, times 4, is an integer of one byte."""
     quarters = functional.pad(words * 4, (0, 8 - words.shape[1])).to(torch.int8)
     return quarters.contiguous().view(torch.int64).squeeze(1)
 
 
 def e8p_words() -> Tensor:
-    """(65536, 8) float32"""
+    """The codewords of E8P12 in the order of their codes: (65536, 8) float32"""
     levels = e8p.patterns()
     ball = levels[(levels + 0.5).square().sum(1) <= 10]  # these are in lexicographic order
     halves = [[int(str(i) not in triple) for i in range(8)] for triple in TRIPLES]
@@ -101,7 +111,7 @@ def e8p_words() -> Tensor:
 
 
 def e8_words() -> Tensor:
-    """(256, 8) float32"""
+    """The codewords of E8 in the order of their codes: (256, 8) float32"""
     whole = [p for p in product((-1.0, 0.0, 1.0), repeat=8) if sum(map(abs, p)) in (0, 2)]
     halves = [p for p in product((-0.5, 0.5), repeat=8) if sum(p) % 2 == 0]
     twos = 2 * torch.eye(8)
@@ -109,7 +119,7 @@ def e8_words() -> Tensor:
 
 
 def d4_words() -> Tensor:
-    """(256, 4) float32"""
+    """The codewords of D4 in the order of their codes: (256, 4) float32"""
     code = torch.arange(256)
     sizes = torch.tensor([_d4_sizes(pattern) for pattern in range(32)])[code & 31]
     minus = torch.zeros(256, 4, dtype=torch.int64)
@@ -119,8 +129,8 @@ def d4_words() -> Tensor:
 
 
 def _d4_sizes(pattern: int) -> list[float]:
-    """The magnitudes of a number below 32."""
-    place = pattern & 3
+    """The four magnitudes of a pattern, which is the lower 5 bits of a code."""
+    position = pattern & 3
     if pattern < 2:
         return [0.5 + pattern] * 4
     if pattern < 8:
@@ -128,13 +138,13 @@ def _d4_sizes(pattern: int) -> list[float]:
         return [pair if i in (0, pattern >> 1) else 2 - pair for i in range(4)]
     if pattern < 16:
         alone = 1.5 if pattern < 12 else 0.5
-        return [alone if i == place else 2 - alone for i in range(4)]
+        return [alone if i == position else 2 - alone for i in range(4)]
     sizes = [0.5] * 4
     if pattern < 20:
-        sizes[place] = 2.5
+        sizes[position] = 2.5
         return sizes
-    others = [i for i in range(4) if i != place]
-    sizes[place], sizes[others[(pattern - 20) >> 2]] = 1.5, 2.5
+    others = [i for i in range(4) if i != position]
+    sizes[position], sizes[others[(pattern - 20) >> 2]] = 1.5, 2.5
     return sizes
 
 

@@ -1,4 +1,4 @@
-"""A folder of 8-bit codes that matquant made to one of a slice in its own bits."""
+"""Converts a MatQuant folder with 8-bit codes to a folder that holds one slice of fewer bits."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,21 +28,21 @@ def slice_folder(
 ) -> Path:
     """Writes the upper bits of a MatQuant folder's 8-bit codes, and returns the new folder.
 
-    All other tensors are copied bit for bit. One shard is in memory at a time.
+    All other tensors are copied unchanged. One shard is in memory at a time.
 
     folder: a folder that MatQuant made.
     out: the folder to write, which must not exist.
     bits: one width from 2 to 8 for all layers, or {name or pattern of a layer: width}, or the path
-        of a YAML file of that, as `lowbit.mix` makes it.
-    nested: False: layers are stored in the uniform format, whose weights equal the slice's to the
-        last bit. True: they keep the nested format, which also holds the additional level of
+        of a YAML file with such a mapping, as `lowbit.mix` writes it.
+    nested: False: layers are stored in format `uniform`, with exactly the weights of the slice.
+        True: layers keep format `nested`, which can also hold the additional level of
         `extra_precision`.
     verify: whether files are checked against their hashes first.
-    trust_remote_code: whether Python code that comes with the model is copied.
-    on_progress: called with the shards that are written, and their number in all.
+    trust_remote_code: whether Python code in the model's folder is copied.
+    on_progress: called with the number of shards that are written, and of all shards.
 
-    Raises ValueError, before anything is written, for a folder that is damaged, an `out` that
-    exists, and a layer that the uniform format cannot hold.
+    Raises ValueError, before anything is written, if the folder is damaged, if `out` exists, and
+    for a layer that format `uniform` cannot hold.
     """
     folder, out = Path(folder), Path(out)
     if out.exists():
@@ -58,7 +58,11 @@ def slice_folder(
 
 
 class _Cutting:
-    """A folder that is being sliced. entries: of all layers; of the slices once they are cut."""
+    """The state of slicing one folder.
+
+    widths: the width of every layer that is sliced, by name on disk.
+    entries: of all layers by name on disk; a layer's entry is replaced when its slice is cut.
+    """
 
     def __init__(self, quantized: QuantizedFolder, widths: dict[str, int], nested: bool) -> None:
         self.quantized = quantized
@@ -67,7 +71,10 @@ class _Cutting:
         self.entries = dict(quantized.entries)
 
     def check_extra_codes(self) -> None:
-        """ValueError for a layer whose slice uses the code that extra precision adds."""
+        """Raises ValueError for a layer whose slice uses the additional level of extra precision.
+
+        Format `uniform` has no code for that level.
+        """
         for name, width in self.widths.items():
             if not needs_codes(self.entries[name]):
                 continue
@@ -82,18 +89,22 @@ class _Cutting:
         return self.quantized.converted_shards(self._cut, progress)
 
     def _cut(self, name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
-        """The tensors of a layer's slice, or those of a layer without widths; and the guard."""
+        """Returns the tensors to store for a layer: its slice, or the layer if it has no widths.
+
+        The placeholder is stored together with the layer whose name it has.
+        """
         if name in self.widths:
             layer = slice_layer(layer, self.widths[name], self.nested)
-            stated = {k: v for k, v in self.entries[name].items() if k == "dtype"}
-            self.entries[name] = layer.entry() | stated  # of the float weight: a slice's too
+            # The dtype of the float weight, which the layer itself does not know.
+            dtype = {k: v for k, v in self.entries[name].items() if k == "dtype"}
+            self.entries[name] = layer.entry() | dtype
         tensors: dict[str, Tensor] = dict(layer.state_dict())
-        if (guard := self.quantized.guard) == f"{name}.weight":
-            tensors["weight"] = self.quantized.reader.read([guard])[guard]
+        if (placeholder := self.quantized.placeholder) == f"{name}.weight":
+            tensors["weight"] = self.quantized.reader.read([placeholder])[placeholder]
         return tensors
 
     def config(self, out: Path) -> dict[str, Any]:
-        """The master's config.json with what has changed; `out` holds the shards."""
+        """Returns config.json for the slices. out: the new folder, which holds all shards"""
         master = self.quantized.quantization
         files = {
             path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}

@@ -1,7 +1,8 @@
-"""A folder to a model that runs: `load`, and what makes plain transformers do the same.
+"""Loads a folder as a model that runs, through `load` or through transformers.
 
-model.py has what is called from outside, transformers_plugin.py what transformers calls while it
-loads a folder, slices.py how a slice is cut from 8-bit codes on the way into memory.
+model.py:               `load` and its variants.
+transformers_plugin.py: what transformers calls while it loads a quantized folder.
+slices.py:              cuts slices from 8-bit codes while they are read.
 """
 
 from lowbit.load.model import check_float, load, load_model, set_widths, stream

@@ -1,4 +1,4 @@
-"""A folder to a model that runs, whole or streamed block by block."""
+"""Loads a folder as a model that runs, whole in memory or streamed block by block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,19 +33,19 @@ def load(
     trust_remote_code: bool = False,
     bits: WidthPlan | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """Loads a quantized or a float model: (model, tokenizer); the latter None where there is none.
+    """Loads a quantized or float model; returns (model, tokenizer), tokenizer None if it has none.
 
     model: a folder, or a hub id.
-    device_map: as transformers takes it; None: everything on the CPU.
-    dtype: of all that is not quantized; None: float32 on the CPU (half precision there is hundreds
-        of times slower), else the checkpoint's own.
-    verify: check the hashes of all files; False checks names, shapes and sizes only.
-    trust_remote_code: run Python code that comes with the model.
-    bits: of a folder that matquant made, keep only slices of these widths, cut while it is read:
-        one width, {name or pattern: width}, or the path of a YAML file of that; None: the 8-bit
-        codes, for `set_bits`.
+    device_map: as in transformers; None: everything on the CPU.
+    dtype: of everything that is not quantized; None: float32 on the CPU (where half precision is
+        hundreds of times slower), otherwise the dtype of the checkpoint.
+    verify: whether the hashes of all files are checked; False: only names, shapes and sizes are.
+    trust_remote_code: whether Python code in the model's folder may be run.
+    bits: for a MatQuant folder: keep only slices of these widths, which are cut while the folder is
+        read: one width, {name or pattern of a layer: width}, or the path of a YAML file with such a
+        mapping; None: keep the 8-bit codes, so that `set_bits` can choose other widths later.
 
-    Raises ValueError that names the file or tensor that is wrong.
+    Raises ValueError, with the name of the file or tensor, if the folder is damaged.
     """
     folder = locate(model, trust_remote_code)
     return (
@@ -62,22 +62,24 @@ def load_model(
     trust_remote_code: bool = False,
     bits: WidthPlan | None = None,
 ) -> PreTrainedModel:
-    """The model alone; see `load`."""
+    """Loads the model without its tokenizer; the arguments are those of `load`."""
     section = read_config(folder).get("quantization_config")
     verified = None
     if isinstance(section, dict) and section.get("quant_method") == "lowbit":
         QuantizedFolder(folder).verify(hashes=verify)
         verified = VerifiedSection(section, bits)
     elif bits is not None:
-        raise ValueError(f"{folder} is a float model: bits is for what lowbit has quantized")
+        raise ValueError(
+            f"{folder} is a float model: bits is for models that lowbit has quantized; leave it out"
+        )
     else:
         check_float(folder)
     if bits is not None and "disk" in places_of(device_map):
         raise ValueError(
-            f"{folder}: slices are cut in memory; to have layers on the disk, write a folder of "
-            "the slice first"
+            f"{folder}: slices are cut in memory, so with bits no layer can be offloaded to disk: "
+            "write a folder of the slice first (lowbit slice), and load that"
         )
-    with _refused(folder):
+    with _errors_named(folder):
         config = load_config(folder, trust_remote_code)
         if verified is not None:
             config.quantization_config = verified
@@ -90,15 +92,17 @@ def load_model(
             output_loading_info=True,
         )
         model, report = loaded
-        if report["missing_keys"]:  # transformers has invented them
+        if report["missing_keys"]:  # transformers has initialised them at random
             raise ValueError(f"tensor {min(report['missing_keys'])} is missing")
     return model
 
 
 def set_widths(model: PreTrainedModel, folder: Path, bits: WidthPlan) -> None:
-    """Runs the loaded model of a folder, which holds 8-bit codes, at other widths from now on.
+    """Sets the widths at which a loaded MatQuant model with 8-bit codes runs from now on.
 
-    bits: as `load` takes it, with names on disk; what it does not name runs at its folder's width.
+    model: the model of `folder`, loaded without `bits`.
+    bits: as in `load`, with names on disk. Layers that it does not name run at the width that the
+        folder states.
     """
     set_bits(model, widths_of(QuantizedFolder(folder), bits))
 
@@ -106,11 +110,11 @@ def set_widths(model: PreTrainedModel, folder: Path, bits: WidthPlan) -> None:
 def stream(
     folder: Path, trust_remote_code: bool = False, bits: WidthPlan | None = None
 ) -> StreamedModel:
-    """The model of a float or a quantized folder, to be run block by block in float32.
+    """Returns the model of a float or quantized folder, which runs block by block in float32.
 
-    bits: the widths at which a folder that matquant made runs; see `load`.
+    bits: the widths at which a MatQuant folder runs; see `load`.
 
-    Raises ValueError that names the file or tensor that is wrong.
+    Raises ValueError, with the name of the file or tensor, if the folder is damaged.
     """
     section = read_config(folder).get("quantization_config")
     config = load_config(folder, trust_remote_code)
@@ -132,26 +136,26 @@ def stream(
 
 
 @contextmanager
-def _refused(folder: Path) -> Iterator[None]:
-    """Turns what transformers makes of a bad config.json, whatever it is, into a ValueError."""
+def _errors_named(folder: Path) -> Iterator[None]:
+    """Turns any error that transformers raises for a bad folder into a ValueError with its name."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{folder} cannot be loaded: {kind}{error}") from error
+        name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{folder} cannot be loaded: {name}{error}") from error
 
 
 def check_float(folder: Path) -> None:
-    """ValueError for a folder without quantization_config that has no float weights to load.
+    """Checks that a folder without quantization_config holds float weights.
 
-    It may hold pickles, broken shards, or weights that lowbit has quantized: then the guard tensor
-    shows it.
+    Raises ValueError if it holds pickles or broken shards, or if lowbit has quantized its weights,
+    which an empty placeholder tensor shows.
     """
     for name, info in CheckpointReader(folder).tensors.items():
         if 0 in info.shape:
             raise ValueError(
-                f"{folder}: tensor {name} is empty, as where lowbit has quantized, "
-                "but config.json says nothing of it"
+                f"{folder}: tensor {name} is empty, as in a folder that lowbit has quantized, but "
+                "config.json has no quantization_config: restore config.json"
             )

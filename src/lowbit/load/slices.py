@@ -1,4 +1,4 @@
-"""Slices of a folder that matquant made, cut while transformers reads it."""
+"""Cuts the slices of a MatQuant folder while transformers reads it."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from lowbit.formats.widths import CODES, SLICE_TENSORS, cut_tensors
 
 
 class CutSlice(ConversionOps):
-    """Cuts a layer's slice as soon as its 8-bit codes are read, which are then let go."""
+    """Cuts a layer's slice as soon as its 8-bit codes are read; the codes are then freed."""
 
     def convert(
         self,
@@ -27,16 +27,17 @@ class CutSlice(ConversionOps):
 
 
 def slice_conversions() -> list[WeightTransform]:
-    """What transformers must do with the codes of all layers."""
-    # On the CPU, so that a GPU never holds more than the slices.
+    """Returns the conversions that transformers applies to the 8-bit codes of all layers."""
+    # They run on the CPU, so that a GPU holds only the slices.
     target = f".{SLICE_TENSORS[0]}"
     return [WeightConverter([rf"\.{CODES}$"], [target], [CutSlice()], force_cpu=True)]
 
 
 def cut_names(sliced: Collection[str], in_memory: Mapping[str, str]) -> set[str]:
-    """The names in memory of the tensors that slices have and the folder has not.
+    """Returns the names in memory of the tensors of slices, which are not in the folder.
 
-    sliced: the layers, by name on disk. in_memory: names of tensors in memory, by name on disk.
+    sliced: names on disk of the sliced layers.
+    in_memory: names in memory of all tensors, by name on disk.
     """
     layers = [in_memory[f"{name}.{CODES}"].removesuffix(CODES) for name in sliced]
     return {f"{layer}{tensor}" for layer in layers for tensor in SLICE_TENSORS}

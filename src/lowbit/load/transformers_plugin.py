@@ -1,8 +1,8 @@
-"""The plugin through which plain transformers loads a folder that lowbit has quantized.
+"""The transformers plugin that loads a folder that lowbit has quantized.
 
-Importing this module registers quant_method "lowbit" with transformers, so that after
-`import lowbit` AutoModelForCausalLM.from_pretrained(folder) works, on CPU and CUDA and with any
-device_map. Everything is checked before the first weight is read.
+Importing this module registers quant_method "lowbit" with transformers. So after `import lowbit`,
+AutoModelForCausalLM.from_pretrained(folder) works, on CPU and CUDA and with any device_map. The
+folder is checked before the first weight is read.
 """
 
 import logging
@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.slices import slices_of
 from lowbit.checkpoint.verify import (
-    guard_of,
+    placeholder_of,
     quantization_section,
     quantized_entries,
     rounded_attentions,
@@ -42,9 +42,11 @@ logger = logging.getLogger(__name__)
 
 
 class VerifiedSection(dict[str, Any]):
-    """A quantization_config whose folder `load_model` has verified; no file can claim that.
+    """A quantization_config whose folder `load_model` has already verified.
 
-    bits: what `load` was told to slice.
+    It is a class, not a key of config.json, so that no file can claim to be verified.
+
+    bits: the widths of the slices that `load` was asked for; None: no slices.
     """
 
     def __init__(self, section: dict[str, Any], bits: WidthPlan | None = None) -> None:
@@ -54,9 +56,10 @@ class VerifiedSection(dict[str, Any]):
 
 @register_quantization_config("lowbit")
 class LowbitConfig(QuantizationConfigMixin):
-    """config.json's quantization_config; what is in it, `lowbit.checkpoint.verify` checks.
+    """The quantization_config of a quantized folder; `lowbit.checkpoint.verify` checks its content.
 
-    Kept as one dictionary: as attributes its keys could replace methods and switch transformers.
+    It is kept as one dictionary. As attributes, the keys of an untrusted file could replace methods
+    and change what transformers does.
     """
 
     def __init__(self, section: dict[str, Any]) -> None:
@@ -75,9 +78,9 @@ class LowbitConfig(QuantizationConfigMixin):
 
 @register_quantizer("lowbit")
 class LowbitQuantizer(HfQuantizer):
-    """Replaces linears on the meta device before transformers reads the weights."""
+    """Replaces linears by quantized layers, on the meta device, before weights are read."""
 
-    requires_calibration = True  # only checkpoints that lowbit has quantized
+    requires_calibration = True  # it loads quantized checkpoints, and cannot quantize while loading
     quantization_config: LowbitConfig
     sliced: dict[str, dict[str, Any]] = {}
 
@@ -87,8 +90,8 @@ class LowbitQuantizer(HfQuantizer):
         quantization_section({"quantization_config": section}, "the model")
 
     def update_attn_implementation(self, config: Any) -> Any:
-        # Called before dtype="auto" is settled: the one place to prefer float32 on the CPU and yet
-        # leave a dtype that the caller names alone.
+        # transformers calls this before it resolves dtype="auto". Only here can float32 become the
+        # default on the CPU without overriding a dtype that the caller passes.
         if self.on_cpu:
             config.dtype = torch.float32
         return config
@@ -101,16 +104,16 @@ class LowbitQuantizer(HfQuantizer):
             if not isinstance(section, VerifiedSection):
                 folder.verify()
             check_files(files, folder)
-            entries, attention, guard = folder.entries, folder.attention, folder.guard
+            entries, attention, placeholder = folder.entries, folder.attention, folder.placeholder
             self.sliced = slices_of(folder, getattr(section, "bits", None))
             entries = entries | self.sliced
         else:
             entries = quantized_entries(section, "the model")
-            guard = guard_of(section, entries, "the model")
+            placeholder = placeholder_of(section, entries, "the model")
             attention = rounded_attentions(section, "the model")
         replace_linears(model, entries)
         mark_attentions(model, attention)
-        ignored = re.escape(memory_names(model, [guard])[guard])
+        ignored = re.escape(memory_names(model, [placeholder])[placeholder])
         unexpected = model._keys_to_ignore_on_load_unexpected or set()
         model._keys_to_ignore_on_load_unexpected = {*unexpected, f"^{ignored}$"}
         if files:
@@ -123,8 +126,10 @@ class LowbitQuantizer(HfQuantizer):
         repack(model)
 
     def is_serializable(self) -> bool:
-        """No: the folder itself is the serialized form, with its hashes."""
-        logger.warning("a model that lowbit quantized is not written again: copy its folder")
+        """Returns False: the quantized folder is the serialized form, with its hashes."""
+        logger.warning(
+            "a model that lowbit has quantized cannot be saved again: copy its folder instead"
+        )
         return False
 
     @property
@@ -133,35 +138,45 @@ class LowbitQuantizer(HfQuantizer):
 
 
 def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) -> None:
-    """Puts an empty QuantizedLinear where each entry says; ValueError where one does not fit."""
+    """Replaces each quantized linear of a model by an empty QuantizedLinear, on the meta device.
+
+    entries: the entry of each quantized layer, by name on disk.
+
+    Raises ValueError for an entry that does not fit the model.
+    """
     weights = {f"{name}.weight": entry for name, entry in entries.items()}
     unfuse_experts(model, only=memory_names(model, weights).values())
     in_memory = memory_names(model, weights)
-    made: dict[str, QuantizedLinear] = {}
+    layers: dict[str, QuantizedLinear] = {}
     for weight, entry in weights.items():
         name = in_memory[weight].removesuffix(".weight")
         try:
             old = model.get_submodule(name)
         except AttributeError:
             raise ValueError(
-                f"config.json quantizes {name}, which this model does not have"
+                f"config.json lists {name} as quantized, but this model has no such layer"
             ) from None
         with torch.device("meta"):
             new = build(entry)
         new.stored_as = weight.removesuffix(".weight")
-        made[new.stored_as] = new
+        layers[new.stored_as] = new
         _check_fits(name, old, new)
         path, _, attribute = name.rpartition(".")
         parent = model.get_submodule(path)
         setattr(parent, attribute, new)
         if not any(True for _ in parent.buffers(recurse=False)):
-            # Every tensor comes from the folder; some initialisers would look for LINEAR.weight.
+            # All tensors come from the folder, and some initialisers fail without LINEAR.weight.
             parent._is_hf_initialized = True  # type: ignore[assignment]
-    link(made)
+    link(layers)
 
 
 def mark_attentions(model: PreTrainedModel, attention: dict[str, dict[str, Any]]) -> None:
-    """Makes attentions round what they read, by name on disk; ValueError where one cannot."""
+    """Makes attentions round their queries, keys and values.
+
+    attention: the rounding of each attention, by name on disk.
+
+    Raises ValueError for an attention that cannot round.
+    """
     roundings = {f"{name}.rounding": rounding for name, rounding in attention.items()}
     inside = memory_names(model, roundings)
     by_memory = {inside[name].removesuffix(".rounding"): how for name, how in roundings.items()}
@@ -171,35 +186,42 @@ def mark_attentions(model: PreTrainedModel, attention: dict[str, dict[str, Any]]
 def _check_fits(name: str, old: nn.Module, new: QuantizedLinear) -> None:
     if not isinstance(old, nn.Linear):
         raise ValueError(
-            f"config.json quantizes {name}, which is a {type(old).__name__}, no linear"
+            f"config.json lists {name} as quantized, but it is a {type(old).__name__}, not a linear"
         )
-    wanted = (old.out_features, old.in_features, old.bias is not None)
+    needed = (old.out_features, old.in_features, old.bias is not None)
     stated = (new.out_features, new.in_features, new.bias is not None)
-    if wanted != stated:
+    if needed != stated:
         raise ValueError(
-            f"layer {name} is (out, in, bias) {wanted} in this model, but config.json says {stated}"
+            f"layer {name} needs (out, in, bias) {needed} in this model, but config.json states "
+            f"{stated}"
         )
 
 
 def check_files(files: Sequence[str], folder: QuantizedFolder) -> None:
-    """transformers reads the shards that were verified, and no others that it may prefer."""
+    """Checks that transformers reads the verified shards, and not other files in the folder."""
     read = sorted(Path(file).name for file in files)
     if read != folder.reader.files:
         raise ValueError(
             f"{folder.folder}: transformers would read {read}, "
-            f"but config.json lists {folder.reader.files}; remove what does not belong there"
+            f"but config.json lists {folder.reader.files}; remove the files that do not belong "
+            "there"
         )
 
 
 def check_complete(
     model: PreTrainedModel, folder: QuantizedFolder, sliced: Collection[str] = ()
 ) -> None:
-    """ValueError where the folder lacks a tensor of the model, which transformers would invent.
+    """Checks that the folder has every tensor of the model.
 
-    sliced: the layers, by name on disk, whose tensors are cut from the 8-bit codes that are there.
+    transformers would only warn, and initialise a missing tensor at random.
+
+    model: on the meta device, with quantized layers.
+    sliced: names on disk of the layers whose tensors are cut from the folder's 8-bit codes.
+
+    Raises ValueError for a tensor that is missing or has the wrong shape or kind of dtype.
     """
-    model = deepcopy(model)  # on meta
-    unfuse_experts(model)  # those that are all float and that transformers will join
+    model = deepcopy(model)  # on the meta device, so this takes no memory
+    unfuse_experts(model)  # float experts, which transformers has fused
     names = memory_names(model, folder.reader.tensors)
     present = {memory: folder.reader.tensors[disk] for disk, memory in names.items()}
     cut = cut_names(sliced, names)
@@ -215,14 +237,17 @@ def check_complete(
         if info is not None and info.shape != tuple(tensor.shape):
             raise ValueError(
                 f"{folder.folder}: tensor {name} has shape {list(info.shape)}, "
-                f"the model needs {list(tensor.shape)}"
+                f"but the model needs {list(tensor.shape)}"
             )
         if info is not None and info.dtype.is_floating_point != tensor.dtype.is_floating_point:
-            raise ValueError(f"{folder.folder}: tensor {name} is {info.dtype}")
+            raise ValueError(
+                f"{folder.folder}: tensor {name} is {info.dtype}, but the model needs "
+                f"{tensor.dtype}"
+            )
 
 
 def on_cpu(device_map: Any) -> bool:
-    """Whether a device_map keeps everything on the CPU (or on disk, to be computed there)."""
+    """Returns whether a device_map computes everything on the CPU (layers on disk included)."""
     places = places_of(device_map)
     automatic = ("auto", "balanced", "balanced_low_0", "sequential")
     if any(place in automatic for place in places if isinstance(place, str)):

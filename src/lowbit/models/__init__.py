@@ -1,4 +1,18 @@
-"""Families as tables, and a model that is streamed from its folder block by block."""
+"""Model families as tables, and models that are read from their folder block by block.
+
+llama.py, opt.py, ...: one table for each family, made of the classes in family.py.
+wiring.py:             linear groups and folds of a block, from the table of its family.
+discovery.py:          makes a table for an architecture that has none.
+source.py:             the float model that is quantized.
+streamed.py:           a model that runs block by block.
+skeleton.py:           a model without weights, and the names of its tensors.
+attention.py:          rounds queries, keys and values.
+locate.py:             the folder of a model, downloaded from the hub if necessary.
+in_memory.py:          a model in memory, saved to a temporary folder.
+tokenizer.py:          the tokenizer of a folder.
+generation.py:         continues a prompt.
+quiet.py:              silences transformers and the hub.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +38,7 @@ FAMILIES = {
 
 
 def family_of(config: Any, model: nn.Module) -> Family:
-    """The table of config.json's architecture, or what `discover` makes of the model."""
+    """Returns the family of a model: by its architecture in config.json, else from `discover`."""
     for architecture in config.architectures or [type(model).__name__]:
         if architecture in FAMILIES:
             return FAMILIES[architecture]
@@ -32,7 +46,7 @@ def family_of(config: Any, model: nn.Module) -> Family:
 
 
 def family_name(folder: Path) -> str:
-    """The family that a folder's config.json names, without a model; else "discovered"."""
+    """Returns the name of the family of a folder, from its config.json; else "discovered"."""
     config = read_json(folder / "config.json")
     architectures = config.get("architectures") if isinstance(config, dict) else None
     for architecture in architectures if isinstance(architectures, list) else []:

@@ -1,9 +1,11 @@
-"""transformers' attention interface: which modules call it, and functions that round for them.
+"""Rounds queries, keys and values through transformers' attention interface.
 
-Importing this registers "lowbit-sdpa" and "lowbit-eager": transformers' own functions, behind the
-rounding that a module's mark asks for (`lowbit.blocks.attention`); unmarked modules get just these.
-Each is registered with the mask function of its own kind: without one transformers makes no mask
-at all, and padded batches go silently wrong.
+Importing this module registers two attention functions with transformers, "lowbit-sdpa" and
+"lowbit-eager". They round queries, keys and values if the attention module is marked for it
+(`lowbit.blocks.attention`), and then call transformers' own function "sdpa" or "eager".
+
+Each is registered with the mask function of "sdpa" or "eager" as well. Without one, transformers
+makes no mask at all, and the results of padded batches are wrong without any error.
 """
 
 import inspect
@@ -20,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from lowbit.blocks.attention import MARK, PREFIX, WRAPPED, round_attention
 from lowbit.kernels.tokens import round_tokens
 
-INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the table that a forward looks its function up in
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' table of attention functions
 
 
 def _attend(
@@ -32,13 +34,17 @@ def _attend(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """query: (batch, heads, tokens, width)  key, value: (batch, key heads, all tokens, width)"""
+    """Rounds as the module's mark asks, then calls transformers' function `implementation`.
+
+    query: (batch, heads, tokens, width)
+    key, value: (batch, key heads, all tokens, width)
+    """
     rounding = getattr(module, MARK, None)
     if rounding is not None:
         query, key, value = (round_tokens(t, **rounding) for t in (query, key, value))
     if implementation == "sdpa":
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-    # Every model's file has its own, with what sdpa lacks: a soft cap, sinks.
+    # Each model's file has its own eager function, with what sdpa lacks: soft caps, sinks.
     eager: Any = sys.modules[type(module).__module__]
     attended: tuple[Tensor, Tensor | None] = eager.eager_attention_forward(
         module, query, key, value, *args, **kwargs
@@ -52,10 +58,10 @@ for _name in WRAPPED:
 
 
 def calls_interface(module: nn.Module) -> bool:
-    """Whether the module hands its queries, keys and values to transformers' interface.
+    """Returns whether a module is an attention that calls transformers' attention interface.
 
-    Read off its forward, so that no weights are needed. False for Falcon's attention, which calls
-    torch itself, and for all that is no attention.
+    The code of its forward shows this, so that no weights are needed. Falcon's attention calls
+    torch directly, so it returns False for that.
     """
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
@@ -63,25 +69,29 @@ def calls_interface(module: nn.Module) -> bool:
 
 
 def attentions_of(block: nn.Module) -> tuple[str, ...]:
-    """Names of the modules of a block whose queries, keys and values can be rounded."""
+    """Returns the names of a block's attentions whose queries, keys and values can be rounded."""
     return tuple(name for name, module in block.named_modules() if calls_interface(module))
 
 
 def round_attentions(model: nn.Module, roundings: Mapping[str, dict[str, Any]]) -> None:
-    """Marks the attentions of a whole model, by their names in memory, as config.json asks.
+    """Marks attentions of a model, so that they round their queries, keys and values.
 
-    Raises ValueError by the name of one that is not there, or that cannot be rounded.
+    roundings: the rounding of each attention, by name in memory.
+
+    Raises ValueError, with the name of the attention, if the model does not have it or it cannot be
+    rounded.
     """
     for name, rounding in roundings.items():
         try:
             module = model.get_submodule(name)
         except AttributeError:
             raise ValueError(
-                f"config.json rounds what attention {name} reads, which this model does not have"
+                f"config.json asks to round queries, keys and values of attention {name}, which "
+                "this model does not have"
             ) from None
         if not calls_interface(module):
             raise ValueError(
-                f"config.json rounds what attention {name} reads, which is a "
-                f"{type(module).__name__} that does not call transformers' attention interface"
+                f"config.json asks to round queries, keys and values of attention {name}, but that "
+                f"is a {type(module).__name__} that does not call transformers' attention interface"
             )
         round_attention(module, rounding)

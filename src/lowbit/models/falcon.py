@@ -1,8 +1,11 @@
-"""Falcon: q, k and v are rows of one matrix, in three arrangements.
+"""Falcon: queries, keys and values are rows of one matrix, in three arrangements.
 
-7B: multi-query (all queries, one key, one value), attention and MLP read one norm in parallel.
-40B, 180B (`new_decoder_architecture`): per key head its queries, the key, the value; two norms,
-or one (`num_ln_in_parallel_attn`, 11B). RW: query, key and value head by head, ALiBi, sequential.
+7B: multi-query attention (rows of all queries, one key, one value). Attention and MLP run in
+    parallel and read the output of one norm.
+40B, 180B (`new_decoder_architecture`): for each key head the rows of its queries, its key and its
+    value. Attention and MLP run in parallel and read two norms, or one in 11B
+    (`num_ln_in_parallel_attn`).
+RW: query, key and value for each head, ALiBi. Attention and MLP run one after the other.
 """
 
 from typing import Any
@@ -17,7 +20,7 @@ UP = "mlp.dense_h_to_4h"
 
 
 def _norms(config: Any) -> dict[str, tuple[str, ...]]:
-    """Which linears read which norm."""
+    """The linears that read each norm, by the name of the norm."""
     two = config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2)
     if config.parallel_attn and two:
         return {"ln_attn": (QKV,), "ln_mlp": (UP,)}
@@ -47,9 +50,9 @@ def _heads(config: Any) -> Heads:
 
 
 def _parts(config: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of the fused matrix that are queries, keys and values, heads in order."""
+    """Returns the rows of queries, of keys and of values in the fused matrix, in order of heads."""
     heads = _heads(config)
-    # All three arrangements: per key head its queries, then the key, then the value.
+    # This holds for all three arrangements: per key head its queries, then the key, then the value.
     rows = torch.arange((heads.queries + 2 * heads.keys) * heads.width)
     rows = rows.view(heads.keys, heads.queries // heads.keys + 2, heads.width)
     return rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()

@@ -1,8 +1,11 @@
-"""What the tables in this folder are made of: a family is data, chosen by its architecture.
+"""The classes of which the tables of model families are made.
 
-Names are relative to a block, as transformers has them in memory; `*` stands for the number of an
-expert. A rule whose modules a block does not have does not apply to that block (Qwen3-MoE mixes
-dense and sparse blocks), but a rule of which a block has some modules and not others is an error.
+A family is data: it says which linears read the same input, and where scales can be folded. It is
+chosen by the architecture in config.json.
+
+Names of modules are relative to a block, as in transformers' model in memory; `*` stands for the
+number of an expert. If a block has none of the modules of a rule, the rule does not apply to it
+(Qwen3-MoE mixes dense and sparse blocks). If it has only some of them, that is an error.
 """
 
 from collections.abc import Callable
@@ -23,16 +26,22 @@ class Group:
 
 @dataclass(frozen=True)
 class Heads:
-    """The geometry of attention, as config.json has it."""
+    """The heads of an attention.
+
+    queries: number of query heads.
+    keys: number of key heads, which is also that of value heads.
+    width: channels of one head.
+    rotary: channels of a head that RoPE rotates, in pairs (i, i + rotary / 2); 0: none.
+    """
 
     queries: int
-    keys: int  # key and value heads
-    width: int  # channels of one head
-    rotary: int  # channels of a head that RoPE turns, in pairs (i, i + rotary / 2); 0: none
+    keys: int
+    width: int
+    rotary: int
 
 
 def heads_of(config: Any) -> Heads:
-    """Llama's conventions, which most families share."""
+    """Returns the heads from a config with Llama's field names, which most families use."""
     queries = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // queries
     partial = getattr(config, "partial_rotary_factor", None) or 1.0
@@ -44,17 +53,19 @@ def heads_of(config: Any) -> Heads:
     )
 
 
-Rows = Callable[[Any], Tensor]  # a config to row numbers of one matrix, int64
+Rows = Callable[[Any], Tensor]  # from a config to row indices of one matrix, int64
 
 
 @dataclass(frozen=True)
 class FoldRule:
-    """A fold before the sizes are known; `lowbit.blocks.Fold` explains the kinds.
+    """A place where a scale can be folded into two modules, without the sizes of a given model.
 
-    source: the module that is divided; readers: the modules that are multiplied.
-    heads: the attention heads, a function of the config; used by "values" and "rotary".
-    source_rows, reader_rows: functions of the config that pick the rows of a fused matrix which
-        belong to this fold (Falcon's query_key_value, Phi-3's gate_up_proj); None: all rows.
+    kind: see `lowbit.blocks.Fold`.
+    source: the module whose weights are divided by the scale.
+    readers: the modules whose weights are multiplied by it.
+    heads: a function of the config that returns the attention heads; used by "values" and "rotary".
+    source_rows, reader_rows: functions of the config that return the rows of a fused matrix to
+        which the fold applies (Falcon's query_key_value, Phi-3's gate_up_proj); None: all rows.
     """
 
     kind: Literal["norm", "values", "gated", "rotary"]
@@ -67,26 +78,37 @@ class FoldRule:
 
 @dataclass(frozen=True)
 class Family:
-    """One table. `groups` and `folds` are functions of config.json only where it changes them."""
+    """The table of one model family.
+
+    name: of the family.
+    architectures: the values of `architectures` in config.json for which it is used.
+    blocks: path of the list of blocks in the model.
+    groups, folds: functions of the config; `always` makes one that does not depend on it.
+    skip: names of matrices that are never quantized, such as routers.
+    tuple_output: whether a block returns (hidden, ...) instead of hidden.
+    """
 
     name: str
     architectures: tuple[str, ...]
-    blocks: str  # path of the list of blocks
+    blocks: str
     groups: Callable[[Any], tuple[Group, ...]]
     folds: Callable[[Any], tuple[FoldRule, ...]]
-    skip: tuple[str, ...] = ()  # matrices that are never quantized
-    tuple_output: bool = False  # a block returns (hidden, ...) instead of hidden
+    skip: tuple[str, ...] = ()
+    tuple_output: bool = False
 
 
 def always(*items: Any) -> Callable[[Any], tuple[Any, ...]]:
-    """A table that does not depend on config.json."""
+    """Returns a function of the config that returns the same items for every config."""
     return lambda config: items
 
 
 def rotary_channels(heads: Heads) -> tuple[Tensor, int]:
-    """Which free channel each (key head, channel) has, (keys, width) int64, and how many there are.
+    """Returns the index of the scale of each key channel under RoPE, and the number of scales.
 
-    The two members of a rotary pair share one; channels that RoPE leaves alone are free.
+    The two channels of a rotary pair have one scale in common; each channel that RoPE does not
+    rotate has its own.
+
+    Returns (keys, width) int64, and the number of different scales.
     """
     half = heads.rotary // 2
     within = torch.cat(

@@ -1,7 +1,6 @@
-"""Continue a prompt token by token.
+"""Continues a prompt token by token.
 
-Not by transformers' generate(): that draws from the global random numbers, which lowbit leaves
-alone.
+It does not use transformers' generate(), which draws from torch's global random generator.
 """
 
 import inspect
@@ -11,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character whose last bytes are still to come
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoded from a character whose last bytes are missing
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """The prompt as tokens. chat: as a user's message, in the tokenizer's own template."""
+    """Returns the token ids of a prompt.
+
+    chat: whether the prompt is put into the tokenizer's chat template, as a message of the user.
+
+    Raises ValueError for an empty prompt.
+    """
     if chat:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -33,15 +37,23 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """The text that follows the prompt, piece by piece; ends at the context's end at the latest.
+    """Yields the text that follows the prompt, piece by piece.
 
-    temperature 0: always the likeliest token. Raises ValueError for a prompt that is as long as the
-    context or longer.
+    It ends with a token that ends the text, after `max_new_tokens`, or when the context is full.
+
+    prompt: token ids, from `prompt_tokens`.
+    temperature: of sampling; 0: always the most probable token.
+    seed: of the random numbers for sampling.
+
+    Raises ValueError if the prompt leaves no room in the context for another token.
     """
     context = getattr(model.config, "max_position_embeddings", None)
     room = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
     if room <= 0 < max_new_tokens:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context is {context}")
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens, the model's context is {context}: "
+            "use a shorter prompt"
+        )
     draw = torch.Generator().manual_seed(seed)
     ends = _ends(model, tokenizer)
     ids, shown = list(prompt), len(_text(tokenizer, prompt))
@@ -60,11 +72,11 @@ def _continue(
     model: nn.Module, prompt: list[int], count: int, temperature: float, draw: torch.Generator
 ) -> Iterator[int]:
     device = next(model.parameters()).device
-    if device.type == "meta":  # offloaded: accelerate moves the inputs itself
+    if device.type == "meta":  # offloaded: accelerate moves the inputs to the right device
         device = torch.device("cpu")
-    # Of a long prompt all logits would take gigabytes; only the last are looked at.
-    known = inspect.signature(model.forward).parameters
-    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    # Only the last logits are needed; those of all tokens of a long prompt would take gigabytes.
+    parameters = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     cache, new = None, prompt
     for _ in range(count):
         with torch.no_grad():
@@ -75,20 +87,23 @@ def _continue(
 
 
 def _choose(logits: Tensor, temperature: float, draw: torch.Generator) -> int:
-    """logits: (vocabulary,). Drawn on the CPU, so that every device draws the same."""
+    """Returns the next token. It is drawn on the CPU, so that it does not depend on the device.
+
+    logits: (vocabulary,)
+    """
     if temperature == 0:
         return int(logits.argmax())
-    shares = torch.softmax(logits.float().cpu() / temperature, dim=-1)
-    return int(torch.multinomial(shares, 1, generator=draw))
+    probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+    return int(torch.multinomial(probabilities, 1, generator=draw))
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:
-    # As a whole: many tokenizers drop the blank before the first word of what they decode.
+    # All tokens at once, because many tokenizers drop the space before the first decoded word.
     text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 
 
 def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
-    """The tokens that end a text; chat models often have several."""
+    """Returns the tokens that end a text; chat models often have several."""
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return {*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id} - {None}

@@ -1,4 +1,4 @@
-"""A model that the caller holds in memory, as the folder that everything else reads."""
+"""Saves a model in memory to a temporary folder, since lowbit reads models from folders."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,17 +12,18 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def as_folder(model: str | Path | nn.Module, tokenizer: Any, beside: Path) -> Iterator[str | Path]:
-    """A folder or hub id as it is; a model in memory as a temporary folder.
+    """Gives a folder or hub id unchanged, and for a model in memory a temporary folder with it.
 
-    tokenizer: of a model in memory, if it has one.
-    beside: where a temporary folder stands: next to this path.
-    Raises ValueError for a tokenizer that comes with a folder, and as `saved_beside` does.
+    tokenizer: the tokenizer of a model in memory; None: the folder gets none.
+    beside: the temporary folder is made next to this path.
+
+    Raises ValueError if a tokenizer is given for a folder or hub id, and where `saved_beside` does.
     """
     if isinstance(model, str | Path):
         if tokenizer is not None:
             raise ValueError(
-                f"tokenizer is for a model in memory; {model} brings its own: leave it out, or "
-                "save that tokenizer into the folder"
+                f"tokenizer is for a model in memory, but {model} is a folder or hub id, whose own "
+                "tokenizer is used: leave it out, or save the tokenizer into the folder"
             )
         yield model
         return
@@ -32,29 +33,32 @@ def as_folder(model: str | Path | nn.Module, tokenizer: Any, beside: Path) -> It
 
 @contextmanager
 def saved_beside(model: nn.Module, tokenizer: Any, out: Path) -> Iterator[Path]:
-    """Saves a float model into a temporary folder on the disk of `out`.
+    """Saves a float model to a temporary folder next to `out`, and removes the folder on exit.
 
-    tokenizer: saved with it; None: the folder has none.
-    out: the temporary folder stands beside it, since other places may be too small.
-    Raises ValueError for a model that is quantized, or not all in memory.
+    tokenizer: is saved with the model; None: the folder gets none.
+    out: the folder that the run writes. The system's folder for temporary files is not used,
+        because it may be too small.
+
+    Raises ValueError for a model that is quantized, or not completely in memory.
     """
     checked = _check(model)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as place:
-        folder = Path(place) / name_of(checked)
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as temporary:
+        folder = Path(temporary) / name_of(checked)
         try:
             checked.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-        except Exception as error:  # transformers has many, for a bad generation config for one
+        except Exception as error:  # of many types, for example for a bad generation config
             raise ValueError(
-                f"the model cannot be saved to be read block by block: {error}"
+                "the model cannot be saved to a temporary folder, from which it would be read "
+                f"block by block: {error}"
             ) from error
         yield folder
 
 
 def name_of(model: PreTrainedModel) -> str:
-    """What the model is called in a result: the end of its path or hub id, else its class."""
+    """Returns the name of a model: the last part of its path or hub id, else that of its class."""
     name = Path(str(getattr(model.config, "name_or_path", "") or "")).name
     return name or type(model).__name__
 
@@ -63,7 +67,7 @@ def _check(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"model is a {type(model).__name__}: allowed are a folder, a hub id, or a transformers "
-            "model (of a model with adapters, merge them first)"
+            "model (if it has adapters, merge them first)"
         )
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("the model is already quantized; quantize the float model instead")
@@ -71,6 +75,6 @@ def _check(model: nn.Module) -> PreTrainedModel:
     if absent is not None:
         raise ValueError(
             f"parameter {absent} is not in memory (it is on the meta device): load the model whole,"
-            " or name its folder, which is then read block by block"
+            " or pass its folder instead, which is read block by block"
         )
     return model

@@ -1,4 +1,4 @@
-"""Llama 1, 2, 3 and everything built like it: Mistral, Qwen2, and with q/k norm Qwen3."""
+"""Llama 1, 2 and 3; the tables of Mistral, Mixtral, Qwen2 and Qwen3 are built from this one."""
 
 from lowbit.models.family import Family, FoldRule, Group, always
 

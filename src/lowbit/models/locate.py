@@ -1,11 +1,11 @@
-"""A folder or a hub id to a folder on disk."""
+"""Finds the folder of a model on disk; downloads it if the model is a hub id."""
 
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_repo_discussions, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-# Everything that a causal LM and its tokenizer need; never pickles, never code.
+# All files that a causal LM and its tokenizer need; no pickles and no code.
 FILES = [
     "*.json",
     "*.safetensors",
@@ -18,30 +18,36 @@ FILES = [
 ]
 CODE = ["*.py"]
 
-# The hub's own converter and what it calls its pull requests, as transformers looks for them.
+# The account with which the hub converts pickles to safetensors, and the title of its pull
+# requests. transformers looks for the same two.
 CONVERTER = "SFconvertbot"
 CONVERSION = "Adding `safetensors` variant of this model"
 
 
 def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
-    """The folder of `model`. Raises ValueError when it is neither a folder nor on the hub.
+    """Returns the folder of a model, downloaded from the hub if necessary.
 
-    Where a repository has its weights only as pickles, it is the revision to which the hub has
-    converted them; ValueError when there is none.
+    For a repository that has its weights only as pickles, it is the revision in which the hub has
+    converted them to safetensors.
+
+    model: a folder, or a hub id.
+    trust_remote_code: whether Python files are downloaded too.
+
+    Raises ValueError if `model` is neither a folder nor on the hub, or has no safetensors.
     """
     folder, name = Path(model), str(model)
     if name and folder.is_dir():  # Path("") is the current folder
         return folder
     if name and folder.is_file():
-        raise ValueError(f"{name} is a file: name the folder that it is in")
+        raise ValueError(f"{name} is a file: name the folder that contains it")
     if folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~")):
         raise ValueError(f"{name}: there is no such folder")
     patterns = FILES + CODE if trust_remote_code else FILES
     try:
-        found = Path(snapshot_download(name, allow_patterns=patterns))
-        if any(found.glob("*.safetensors")):
-            return found
-        revision = converted_revision(name, found.name)
+        snapshot = Path(snapshot_download(name, allow_patterns=patterns))
+        if any(snapshot.glob("*.safetensors")):
+            return snapshot
+        revision = converted_revision(name, snapshot.name)
         if revision is not None:
             return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError:
@@ -49,7 +55,7 @@ def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"{name!r} is no folder, and the hub does not give it ({reason}). "
+            f"{name!r} is not a folder, and cannot be downloaded from the hub ({reason}). "
             "Check the name, the network and `hf auth login`, or name a local folder"
         ) from None
     folder_name = name.rpartition("/")[2]
@@ -61,15 +67,15 @@ def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
 
 
 def converted_revision(name: str, commit: str) -> str | None:
-    """refs/pr/N, where the hub offers this commit of the repository in safetensors; or None.
+    """Returns the revision refs/pr/N with this commit's weights in safetensors; None if none.
 
-    Only a pull request of the hub's own converter counts, on top of this very commit: anybody may
-    open one of the same title.
+    It must be a pull request of the hub's own converter, directly on top of this commit, because
+    anybody can open a pull request with the same title.
     """
-    offered = get_repo_discussions(
+    requests = get_repo_discussions(
         name, author=CONVERTER, discussion_type="pull_request", discussion_status="open"
     )
-    for request in offered:
+    for request in requests:
         reference = request.git_reference
         if (request.title, request.author) != (CONVERSION, CONVERTER) or reference is None:
             continue

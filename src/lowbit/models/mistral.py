@@ -1,4 +1,4 @@
-"""Mistral: Llama, with a sliding window in some versions (a matter of masks, not of weights)."""
+"""Mistral: same as Llama. The sliding window of some versions changes masks, not weights."""
 
 from dataclasses import replace
 

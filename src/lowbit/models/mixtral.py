@@ -1,4 +1,4 @@
-"""Mixtral: Mistral's attention, eight experts (w1 gates w3, w2 comes down) and a router."""
+"""Mixtral: Mistral's attention, a router, and eight experts w2(silu(w1(x)) * w3(x))."""
 
 from lowbit.models.family import Family, FoldRule, Group, always
 from lowbit.models.llama import ATTENTION_FOLDS, ATTENTION_GROUPS

@@ -1,4 +1,4 @@
-"""OPT: LayerNorms and biases everywhere, learned positions, ReLU between fc1 and fc2."""
+"""OPT: LayerNorms, biases everywhere, learned position embeddings, ReLU between fc1 and fc2."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,7 +9,7 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def _heads(config: Any) -> Heads:
-    """Positions are learned: no channel is rotated."""
+    """Positions are learned embeddings, so RoPE rotates no channel."""
     return replace(heads_of(config), rotary=0)
 
 
@@ -18,7 +18,7 @@ def _folds(config: Any) -> tuple[FoldRule, ...]:
         FoldRule("values", "self_attn.v_proj", ("self_attn.out_proj",)),
         FoldRule("rotary", "self_attn.q_proj", ("self_attn.k_proj",), heads=_heads),
     )
-    if not config.do_layer_norm_before:  # 350m: the residual reads the norms too
+    if not config.do_layer_norm_before:  # OPT-350m: the residual also reads the norms' outputs
         return inside
     return (
         FoldRule("norm", "self_attn_layer_norm", QKV),

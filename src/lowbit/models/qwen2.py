@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with a bias on q, k and v, which no fold minds."""
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v, to which the same folds apply."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Qwen3 and Qwen3-MoE: q/k norms, which take the place of q_proj and k_proj in the rotary fold."""
+"""Qwen3 and Qwen3-MoE: Llama with norms after q_proj and k_proj; the rotary fold scales these."""
 
 from lowbit.models.family import Family, FoldRule, Group, always
 from lowbit.models.llama import ATTENTION_GROUPS, MLP_FOLDS, MLP_GROUPS, QKV

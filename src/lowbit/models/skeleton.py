@@ -1,4 +1,4 @@
-"""A model without its weights, and the two names that each tensor has: in memory and on disk."""
+"""Builds models without weights, and maps the names of tensors on disk to those in memory."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +12,10 @@ from lowbit.blocks.experts import ExpertNames, is_fused, unfuse
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a config: parameters on meta, buffers (rotary tables) real, experts unfused."""
+    """Returns the model of a config, without weights and with unfused experts.
+
+    Parameters are on the meta device; buffers, such as rotary tables, have their values.
+    """
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.eval()
@@ -21,9 +24,9 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> PreTrainedMo
 
 
 def unfuse_experts(model: PreTrainedModel, only: Iterable[str] | None = None) -> list[str]:
-    """Replaces fused experts by one linear per matrix; returns the names of the modules replaced.
+    """Replaces fused experts by one linear per matrix; returns the names of the replaced modules.
 
-    `only`: replace those that have one of these linears below them (names in memory).
+    only: names in memory of linears; only experts that contain one of them are replaced. None: all.
     """
     fused = [name for name, module in model.named_modules() if is_fused(module)]
     if only is not None:
@@ -40,7 +43,7 @@ def unfuse_experts(model: PreTrainedModel, only: Iterable[str] | None = None) ->
 
 
 def _expert_names(model: PreTrainedModel) -> ExpertNames:
-    """What transformers' own conversion table calls the matrices of an expert on disk."""
+    """Returns the names on disk of an expert's matrices, from transformers' conversion table."""
     parts: dict[str, list[str]] = {}
     for rule in get_model_conversion_mapping(model):
         if isinstance(rule, WeightConverter):
@@ -53,25 +56,28 @@ def _expert_names(model: PreTrainedModel) -> ExpertNames:
 
 
 def memory_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, str]:
-    """Name in memory by name on disk, for a model whose experts are unfused.
+    """Returns the names in memory of tensors, by their names on disk.
 
-    Quantized tensors are renamed as the weights that they stand for would be.
+    model: with unfused experts. The tensors of a quantized layer are renamed in the same way as its
+        float weight.
     """
     rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
-    known = model.state_dict()
     modules = {name: True for name, _ in model.named_modules()}
-    known_or_below = _WithModules(known, modules)
+    state = _StateWithModules(model.state_dict(), modules)
     return {
-        name: rename_source_key(name, rules, [], model.base_model_prefix, known_or_below)[0]
+        name: rename_source_key(name, rules, [], model.base_model_prefix, state)[0]
         for name in disk_names
     }
 
 
-class _WithModules(dict[str, Any]):
-    """A state dict that also knows NAME.anything for every module NAME: packed tensors."""
+class _StateWithModules(dict[str, Any]):
+    """A state dict that also has a key NAME.x for every module NAME and any x.
 
-    def __init__(self, known: dict[str, Any], modules: dict[str, bool]) -> None:
-        super().__init__(known)
+    So transformers renames packed tensors, which the float model does not have.
+    """
+
+    def __init__(self, state: dict[str, Any], modules: dict[str, bool]) -> None:
+        super().__init__(state)
         self.modules = modules
 
     def get(self, key: str, default: Any = None) -> Any:

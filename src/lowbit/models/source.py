@@ -1,4 +1,4 @@
-"""The float model that is quantized: never whole in memory, read block by block from its folder."""
+"""The float model that is quantized; it is read from its folder block by block."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +12,21 @@ from lowbit.patterns import matches_any
 
 
 class SourceModel(StreamedModel):
-    """A streamed model, and the words in which methods speak of its blocks.
+    """A streamed float model with the linear groups, folds and attentions of its blocks.
 
-    allow_float: patterns of matrices (names in memory) that may stay float although no group has
-    them. Raises ValueError when the folder is already quantized, lacks a tensor, or has a matrix in
-    a block that is in no group and not skipped by name.
+    folder: of the float model.
+    allow_float: patterns of matrices (names in memory) that may stay in float although they are in
+        no group.
+    left_float: attribute, full names of the matrices that stay in float.
+
+    Raises ValueError if the model is already quantized, if a tensor is missing, and for a matrix in
+    a block that is in no group and may not stay in float.
     """
 
     def __init__(
         self, folder: Path, allow_float: Sequence[str] = (), trust_remote_code: bool = False
     ) -> None:
-        CheckpointReader(folder)  # a folder that is no model at all says so first
+        CheckpointReader(folder)  # gives the clearest error for a folder that is not a model
         config = load_config(folder, trust_remote_code)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{folder} is already quantized; quantize the float model instead")
@@ -30,21 +34,21 @@ class SourceModel(StreamedModel):
         self.left_float = self._check_groups(allow_float)
 
     def disk_name(self, name: str) -> str:
-        """The name on disk of a module, given its name in memory."""
+        """Returns the name on disk of a module with a weight. name: in memory"""
         return self.disk_names[f"{name}.weight"].removesuffix(".weight")
 
     def disk_path(self, name: str) -> str:
-        """The name on disk of a module that holds others, given its name in memory."""
+        """Returns the name on disk of a module that contains others. name: in memory"""
         inside = (item for item in self.disk_names.items() if item[0].startswith(f"{name}."))
         ends = ((disk, memory.removeprefix(name)) for memory, disk in inside)
         return next(disk.removesuffix(end) for disk, end in ends if disk.endswith(end))
 
     def block_tensors(self, name: str) -> list[str]:
-        """Names on disk of all tensors of a block."""
+        """Returns the names on disk of all tensors of a block."""
         return [d for m, d in self.disk_names.items() if m.startswith(f"{name}.")]
 
     def outside_tensors(self) -> list[str]:
-        """Names on disk of everything that is in no block: embeddings, last norm, lm_head."""
+        """Returns the names on disk of all tensors outside blocks: embeddings, norm, lm_head."""
         inside = {d for name in self.block_names for d in self.block_tensors(name)}
         return [name for name in self.reader.tensors if name not in inside]
 
@@ -58,7 +62,10 @@ class SourceModel(StreamedModel):
         return attentions_of(self.skeleton.get_submodule(name))
 
     def _check_groups(self, allow_float: Sequence[str]) -> list[str]:
-        """Every matrix in exactly one group or skipped by name; returns those left float."""
+        """Checks that every matrix of a block is in one group, or may stay in float.
+
+        Returns the full names of those that stay in float.
+        """
         problems, left = [], []
         for name in self.block_names:
             grouped = [linear for group in self.groups(name) for linear in group.linears]
@@ -73,8 +80,8 @@ class SourceModel(StreamedModel):
         if problems:
             shown = "\n  ".join(problems[:8])
             raise ValueError(
-                f"{len(problems)} matrices of {type(self.skeleton).__name__} are not understood:"
-                f"\n  {shown}\nGive the architecture a table (CONTRIBUTING.md), or leave them "
-                "float with --allow-float PATTERN"
+                f"{len(problems)} matrices of {type(self.skeleton).__name__} are not in exactly "
+                f"one group of linears:\n  {shown}\nAdd a table for this architecture, as "
+                "CONTRIBUTING.md explains, or leave them in float with --allow-float PATTERN"
             )
         return left

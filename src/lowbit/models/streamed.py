@@ -1,4 +1,4 @@
-"""A model that is never whole in memory: read from its folder and run block by block."""
+"""A model that is read from its folder and run block by block, with one block in memory."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -18,18 +18,20 @@ from lowbit.models import family_of
 from lowbit.models.skeleton import build_skeleton, memory_names
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-Progress = Callable[[int, int], None]  # steps done, steps of
+Progress = Callable[[int, int], None]  # number of steps done, number of all steps
 
 
 class StreamedModel:
-    """A model folder, streamed.
+    """A model that is read from a folder and run block by block, in float32.
 
-    config: the folder's, from `load_config`. prepare: called with the model while its parameters
-    are on meta, to put other layers in the places of linears; such layers keep the dtypes of what
-    they hold (their `_apply` sees to it), everything else is computed in float32.
+    folder: of a float or a quantized model.
+    config: of this folder, from `load_config`.
+    prepare: called with the model while its parameters are on the meta device, to replace linears
+        by quantized layers. Quantized layers keep the dtypes of their tensors (their `_apply`
+        ignores conversions); everything else becomes float32.
 
-    Raises ValueError when config.json builds no model, or the folder lacks a tensor that the model
-    needs, or holds it in another shape or as something else than a float.
+    Raises ValueError if config.json does not describe a model, and for a tensor that is missing or
+    has the wrong shape or dtype.
     """
 
     def __init__(
@@ -44,14 +46,16 @@ class StreamedModel:
         self.config = config
         try:
             self.skeleton = build_skeleton(self.config, trust_remote_code)
-        except Exception as error:  # whatever transformers makes of a value that it did not expect
-            kind = type(error).__name__
-            raise ValueError(f"{folder}/config.json builds no model: {kind}: {error}") from error
+        except Exception as error:  # transformers raises errors of any type for unexpected values
+            name = type(error).__name__
+            raise ValueError(
+                f"no model can be built from {folder}/config.json: {name}: {error}"
+            ) from error
         prepare(self.skeleton)
         self.family = family_of(self.config, self.skeleton)
         names = memory_names(self.skeleton, self.reader.tensors)
-        known = self.skeleton.state_dict()
-        self.disk_names = {memory: disk for disk, memory in names.items() if memory in known}
+        state = self.skeleton.state_dict()
+        self.disk_names = {memory: disk for disk, memory in names.items() if memory in state}
         blocks = self.skeleton.get_submodule(self.family.blocks)
         self.block_names = [
             f"{self.family.blocks}.{i}" for i in range(len(list(blocks.children())))
@@ -60,12 +64,12 @@ class StreamedModel:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens have an embedding."""
+        """The number of tokens that have an embedding."""
         embedding: Any = self.skeleton.get_input_embeddings()
         return int(embedding.weight.shape[0])
 
     def load_block(self, name: str, device: torch.device | str = "cpu") -> nn.Module:
-        """A block with its weights in float32."""
+        """Returns a block with its weights, in float32."""
         block = deepcopy(self.skeleton.get_submodule(name))
         load_tensors(block, name, self.disk_names, self.reader)
         return block.to(device)
@@ -73,15 +77,18 @@ class StreamedModel:
     def without_blocks(
         self, device: torch.device | str = "cpu", head: bool = True
     ) -> "ModelWithoutBlocks":
-        """What is in no block, with its weights in float32; `head=False`: no output layer."""
+        """Returns the parts of the model outside its blocks with their weights, in float32.
+
+        head: whether the output layer is loaded.
+        """
         model: Any = deepcopy(self.skeleton)
         if not head and not model.all_tied_weights_keys and model.get_output_embeddings():
             model.set_output_embeddings(nn.Identity())
-        found = ModelWithoutBlocks(model, self.family.blocks, self.family.tuple_output)
+        without_blocks = ModelWithoutBlocks(model, self.family.blocks, self.family.tuple_output)
         load_tensors(model, "", self.disk_names, self.reader)
         _share_tied(model)
         model.to(device)
-        return found
+        return without_blocks
 
     def first_stream(
         self,
@@ -90,15 +97,15 @@ class StreamedModel:
         folder: Path | None = None,
         embed_on: torch.device | str = "cpu",
     ) -> Stream:
-        """The stream at the first block.
+        """Returns the stream with the inputs of the first block.
 
         batches: (batch, tokens) int64 each, of any lengths.
         device: where the stream's batches are moved when they are read.
         folder: where hidden states are kept on disk; None: in memory.
         embed_on: where embeddings and masks are computed.
         """
-        around = self.without_blocks(embed_on, head=False)
-        return Stream.of_calls(map(around.calls, batches), device, folder)
+        outside = self.without_blocks(embed_on, head=False)
+        return Stream.of_calls(map(outside.calls, batches), device, folder)
 
     def walk(
         self,
@@ -107,12 +114,13 @@ class StreamedModel:
         device: torch.device | str = "cpu",
         indices: Iterable[int] | None = None,
     ) -> None:
-        """Loads block after block and calls `visit` with each; the only loop over blocks.
+        """Loads the blocks one after another and calls `visit` with each; the only such loop.
 
-        streams: at the first of these blocks; `visit` moves them on with `Step.advance`.
-        visit: a block is freed when it returns, before the next one is loaded.
+        streams: with the inputs of the first of these blocks.
+        visit: called with each block; it runs the streams through the block with `Step.advance`.
+            When it returns, the block is freed, and the next one is loaded.
         device: where blocks are loaded.
-        indices: of the blocks that are visited, ascending; None: all.
+        indices: indices of the blocks to visit, ascending; None: all blocks.
         """
         for index in range(len(self.block_names)) if indices is None else indices:
             name = self.block_names[index]
@@ -129,9 +137,10 @@ class StreamedModel:
         folder: Path | None = None,
         progress: Progress = lambda done, of: None,
     ) -> Stream:
-        """What comes out of the last block: (batch, tokens, channels) float32 per batch.
+        """Returns the outputs of the last block, (batch, tokens, channels) float32 for each batch.
 
         batches: (batch, tokens) int64 each, of any lengths.
+        device: where blocks, embeddings and masks are computed.
         folder: where hidden states are kept on disk; None: in memory.
         progress: called after each batch in each block.
         """
@@ -159,19 +168,21 @@ class StreamedModel:
             if info.shape != tuple(wanted.shape):
                 raise ValueError(
                     f"{self.folder}: tensor {disk} has shape {list(info.shape)}, "
-                    f"config.json asks for {list(wanted.shape)}"
+                    f"but config.json asks for {list(wanted.shape)}"
                 )
             if info.dtype not in FLOATS and info.dtype != wanted.dtype:
                 raise ValueError(
-                    f"{self.folder}: tensor {disk} is {info.dtype}; float32, float16 and bfloat16 "
-                    "can be used"
+                    f"{self.folder}: tensor {disk} is {info.dtype}: allowed are float32, float16 "
+                    "and bfloat16"
                 )
 
 
 class ModelWithoutBlocks:
-    """A model's own forward without its blocks: embeddings and masks before, norm and head behind.
+    """Runs a model's own forward without its blocks: embeddings, masks, last norm, output layer.
 
-    model: parameters of its blocks may be on meta; stubs take their places.
+    model: its blocks are replaced by stubs, so their parameters may be on the meta device.
+    blocks: path of the list of blocks.
+    tuple_output: whether a block returns (hidden, ...) instead of hidden.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: str, tuple_output: bool) -> None:
@@ -184,7 +195,7 @@ class ModelWithoutBlocks:
         setattr(model.get_submodule(parent), attribute, nn.ModuleList(self.stubs))
 
     def calls(self, tokens: Tensor) -> list[Batch]:
-        """What every block is called with; the hidden states are always the first block's.
+        """Returns the arguments of every block, with the hidden states of the first one in all.
 
         tokens: (batch, tokens) int64
         """
@@ -193,23 +204,26 @@ class ModelWithoutBlocks:
         return [stub.calls.pop() for stub in self.stubs]
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """The model's output where its last block's is `hidden`.
+        """Returns the logits for given outputs of the last block.
 
-        tokens: (batch, tokens) int64  hidden: (batch, tokens, channels) float32
-        -> (batch, tokens, vocabulary) float32. Each token is worked on by itself, so that a long
-        text may come in pieces.
+        Each token is computed independently, so a long text can be passed in pieces.
+
+        tokens: (batch, tokens) int64
+        hidden: (batch, tokens, channels) float32, the output of the last block
+
+        Returns (batch, tokens, vocabulary) float32.
         """
         self.last.hidden = hidden.to(self._device)
         try:
             with torch.no_grad():
-                found: Tensor = self.model(
+                logits: Tensor = self.model(
                     input_ids=tokens.to(self._device), use_cache=False
                 ).logits
         finally:
             self.last.hidden = None
             for stub in self.stubs:
                 stub.calls.clear()
-        return found
+        return logits
 
     @property
     def _device(self) -> torch.device:
@@ -217,45 +231,48 @@ class ModelWithoutBlocks:
 
 
 class LastBlockStub(BlockStub):
-    """The stub of the last block: hands on `hidden`, where there is any, not what it was given."""
+    """The stub of the last block: returns `hidden` if that is set, otherwise its input."""
 
     hidden: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = super().forward(*args, **kwargs)
+        unchanged = super().forward(*args, **kwargs)
         if self.hidden is None:
-            return given
+            return unchanged
         return (self.hidden,) if self.tuple_output else self.hidden
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """config.json through transformers; ValueError when it cannot be understood."""
+    """Returns transformers' config of a folder. Raises ValueError if it cannot be read."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers and huggingface_hub have many for a bad value
+    except Exception as error:  # transformers raises errors of many types for bad values
         raise ValueError(f"{folder}/config.json cannot be used: {error}") from error
 
 
 def load_tensors(
     module: nn.Module, prefix: str, disk_names: dict[str, str], reader: CheckpointReader
 ) -> None:
-    """Fills a meta module with its tensors in float32; those that the folder lacks stay on meta.
+    """Fills a module on the meta device with its tensors, in float32.
 
-    Packed layers keep the dtypes that they are stored in: they refuse to be converted.
+    Tensors that the folder lacks stay on the meta device. Quantized layers keep the stored dtypes.
+
+    prefix: name of the module in the model; "" for the model itself.
+    disk_names: names on disk of the model's tensors, by name in memory.
     """
     dot = f"{prefix}." if prefix else ""
     wanted = {
         name: disk_names[dot + name] for name in module.state_dict() if dot + name in disk_names
     }
-    found = reader.read(wanted.values())
-    state = {name: found[disk] for name, disk in wanted.items()}
+    stored = reader.read(wanted.values())
+    state = {name: stored[disk] for name, disk in wanted.items()}
     module.load_state_dict(state, strict=False, assign=True)
     module.requires_grad_(False)
     module.float()
 
 
 def _share_tied(model: nn.Module) -> None:
-    """Gives a tied parameter that the folder lacks the tensor of its twin."""
+    """Sets each tied parameter that the folder lacks to the parameter that it is tied to."""
     for target, source in model.all_tied_weights_keys.items():  # type: ignore[union-attr, operator]
         parameters = dict(model.named_parameters(remove_duplicate=False))
         if target not in parameters or source not in parameters:
@@ -267,6 +284,7 @@ def _share_tied(model: nn.Module) -> None:
 
 
 def _tied_to_present(name: str, tied: dict[str, str], present: dict[str, str]) -> bool:
+    """Whether a parameter that is tied to `name` is present."""
     source = tied.get(name, name)
-    family = {source, *(t for t, s in tied.items() if s == source)}
-    return any(member in present for member in family)
+    tied_together = {source, *(t for t, s in tied.items() if s == source)}
+    return any(parameter in present for parameter in tied_together)

@@ -1,11 +1,11 @@
-"""The tokenizer of a folder."""
+"""Loads the tokenizer of a folder."""
 
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-# The files of a tokenizer, as transformers, sentencepiece and tiktoken call them; or its code.
+# Names of the files of a tokenizer (transformers, sentencepiece, tiktoken) and of its code.
 FILES = (
     "tokenizer*",
     "vocab*",
@@ -20,21 +20,21 @@ FILES = (
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder; None where it has no file of one.
+    """Returns the tokenizer of a folder; None if the folder has no tokenizer files.
 
-    Raises ValueError when there are such files, and transformers cannot read them.
+    Raises ValueError if it has tokenizer files that transformers cannot read.
     """
     if not any(path.is_file() for pattern in FILES for path in folder.glob(pattern)):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of a bad tokenizer.json, tokenizers raises a plain one
+    except Exception as error:  # tokenizers raises a plain Exception for a bad tokenizer.json
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{folder} has a tokenizer that cannot be loaded: {reason}") from None
 
 
 def need_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder. Raises ValueError, which says what to do, where it has none."""
+    """Returns the tokenizer of a folder. Raises ValueError if it has none."""
     tokenizer = load_tokenizer(folder, trust_remote_code)
     if tokenizer is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From a family's table and one block to the block's `LinearGroup`s and `Fold`s."""
+"""Makes the `LinearGroup`s and `Fold`s of a block from the table of its family."""
 
 import re
 from typing import Any
@@ -11,37 +11,38 @@ from lowbit.models.family import Family, FoldRule, rotary_channels
 
 
 def groups_of(family: Family, config: Any, block: nn.Module) -> tuple[LinearGroup, ...]:
-    """The groups that apply to this block; a group of experts is one group per expert."""
+    """Returns the groups of a block; a rule for experts makes one group for each expert."""
     modules = dict(block.named_modules())
-    found: list[LinearGroup] = []
+    groups: list[LinearGroup] = []
     for group in family.groups(config):
         for number, linears in _matches(group.linears, modules, family):
-            found.append(LinearGroup(group.name.replace("*", number), linears))
-    return tuple(found)
+            groups.append(LinearGroup(group.name.replace("*", number), linears))
+    return tuple(groups)
 
 
 def folds_of(family: Family, config: Any, block: nn.Module) -> tuple[Fold, ...]:
-    """The folds that apply to this block, in an order in which they may be applied."""
+    """Returns the folds of a block, in an order in which they can be applied."""
     modules = dict(block.named_modules())
-    found: list[Fold] = []
+    folds: list[Fold] = []
     for rule in family.folds(config):
         if "*" in rule.source:
             for _, names in _matches((rule.source, *rule.readers), modules, family):
-                found.append(_fold(rule, names[0], names[1:], config, modules))
+                folds.append(_fold(rule, names[0], names[1:], config, modules))
             continue
         readers = tuple(name for pattern in rule.readers for name in _expand(pattern, modules))
         if _applies(rule, modules, family) and _has_weight(modules[rule.source]):
-            found.append(_fold(rule, rule.source, readers, config, modules))
-    return tuple(found)
+            folds.append(_fold(rule, rule.source, readers, config, modules))
+    return tuple(folds)
 
 
 def matrices_of(block: nn.Module) -> list[str]:
-    """Names of the modules of a block that hold a parameter of two dimensions or more."""
-    held = [name for name, parameter in block.named_parameters() if parameter.dim() >= 2]
-    return sorted({name.removesuffix(".weight") for name in held})
+    """Returns the names of a block's parameters with two or more dimensions, without ".weight"."""
+    matrices = [name for name, parameter in block.named_parameters() if parameter.dim() >= 2]
+    return sorted({name.removesuffix(".weight") for name in matrices})
 
 
 def _expand(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
+    """The names of modules that match a pattern; `*` stands for the number of an expert."""
     if "*" not in pattern:
         return [pattern] if pattern in modules else []
     expression = re.compile(re.escape(pattern).replace(r"\*", r"\d+") + r"\Z")
@@ -51,30 +52,35 @@ def _expand(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
 def _matches(
     patterns: tuple[str, ...], modules: dict[str, nn.Module], family: Family
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """(expert number, names) for every expert that has all of them; ("", names) without `*`."""
-    found = [_expand(pattern, modules) for pattern in patterns]
-    if len({len(names) for names in found}) > 1:
-        raise ValueError(_half_matched(patterns, found, family))
+    """Returns (number of the expert, names of its modules) for every expert.
+
+    Without `*` in the patterns it returns one pair, with "" for the number; none if the block has
+    none of the modules. Raises ValueError if it has only some of them.
+    """
+    matching = [_expand(pattern, modules) for pattern in patterns]
+    if len({len(names) for names in matching}) > 1:
+        raise ValueError(_incomplete(patterns, matching, family))
     if not any("*" in pattern for pattern in patterns):
-        return [("", tuple(names[0] for names in found))] if found[0] else []
+        return [("", tuple(names[0] for names in matching))] if matching[0] else []
     prefix = next(p for p in patterns if "*" in p).partition("*")[0]
     return [
         (names[0].removeprefix(prefix).partition(".")[0], names)
-        for names in zip(*found, strict=True)
+        for names in zip(*matching, strict=True)
     ]
 
 
 def _applies(rule: FoldRule, modules: dict[str, nn.Module], family: Family) -> bool:
-    found = [_expand(reader, modules) for reader in rule.readers]
-    if not any(found) or rule.source not in modules:
+    """Whether a block has the modules of a rule. Raises ValueError if it has only some readers."""
+    matching = [_expand(reader, modules) for reader in rule.readers]
+    if not any(matching) or rule.source not in modules:
         return False
-    if not all(found):
-        raise ValueError(_half_matched(rule.readers, found, family))
+    if not all(matching):
+        raise ValueError(_incomplete(rule.readers, matching, family))
     return True
 
 
-def _half_matched(patterns: tuple[str, ...], found: list[list[str]], family: Family) -> str:
-    counts = ", ".join(f"{p}: {len(names)}" for p, names in zip(patterns, found, strict=True))
+def _incomplete(patterns: tuple[str, ...], matching: list[list[str]], family: Family) -> str:
+    counts = ", ".join(f"{p}: {len(names)}" for p, names in zip(patterns, matching, strict=True))
     return f"family {family.name}: some modules of this rule are missing in the block: {counts}"
 
 
@@ -119,7 +125,7 @@ def _rotary_fold(
     if isinstance(modules[source], nn.Linear):
         queries = channels.repeat_interleave(heads.queries // heads.keys, 0).flatten()
         keys = channels.flatten()
-    else:  # a norm over one head, shared by all heads
+    else:  # a norm over the channels of one head, the same for all heads
         queries = keys = channels[0]
         size = size // heads.keys
     return Fold(

@@ -1,9 +1,14 @@
-"""A float folder in, a quantized folder out.
+"""Quantizes a folder with a float model into a folder with a quantized one.
 
-run.py walks over the blocks, job.py does what one visit takes, options.py what it can be told,
-selection.py which linears it quantizes, head.py what it does with the output layer; results.py
-turns what a method says about a block into tensors on disk and back. rehearsal.py does it all on
-one block, for plan.py, which says beforehand what a run will take.
+run.py:       `quantize`: loops over the blocks, and continues an interrupted run.
+job.py:       the work on one block, which a run and a dry run share.
+options.py:   the options of a run.
+selection.py: which linears are quantized.
+head.py:      the output layer.
+results.py:   the result of a method for one block, to tensors on disk and back.
+plan.py:      `plan`: estimates size, memory and time of a run.
+dry_run.py:   quantizes one block or a few, and measures; `plan` estimates from that.
+memory.py:    measures peak memory.
 """
 
 from lowbit.pipeline.options import RunOptions

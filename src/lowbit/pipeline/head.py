@@ -1,4 +1,4 @@
-"""The output layer, on request: rounded to nearest with a scale per row, no calibration."""
+"""Quantizes the output layer on request: round to nearest, one scale per row, no calibration."""
 
 from typing import Any
 
@@ -13,10 +13,12 @@ from lowbit.solvers.rounding import minmax_grid
 def outside_blocks(
     source: SourceModel, head_bits: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything that is in no block, by name on disk, and the record that goes with it.
+    """Returns all tensors outside the blocks, by name on disk, and the record of their shard.
 
-    head_bits: None leaves the output layer as it was. One that is tied to the embedding gets rows
-    of its own, and the embedding stays as it was. Raises ValueError where it is no plain linear.
+    head_bits: bits of the output layer; None: it stays in float. An output layer that is tied to
+        the embedding is untied: the embedding stays in float.
+
+    Raises ValueError for a model whose output layer is not an nn.Linear.
     """
     tensors = source.reader.read(source.outside_tensors())
     if head_bits is None:
@@ -29,16 +31,16 @@ def outside_blocks(
         if tied is not None:
             tensors.setdefault(source.disk_names.get(tied, tied), weight)
     else:
-        assert tied is not None  # SourceModel has seen to it that nothing is missing
+        assert tied is not None  # SourceModel has checked that no tensor is missing
         disk, weight = name, tensors[source.disk_names[tied]]
     bias = tensors.pop(f"{disk}.bias", None)
     floats = weight.float()
     packed = pack(floats, bias, minmax_grid(floats, head_bits, None, False))
     packed = packed.with_dtypes(weight.dtype, None if bias is None else bias.dtype)
     tensors |= {f"{disk}.{key}": tensor for key, tensor in packed.state_dict().items()}
-    marker = f"{disk}.weight"
-    tensors[marker] = torch.empty(0, dtype=weight.dtype)
-    record = {"modules": {disk: packed.entry()}, "marker": marker}
+    placeholder = f"{disk}.weight"
+    tensors[placeholder] = torch.empty(0, dtype=weight.dtype)
+    record = {"modules": {disk: packed.entry()}, "marker": placeholder}
     return tensors, record | {"config": {"tie_word_embeddings": False}}
 
 

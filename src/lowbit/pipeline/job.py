@@ -1,4 +1,7 @@
-"""What a run and its rehearsal do alike: text to streams, a block to its shard, streams onward."""
+"""The work that a run and a dry run share: make streams, quantize a block, advance the streams.
+
+A stream holds the inputs of the current block for all calibration windows; see `lowbit.blocks`.
+"""
 
 import hashlib
 import os
@@ -39,9 +42,9 @@ MOST_OF_MEMORY = 0.25  # streams that need a larger share of the machine's memor
 
 
 class Job:
-    """A model, a method, its text and the options, checked against each other.
+    """A model with the method, the calibration and the options to quantize it, checked together.
 
-    Raises ValueError where they do not fit.
+    Raises ValueError where they do not fit each other.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Job:
     ) -> None:
         folder = locate(model, options.trust_remote_code)
         self.source = SourceModel(folder, options.allow_float, options.trust_remote_code)
-        # Not the path: a folder's name, a hub id as it is (its snapshot is named by a commit).
+        # The last part of a folder's path, or the hub id: its folder is named after a commit.
         self.name = folder.absolute().name if Path(model).is_dir() else str(model)
         self.method = method
         self.calibration = chosen_calibration(calibration)
@@ -61,27 +64,28 @@ class Job:
         self.device = choose_device(options.device)
         self.selection = Selection(self.source, options.skip, options.only)
         self.selection.check_patterns("overrides:", tuple(method.overrides))
-        self.start = self._start()
+        self.start = self._earlier_run()
         self.blocks = self.source.block_names
         self.shards = 1 + len(self.blocks)
 
     def with_epochs(self, epochs: int) -> "Job":
-        """The same job for a method that has epochs, with so many."""
+        """Returns the same job with another number of epochs, for a method that has epochs."""
         other = copy(self)
         other.method = self.method.model_copy(update={"epochs": epochs})
         return other
 
-    def _start(self) -> Learned | None:
+    def _earlier_run(self) -> Learned | None:
+        """Returns the learned parameters that this run starts from, if the options name some."""
         if self.options.start_from is None:
             return None
         if not self.method.learns:
             raise ValueError(
-                f"--start-from needs a method that learns; {self.method.name} does not"
+                f"--start-from needs a method that learns parameters; {self.method.name} does not"
             )
         return Learned(self.options.start_from, 1 + len(self.source.block_names))
 
     def windows(self) -> TokenWindows | None:
-        """The calibration text; None for a method without streams."""
+        """Returns the calibration text as tokens; None for a method that needs no calibration."""
         if not self.method.streams():
             return None
         context = getattr(self.source.config, "max_position_embeddings", None)
@@ -91,12 +95,15 @@ class Job:
         return token_windows(self.calibration, tokenizer, context, self.options.cache)
 
     def signature(self, windows: TokenWindows | None) -> dict[str, Any]:
-        """Everything that shapes the result, as JSON values."""
+        """Returns everything that the result depends on, as JSON values.
+
+        An interrupted run continues only if its signature is the same.
+        """
         config = file_sha256(self.source.folder / "config.json")
         model = hashlib.sha256(f"{config} {self.source.reader.digest()}".encode()).hexdigest()
         options = self.options.shaping_result()
-        options["device"] = self.device.type  # its results do not depend on which of several it is
-        options["start_from"] = self.start and self.start.digest()  # nor on where that folder is
+        options["device"] = self.device.type  # the number of a GPU does not change the result
+        options["start_from"] = self.start and self.start.digest()  # the content, not the path
         return {
             "method": self.method.signature(),
             "model": model,
@@ -107,28 +114,30 @@ class Job:
         }
 
     def stream_bytes(self, tokens: Tensor) -> int:
-        """What the hidden states of one stream take. tokens: (windows, seqlen)"""
+        """Returns the bytes of the hidden states of one stream. tokens: (windows, seqlen)"""
         channels: int = self.source.config.hidden_size
         return tokens.numel() * channels * torch.float32.itemsize
 
-    def room_for_streams(self, tokens: Tensor) -> int:
-        """What all streams take, with one more for each: methods keep targets beside the inputs."""
+    def all_streams_bytes(self, tokens: Tensor) -> int:
+        """Returns the bytes of all streams, doubled: methods keep targets as well as inputs."""
         return 2 * len(self.method.streams()) * self.stream_bytes(tokens)
 
     def streams_on_disk(self, tokens: Tensor) -> bool:
+        """Returns whether hidden states are kept on disk instead of in memory."""
         if self.options.streams != "auto":
             return self.options.streams == "disk"
-        return self.room_for_streams(tokens) > MOST_OF_MEMORY * physical_memory()
+        return self.all_streams_bytes(tokens) > MOST_OF_MEMORY * physical_memory()
 
     def write_outside(self, writer: CheckpointWriter) -> None:
-        """Embeddings, last norm and lm_head, in shard 0."""
+        """Writes shard 0: everything outside the blocks (embeddings, last norm, lm_head)."""
         tensors, record = outside_blocks(self.source, self.options.lm_head_bits)
         writer.write_shard(0, tensors, None, record)
 
     def first_streams(self, tokens: Tensor, folder: Path | None) -> dict[str, Stream]:
-        """All streams at the first block, in memory or in a folder.
+        """Returns the method's streams with the inputs of the first block.
 
-        tokens: (windows, seqlen)
+        tokens: (windows, seqlen) int64
+        folder: where hidden states are kept; None: in memory.
         """
         first_name, *others = self.method.streams()
         first = self.source.first_stream(
@@ -139,7 +148,7 @@ class Job:
         return {first_name: first} | {n: first.copy(folder and folder / n) for n in others}
 
     def quantize_block(self, writer: CheckpointWriter, step: Step, log: OnEvent) -> BlockResult:
-        """Quantizes one block and writes its shard; the result is what was written."""
+        """Quantizes one block and writes its shard; returns the result as it was written."""
         index, name, block, started = step.index, step.name, step.block, time.perf_counter()
         of = len(self.blocks)
         log(BlockStarted(block=name, index=index, of=of))
@@ -167,8 +176,8 @@ class Job:
             index=index,
             of=of,
             seconds=round(time.perf_counter() - started, 3),
-            memory=peak.found["memory"],
-            device_memory=peak.found.get("device_memory"),
+            memory=peak.bytes["memory"],
+            device_memory=peak.bytes.get("device_memory"),
             loss_rtn=result.report.loss_rtn,
             loss_after=result.report.loss_after,
             proxy_loss=result.report.worst_proxy_loss,
@@ -177,7 +186,7 @@ class Job:
         return result
 
     def advance(self, step: Step, result: BlockResult) -> None:
-        """Moves every stream through what it must pass: the quantized block, or the float one."""
+        """Runs every stream through the block, quantized or float, as the method decides."""
         step.advance(lambda block, stream: self.method.install(block, result, stream))
 
 

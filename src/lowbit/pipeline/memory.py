@@ -1,4 +1,4 @@
-"""How much memory a stretch of work took at its highest; see `PeakMemory`."""
+"""Measures peak memory while some code runs; see `PeakMemory`."""
 
 import re
 import resource
@@ -11,30 +11,30 @@ from typing import Self
 import torch
 
 STATUS = Path("/proc/self/status")
-EVERY = 0.05  # seconds between looks; one takes 50 microseconds
+EVERY = 0.05  # seconds between two samples; one sample takes 50 microseconds
 
 
 class PeakMemory:
-    """A context manager; `found` is complete once it is left.
+    """A context manager that measures peak memory; `bytes` is complete when it exits.
 
-    memory: bytes of the process that belong to no file, at their highest while inside. A mapped
-    shard does not count: the system may take its pages back. Where /proc does not tell, it is the
-    most that the process ever held. device_memory: of `device`, when that is a CUDA device, as
-    torch allocated it.
+    bytes["memory"]: bytes of the process, without memory-mapped files such as shards, whose pages
+        the system can take back. On systems without /proc it is the peak since the process started,
+        mapped files included.
+    bytes["device_memory"]: bytes that torch allocated on `device`; only if that is a CUDA device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.found: dict[str, int] = {}
-        self._left = Event()
-        self._watcher = Thread(target=self._watch, daemon=True)
-        self._peak = 0
+        self.bytes: dict[str, int] = {}
+        self._done = Event()
+        self._sampler = Thread(target=self._sample_until_done, daemon=True)
+        self._highest = 0
 
     def __enter__(self) -> Self:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._look()
-        self._watcher.start()
+        self._sample()
+        self._sampler.start()
         return self
 
     def __exit__(
@@ -43,28 +43,28 @@ class PeakMemory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._left.set()
-        self._watcher.join()
-        self._look()
-        self.found["memory"] = self._peak
+        self._done.set()
+        self._sampler.join()
+        self._sample()
+        self.bytes["memory"] = self._highest
         if self.device.type == "cuda":
-            self.found["device_memory"] = torch.cuda.max_memory_allocated(self.device)
+            self.bytes["device_memory"] = torch.cuda.max_memory_allocated(self.device)
 
-    def _watch(self) -> None:
-        while not self._left.wait(EVERY):
-            self._look()
+    def _sample_until_done(self) -> None:
+        while not self._done.wait(EVERY):
+            self._sample()
 
-    def _look(self) -> None:
-        self._peak = max(self._peak, memory_now())
+    def _sample(self) -> None:
+        self._highest = max(self._highest, memory_now())
 
 
 def memory_now() -> int:
-    """Bytes of this process that belong to no file, or else the most that it ever held."""
+    """Returns the bytes of this process without mapped files; without /proc its peak so far."""
     try:
-        found = re.search(r"^RssAnon:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+        anonymous = re.search(r"^RssAnon:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    if found is not None:
-        return 1024 * int(found[1])
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, where it is not pages
+        anonymous = None
+    if anonymous is not None:
+        return 1024 * int(anonymous[1])
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

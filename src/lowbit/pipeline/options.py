@@ -1,4 +1,4 @@
-"""What a run can be told besides its method: where it computes, what it leaves alone."""
+"""The options of a run apart from its method, such as the device and the linears to skip."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -20,18 +20,18 @@ class RunOptions(Config):
     )
     restart: bool = option(
         False,
-        "Whether to delete another run that OUT holds, and start over.",
+        "Whether to delete an earlier run in OUT and start over.",
         shapes_result=False,
     )
     streams: Place = option(
         "auto",
         'Where hidden states are kept; "auto": in memory, or on disk if they would take more than '
-        "a quarter of it.",
+        "a quarter of the memory.",
         shapes_result=False,
     )
     allow_float: tuple[str, ...] = option(
         (),
-        "Patterns of matrices that may stay in float although lowbit does not know what they are.",
+        "Patterns of matrices that may stay in float although they are in no group of linears.",
         shapes_result=True,
     )
     skip: tuple[str, ...] = option(
@@ -41,12 +41,12 @@ class RunOptions(Config):
     )
     only: tuple[str, ...] = option(
         (),
-        "Patterns of the only linears that are quantized; empty: all are.",
+        "Patterns of the linears to quantize, all others stay in float; empty: all are quantized.",
         shapes_result=True,
     )
     lm_head_bits: int | None = option(
         None,
-        "Bits of the output layer, which is rounded to nearest with a scale for each row; None: it "
+        "Bits of the output layer, which is rounded to nearest with one scale per row; None: it "
         "stays in float.",
         shapes_result=True,
         ge=2,
@@ -54,40 +54,43 @@ class RunOptions(Config):
     )
     start_from: Path | None = option(
         None,
-        "Folder of an earlier run whose learned parameters this run starts from; with the method's "
-        "epochs at 0 it applies them as they are.",
+        "Folder of an earlier run whose learned parameters this run starts from; if the method has "
+        "epochs=0, they are applied without further training.",
         shapes_result=True,
     )
     dry_run_block: bool | None = option(
         None,
-        "Whether one block is tried before the run, so that what cannot work fails early; None: if "
-        "the run may take more than an hour.",
+        "Whether one block is quantized before the run to find errors early; None: only if the run "
+        "may take more than an hour.",
         shapes_result=False,
     )
     trust_remote_code: bool = option(
         False,
-        "Whether Python code that comes with the model may be run.",
+        "Whether Python code in the model's folder may be run.",
         shapes_result=False,
     )
     cache: Path | None = option(
         None,
-        "Folder that keeps the tokens of calibration texts for later runs; None: none does.",
+        "Folder that keeps the tokens of calibration texts for later runs; None: not kept.",
         shapes_result=False,
     )
     recipe: str | None = option(
         None,
-        "Name of the recipe that config.json shall state; None: none.",
+        "Name of the recipe, which is written into config.json; None: no name.",
         shapes_result=True,
     )
 
     def shaping_result(self) -> dict[str, Any]:
-        """The options that shape the result, as JSON values, in the order of the fields."""
+        """Returns the options that change the result, as JSON values, in the order of fields."""
         names = {name for name, field in type(self).model_fields.items() if shapes_result(field)}
         return self.model_dump(mode="json", include=names)
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device if there is one. ValueError for one that is not there."""
+    """Returns the device of a name; "auto": the first CUDA device if there is one, else the CPU.
+
+    Raises ValueError for an unknown name, and for a CUDA device that does not exist.
+    """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
@@ -96,7 +99,10 @@ def choose_device(name: str) -> torch.device:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} is not known: use cpu, cuda:N or auto")
-    found = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise ValueError(f"device {name!r} was asked for, but torch finds {found} CUDA devices")
+    available = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise ValueError(
+            f"device {name!r} does not exist: torch finds {available} CUDA devices; use cpu, auto "
+            "or a lower number"
+        )
     return device

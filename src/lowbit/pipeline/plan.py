@@ -1,4 +1,4 @@
-"""What a run will take, before it is begun: bits, bytes, memory and time; see `plan`."""
+"""`plan`: estimates size, memory and time of a run before it starts."""
 
 import math
 import time
@@ -16,34 +16,40 @@ from lowbit.calibration.token_ids import Rows
 from lowbit.formats import use_backend
 from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
-from lowbit.pipeline.job import Job
-from lowbit.pipeline.options import Place, RunOptions
-from lowbit.pipeline.rehearsal import (
+from lowbit.pipeline.dry_run import (
+    DryRun,
+    DryRunBlock,
     LinearKind,
-    Rehearsal,
-    Trial,
+    dry_run,
     linear_kinds,
-    rehearse,
     weights_in,
 )
+from lowbit.pipeline.job import Job
+from lowbit.pipeline.options import Place, RunOptions
 
-LONG = 3600.0  # seconds: a run that may take longer is rehearsed first
-# Slower than nearly every machine: operations of matrix products per second, and seconds for every
-# weight in a method that reads text. One core of a server's processor was measured at 3e10, and at
-# 6e-6 with QuIP#, 7e-7 with GPTQ; rounding to nearest, without text, takes 3e-8.
+LONG = 3600.0  # seconds: a run that may take longer begins with a dry run
+# A machine slower than nearly every real one: floating-point operations per second of matrix
+# products, and seconds per weight of a method with calibration. Measured on one core of a server
+# CPU: 3e10 operations per second; 6e-6 seconds per weight with QuIP#, 7e-7 with GPTQ, and 3e-8 with
+# rounding to nearest, which needs no calibration.
 SLOWEST = {"cpu": (1e10, 1e-5), "cuda": (2e12, 1e-6)}
-WITHOUT_TEXT = 0.01  # of the time per weight
-PASSES_PER_EPOCH = 4  # forward, backward (twice as much) and the loss afterwards
+WITHOUT_CALIBRATION = 0.01  # time per weight of a method that needs none, relative to SLOWEST
+PASSES_PER_EPOCH = 4  # the forward counts once, the backward twice, the loss after the step once
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take.
+    """Estimated size, memory and time of a run.
 
-    linears: bits per weight of the quantized linears, biases not counted. model: bits per parameter
-    of everything. bytes: of all shards. learned: bytes of OUT/learned, which the model does not
-    need. memory: of the process, without files that it has mapped, at its highest; device_memory:
-    of a CUDA device. seconds: in all; seconds_per_block: the mean. basis: what it was derived from.
+    linears: bits per weight of the quantized linears, without their biases.
+    model: bits per parameter of the whole model.
+    bytes: size of all shards.
+    learned: bytes of OUT/learned, which is not needed to run the model.
+    memory: peak bytes of the process, without memory-mapped files.
+    device_memory: peak bytes of the CUDA device; None on the CPU.
+    seconds: of the whole run.
+    seconds_per_block: the mean.
+    basis: what the dry run measured: which blocks, how many batches, on which device.
     """
 
     linears: float
@@ -82,9 +88,9 @@ def plan(  # noqa: PLR0913 (the options of a run)
 ) -> Estimate:
     """Estimates size, memory and time of `quantize` from a dry run of one block; writes no model.
 
-    All arguments are those of `lowbit.quantize`, so that the same keywords serve both.
+    The arguments are those of `lowbit.quantize`, except `out` and `on_event`.
 
-    Raises ValueError, or runs out of memory, where the run would.
+    Raises ValueError, or runs out of memory, where `quantize` would.
     """
     options = RunOptions.of(locals())
     started = time.perf_counter()
@@ -94,100 +100,115 @@ def plan(  # noqa: PLR0913 (the options of a run)
         return estimate(job, windows, time.perf_counter() - started)
 
 
-def estimate(job: Job, windows: TokenWindows | None, begun: float = 0.0) -> Estimate:
-    """The plan of a job; `begun`: seconds that its beginning took, the windows included."""
+def estimate(job: Job, windows: TokenWindows | None, preparation: float = 0.0) -> Estimate:
+    """Returns the estimate for a job.
+
+    windows: the calibration text; None for a method without calibration.
+    preparation: seconds that were spent on making the job and its windows.
+    """
     started = time.perf_counter()
-    found = rehearse(job, windows)
-    rehearsed = time.perf_counter() - started
-    nearest = [_nearest(found, index) for index in range(len(job.blocks))]
+    measured = dry_run(job, windows)
+    dry_run_seconds = time.perf_counter() - started
+    similar = [_most_similar(measured, index) for index in range(len(job.blocks))]
     batches = math.ceil(len(windows.tokens) / job.method.windows_per_batch()) if windows else 0
     epochs = getattr(job.method, "epochs", 0)
-    blocks = sum(share * trial.seconds(batches, epochs) for trial, share in nearest)
-    streams = _streams(job, found, windows)
-    device = [t.device_memory for t in found.trials.values() if t.device_memory is not None]
+    block_seconds = sum(ratio * block.seconds(batches, epochs) for block, ratio in similar)
+    streams = _streams(job, measured, windows)
+    device = [b.device_memory for b in measured.blocks.values() if b.device_memory is not None]
     return Estimate(
-        **_sizes(job, found, nearest),
-        memory=_memory(found, streams),
+        **_sizes(job, measured, similar),
+        memory=_memory(measured, streams),
         device_memory=max(device) if device else None,
-        seconds=begun + _seconds_outside(job, found, batches) + blocks,
-        seconds_per_block=blocks / len(job.blocks),
+        seconds=preparation + _seconds_outside(job, measured, batches) + block_seconds,
+        seconds_per_block=block_seconds / len(job.blocks),
         basis={
-            "blocks": [job.blocks[index] for index in found.trials],
+            "blocks": [job.blocks[index] for index in measured.blocks],
             "of": len(job.blocks),
-            "batches": found.batches,
+            "batches": measured.batches,
             "batches_of": batches,
             "device": str(job.device),
-            "seconds": rehearsed,
+            "seconds": dry_run_seconds,
             "streams": streams,
         },
     )
 
 
-def _seconds_outside(job: Job, found: Rehearsal, batches: int) -> float:
-    """For all but the blocks: hashing the model, what is in no block, the first inputs."""
-    model = sum(info.bytes for info in job.source.reader.tensors.values())
-    seconds = found.outside.seconds + found.hashing * model
-    if found.capture:
-        seconds += found.capture.seconds
-        seconds += (batches - found.batches) * found.capture.per_batch
+def _seconds_outside(job: Job, measured: DryRun, batches: int) -> float:
+    """Seconds for hashing the model, writing what is outside the blocks, and the first inputs."""
+    model_bytes = sum(info.bytes for info in job.source.reader.tensors.values())
+    seconds = measured.outside.seconds + measured.hashing * model_bytes
+    if measured.capture:
+        seconds += measured.capture.seconds
+        seconds += (batches - measured.batches) * measured.capture.per_batch
     return seconds
 
 
 def longest(job: Job, windows: TokenWindows | None) -> float:
-    """Seconds that the run may take at most, by the size of model and text alone."""
+    """Returns an upper bound of the run's seconds, from the sizes of model and calibration alone.
+
+    It assumes the speed of a machine as slow as SLOWEST.
+    """
     operations, per_weight = SLOWEST[job.device.type]
     weights = sum(weights_in(kinds) for kinds in linear_kinds(job))
     if windows is None:
-        return weights * per_weight * WITHOUT_TEXT
+        return weights * per_weight * WITHOUT_CALIBRATION
     tokens = windows.tokens.numel()
     passes = 2 * len(job.method.streams()) + PASSES_PER_EPOCH * getattr(job.method, "epochs", 0)
     return weights * (per_weight + 2 * tokens * passes / operations)
 
 
-def _nearest(found: Rehearsal, index: int) -> tuple[Trial, float]:
-    """The trial of the block most like this one, and how much larger this one is."""
-    kinds = found.kinds[index]
+def _most_similar(measured: DryRun, index: int) -> tuple[DryRunBlock, float]:
+    """Returns the measured block most similar to a block, and the ratio of their sizes.
 
-    def common(other: int) -> tuple[bool, int]:
-        return other == index, len({*kinds.values()} & {*found.kinds[other].values()})
+    index: of the block that is estimated. The ratio is above 1 where it is the larger one.
+    """
+    kinds = measured.kinds[index]
 
-    nearest = max(found.trials, key=common)
-    return found.trials[nearest], weights_in(kinds) / weights_in(found.kinds[nearest])
+    def similarity(other: int) -> tuple[bool, int]:
+        return other == index, len({*kinds.values()} & {*measured.kinds[other].values()})
+
+    chosen = max(measured.blocks, key=similarity)
+    return measured.blocks[chosen], weights_in(kinds) / weights_in(measured.kinds[chosen])
 
 
-def _streams(job: Job, found: Rehearsal, windows: TokenWindows | None) -> dict[str, Any] | None:
-    """Where the hidden states will be, how many at once and what one of them takes."""
+def _streams(job: Job, measured: DryRun, windows: TokenWindows | None) -> dict[str, Any] | None:
+    """Where hidden states will be kept, how many streams at once, and the bytes of one stream."""
     if windows is None:
         return None
     return {
         "place": "disk" if job.streams_on_disk(windows.tokens) else "memory",
-        "held": max(trial.held for trial in found.trials.values()),
+        "held": max(block.most_streams for block in measured.blocks.values()),
         "bytes": job.stream_bytes(windows.tokens),
     }
 
 
-def _memory(found: Rehearsal, streams: Mapping[str, Any] | None) -> int:
-    each = streams["bytes"] if streams and streams["place"] == "memory" else 0
-    stages = [found.outside.memory]
-    stages += [trial.memory + trial.held * each for trial in found.trials.values()]
-    if found.capture:
-        stages.append(found.capture.memory + each)
-    return max(stages)
+def _memory(measured: DryRun, streams: Mapping[str, Any] | None) -> int:
+    """Peak bytes of the process over all parts of the run."""
+    stream_bytes = streams["bytes"] if streams and streams["place"] == "memory" else 0
+    parts = [measured.outside.memory]
+    parts += [
+        block.memory + block.most_streams * stream_bytes for block in measured.blocks.values()
+    ]
+    if measured.capture:
+        parts.append(measured.capture.memory + stream_bytes)
+    return max(parts)
 
 
-def _sizes(job: Job, found: Rehearsal, nearest: list[tuple[Trial, float]]) -> dict[str, Any]:
-    """Estimate's linears, model, bytes and learned."""
-    reader, outside = job.source.reader, found.outside_tensors
-    stored = _stored_by_kind(found)
-    head = {
-        n for disk in found.outside_record.get("modules", {}) for n in _tensors_of(disk, outside)
-    }
+def _sizes(job: Job, measured: DryRun, similar: list[tuple[DryRunBlock, float]]) -> dict[str, Any]:
+    """The fields linears, model, bytes and learned of the Estimate.
+
+    similar: what `_most_similar` returns, for every block.
+    """
+    reader, outside = job.source.reader, measured.outside_tensors
+    head_entries = measured.outside_record.get("modules", {})
+    stored = _stored_by_kind(measured)
+    head = {name for disk in head_entries for name in _packed_tensors(disk, outside)}
     packed = float(sum(outside[name].bytes for name in head))
-    weights = sum(math.prod(e["shape"]) for e in found.outside_record.get("modules", {}).values())
+    weights = sum(math.prod(entry["shape"]) for entry in head_entries.values())
     rest = [info for name, info in outside.items() if name not in head]
-    headers = found.outside_record["size"] - sum(info.bytes for info in outside.values())
+    headers = measured.outside_record["size"] - sum(info.bytes for info in outside.values())
     learned = 0.0
-    for name, kinds, (trial, share) in zip(job.blocks, found.kinds, nearest, strict=True):
+    for name, kinds, (block, ratio) in zip(job.blocks, measured.kinds, similar, strict=True):
         each = [stored[kind] for kind in kinds.values()]
         packed += sum(size for size, _ in each)
         weights += weights_in(kinds)
@@ -195,9 +216,9 @@ def _sizes(job: Job, found: Rehearsal, nearest: list[tuple[Trial, float]]) -> di
         kept = [reader.tensors[n] for n in job.source.block_tensors(name) if n not in replaced]
         rest += kept
         count = len(kept) + sum(count for _, count in each)
-        tensors = trial.record["tensors"]
-        headers += count * (trial.record["size"] - sum(tensors.values())) / len(tensors)
-        learned += share * trial.learned
+        tensors = block.record["tensors"]
+        headers += count * (block.record["size"] - sum(tensors.values())) / len(tensors)
+        learned += ratio * block.learned
     whole = packed + sum(info.bytes for info in rest)
     return {
         "linears": 8 * packed / weights,
@@ -207,20 +228,20 @@ def _sizes(job: Job, found: Rehearsal, nearest: list[tuple[Trial, float]]) -> di
     }
 
 
-def _stored_by_kind(found: Rehearsal) -> dict[LinearKind, tuple[float, float]]:
-    """The mean bytes of a linear of each kind and the number of its tensors, without its bias."""
-    seen: dict[LinearKind, list[list[int]]] = defaultdict(list)
-    for index, trial in found.trials.items():
-        tensors = trial.record["tensors"]
-        for disk, kind in found.kinds[index].items():
-            seen[kind].append([tensors[name] for name in _tensors_of(disk, tensors)])
+def _stored_by_kind(measured: DryRun) -> dict[LinearKind, tuple[float, float]]:
+    """For each kind of linear the mean bytes and the mean number of its tensors, without bias."""
+    sizes: dict[LinearKind, list[list[int]]] = defaultdict(list)
+    for index, block in measured.blocks.items():
+        tensors = block.record["tensors"]
+        for disk, kind in measured.kinds[index].items():
+            sizes[kind].append([tensors[name] for name in _packed_tensors(disk, tensors)])
     return {
         kind: (sum(map(sum, each)) / len(each), sum(map(len, each)) / len(each))
-        for kind, each in seen.items()
+        for kind, each in sizes.items()
     }
 
 
-def _tensors_of(disk: str, names: Iterable[str]) -> list[str]:
-    """Those that hold a packed weight; not its bias, nor the empty tensor that marks the folder."""
+def _packed_tensors(disk: str, names: Iterable[str]) -> list[str]:
+    """Names of the tensors of a packed weight, without the bias and the placeholder tensor."""
     own = [name for name in names if name.startswith(f"{disk}.")]
     return [name for name in own if name not in (f"{disk}.bias", f"{disk}.weight")]

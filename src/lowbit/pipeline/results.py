@@ -1,4 +1,7 @@
-"""A block's result to the tensors and the record of one shard, and back after an interruption."""
+"""Converts the result of one block to the tensors and the record of its shard, and back.
+
+The way back is needed when an interrupted run continues, and to check a dry run.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +20,10 @@ from lowbit.run_report import BlockReport, RunReport
 
 
 def as_stored(result: BlockResult, source: SourceModel, block: str) -> BlockResult:
-    """The result with everything in the dtypes of the source: what is saved is what runs on."""
+    """Returns the result with every tensor in the dtype of the source model.
+
+    So the streams continue with exactly the values that are saved.
+    """
 
     def dtype_of(name: str) -> torch.dtype:
         return source.reader.tensors[source.disk_names[f"{block}.{name}"]].dtype
@@ -37,10 +43,11 @@ def as_stored(result: BlockResult, source: SourceModel, block: str) -> BlockResu
 def shard_of(
     result: BlockResult, source: SourceModel, block: str, first: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name on disk, and the record that goes with them.
+    """Returns the tensors of a block's shard by name on disk, and the record of the shard.
 
-    first: this shard also holds the marker, the empty tensor that is named like a float weight and
-    makes transformers refuse the folder where lowbit is not imported.
+    first: whether this is the first shard with quantized layers. It also gets the placeholder: an
+        empty tensor with the name of a float weight, which makes transformers refuse the folder
+        where lowbit is not imported.
     """
     modules: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
@@ -54,9 +61,9 @@ def shard_of(
     replaced = {f"{disk}.weight" for disk in modules} | {f"{disk}.bias" for disk in modules}
     kept = [n for n in source.block_tensors(block) if n not in replaced and n not in changed]
     tensors |= changed | source.reader.read(kept)
-    marker = f"{next(iter(modules))}.weight" if first and modules else None
-    if marker is not None:
-        tensors[marker] = torch.empty(0, dtype=source.reader.tensors[marker].dtype)
+    placeholder = f"{next(iter(modules))}.weight" if first and modules else None
+    if placeholder is not None:
+        tensors[placeholder] = torch.empty(0, dtype=source.reader.tensors[placeholder].dtype)
     record = {
         "block": block,
         "on_disk": block_on_disk(source, block),
@@ -66,20 +73,20 @@ def shard_of(
             for name, rounding in result.attention.items()
         },
         "changed": list(changed),
-        "marker": marker,
+        "marker": placeholder,
         "report": _report_on_disk(result.report, source, block).to_json(),
     }
     return tensors, record
 
 
 def block_on_disk(source: SourceModel, block: str) -> str:
-    """What a block is called on disk: what all its tensors begin with, up to its number."""
+    """Returns the name of a block on disk: the common start of its tensors, up to its number."""
     shared = os.path.commonprefix([name.split(".") for name in source.block_tensors(block)])
     return ".".join(shared[: shared.index(block.rpartition(".")[2]) + 1])
 
 
 def _report_on_disk(report: BlockReport, source: SourceModel, block: str) -> BlockReport:
-    """The report with linears named as on disk, relative to the block."""
+    """Returns the report with the names that linears have on disk, relative to the block."""
     inside = f"{block_on_disk(source, block)}."
     return report.renamed(
         {name: source.disk_name(f"{block}.{name}").removeprefix(inside) for name in report.linears}
@@ -87,7 +94,7 @@ def _report_on_disk(report: BlockReport, source: SourceModel, block: str) -> Blo
 
 
 def run_report(records: Sequence[Mapping[str, Any]], left_float: Sequence[str]) -> RunReport:
-    """report.json, from the records of all shards."""
+    """Returns the content of report.json, from the records of all shards."""
     blocks = {
         record["on_disk"]: BlockReport.model_validate(record["report"])
         for record in records
@@ -97,7 +104,10 @@ def run_report(records: Sequence[Mapping[str, Any]], left_float: Sequence[str]) 
 
 
 def left_float(source: SourceModel, skipped: Sequence[str]) -> list[str]:
-    """The matrices that no method gets, as they are called on disk."""
+    """Returns the names on disk of all matrices in blocks that stay in float.
+
+    skipped: names in memory of the linears that --skip and --only leave out.
+    """
     names = source.disk_names
     return [
         names.get(name) or names[f"{name}.weight"].removesuffix(".weight")
@@ -108,7 +118,11 @@ def left_float(source: SourceModel, skipped: Sequence[str]) -> list[str]:
 def result_of(
     tensors: Mapping[str, Tensor], record: Mapping[str, Any], source: SourceModel
 ) -> BlockResult:
-    """The inverse of `shard_of`, as far as the streams need it."""
+    """Returns the result of a block from its shard: the inverse of `shard_of`, without the report.
+
+    tensors: of the shard, by name on disk.
+    record: of the shard.
+    """
     block = record["block"]
     memory = {disk: name for name, disk in source.disk_names.items()}
     result = BlockResult()

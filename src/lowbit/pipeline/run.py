@@ -1,4 +1,4 @@
-"""Quantize a folder block by block; see `quantize`."""
+"""`quantize`: quantizes a model block by block, and continues an interrupted run."""
 
 import shutil
 import time
@@ -62,18 +62,20 @@ def quantize(  # noqa: PLR0913 (the options of a run)
 
     If the run is interrupted, the same call continues it and writes the same bytes.
 
-    model: a folder, a hub id, or a transformers model in memory, which is saved beside `out` for
-        the time of the run.
-    out: the folder to write; what is finished stays there if the run stops.
-    method: which algorithm, with its settings: `lowbit.methods.OmniQuant(bits=3)`.
-    calibration: the text that the method learns from: a `lowbit.Calibration`, or token ids as
-        (windows, tokens) integers, see `lowbit.TokenIds`; None: the defaults of `Calibration`.
-        Methods that need no text do not read it.
-    tokenizer: of a model in memory; without one, `out` has none, and `lowbit.load` gives None.
-    on_event: called with each event of the run (`lowbit.events`): a block begins, an epoch ends ...
-    All others are the fields of `lowbit.RunOptions`, which says what each of them means.
+    model: a folder, a hub id, or a transformers model in memory. A model in memory is saved next
+        to `out` for the duration of the run.
+    out: the folder to write. Finished blocks stay there if the run is interrupted.
+    method: the algorithm with its settings, such as `lowbit.methods.OmniQuant(bits=3)`.
+    calibration: the calibration text: a `lowbit.Calibration`, or token ids as (windows, tokens)
+        integers, see `lowbit.TokenIds`; None: the defaults of `Calibration`. Methods that need no
+        calibration do not read it.
+    tokenizer: the tokenizer of a model in memory. Without one, `out` gets no tokenizer, and
+        `lowbit.load` returns None for it.
+    on_event: called with each event of the run (`lowbit.events`): a block starts, an epoch ends ...
+    All others are the fields of `lowbit.RunOptions`, which describes each of them.
 
-    Raises ValueError for what the caller can mend, such as an option that does not fit the model.
+    Raises ValueError for an error that the caller can fix, such as an option that does not fit the
+    model.
     """
     options = RunOptions.of(locals())
     with as_folder(model, tokenizer, Path(out)) as folder:
@@ -84,7 +86,7 @@ class _Run:
     def __init__(self, job: Job, on_event: OnEvent) -> None:
         self.job = job
         self.on_event = on_event
-        self.rehearsed: DryRunFinished | None = None
+        self.dry_run: DryRunFinished | None = None
 
     def into(self, out: Path) -> Path:
         job, windows = self.job, self.job.windows()
@@ -93,7 +95,7 @@ class _Run:
             job.signature(windows),
             job.shards,
             job.options.restart,
-            lambda: self._rehearse(windows),
+            lambda: self._dry_run(windows),
         ) as writer:
             if writer.complete:
                 self._log(writer, RunComplete(out=str(out)))
@@ -105,8 +107,8 @@ class _Run:
                 method=job.method.signature(),
             )
             self._log(writer, started)
-            if self.rehearsed:
-                self._log(writer, self.rehearsed)
+            if self.dry_run:
+                self._log(writer, self.dry_run)
             if writer.record(0) is None:
                 job.write_outside(writer)
             with explained(out):
@@ -116,20 +118,20 @@ class _Run:
             self._log(writer, RunFinished(out=str(out)))
         return out
 
-    def _rehearse(self, windows: TokenWindows | None) -> None:
-        """A block and a few windows before a long run: what cannot work fails now."""
+    def _dry_run(self, windows: TokenWindows | None) -> None:
+        """Tries one block on a few windows before a long run, so that errors appear early."""
         wanted = self.job.options.dry_run_block
         if wanted is False or (wanted is None and longest(self.job, windows) <= LONG):
             return
         self.on_event(DryRunStarted(blocks=len(self.job.blocks)))
         try:
-            found = estimate(self.job, windows)
+            estimated = estimate(self.job, windows)
         except (ValueError, RuntimeError, MemoryError) as error:
             reason = str(error) or type(error).__name__
             raise ValueError(
-                f"the rehearsal failed, and so would the run, which was not begun: {reason}"
+                f"the dry run of one block failed, so the run was not started: {reason}"
             ) from error
-        self.rehearsed = DryRunFinished(**found.to_json())
+        self.dry_run = DryRunFinished(**estimated.to_json())
 
     def _blocks(self, writer: CheckpointWriter, windows: TokenWindows | None) -> None:
         job, names = self.job, self.job.blocks
@@ -149,7 +151,7 @@ class _Run:
             if step.index < last:
                 job.advance(step, result)
 
-        # Finished blocks are passed again for the sake of the streams alone.
+        # A finished block is visited again only to compute the inputs of the next one.
         job.source.walk(streams, visit, job.device, range(last + 1) if streams else unfinished)
 
     def _first_streams(
@@ -162,16 +164,16 @@ class _Run:
         return self.job.first_streams(windows.tokens, folder)
 
     def _stream_folder(self, writer: CheckpointWriter, windows: TokenWindows) -> Path | None:
-        """Where the streams live on disk; None: in memory."""
+        """Returns the folder in which hidden states are kept; None: they are kept in memory."""
         if not self.job.streams_on_disk(windows.tokens):
             return None
         writer.clear_streams()
-        needed = self.job.room_for_streams(windows.tokens)
+        needed = self.job.all_streams_bytes(windows.tokens)
         free = shutil.disk_usage(writer.folder).free
-        if needed > free:  # a mapped file that outgrows the disk would end the process
+        if needed > free:  # writing to a mapped file on a full disk kills the process (SIGBUS)
             raise ValueError(
                 f"the hidden states need {needed:,} bytes on the disk that holds {writer.folder}, "
-                f"which has {free:,} left: free some space or use fewer samples"
+                f"but only {free:,} are free: free some space, or use fewer calibration samples"
             )
         return writer.streams
 

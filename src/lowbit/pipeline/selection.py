@@ -1,4 +1,4 @@
-"""Which linears of a model a run quantizes: all, but for --skip and --only."""
+"""Selects the linears that a run quantizes: all of them, less what --skip and --only exclude."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,13 @@ from lowbit.patterns import matches, matches_any
 
 
 class Selection:
-    """skip: patterns of linears that stay float. only: all others stay float; empty: none do.
+    """The linears of a model that are quantized.
 
-    left_float: full names of the linears that stay float by choice. Raises ValueError for a pattern
-    that matches nothing, or when nothing would be quantized.
+    skip: patterns of linears that stay in float.
+    only: patterns of the linears to quantize, all others stay in float; empty: all are quantized.
+    left_float: attribute, the full names of the linears that skip and only leave in float.
+
+    Raises ValueError for a pattern that matches nothing, and if no linear is left to quantize.
     """
 
     def __init__(self, source: SourceModel, skip: Sequence[str], only: Sequence[str]) -> None:
@@ -33,27 +36,33 @@ class Selection:
         self.check_patterns("--only", only)
         self.left_float = [name for name in self.linears if not self._chosen(name)]
         if len(self.left_float) == len(self.linears):
-            raise ValueError("no linear would be quantized: all are skipped or left float")
+            raise ValueError(
+                "no linear would be quantized, since --skip and --only exclude all of them: give "
+                "narrower --skip patterns or more --only patterns"
+            )
 
     def check_patterns(self, what: str, patterns: Sequence[str]) -> None:
-        """ValueError for a pattern that means no linear of this model: it is misspelt."""
+        """Raises ValueError for a pattern that matches no linear; it is probably misspelt.
+
+        what: what the patterns belong to, such as "--skip"; the message starts with it.
+        """
         for pattern in patterns:
             if not any(matches(name, pattern) for name in self.linears):
                 block = self.source.block_names[0]
-                known = [name for name in self.linears if name.startswith(f"{block}.")][:8]
+                examples = [name for name in self.linears if name.startswith(f"{block}.")][:8]
                 raise ValueError(
-                    f"{what} {pattern!r} matches no linear of this model; those of the first block "
-                    f"are {', '.join(known)}"
+                    f"{what} {pattern!r} matches no linear of this model; the linears of the first "
+                    f"block are {', '.join(examples)}"
                 )
 
     def groups(self, block: str) -> tuple[LinearGroup, ...]:
-        """The block's groups without what stays float."""
-        found = []
+        """Returns the groups of a block, without the linears that stay in float."""
+        groups = []
         for group in self.source.groups(block):
             linears = tuple(n for n in group.linears if self._chosen(f"{block}.{n}"))
             if linears:
-                found.append(LinearGroup(group.name, linears))
-        return tuple(found)
+                groups.append(LinearGroup(group.name, linears))
+        return tuple(groups)
 
     def _chosen(self, name: str) -> bool:
         wanted = not self.only or matches_any(name, self.only)
@@ -61,9 +70,10 @@ class Selection:
 
 
 def pack_float_experts(block: nn.Module, result: BlockResult) -> None:
-    """Stores an expert's float matrices densely where others of the same experts are packed.
+    """Stores the float matrices of experts in format `dense` where other ones are quantized.
 
-    transformers would join float experts into one tensor, but not half of them.
+    transformers joins the float matrices of all experts into one tensor when it loads a model, and
+    cannot do that with only some of them.
     """
     for path, experts in block.named_modules():
         if not isinstance(experts, UnfusedExperts):

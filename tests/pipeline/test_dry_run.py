@@ -1,4 +1,4 @@
-"""The rehearsal: which blocks, how batches are timed, what is counted, what it refuses."""
+"""The dry run: which blocks it takes, how batches are timed, what is counted, what it refuses."""
 
 import tempfile
 from itertools import count
@@ -14,20 +14,20 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.formats.activation import Activation
 from lowbit.methods import GPTQ, RTN, Method, OmniQuant
 from lowbit.methods.result import BlockResult
-from lowbit.pipeline import rehearsal
+from lowbit.pipeline import dry_run
+from lowbit.pipeline.dry_run import DryRun, DryRunBlock, chosen_blocks
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import RunOptions
-from lowbit.pipeline.rehearsal import Rehearsal, Trial, chosen_blocks, rehearse
 
 OMNIQUANT = quantized.METHODS["omniquant"]
 AUGMENTED = OMNIQUANT.model_copy(update={"aug_loss": True, "epochs": 2})
 SMALL, LARGE = (8, 8), (8, 16)
 
 
-def rehearsed(method: Method, **options: Any) -> Rehearsal:
+def measured(method: Method, **options: Any) -> DryRun:
     text = quantized.calibration(samples=6)
     job = Job(quantized.source(), method, text, RunOptions(device="cpu", **options))
-    return rehearse(job, job.windows())
+    return dry_run.dry_run(job, job.windows())
 
 
 def block(*linears: tuple[tuple[int, ...], str]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ BLOCKS = {
     "the largest": ([FOUR, block((LARGE, "4"), (SMALL, "4")), FOUR], [1]),
     "another size": ([FOUR, block((LARGE, "4"))], [1, 0]),
     "other settings": ([FOUR, FOUR, block((SMALL, "2"))], [0, 2]),
-    "a mixture of what is known": ([block((SMALL, "4"), (SMALL, "2")), FOUR], [0]),
+    "a mixture of kinds that occur": ([block((SMALL, "4"), (SMALL, "2")), FOUR], [0]),
     "one that stays float": ([{}, FOUR], [1]),
 }
 
@@ -62,23 +62,23 @@ READS = {
 
 @pytest.mark.parametrize("name", READS)
 def test_seconds_of_a_batch(name: str) -> None:
-    trace = rehearsal._Trace(torch.device("cpu"))
+    trace = dry_run._Trace(torch.device("cpu"))
     trace.reads, seconds = READS[name]
     assert trace.per_batch() == seconds
 
 
 def test_seconds_of_a_block() -> None:
-    trial = Trial(
+    block = DryRunBlock(
         fixed=10.0,
         per_batch=2.0,
         per_epoch=3.0,
         memory=0,
         device_memory=None,
-        held=1,
+        most_streams=1,
         record={},
         learned=0,
     )
-    assert trial.seconds(batches=5, epochs=4) == 10 + 5 * (2 + 4 * 3)
+    assert block.seconds(batches=5, epochs=4) == 10 + 5 * (2 + 4 * 3)
 
 
 # Streams at once: inputs, and the targets that a method keeps beside them. Passes over the batches:
@@ -92,31 +92,31 @@ DONE = {
 
 
 @pytest.mark.parametrize("name", DONE)
-def test_what_is_held_and_done(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    method, held, passes, of_an_epoch = DONE[name]
+def test_streams_and_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, streams, passes, of_an_epoch = DONE[name]
     ticks = count()  # a clock that goes on by one whenever it is read: with every batch
-    monkeypatch.setattr(rehearsal, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    found = rehearsed(method)
-    trial = found.trials[0]
-    assert list(found.trials) == [0] and trial.held == held
-    assert found.batches == (rehearsal.BATCHES if held else 0)
-    assert (found.capture is None) == (not held)
-    assert (trial.per_batch, trial.per_epoch) == (passes, of_an_epoch)
-    assert (trial.learned > 0) == (of_an_epoch > 0)
-    assert trial.fixed > 0 and trial.device_memory is None
-    assert trial.record["block"] == "model.layers.0"
+    monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    found = measured(method)
+    block = found.blocks[0]
+    assert list(found.blocks) == [0] and block.most_streams == streams
+    assert found.batches == (dry_run.BATCHES if streams else 0)
+    assert (found.capture is None) == (not streams)
+    assert (block.per_batch, block.per_epoch) == (passes, of_an_epoch)
+    assert (block.learned > 0) == (of_an_epoch > 0)
+    assert block.fixed > 0 and block.device_memory is None
+    assert block.record["block"] == "model.layers.0"
 
 
 def test_it_writes_what_the_run_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[dict[str, torch.Tensor]] = []
-    check = rehearsal._check_read_back
+    check = dry_run._check_read_back
 
     def spy(job: Any, writer: Any, index: int, result: BlockResult) -> None:
         kept.append(writer.read_shard(index + 1))
         check(job, writer, index, result)
 
-    monkeypatch.setattr(rehearsal, "_check_read_back", spy)
-    rehearsed(quantized.METHODS["rtn"])
+    monkeypatch.setattr(dry_run, "_check_read_back", spy)
+    measured(quantized.METHODS["rtn"])
     reader = CheckpointReader(quantized.folder(method="rtn"))
     written = reader.read(kept[0])
     assert all(torch.equal(tensor, written[name]) for name, tensor in kept[0].items())
@@ -124,13 +124,13 @@ def test_it_writes_what_the_run_writes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    rehearsed(RTN())
+    measured(RTN())
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("part", ["mlp.up_proj", "self_attn"])
 def test_what_reads_back_as_something_else(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = rehearsal.result_of
+    read = dry_run.result_of
 
     def damaged(*args: Any) -> BlockResult:
         result = read(*args)
@@ -140,6 +140,6 @@ def test_what_reads_back_as_something_else(part: str, monkeypatch: pytest.Monkey
             result.attention[part] = Activation(bits=5, symmetric=False)
         return result
 
-    monkeypatch.setattr(rehearsal, "result_of", damaged)
-    with pytest.raises(ValueError, match=f"model.layers.0.{part} computes something else once"):
-        rehearsed(OmniQuant(activation_bits=4, lwc=False, epochs=0))
+    monkeypatch.setattr(dry_run, "result_of", damaged)
+    with pytest.raises(ValueError, match=f"model.layers.0.{part} computes other values after"):
+        measured(OmniQuant(activation_bits=4, lwc=False, epochs=0))

@@ -1,6 +1,7 @@
-"""A run on a few blocks and a few windows, into a folder that goes away.
+"""Dry run: quantizes a few blocks on a few calibration windows into a temporary folder.
 
-It shows that method, pack and disk work, and measures what `plan` reckons with.
+It checks that the method, the packing and the disk work, and measures the seconds and bytes from
+which `plan` estimates the whole run.
 """
 
 import hashlib
@@ -28,21 +29,29 @@ from lowbit.pipeline.job import Job
 from lowbit.pipeline.memory import PeakMemory
 from lowbit.pipeline.results import result_of
 
-BATCHES = 4  # of each stream: the fewest whose first, slowest one does not rule the mean
-BRIEF = 10.0  # seconds: what takes less is done twice; the first was cold, either may have waited
-HASHED = 1 << 26  # bytes that tell how fast files are hashed
+# Batches of each stream. The first batch is the slowest; with fewer than 4 it dominates the mean.
+BATCHES = 4
+# A block that takes fewer seconds than this is measured twice and the faster time counts: the
+# first time caches are cold, and either time the process may have waited for the machine.
+SHORT = 10.0
+HASHED = 1 << 26  # bytes that are hashed to measure the speed of hashing
 
 
-# Shape and dtype on disk, the method's settings for it, the place in its group: what is equal in
-# all of them is stored in equally many bytes, as far as the data have no say.
+# Shape and dtype on disk, the method's settings for the linear, its position in its group. Linears
+# that agree in all four take equally many bytes, unless the size also depends on the weights.
 LinearKind = tuple[tuple[int, ...], torch.dtype, str, int]
-Kinds = Mapping[str, LinearKind]  # by the linear's name on disk; of one block
+Kinds = Mapping[str, LinearKind]  # the quantized linears of one block, by name on disk
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a part of the run took. memory, device_memory: bytes at their highest, of the process
-    and of a CUDA device. per_batch: seconds that one more batch would have taken."""
+    """Time and memory of one part of the run.
+
+    seconds: wall-clock time.
+    memory: peak bytes of the process.
+    device_memory: peak bytes of the CUDA device; None on the CPU.
+    per_batch: seconds that one more batch would have taken.
+    """
 
     seconds: float
     memory: int
@@ -51,12 +60,15 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One block loaded, quantized, written and left behind by all streams.
+class DryRunBlock:
+    """Measurements of one block: load it, quantize it, write it, run all streams through it.
 
     fixed, per_batch, per_epoch: seconds = fixed + batches * (per_batch + epochs * per_epoch).
-    memory: without the hidden states. held: how many streams there were at most, targets included.
-    record: what was recorded with its shard. learned: bytes of what was learned.
+    memory: peak bytes of the process, without the hidden states.
+    device_memory: peak bytes of the CUDA device; None on the CPU.
+    most_streams: how many streams existed at once at most, the method's targets included.
+    record: the record of the block's shard.
+    learned: bytes of the learned parameters.
     """
 
     fixed: float
@@ -64,21 +76,28 @@ class Trial:
     per_epoch: float
     memory: int
     device_memory: int | None
-    held: int
+    most_streams: int
     record: dict[str, Any]
     learned: int
 
     def seconds(self, batches: int, epochs: int) -> float:
+        """Returns the estimated seconds of this block for another number of batches and epochs."""
         return self.fixed + batches * (self.per_batch + epochs * self.per_epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rehearsal:
-    """batches: how many windows made one, and how many there were. hashing: seconds per byte.
+class DryRun:
+    """All measurements of a dry run.
 
-    outside: embeddings and output layer written, as outside_tensors; outside_record goes with them.
-    capture: the first block's inputs made, memory without them; None without streams. kinds: of
-    all blocks. trials: by the index of the block.
+    batches: number of batches that were used.
+    hashing: seconds per byte of computing a file's hash.
+    outside: writing everything outside the blocks, such as embeddings and output layer.
+    outside_tensors: the tensors that this wrote, by name on disk.
+    outside_record: the record of their shard.
+    capture: computing the inputs of the first block, its memory without these inputs; None for a
+        method that needs no calibration text.
+    kinds: the kinds of linears of every block of the model, in order.
+    blocks: the measured blocks, by index.
     """
 
     batches: int
@@ -88,30 +107,30 @@ class Rehearsal:
     outside_record: dict[str, Any]
     capture: Stage | None
     kinds: list[Kinds]
-    trials: dict[int, Trial]
+    blocks: dict[int, DryRunBlock]
 
 
-def rehearse(job: Job, windows: TokenWindows | None) -> Rehearsal:
-    """Does all that the run will do, on `chosen_blocks` and BATCHES batches.
+def dry_run(job: Job, windows: TokenWindows | None) -> DryRun:
+    """Does everything that the run will do, on the blocks of `chosen_blocks` and BATCHES batches.
 
-    Raises what the run would raise, and ValueError when a block computes something else once it has
-    been written and read back.
+    Raises whatever the run would raise, and ValueError for a block that computes other values after
+    it has been written and read back.
     """
     tokens = windows.tokens[: BATCHES * job.method.windows_per_batch()] if windows else None
     kinds = linear_kinds(job)
     with (
-        TemporaryDirectory(prefix="lowbit-rehearsal-") as folder,
+        TemporaryDirectory(prefix="lowbit-dry-run-") as folder,
         CheckpointWriter(Path(folder) / "out", {}, job.shards) as writer,
     ):
-        hashing = _hashing(job.source.folder / job.source.reader.files[0])
+        hashing = _seconds_per_hashed_byte(job.source.folder / job.source.reader.files[0])
         with _measured(job) as outside:
             job.write_outside(writer)
-        stream, capture = _captured(job, tokens)
-        trials = {index: _rehearsed(job, writer, index, stream) for index in chosen_blocks(kinds)}
+        stream, capture = _capture(job, tokens)
+        blocks = {i: _measure_block(job, writer, i, stream) for i in chosen_blocks(kinds)}
         record = writer.record(0)
         assert record is not None
         written = CheckpointReader.of_file(writer.folder / record["file"]).tensors
-        return Rehearsal(
+        return DryRun(
             batches=len(stream) if stream else 0,
             hashing=hashing,
             outside=outside[0],
@@ -119,45 +138,45 @@ def rehearse(job: Job, windows: TokenWindows | None) -> Rehearsal:
             outside_record=record,
             capture=capture,
             kinds=kinds,
-            trials=trials,
+            blocks=blocks,
         )
 
 
 def linear_kinds(job: Job) -> list[Kinds]:
-    """Block by block, the linears that the run quantizes."""
-    found: list[Kinds] = []
+    """Returns for each block of the model the linears that the run quantizes, with their kinds."""
+    all_kinds: list[Kinds] = []
     for block in job.blocks:
         kinds: dict[str, LinearKind] = {}
         for group in job.selection.groups(block):
-            for place, linear in enumerate(group.linears):
+            for position, linear in enumerate(group.linears):
                 name = f"{block}.{linear}"
                 disk = job.source.disk_name(name)
                 info = job.source.reader.tensors[f"{disk}.weight"]
                 settings = job.method.at(name).model_dump_json(exclude={"overrides"})
-                kinds[disk] = (info.shape, info.dtype, settings, place)
-        found.append(kinds)
-    return found
+                kinds[disk] = (info.shape, info.dtype, settings, position)
+        all_kinds.append(kinds)
+    return all_kinds
 
 
 def weights_in(kinds: Kinds) -> int:
-    """How many weights of a block are quantized."""
+    """Returns the number of weights of a block that are quantized."""
     return sum(math.prod(shape) for shape, *_ in kinds.values())
 
 
 def chosen_blocks(kinds: Sequence[Kinds]) -> list[int]:
-    """The largest block, and further ones until every kind of linear occurs in one."""
+    """Returns the index of the largest block, and of more until each kind of linear occurs."""
     by_size = sorted(range(len(kinds)), key=lambda i: -weights_in(kinds[i]))
     chosen: list[int] = []
-    known: set[LinearKind] = set()
+    covered: set[LinearKind] = set()
     for index in by_size:
-        found = set(kinds[index].values())
-        if not chosen or not found <= known:
+        own = set(kinds[index].values())
+        if not chosen or not own <= covered:
             chosen.append(index)
-            known |= found
+            covered |= own
     return chosen
 
 
-def _hashing(path: Path) -> float:
+def _seconds_per_hashed_byte(path: Path) -> float:
     started = time.perf_counter()
     with path.open("rb") as file:
         data = file.read(HASHED)
@@ -167,16 +186,17 @@ def _hashing(path: Path) -> float:
 
 @contextmanager
 def _measured(job: Job) -> Iterator[list[Stage]]:
-    """The list has one member once this is left."""
+    """Measures the block of code inside; the list that it gives has one member afterwards."""
     stages: list[Stage] = []
     started = time.perf_counter()
     with PeakMemory(job.device) as peak:
         yield stages
     seconds = time.perf_counter() - started
-    stages.append(Stage(seconds, peak.found["memory"], peak.found.get("device_memory")))
+    stages.append(Stage(seconds, peak.bytes["memory"], peak.bytes.get("device_memory")))
 
 
-def _captured(job: Job, tokens: Tensor | None) -> tuple[Stream | None, Stage | None]:
+def _capture(job: Job, tokens: Tensor | None) -> tuple[Stream | None, Stage | None]:
+    """Computes the inputs of the first block, and measures that; (None, None) without text."""
     if tokens is None:
         return None, None
     moments: list[float] = []
@@ -194,34 +214,39 @@ def _captured(job: Job, tokens: Tensor | None) -> tuple[Stream | None, Stage | N
     return stream, Stage(whole[0].seconds, memory, None, per_batch)
 
 
-def _rehearsed(job: Job, writer: CheckpointWriter, index: int, stream: Stream | None) -> Trial:
-    """With no and with one epoch, where the method has epochs: the difference is an epoch."""
+def _measure_block(
+    job: Job, writer: CheckpointWriter, index: int, stream: Stream | None
+) -> DryRunBlock:
+    """Quantizes one block and measures that.
+
+    A method with epochs runs with 0 and with 1: the difference is the time of one epoch.
+    """
     epochs = getattr(job.method, "epochs", 0)
     counts = sorted({0, min(epochs, 1)})
     attempts = []
     for count in counts:
-        known = job.with_epochs(count) if epochs else job
-        attempt = _attempt(known, writer, index, stream)
-        if attempt.stage.seconds < BRIEF:
-            again = _attempt(known, writer, index, stream)
-            attempt = min(attempt, again, key=lambda tried: tried.stage.seconds)
+        short_job = job.with_epochs(count) if epochs else job
+        attempt = _attempt(short_job, writer, index, stream)
+        if attempt.stage.seconds < SHORT:
+            again = _attempt(short_job, writer, index, stream)
+            attempt = min(attempt, again, key=lambda each: each.stage.seconds)
         attempts.append(attempt)
     least, most = attempts[0].stage, attempts[-1].stage
     _check_read_back(job, writer, index, attempts[-1].result)
     record = writer.record(index + 1)
     assert record is not None
     learned = writer.folder / "learned" / record["file"]
-    # The hidden states that were captured are there besides those of the streams.
     batches = len(stream) if stream else 0
-    small = stream.bytes * (attempts[-1].held + 1) if stream else 0
+    # One more than the streams of the method: the captured hidden states are in memory as well.
+    hidden_states = stream.bytes * (attempts[-1].most_streams + 1) if stream else 0
     device = [a.stage.device_memory for a in attempts if a.stage.device_memory is not None]
-    return Trial(
+    return DryRunBlock(
         fixed=max(0.0, most.seconds - batches * most.per_batch),
         per_batch=least.per_batch,
         per_epoch=max(0.0, most.per_batch - least.per_batch),
-        memory=max(a.stage.memory for a in attempts) - small,
+        memory=max(a.stage.memory for a in attempts) - hidden_states,
         device_memory=max(device) if device else None,
-        held=attempts[-1].held,
+        most_streams=attempts[-1].most_streams,
         record=record,
         learned=learned.stat().st_size if learned.exists() else 0,
     )
@@ -230,16 +255,16 @@ def _rehearsed(job: Job, writer: CheckpointWriter, index: int, stream: Stream | 
 @dataclass(frozen=True)
 class _Attempt:
     stage: Stage
-    held: int
+    most_streams: int
     result: BlockResult
 
 
 def _attempt(job: Job, writer: CheckpointWriter, index: int, stream: Stream | None) -> _Attempt:
-    """The hidden states of the first block stand for those of every other."""
+    """Quantizes a block once. Every block gets the inputs of the first: only cost is measured."""
     trace = _Trace(job.device)
     streams: dict[str, Stream] = {}
     if stream is not None:
-        streams = {name: _Traced(stream, index, trace) for name in job.method.streams()}
+        streams = {name: _TracedStream(stream, index, trace) for name in job.method.streams()}
     results: list[BlockResult] = []
 
     def visit(step: Step) -> None:
@@ -248,41 +273,42 @@ def _attempt(job: Job, writer: CheckpointWriter, index: int, stream: Stream | No
 
     with _measured(job) as stages:
         job.source.walk(streams, visit, job.device, [index])
-    stage = stages[0]
-    found = Stage(stage.seconds, stage.memory, stage.device_memory, trace.per_batch())
-    return _Attempt(found, trace.most, results[0])
+    whole = stages[0]
+    stage = Stage(whole.seconds, whole.memory, whole.device_memory, trace.per_batch())
+    return _Attempt(stage, trace.most_streams, results[0])
 
 
 def _ignore(event: Event) -> None:
-    """The run will say it again."""
+    """Drops an event: the run itself will report the same."""
 
 
 class _Trace:
-    """When batches were read, and how many streams there were at once."""
+    """Records when batches were read, and how many streams existed at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.reads: list[tuple[int, float]] = []
-        self.held = 0
-        self.most = 0
+        self.streams = 0
+        self.most_streams = 0
 
     def read(self, index: int) -> None:
-        if self.device.type == "cuda":  # what was begun must have been done
+        if self.device.type == "cuda":  # kernels run asynchronously: wait for the last batch's
             torch.cuda.synchronize(self.device)
         self.reads.append((index, time.perf_counter()))
 
     def made(self, stream: Stream) -> None:
-        self.held += 1
-        self.most = max(self.most, self.held)
-        finalize(stream, self._gone)
+        self.streams += 1
+        self.most_streams = max(self.most_streams, self.streams)
+        finalize(stream, self._freed)
 
-    def _gone(self) -> None:
-        self.held -= 1
+    def _freed(self) -> None:
+        self.streams -= 1
 
     def per_batch(self) -> float:
-        """Seconds for one more batch: of every pass, from its first batch to its last.
+        """Returns the seconds that one more batch would take, summed over all passes.
 
-        What happens after a pass, such as factoring a Hessian, is thus not taken for the batches'.
+        Each pass over the batches counts from the read of its first batch to that of its last. So
+        work that follows a pass, such as factoring a Hessian, does not count as time per batch.
         """
         total = 0.0
         passes: list[dict[int, float]] = []
@@ -296,8 +322,8 @@ class _Trace:
         return total
 
 
-class _Traced(Stream):
-    """A stream in memory that leaves its traces."""
+class _TracedStream(Stream):
+    """A stream in memory that reports its reads, and the streams made from it, to a `_Trace`."""
 
     def __init__(self, stream: Stream, block: int, trace: _Trace) -> None:
         own = stream.copy()
@@ -310,31 +336,31 @@ class _Traced(Stream):
         return super().__getitem__(index)
 
     def map(self, function: Callable[[Batch], Tensor]) -> Stream:
-        made = super().map(function)
-        self.trace.made(made)
-        return made
+        mapped = super().map(function)
+        self.trace.made(mapped)
+        return mapped
 
 
 def _check_read_back(job: Job, writer: CheckpointWriter, index: int, result: BlockResult) -> None:
+    """Raises ValueError where the written block differs from the result of the method."""
     record = writer.record(index + 1)
     assert record is not None
-    found = result_of(writer.read_shard(index + 1), record, job.source)
-    wrong = [name for name, linear in result.linears.items() if not _equal(linear, found, name)]
-    wrong += [n for n, t in result.tensors.items() if not torch.equal(t.cpu(), found.tensors[n])]
-    wrong += [] if result.attention == found.attention else sorted(result.attention)
+    read = result_of(writer.read_shard(index + 1), record, job.source)
+    wrong = [n for n, linear in result.linears.items() if not _equal(linear, read.linears[n])]
+    wrong += [n for n, t in result.tensors.items() if not torch.equal(t.cpu(), read.tensors[n])]
+    wrong += [] if result.attention == read.attention else sorted(result.attention)
     if wrong:
         raise ValueError(
-            f"{job.blocks[index]}.{wrong[0]} computes something else once it has been written and "
-            "read back: this is an error of lowbit, please report it"
+            f"{job.blocks[index]}.{wrong[0]} computes other values after it was written and read "
+            "back: this is a bug in lowbit, please report it"
         )
 
 
-def _equal(linear: nn.Module, found: BlockResult, name: str) -> bool:
-    """Whether two layers give the same for the same inputs."""
-    read = found.linears[name]
+def _equal(linear: nn.Module, other: nn.Module) -> bool:
+    """Returns whether two layers give equal outputs for the same random inputs."""
     device = next(linear.parameters()).device
     generator = torch.Generator().manual_seed(0)
     columns: Any = linear.in_features
     x = torch.randn(2, columns, generator=generator).to(device)
     with torch.no_grad():
-        return torch.equal(linear(x), read.to(device)(x))
+        return torch.equal(linear(x), other.to(device)(x))
