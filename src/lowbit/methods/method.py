@@ -35,7 +35,7 @@ class Method(Config):
         for pattern, fields in self.overrides.items():
             for field in fields:
                 if field not in self.per_linear:
-                    what = f"field of {self.name} that overrides can set"
+                    what = f"field that {self.name} can have per linear"
                     sentence = unknown_name(field, self.per_linear, what)
                     raise ValueError(f"overrides.{pattern}: {sentence}")
             try:
