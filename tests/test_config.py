@@ -29,9 +29,10 @@ def complaint(**values: object) -> str:
 
 def test_an_unknown_name_gets_its_nearest():
     assert complaint(need="x") == (
-        "'need' is no field of Outer: did you mean 'needed'? allowed are inner, needed"
+        "'need' is not a field of Outer: did you mean 'needed'? allowed are inner, needed"
     )
-    assert complaint(needed="x", inner={"siez": 1}).startswith("inner: 'siez' is no field of Inner")
+    nested = complaint(needed="x", inner={"siez": 1})
+    assert nested.startswith("inner: 'siez' is not a field of Inner")
 
 
 def test_values_are_shown_without_pydantics_own_words():

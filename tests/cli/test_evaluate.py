@@ -104,7 +104,7 @@ def test_a_row_for_each_width(lowbit, nested, rtn, story, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--text", "none.txt"), "'none.txt' is no data set with a held-out split"),
+        (("--text", "none.txt"), "'none.txt' is not a data set with a held-out split"),
         (("--limit", "0"), "limit: should be greater than or equal to 1 (got 0)"),
         (("--bits", ""), "--bits '' is neither a width from 2 to 8 nor a file"),
         (("--seqlen", "1"), "seqlen: should be greater than or equal to 2 (got 1)"),

@@ -38,7 +38,7 @@ def test_without_text(lowbit):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--method", "rtm"), "'rtm' is no method: did you mean 'rtn'?"),
+        (("--method", "rtm"), "'rtm' is not a method: did you mean 'rtn'?"),
         (("--method", "rtn", "--json", "/nowhere/x.json"), "--json /nowhere/x.json: that is"),
         (("--method", "rtn", "--only", "none"), "none"),
     ],

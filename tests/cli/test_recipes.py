@@ -45,7 +45,7 @@ def test_a_recipe_of_the_users_own(lowbit, tmp_path):
     text = lowbit("recipes", path).stdout
     assert "bits: 3" in text and "128 windows of 64 tokens of wikitext2" in text
     path.write_text("description: Mine\nmethod: gptq\nfields: {bit: 3}\n")
-    assert "'bit' is no field of GPTQ" in lowbit("recipes", path, code=1).stderr
+    assert "'bit' is not a field of GPTQ" in lowbit("recipes", path, code=1).stderr
 
 
 def widths(text):
@@ -80,8 +80,8 @@ def test_real_widths_of_recipes(lowbit):
     ("options", "sentence"),
     [
         (["--for", 7], "no recipe has 7 bits per weight, or within 0.5 of that: the nearest is "),
-        (["rtn-w4a61"], "'rtn-w4a61' is no recipe: did you mean 'rtn-w4a16'?"),
-        (["rtn"], "'rtn' is no recipe: did you mean 'rtn-w"),
+        (["rtn-w4a61"], "'rtn-w4a61' is not a recipe: did you mean 'rtn-w4a16'?"),
+        (["rtn"], "'rtn' is not a recipe: did you mean 'rtn-w"),
         (["rtn-w4a16", "--for", 4], "name either a recipe to explain, or --for BITS"),
     ],
 )

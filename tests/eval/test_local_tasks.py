@@ -118,7 +118,7 @@ def test_names_with_and_without_prefix(tmp_path: Path) -> None:
         "boolq",
     ]
     assert [r.task for r in find_rows(tmp_path, [])] == ["boolq", "piqa"]
-    with pytest.raises(ValueError, match="'piqqa' is no local task: did you mean 'piqa'"):
+    with pytest.raises(ValueError, match="'piqqa' is not a local task: did you mean 'piqa'"):
         find_rows(tmp_path, ["piqqa"])
     with pytest.raises(ValueError, match="arc_easy has no .jsonl file; .* has boolq, piqa"):
         find_rows(tmp_path, ["arc_easy"])
