@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_offered_is_said(name: str) -> None:
+def test_options_that_are_not_offered_are_errors(name: str) -> None:
     given, message = REFUSED[name]
     with pytest.raises(ValidationError, match=message):
         QuipQuantizer(**given)

@@ -98,14 +98,14 @@ def test_a_configuration_out_of_a_functions_arguments():
 
 
 def test_a_field_says_whether_it_shapes_the_result():
-    class Said(Config):
+    class Options(Config):
         one: int = option(1, "One.", shapes_result=True, ge=1)
         other: int = option(1, "Other.", shapes_result=False)
         neither: int = 1
 
-    fields = Said.model_fields
+    fields = Options.model_fields
     assert shapes_result(fields["one"]) and not shapes_result(fields["other"])
     with pytest.raises(KeyError, match="shapes_result"):
         shapes_result(fields["neither"])
     with pytest.raises(ValidationError, match="greater than or equal to 1"):
-        Said(one=0)
+        Options(one=0)

@@ -53,7 +53,7 @@ def test_omniquant(learned):
     assert [Path(source["name"]).name for source in text["sources"]] == ["story.txt"]
 
 
-def test_the_share_of_salient_inputs_is_said(lowbit, tmp_path):
+def test_the_share_of_salient_inputs_is_printed(lowbit, tmp_path):
     options = ["--recipe", "ptq161-fast", "--set", "alignment=32", "--skip", "down_proj"]
     text = ["--calibration", MODELS.parent / "text" / "calibration_stories.txt"]
     brief = ["--samples", 2, "--seqlen", 64]

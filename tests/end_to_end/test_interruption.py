@@ -63,7 +63,7 @@ def test_killed_between_any_two_changes_to_the_disk(method: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("last", range(1, 40, 4))
-def test_a_full_disk_is_said_and_what_was_finished_is_kept(last: int, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_finished_blocks_are_kept(last: int, tmp_path: Path) -> None:
     out, full = tmp_path / "out", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with (
         pytest.raises(ValueError, match=f"the disk that holds {out} is full.*same command"),
