@@ -49,9 +49,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes(message, lowbit, pickled, tmp_path):
-    assert message in lowbit("convert", pickled, tmp_path / "out", *MISTAKES[message], code=1).stderr
+@pytest.mark.parametrize(("message", "options"), MISTAKES.items(), ids=MISTAKES)
+def test_mistakes(message, options, lowbit, pickled, tmp_path):
+    assert message in lowbit("convert", pickled, tmp_path / "out", *options, code=1).stderr
     assert not (tmp_path / "out").exists()
 
 

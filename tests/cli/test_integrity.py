@@ -50,7 +50,7 @@ def escape(folder):
 
 
 DAMAGE = {
-    "is damaged: another sha256": flip,
+    "is damaged: its sha256 differs": flip,
     "bytes, not": cut,
     "is missing": lambda folder: (folder / SHARD).unlink(),
     "was edited after quantization": edit,

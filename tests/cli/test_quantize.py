@@ -98,7 +98,7 @@ def test_no_text_for_a_method_that_needs_none(lowbit, tmp_path):
     text = lowbit(
         "quantize", MODEL, tmp_path / "out", "--method", "rtn", "--calibration", "c4"
     ).stdout
-    assert "rtn needs no calibration text: --calibration is not read" in text
+    assert "rtn needs no calibration text: --calibration is ignored" in text
 
 
 def test_a_dry_run(lowbit, tmp_path):
@@ -137,8 +137,8 @@ MISTAKES = [
     ((*RTN_METHOD, "--set", "bit=4"), "'bit' is not a field of RTN: did you mean 'bits'?"),
     ((*RTN_METHOD, "--set", "bits=9"), "bits: should be less than or equal to 8 (got 9)"),
     ((*RTN_METHOD, "--set", "bits=four"), "bits: should be a valid integer"),
-    ((*RTN_METHOD, "--set", "bits"), "--set takes field=value, not 'bits'"),
-    ((*RTN_METHOD, "--set", "bits="), "--set takes field=value, not 'bits='"),
+    ((*RTN_METHOD, "--set", "bits"), "--set takes FIELD=VALUE, not 'bits'"),
+    ((*RTN_METHOD, "--set", "bits="), "--set takes FIELD=VALUE, not 'bits='"),
     ((*RTN_METHOD, "--set", "bits=["), "--set bits: '[' is not a number, a word or a list"),
     ((*RTN_METHOD, "--streams", "tape"), "streams: should be 'auto', 'memory' or 'disk'"),
     ((*RTN_METHOD, "--device", "gpu"), "'gpu' is not known: use cpu, cuda:N or auto"),
