@@ -1,10 +1,10 @@
-"""What do quantized activations cost, and what repairs it?
+"""What do quantized activations cost in perplexity, and which techniques reduce that?
 
     python benchmarks/activations.py [--models DIR ...] [--limit N] [--only NAME]
 
-OmniQuant at W4A4, W6A6 and W8A8, with what it learns switched on one after another, and MixedQuant
-at W4A4; on every model and on its "outliers" variant, the same function in float whose norms scale
-a few channels up by 32 or 64, which is how large models look.
+It measures OmniQuant at W4A4, W6A6 and W8A8, with its techniques added one after another, and
+MixedQuant at W4A4. Each model is also measured with outlier channels, as large models have them: in
+this variant norms multiply a few channels by 32 or 64, and the float function stays the same.
 """
 
 import tempfile
@@ -17,6 +17,7 @@ from lowbit.methods import Method, MixedQuant, OmniQuant
 
 
 def cases() -> dict[str, Method]:
+    """Returns the methods to measure, by name."""
     found: dict[str, Method] = {}
     for bits in (4, 6, 8):
         plain = OmniQuant(bits=bits, activation_bits=bits, epochs=EPOCHS, lwc=True, let=False)
@@ -46,8 +47,8 @@ def main() -> None:
     for name, model in models_of(args).items():
         with tempfile.TemporaryDirectory() as folder:
             outliers = add_outliers(model, Path(folder) / "outliers")
-            for kind, variant in (("plain", model), ("outliers", outliers)):
-                label = f"{name} {kind}"
+            for suffix, variant in (("plain", model), ("outliers", outliers)):
+                label = f"{name} {suffix}"
                 rows.record(label, "float", variant)
                 for case, method in cases().items():
                     rows.quantize(label, variant, case, method)

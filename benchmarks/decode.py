@@ -1,15 +1,15 @@
-"""How fast does a quantized model run, against its float original in plain transformers?
+"""How fast does a quantized model run, compared with the float model in plain transformers?
 
     python benchmarks/decode.py [--layers 4] [--tokens 16] [--only NAME] [--rounds 3]
 
 A random Llama of TinyLlama's shape (hidden size 2048, feed-forward 5632, vocabulary 32,000) with a
-few layers is quantized in several ways. One thread, float32 activations. Two times are taken, the
-float model and the quantized one in turn, and medians compared:
+few layers is quantized in several ways. It runs in one thread with float32 activations. Two times
+are measured, alternating between the float model and the quantized one, and medians are compared:
 
 prompt   one forward pass over 128 tokens
 token    one more token with a cache that holds them, greedily, as `lowbit generate` does
 
-Speed does not depend on the values of the weights, so nothing is learned and few windows are read.
+Speed does not depend on the values of weights, so nothing is learned and few windows are read.
 """
 
 import argparse
@@ -48,7 +48,7 @@ METHODS: dict[str, Method] = {
 
 
 def seconds_of(model: Any, tokens: int) -> tuple[float, float]:
-    """Seconds of the prompt, and of one further token."""
+    """Returns the seconds for the prompt, and for one more token."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=draw)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def seconds_of(model: Any, tokens: int) -> tuple[float, float]:
 
 
 def compare(plain: Any, model: Any, args: argparse.Namespace) -> dict[str, float]:
-    """Medians in milliseconds, and ratios to the float model."""
+    """Returns the median times of both models in milliseconds."""
     seconds_of(model, 1)
     times: dict[str, list[float]] = {
         "prompt": [],
@@ -80,6 +80,7 @@ def compare(plain: Any, model: Any, args: argparse.Namespace) -> dict[str, float
 
 
 def rows_of(name: str, found: dict[str, float], notes: str) -> list[dict[str, Any]]:
+    """Returns the rows of results.csv for one method."""
     rows = []
     for what in ("prompt", "token"):
         case, ratio = f"{name} | {what}", found[what] / found[f"float {what}"]
@@ -90,10 +91,10 @@ def rows_of(name: str, found: dict[str, float], notes: str) -> list[dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="cases whose name matches this")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens after the prompt")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions of each time")
+    parser.add_argument("--only", default="", help="regular expression for the names of methods")
     args = parser.parse_args()
     torch.set_num_threads(1)
     quiet()

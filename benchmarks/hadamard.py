@@ -1,11 +1,11 @@
-"""How much slower than a copy of the same data is the Hadamard transform?
+"""How much slower is the Hadamard transform than a copy of the same data?
 
     python benchmarks/hadamard.py [--megabytes N] [--repeats N]
 
-The bound is x.clone(): it reads and writes the same bytes and allocates the output. For powers
-of two the transform is also compared with butterflies: radix 16 by a product, then additions and
-subtractions level by level, in pieces of the same size. Processor time of one thread (others may be
-using the machine), the best of the repeats, taken in turn.
+The bound is x.clone(), which reads and writes the same bytes and allocates the output. For powers
+of two the transform is also compared with butterflies: a product for radix 16, then additions and
+subtractions level by level, in pieces of the same size. Times are processor time of one thread,
+since others may use the machine. Each is the best of the repeats, in which functions take turns.
 """
 
 import argparse
@@ -22,11 +22,15 @@ from lowbit.kernels.hadamard import orthogonal
 WIDTHS = (4096, 11008, 14336, 18944, 13696, 4544, 5120, 768, 704, 344, 172)
 PIECE = 1 << 17  # as in lowbit.kernels.hadamard.fast
 FIRST = 16
-SHORT = 2e-3  # seconds: what is faster is timed in a loop of about this length
+SHORT = 2e-3  # seconds; faster functions are timed in a loop that takes about this long
 
 
 def butterflies(first: Tensor, x: Tensor) -> Tensor:
-    """first: (FIRST, FIRST) scaled  x: (rows, n) float32, n = 2**k > FIRST  ->  (rows, n)"""
+    """Transforms rows with butterflies.
+
+    first: (FIRST, FIRST), the scaled matrix of the first levels.
+    x: (rows, n) float32, n = 2**k > FIRST  ->  (rows, n)
+    """
     n = x.shape[-1]
     source, out = x.view(-1), torch.empty_like(x).view(-1)
     spare = torch.empty(2, min(len(source), PIECE // n * n))
@@ -46,7 +50,7 @@ def butterflies(first: Tensor, x: Tensor) -> Tensor:
 
 
 def best(functions: list[Callable[[Tensor], Tensor]], x: Tensor, repeats: int) -> list[float]:
-    """Seconds of one call of each."""
+    """Returns the seconds of one call of each function."""
     counts = []
     for function in functions:
         function(x)

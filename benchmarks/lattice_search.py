@@ -1,11 +1,12 @@
-"""How fast is the nearest word of a codebook found, and does it pay to rotate the tokens?
+"""How fast is the search for the nearest codebook word, and when is rotating tokens faster?
 
     python benchmarks/lattice_search.py [--vectors N] [--repeats N] [--skip-forward]
 
-Search: microseconds for a Gaussian vector (eight weights; D4 four, HI one) at the codebook's scale.
-The bound is x.clone(), the definition is reference.nearest, which tries all 65536 words of E8P12.
-Forward: a layer's time, which rotates the tokens, over the time with its weight restored, at
-multiples of the harmonic mean of (in, out). Processor time of one thread, the best of the repeats.
+Search: microseconds for a Gaussian vector at the codebook's scale (8 weights; D4 has 4, HI has 1).
+The bound is x.clone(). The definition is reference.nearest, which tries all 65536 words of E8P12.
+Forward: time of a layer, which rotates the tokens, divided by the time with the restored weight.
+The numbers of tokens are multiples of the harmonic mean of (in, out). All times are processor time
+of one thread, the best of the repeats.
 """
 
 import argparse
@@ -24,12 +25,13 @@ from lowbit.formats.lattice.codebooks import CODEBOOKS
 from lowbit.formats.lattice.incoherence import rotation
 from lowbit.formats.lattice.tables import table
 
-TRIED = 4096  # vectors for the definition, which takes hundreds of times as long
+TRIED = 4096  # vectors for the definition, which takes hundreds of times longer
 SHAPES = ((512, 512), (1024, 1024), (2048, 2048), (5504, 2048), (2048, 5504), (4096, 4096))
 MULTIPLES = (0.0, 0.5, 1.0, 2.0, 4.0)  # 0: one token
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
+    """Returns the shortest time of one call."""
     function()
     found = []
     for _ in range(repeats):
@@ -40,7 +42,7 @@ def seconds(function: Callable[[], object], repeats: int) -> float:
 
 
 def searches(x: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
-    """What is timed, and for how many vectors."""
+    """Returns the functions to time, and the number of vectors that each of them searches."""
     e8p = x * CODEBOOKS["E8P12"].scale
     words = table("E8P12", x.device)
     timed: dict[str, tuple[Callable[[], object], int]] = {
@@ -74,7 +76,7 @@ def measure_search(vectors: int, repeats: int, console: Console) -> list[dict[st
 
 
 def ratio(layer: LatticeLinear, tokens: int, repeats: int) -> float:
-    """Time of a forward, which rotates the tokens, over the time with the restored weight."""
+    """Returns the time of a forward, which rotates the tokens, over that of the restored weight."""
     x = torch.randn(tokens, layer.in_features, generator=torch.Generator().manual_seed(0))
     rotated = seconds(lambda: layer(x), repeats)
     return rotated / seconds(lambda: functional.linear(x, layer.dequantize()), repeats)

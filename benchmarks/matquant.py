@@ -1,12 +1,13 @@
-"""Is one 8-bit master as good at every width as a model made for that width?
+"""Is one 8-bit master as good at every width as a model that was made for that width?
 
     python benchmarks/matquant.py [--models DIR ...] [--seeds 0 1 2] [--limit N] [--only NAME]
         [--rates]
 
-MatQuant's slices at 8, 6, 4, 3 and 2 bits, beside a plain int8 model cut the same way and OmniQuant
-made for each width: equal windows, epochs, tokens, grids and initial values. Three seeds draw the
-calibration windows; the table has mean and spread. --rates measures MatQuant's learning rates on
-other calibration windows instead, and touches no evaluation text.
+Slices of MatQuant at 8, 6, 4, 3 and 2 bits are compared with slices of a plain int8 model, and with
+OmniQuant models made for each width. All have the same windows, epochs, tokens, grids and initial
+values. Calibration windows are drawn with three seeds, and the table shows mean and standard
+deviation. --rates measures MatQuant's learning rates on other calibration windows instead, without
+any evaluation text.
 """
 
 import argparse
@@ -32,13 +33,13 @@ from lowbit.methods import GPTQ, MatQuant, Method, OmniQuant
 from lowbit.models import family_name
 
 WIDTHS = (8, 6, 4, 3, 2)
-RATES = (1e-3, 5e-3, 1e-2, 3e-2)  # the first is the paper's
+RATES = (1e-3, 5e-3, 1e-2, 3e-2)  # of the clips; the first is the paper's
 TRAINED = {"lwc": True, "init": "awq", "epochs": EPOCHS}
 Args = argparse.Namespace
 
 
 def masters(family: str) -> dict[str, Method]:
-    """What is cut into slices."""
+    """Returns the methods whose result is cut into slices."""
     learned = MatQuant(**TRAINED, let=family == "opt")
     untrained = {"lwc": False, "let": False, "epochs": 0}
     return {
@@ -57,7 +58,7 @@ def masters(family: str) -> dict[str, Method]:
 
 
 def direct(family: str, bits: int) -> dict[str, Method]:
-    """What is made for one width. With feedback: what joint rounding compares with."""
+    """Returns the methods for one width; those with GPTQ are compared with joint rounding."""
     learned = OmniQuant(bits=bits, **TRAINED, let=family == "opt")
     if bits > 4:
         return {"omniquant": learned}
@@ -68,7 +69,11 @@ def direct(family: str, bits: int) -> dict[str, Method]:
 def measure(
     label: str, model: Path, case: tuple[str, Method, tuple[int, ...]], seed: int, args: Args
 ) -> None:
-    """case: the name of a method, the method, and the widths that are measured, a row for each."""
+    """Quantizes a model, and appends a row to results.csv for each width.
+
+    case: name of the method, the method, and the widths to measure.
+    seed: of the calibration windows.
+    """
     name, method, widths = case
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
@@ -91,7 +96,7 @@ def measure(
 
 
 def show(label: str) -> Table:
-    """What results.csv has of a model: mean and spread over its seeds, and real bits."""
+    """Returns a model's table from results.csv: mean and deviation over seeds, and real bits."""
     found: dict[tuple[str, str], dict[str, tuple[float, float]]] = defaultdict(dict)
     for row in rows_of("matquant"):  # later rows replace earlier ones
         model, name, width, seed = row["case"].split(" | ")
@@ -100,18 +105,18 @@ def show(label: str) -> Table:
     table = Table(label, *(f"{width} bits" for width in WIDTHS))
     for name in dict.fromkeys(name for name, _ in found):
         cells = [list(found.get((name, f"{width} bits"), {}).values()) for width in WIDTHS]
-        table.add_row(name, *map(_mean_and_spread, cells))
+        table.add_row(name, *map(_mean_and_deviation, cells))
     return table
 
 
-def _mean_and_spread(found: list[tuple[float, float]]) -> str:
+def _mean_and_deviation(found: list[tuple[float, float]]) -> str:
     values = [value for value, _ in found]
     spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
     return f"{mean(values):.3f}{spread} ({found[-1][1]:.2f})" if found else ""
 
 
 def real_bits(model: torch.nn.Module) -> float:
-    """Bits per weight of the linears as they would be stored at their widths."""
+    """Returns the bits per weight of the linears, as if they were stored at their widths."""
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     stored = sum(
         (m.slice(m.bits) if isinstance(m, NestedLinear) and m.bits < 8 else m).weight_bytes()
@@ -121,7 +126,7 @@ def real_bits(model: torch.nn.Module) -> float:
 
 
 def measure_rates(label: str, model: Path) -> None:
-    """The weighted loss of the slices on windows that neither trained nor are evaluated on."""
+    """Measures learning rates on windows that are used neither for training nor evaluation."""
     method = masters(family_name(model))["matquant"]
     for rate in RATES:
         with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +156,9 @@ def run(label: str, model: Path, args: Args) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of calibration windows"
+    )
     parser.add_argument("--rates", action="store_true", help="measure learning rates instead")
     args = parser.parse_args()
     for label, model in models_of(args).items():

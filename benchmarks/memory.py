@@ -1,11 +1,11 @@
-"""How much memory does a run hold, against two shards and two blocks in float32?
+"""How much memory does a run need, compared with two shards and two blocks in float32?
 
     python benchmarks/memory.py [--folder DIR] [--only NAME] [--layers N]
 
 A random Llama of 1.1 billion parameters (TinyLlama's shape, float16, shards of at most 500 MB) is
 quantized with rtn and with OmniQuant (8 windows of 256 tokens, one epoch, hidden states on disk),
-each in a process of its own whose anonymous memory is watched from outside. The bound is what the
-bare interpreter holds with lowbit imported, two of the largest shard and two blocks in float32.
+each in its own process, whose anonymous memory is watched from outside. The bound is the memory of
+the bare interpreter with lowbit imported, twice the largest shard, and two blocks in float32.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = EXAMPLES / "text" / "calibration_stories.txt"
 SHARD = 500_000_000  # bytes
-EVERY = 0.02  # seconds between looks at the process
+EVERY = 0.02  # seconds between two measurements of the process's memory
 MEGABYTE = 1e6
 BARE = "import lowbit.cli, time; print(flush=True); time.sleep(60)"
 GROUPS = ("--set", "group_size=128", "--device", "cpu")
@@ -41,7 +41,7 @@ RUNS = {
 
 
 def make_model(folder: Path, layers: int) -> None:
-    """Shard by shard; of the whole model there are only names and shapes."""
+    """Writes a random model shard by shard; the whole model is never in memory."""
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=2048,
@@ -79,14 +79,14 @@ def make_model(folder: Path, layers: int) -> None:
 
 
 def random_tensor(shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
-    """Outputs of the size of the inputs; norms are one."""
+    """Returns a random matrix whose outputs are as large as its inputs, or ones for a norm."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.float16)
     return (torch.randn(shape, generator=draw) * shape[-1] ** -0.5).half()
 
 
 def anonymous(pid: int) -> int:
-    """Bytes of a process that belong to no file; 0 when it has ended."""
+    """Returns the bytes of a process's anonymous memory; 0 if it has ended."""
     try:
         found = re.search(r"^RssAnon:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.M)
     except OSError:
@@ -95,6 +95,7 @@ def anonymous(pid: int) -> int:
 
 
 def bare_interpreter() -> int:
+    """Returns the anonymous memory of Python with lowbit imported, in bytes."""
     child = subprocess.Popen([sys.executable, "-c", BARE], stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None
@@ -106,7 +107,7 @@ def bare_interpreter() -> int:
 
 
 def watched(arguments: list[str]) -> tuple[int, float]:
-    """The peak in bytes and the seconds of `python ARGUMENTS` in a process of its own."""
+    """Runs `python ARGUMENTS`; returns its peak anonymous memory in bytes, and its seconds."""
     started, peak = time.perf_counter(), 0
     child = subprocess.Popen([sys.executable, *arguments])
     try:
@@ -138,9 +139,9 @@ def measure(name: str, model: Path, out: Path, bound: int, parts: str) -> list[d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, help="keeps the model here; a temporary folder")
-    parser.add_argument("--only", default="", help="runs whose name contains this")
-    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--folder", type=Path, help="folder to keep the model in; default: none")
+    parser.add_argument("--only", default="", help="text in the names of runs")
+    parser.add_argument("--layers", type=int, default=22, help="layers of the model")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         model = (args.folder or Path(temporary)) / f"random-llama-{args.layers}-layers"

@@ -1,17 +1,18 @@
-"""What do salient channels, group size and sorting cost and save at 4 bits for weights and inputs?
+"""How do salient channels, group size and sorting change perplexity and size at W4A4?
 
     python benchmarks/mixedquant.py [--all] [--model DIR] [--limit N] [--plots DIR]
 
-Three questions, of a model and of the same model with outlier channels (outliers.py):
+Three measurements are made of a model, and of the same model with outlier channels (outliers.py):
 
-table    share of salient channels by group size: bits, MiB and perplexity. Beside the real size
-         stands what the original code's formula says, which counts every parameter, the embedding
-         too, as quantized, salient ones as if they had scales, and no permutation.
-curves   perplexity against group size for every way to sort, and for the original code's order,
-         which is found anew for each call and cannot be deployed; drawn as SVG.
-repairs  what each means does against outliers, from plain W4A4 with one scale for each row on.
+table    bits, MiB and perplexity for each share of salient channels and each group size. The table
+         has the real size, and the size by the original code's formula. That formula counts all
+         parameters as quantized, even the embedding; it counts scales for salient ones too, and it
+         does not count permutations.
+curves   perplexity over group size for each way to sort, drawn as SVG; also for the original code's
+         order, which is computed anew for each call and cannot be deployed.
+repairs  what each technique achieves against outliers, starting with W4A4 and one scale per row.
 
-Without --all: fewer group sizes, ratios and ways to sort.
+Without --all, there are fewer group sizes, ratios and ways to sort.
 """
 
 import argparse
@@ -47,14 +48,14 @@ STORIES = EXAMPLES / "text" / "held_back_stories.txt"
 SEQLEN = 256
 SAMPLES = 8
 MIB = 2**20
-# Of 256 inputs, 32 would be an eighth.
+# The default alignment of 32 would be an eighth of 256 inputs.
 COMMON: dict[str, Any] = {"alignment": 4}
 PLAIN = {"group_size": None, "sort": "none", "salient_ratio": 0.0, "clip": False}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How much is measured."""
+    """The ratios of salient channels, group sizes and ways to sort that are measured."""
 
     ratios: tuple[float, ...]
     sizes: tuple[int, ...]
@@ -71,7 +72,7 @@ ALL = Grid(
 
 @dataclass(frozen=True)
 class Found:
-    """bits: of a linear's weight, real. bytes: of all shards."""
+    """A measurement. bits: real bits per weight of the linears. bytes: size of all shards."""
 
     perplexity: float
     bits: float
@@ -80,7 +81,7 @@ class Found:
 
 @dataclass
 class Bench:
-    """One model, and what was found for it."""
+    """One model and its measurements, by the method's JSON."""
 
     folder: Path
     limit: int
@@ -98,7 +99,7 @@ class Bench:
         return perplexity(model, self.tokens, SEQLEN, self.limit).value
 
     def measure(self, **fields: Any) -> Found:
-        """Quantized, saved, loaded and run."""
+        """Quantizes, saves and loads the model, and measures it."""
         method = MixedQuant(**COMMON, **fields)
         key = method.model_dump_json()
         if key not in self.found:
@@ -112,7 +113,7 @@ class Bench:
         return self.found[key]
 
     def dynamic(self, **fields: Any) -> float:
-        """As the original code runs it, with alignment 1 and without a search for clips."""
+        """Returns the perplexity as the original code runs it: alignment 1, no search for clips."""
         method = MixedQuant(**COMMON, clip=False, **fields)
         model, _ = lowbit.load(self.folder)
         source = SourceModel(self.folder)
@@ -140,7 +141,7 @@ class Bench:
 
 
 def original_bits(ratio: float, group_size: int) -> float:
-    """What the original code's get_model_size says of each parameter of a model."""
+    """Returns the bits per parameter by get_model_size of the original code."""
     overhead = 20 / group_size  # a scale of 16 bits and a zero point of 4, which it does not use
     return (1 - ratio) * (4 + overhead) + ratio * (16 + overhead)
 
@@ -167,7 +168,7 @@ def show_table(bench: Bench, grid: Grid, console: Console) -> list[dict[str, Any
 
 
 def show_curves(bench: Bench, grid: Grid, console: Console, plots: Path) -> list[dict[str, Any]]:
-    """No salient channels and no search for clips, so that sorting is all that differs."""
+    """Draws perplexity over group size, without salient channels or clips: only sorting differs."""
     bare = {"salient_ratio": 0.0, "clip": False}
     curves = {
         sort: [bench.measure(sort=sort, group_size=g, **bare).perplexity for g in grid.sizes]
@@ -255,7 +256,7 @@ def row(bench: Bench, case: str, value: float, notes: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--all", action="store_true", help="the whole grid")
+    parser.add_argument("--all", action="store_true", help="measure the whole grid")
     parser.add_argument("--model", type=Path, default=EXAMPLES / "models" / "llama-mini")
     parser.add_argument("--limit", type=int, default=12, help="windows of evaluation text")
     parser.add_argument("--plots", type=Path, default=Path(__file__).parent / "plots")

@@ -1,11 +1,11 @@
-"""Write a model with outlier channels: the same function in float, but harder to quantize.
+"""Writes a model with outlier channels: the same function in float, but harder to quantize.
 
     python benchmarks/outliers.py MODEL OUT [--channels 6] [--factors 32 64]
 
-Large language models have a few channels with values tens of times those of the others; small ones
-have none. Here norms' weights are multiplied on a few channels, the same ones in all blocks, and
-columns of what reads a norm divided. Factors are powers of two, so that no number is rounded (but
-for those that float16 has no exponent for).
+In large language models a few channels have values that are tens of times larger than the others;
+small models have no such channels. Here the weights of norms are multiplied on a few channels, the
+same ones in all blocks, and the matching columns of the linears after the norm are divided. Factors
+are powers of two, so that no number is rounded, except those beyond the exponents of float16.
 """
 
 import argparse
@@ -26,7 +26,7 @@ FACTORS = (32, 64)
 def add_outliers(
     model: Path, out: Path, channels: int = CHANNELS, factors: tuple[int, ...] = FACTORS
 ) -> Path:
-    """`model` with outliers behind every norm of its blocks, in the folder `out`."""
+    """Writes `model` with outliers after each norm of its blocks to `out`, and returns `out`."""
     source = SourceModel(model)
     tensors = source.reader.read(list(source.reader.tensors))
     draw = torch.Generator().manual_seed(0)

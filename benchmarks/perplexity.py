@@ -1,14 +1,16 @@
-"""What does each method cost in perplexity, at which real bits?
+"""What is the perplexity of each method, and at how many real bits?
 
     python benchmarks/perplexity.py [--models DIR ...] [--data DIR] [--limit N] [--only NAME]
 
-Every model folder below the given directories (and the carried models) is quantized with rtn, GPTQ
-and OmniQuant at 4, 3 and 2 bits, per channel and in groups of 128 and 64, at 3 and 2 bits with
-GPTQ on grids with fine zeros too ("gptq fine", which takes some more bits), and with every codebook
-of QuIP# (E8P12 also trained after rounding), and measured on held-back stories and, with --data, on
-WikiText-2's test text. OmniQuant has the paper's learning rates and starts from searched scales and
-clips (`init: awq`); LET is learned where the original scripts do so (OPT). Calibration is on
-stories that are in no evaluation text.
+All models in the given directories, and the models in examples/models, are quantized with:
+
+- rtn, GPTQ and OmniQuant at 4, 3 and 2 bits, per channel and in groups of 128 and 64;
+- GPTQ with fine zeros at 3 and 2 bits ("gptq fine"), which takes slightly more bits;
+- each codebook of QuIP#, E8P12 also with training after rounding.
+
+They are measured on held-back stories and, with --data, on the test text of WikiText-2. OmniQuant
+has the paper's learning rates, and starts from searched scales and clips (`init: awq`). LET is
+learned for OPT, as in the original scripts. The calibration stories are in no evaluation text.
 """
 
 from runs import EPOCHS, Rows, arguments, models_of

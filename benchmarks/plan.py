@@ -1,11 +1,11 @@
-"""How near does `lowbit plan` come to what the run then takes?
+"""How accurate is `lowbit plan`, compared with the run itself?
 
     python benchmarks/plan.py [--models DIR ...] [--only NAME] [--samples N] [--seqlen N]
 
-Every model (the carried ones, if none is named) is planned and quantized with each method, both in
-a process of its own. A value is what was planned over what was measured: bytes on disk, the
-process's anonymous memory at its highest (seen from outside), and seconds of the call. These are
-processor time of one thread (others may be using the machine), in the plan as well.
+Each model (default: those in examples/models) is planned and quantized with each method, both in
+their own process. A value is the planned number divided by the measured one: bytes on disk, peak of
+the process's anonymous memory (measured from outside), and seconds of the call. Seconds are
+processor time of one thread in both cases, since others may use the machine.
 """
 
 import argparse
@@ -38,10 +38,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def child(what: str, name: str, model: Path, folder: Path, sizes: tuple[int, int]) -> None:
-    """Plans or quantizes in this process and leaves its numbers in FOLDER/WHAT.json."""
+    """Plans or quantizes in this process, and writes the numbers to FOLDER/WHAT.json."""
     quiet()
     torch.set_num_threads(1)
-    time.perf_counter = time.process_time  # what the rehearsal measures with
+    time.perf_counter = time.process_time  # the clock of the dry run
     method = METHODS[name](**SETTINGS[name])
     samples, seqlen = sizes
     text = lowbit.Calibration(sources=(str(TEXT),), samples=samples, seqlen=seqlen)
@@ -74,7 +74,7 @@ def measure(name: str, model: Path, sizes: tuple[int, int]) -> list[dict[str, st
     ):
         notes = f"planned {planned[metric] / scale:.1f} {unit}, was {taken[metric] / scale:.1f}"
         if metric == "seconds":
-            notes += f"; {planned['basis']['seconds']:.1f} s of rehearsal"
+            notes += f"; {planned['basis']['seconds']:.1f} s of dry run"
         case = f"{model.name} | {name} | {sizes[0]} x {sizes[1]}"
         value = f"{planned[metric] / taken[metric]:.3f}"
         rows.append(
@@ -85,10 +85,10 @@ def measure(name: str, model: Path, sizes: tuple[int, int]) -> list[dict[str, st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", type=Path, nargs="*", default=[])
-    parser.add_argument("--only", default="", help="methods whose name contains this")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--models", type=Path, nargs="*", default=[], help="model folders")
+    parser.add_argument("--only", default="", help="text in the names of methods")
+    parser.add_argument("--samples", type=int, default=16, help="calibration windows")
+    parser.add_argument("--seqlen", type=int, default=256, help="tokens in a window")
     parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -1,10 +1,10 @@
-"""What does each part of PTQ1.61 give, below two bits?
+"""What does each part of PTQ1.61 contribute, below two bits?
 
     python benchmarks/ptq161.py [--models DIR ...] [--limit N] [--only NAME]
 
-Signs alone, the mask of salient channels, then learned or fitted scales, and the same after
-preprocessing (low-rank training: rows of their own, for that is no calibration), beside rtn,
-OmniQuant and QuIP# at 2 bits. The same calibration windows for all.
+It measures signs alone, with the mask of salient channels, and with learned or fitted scales. They
+are compared with rtn, OmniQuant and QuIP# at 2 bits, with the same calibration windows. The model
+after preprocessing has rows of its own, since that is low-rank training and not calibration.
 """
 
 import re
@@ -18,11 +18,12 @@ from lowbit.methods import PTQ161, RTN, Method, OmniQuant, QuIP
 from lowbit.models import family_name
 from lowbit.preprocess import LoRA, preprocess
 
-STEPS = 100  # of 4 windows: 102,400 tokens
+STEPS = 100  # with 4 windows each: 102,400 tokens
 LEARNED = PTQ161(epochs=EPOCHS, init="als")
 
 
 def cases(family: str) -> dict[str, Method]:
+    """Returns the methods to measure, by name."""
     return {
         "rtn W2 g64": RTN(bits=2, group_size=64),
         "omniquant W2 g64": OmniQuant(
@@ -40,7 +41,7 @@ def cases(family: str) -> dict[str, Method]:
 
 
 def restored(model: Path, out: Path) -> Path:
-    """The model after preprocessing with a first pass of PTQ1.61."""
+    """Preprocesses the model with a first pass of PTQ1.61, and returns `out`."""
     lora = LoRA(
         sources=(str(CALIBRATION),),
         seqlen=SEQLEN,

@@ -1,9 +1,11 @@
-"""MixedQuant as its original code computes it, which no checkpoint can hold: for comparison only.
+"""MixedQuant as its original code computes it, for comparison only: no checkpoint can hold it.
 
-The order of the inputs is found anew for every call, from all its tokens: a token changes what
-earlier ones gave, and token by token gives something else than all at once. Weights are sorted by
-an order of their own, so that there is no integer product; and salient columns take part in their
-groups before they are put back. github.com/adithyab100/smoothquant-mixedprecision, fake_quant.py.
+- The order of the inputs is computed anew for each call from all its tokens. So a token changes the
+  results of earlier tokens, and running tokens one by one gives other results than all at once.
+- Weights are sorted in an order of their own, so that an integer product is impossible.
+- Salient columns are part of their groups when scales are computed, and are restored afterwards.
+
+Source: github.com/adithyab100/smoothquant-mixedprecision, fake_quant.py.
 """
 
 from copy import deepcopy
@@ -20,13 +22,16 @@ from lowbit.blocks.statistics import input_statistics
 from lowbit.methods import MixedQuant
 
 SORTS = ("none", "max", "mean3std", "argmax")
-LEAST = 1e-5  # of a group's largest value, as the original has it
+LEAST = 1e-5  # lower limit of a group's largest value, as in the original
 
 
 def fake_quantize_sorted(values: Tensor, sort: str, bits: int, group_size: int | None) -> Tensor:
-    """values rounded in groups of columns that are sorted by what these very values are.
+    """Rounds values in groups of columns, which are sorted by these values.
 
-    values: (rows, columns) -> the same shape. bits: symmetric, without the lowest code.
+    values: (rows, columns) -> the same shape
+    sort: one of SORTS.
+    bits: width of the symmetric grid, which does not use the lowest code.
+    group_size: columns in a group; None: all.
     """
     rows, columns = values.shape
     order = _key(values, sort).argsort(stable=True)
@@ -59,7 +64,14 @@ class ReferenceDynamicLinear(nn.Module):
         activation_bits: int,
         group_size: int | None,
     ) -> None:
-        """salient: (count,) int64, the inputs that stay float."""
+        """Rounds the weight of a linear.
+
+        linear: the float layer.
+        salient: (count,) int64, the inputs that stay float.
+        sort, group_size: as in `fake_quantize_sorted`.
+        bits: width of the weight's grid.
+        activation_bits: width of the inputs' grid.
+        """
         super().__init__()
         if sort not in SORTS:
             raise ValueError(
@@ -88,15 +100,16 @@ class ReferenceDynamicLinear(nn.Module):
 
     def state_dict(self, *args: object, **kwargs: object) -> NoReturn:
         raise ValueError(
-            "reference_dynamic is for comparison only: what it computes depends on the other "
-            "tokens of a call, and cannot be saved; quantize with MixedQuant instead"
+            "reference_dynamic is for comparison only: its result depends on the other tokens of "
+            "a call, and cannot be saved; quantize with MixedQuant instead"
         )
 
 
 def reference_dynamic(method: MixedQuant, task: BlockTask) -> nn.Module:
-    """The block as the original code would run it, with statistics of the task's first stream.
+    """Returns the block as the original code runs it, with statistics of the task's first stream.
 
-    The fields smooth, clip, rounding and salient_bits are not used: that code has no such settings.
+    The method's fields smooth, clip, rounding and salient_bits have no effect, since that code has
+    no such settings.
     """
     stream = next(iter(task.streams.values()))
     statistics = input_statistics(task.block, task.groups, stream)

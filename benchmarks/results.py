@@ -1,4 +1,4 @@
-"""Append rows to results.csv: what was measured, at which commit, on which machine."""
+"""Reads and appends rows of results.csv: measurements with their commit and machine."""
 
 import csv
 import datetime
@@ -13,7 +13,7 @@ COLUMNS = ("date", "commit", "machine", "benchmark", "case", "metric", "value", 
 
 
 def machine() -> str:
-    """Processor, cores in use, torch's device; enough to compare rows of one machine."""
+    """Describes the machine: processor, number of cores and number of threads."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -23,7 +23,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The short hash of HEAD, with + when the tree has changes beside what benchmarks write."""
+    """Returns the short hash of HEAD, with "+" if files other than results have changed."""
     changed = _git("status", "--porcelain", "-uno", "--", ":/", ":!results.csv", ":!plots")
     return _git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
@@ -34,13 +34,13 @@ def _git(*arguments: str) -> str:
 
 
 def rows_of(benchmark: str) -> list[dict[str, str]]:
-    """All rows, oldest first."""
+    """Returns all rows of a benchmark, oldest first."""
     with FILE.open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
 
 
 def append(benchmark: str, rows: list[dict[str, Any]]) -> None:
-    """rows: case, metric, value, unit and notes each."""
+    """Appends rows to results.csv. rows: case, metric, value, unit and notes of each."""
     fresh = not FILE.exists()
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     common = {"date": today, "commit": commit(), "machine": machine(), "benchmark": benchmark}

@@ -1,4 +1,4 @@
-"""What the scripts share: which models, which text, and one row for every folder measured."""
+"""Shared by the benchmarks: the models, the texts, and the rows of measured folders."""
 
 import argparse
 import json
@@ -25,17 +25,23 @@ EPOCHS = 5
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser with the options that most benchmarks have."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--models", type=Path, nargs="*", default=[], help="folders of models")
-    parser.add_argument("--data", type=Path, help="a folder with WikiText-2: measured on it too")
-    parser.add_argument("--limit", type=int, help="windows per text; the whole text without it")
-    parser.add_argument("--only", default="", help="methods whose name matches this")
-    parser.add_argument("--model", default="", help="models whose name matches this")
+    parser.add_argument(
+        "--models", type=Path, nargs="*", default=[], help="folders that hold model folders"
+    )
+    parser.add_argument("--data", type=Path, help="folder with WikiText-2, on which to measure too")
+    parser.add_argument("--limit", type=int, help="windows of each text; default: all")
+    parser.add_argument("--only", default="", help="regular expression for names of methods")
+    parser.add_argument("--model", default="", help="regular expression for names of models")
     return parser
 
 
 def models_of(args: argparse.Namespace) -> dict[str, Path]:
-    """The carried models and those below --models, by name; of equal names, by depth too."""
+    """Returns the models in examples/models and in --models, by name; see --model.
+
+    If different models have the same name, the number of layers is added to it.
+    """
     quiet()
     folders = [EXAMPLES / "models", *args.models]
     found: dict[str, Path] = {}
@@ -48,14 +54,14 @@ def models_of(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def calibration(samples: int = SAMPLES, seed: int = 0) -> lowbit.Calibration:
-    """Stories that are in no evaluation text."""
+    """Returns the calibration options: stories that are in no evaluation text."""
     return lowbit.Calibration(
         sources=(str(CALIBRATION),), samples=samples, seqlen=SEQLEN, seed=seed
     )
 
 
 class Rows:
-    """Measures folders; each row is put into results.csv as soon as it is known."""
+    """Measures folders, and appends each row to results.csv as soon as it is measured."""
 
     def __init__(self, benchmark: str, args: argparse.Namespace) -> None:
         self.benchmark = benchmark
@@ -66,7 +72,12 @@ class Rows:
     def record(
         self, model: str, name: str, folder: Path, seconds: float = 0.0, **options: Any
     ) -> None:
-        """One row per text. options: further keywords of `evaluate`."""
+        """Measures a folder, with one row for each text.
+
+        model, name: names of the float model and of the method.
+        seconds: duration of the quantization.
+        options: further keywords of `evaluate`.
+        """
         [row] = evaluate(
             [folder],
             texts=self.texts,
@@ -95,7 +106,7 @@ class Rows:
         name: str,
         method: Method,
     ) -> None:
-        """Quantizes into a temporary folder and records it; not where --only leaves it out."""
+        """Quantizes a model into a temporary folder and measures it, if --only matches the name."""
         if not re.search(self.args.only, name):
             return
         with tempfile.TemporaryDirectory() as folder:

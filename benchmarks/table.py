@@ -1,8 +1,8 @@
-"""Print README's table from results.csv.
+"""Prints the table of README from results.csv.
 
     python benchmarks/table.py [--text held_back_stories] [--models llama-mini opt-mini]
 
-Takes the newest row of every case of the benchmark "perplexity".
+It takes the newest row of each case of the benchmark "perplexity".
 """
 
 import argparse
@@ -12,7 +12,7 @@ from results import rows_of
 
 METHODS = ("rtn", "gptq", "omniquant", "omniquant+gptq", "quip", "gptq fine")
 GRIDS = ("W4 g128", "W4", "W3 g128", "W3", "W2 g64", "W2")
-# A codebook takes as many bits as a grid with one scale per row.
+# Codebooks with about as many bits as the grids with one scale per row.
 CODEBOOKS = {"W4": "E8P12RVQ4B", "W3": "E8P12RVQ3B", "W2": "E8P12"}
 
 
@@ -34,7 +34,7 @@ def main() -> None:
             cells = [found.get((model, name, args.text)) for name in names]
             assert cells[0] is not None, f"{model} {grid} was not measured"
             values = [f"{float(cell['value']):.2f}" if cell else "" for cell in cells]
-            # Fine zeros take more bits: they are no competitors in a row.
+            # Fine zeros take more bits, so they are not compared with the others.
             best = min(filter(None, values[:-1]), key=float)
             shown = [f"**{value}**" if value == best else value for value in values[:-1]]
             fine = f"{values[-1]} ({_bits(cells[-1])[0]})" if cells[-1] else ""
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _bits(row: dict[str, str]) -> list[str]:
-    """Of the linears, and of the whole model."""
+    """Returns the bits of the linears and of the whole model."""
     found = re.match(r"([\d.]+) bits linears, ([\d.]+) bits model", row["notes"])
     assert found is not None
     return [f"{float(bits):.2f}" for bits in found.groups()]

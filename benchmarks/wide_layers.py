@@ -1,11 +1,11 @@
-"""What does feedback gain and cost on layers as wide as large models have them?
+"""What does error feedback gain and cost on layers that are as wide as those of large models?
 
     python benchmarks/wide_layers.py [--widths 11008 18944] [--rows 64]
 
-One layer of a few rows, at widths whose Hadamard matrices come from Williamson's and Paley's
-constructions. Weights are Gaussian, the Hessian has a spectrum that falls as 1/k and a few loud
-channels. The proxy loss of rounding to nearest, with feedback, and after each greedy pass, as
-shares of tr(W H W^T); and seconds of each step.
+It quantizes a layer with few rows, at widths whose Hadamard matrices come from the constructions of
+Williamson and Paley. Weights are Gaussian. The spectrum of the Hessian falls as 1/k, and a few
+channels are large. It measures the proxy loss of rounding to nearest, of feedback, and after each
+greedy pass, as shares of tr(W H W^T), and the seconds of each step.
 """
 
 import argparse
@@ -19,21 +19,22 @@ from lowbit.formats.lattice.codebooks import codebook
 from lowbit.formats.lattice.incoherence import rotate_hessian, rotate_weight, rotation
 from lowbit.methods.quip.words import Rounder, Words
 
-LOUD, FACTOR = 4, 30.0
+LARGE_CHANNELS, FACTOR = 4, 30.0
 RANK = 512  # of the correlated part of the Hessian
 PASSES = 2
 
 
 def hessian_of(width: int, draw: torch.Generator) -> Tensor:
-    """(width, width) float32, positive definite: decaying directions, loud channels, a floor."""
+    """Returns a positive definite Hessian, (width, width) float32, with a few large channels."""
     directions = torch.randn(width, RANK, generator=draw) / torch.arange(1, RANK + 1).sqrt()
-    directions[torch.randperm(width, generator=draw)[:LOUD]] *= FACTOR
+    directions[torch.randperm(width, generator=draw)[:LARGE_CHANNELS]] *= FACTOR
     found = directions @ directions.T / RANK
     found.diagonal().add_(0.01 * found.diagonal().mean())
     return found
 
 
 def measure(width: int, rows: int) -> None:
+    """Measures one layer of `rows` outputs and `width` inputs."""
     draw = torch.Generator().manual_seed(0)
     weight, hessian = torch.randn(rows, width, generator=draw), hessian_of(width, draw)
     book = codebook("E8P12")
@@ -80,8 +81,10 @@ def measure(width: int, rows: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[11008, 18944])
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[11008, 18944], help="inputs of the layers"
+    )
+    parser.add_argument("--rows", type=int, default=64, help="outputs of the layers")
     args = parser.parse_args()
     for width in args.widths:
         measure(width, args.rows)

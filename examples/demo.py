@@ -1,8 +1,9 @@
-"""The main job on a carried model: quantize, save, load, evaluate, and continue a story.
+"""Quantizes an example model, evaluates the result, and continues a story with it.
 
     python examples/demo.py [--model DIR] [--bits 4 3 2] [--out demo-out]
 
-Quantizes a small trained Llama with round-to-nearest and OmniQuant and prints one table.
+A small trained Llama is quantized with round-to-nearest and with OmniQuant at several widths. The
+script prints the stories and a table of sizes and perplexities.
 """
 
 import argparse
@@ -28,14 +29,14 @@ SEQLEN = 256
 
 
 def methods_for(bits: int, epochs: int) -> dict[str, Method]:
-    """The two methods at one width; OmniQuant starts from searched clips, so few epochs do."""
+    """Returns two methods at one width; OmniQuant starts from searched clips: few epochs do."""
     grid = {"bits": bits, "group_size": GROUP_SIZE}
     learned = OmniQuant(**grid, init="awq", epochs=epochs)
     return {f"rtn W{bits} g{GROUP_SIZE}": RTN(**grid), f"omniquant W{bits} g{GROUP_SIZE}": learned}
 
 
 def continue_story(folder: Path, prompt: str, tokens: int = 48) -> str:
-    """Greedy, so that models can be compared."""
+    """Returns a prompt with its continuation; it is greedy, so that models can be compared."""
     model, tokenizer = lowbit.load(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
@@ -57,12 +58,14 @@ def row(name: str, found: Evaluation, float_perplexity: float, seconds: float | 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, default=HERE / "models" / "llama-mini")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--out", type=Path, default=Path("demo-out"))
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--windows", type=int, default=96, help="of text to evaluate on")
+    parser.add_argument(
+        "--model", type=Path, default=HERE / "models" / "llama-mini", help="folder of a model"
+    )
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="bits of weights")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write")
+    parser.add_argument("--samples", type=int, default=16, help="calibration windows")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of OmniQuant")
+    parser.add_argument("--windows", type=int, default=96, help="windows of text to evaluate on")
     return parser.parse_args()
 
 
@@ -101,9 +104,9 @@ def show(console: Console, table: Table, stories: dict[str, Any], args: argparse
     console.print()
     console.print(table)
     console.print(
-        "bits: per weight of the quantized linears; model: of all parameters; both from the bytes "
-        f"on disk. Perplexity on {args.windows} windows of {SEQLEN} tokens of {STORIES.name}. "
-        f"The models stand in {args.out}/.",
+        "bits: bits per weight of the quantized linears; model: bits per parameter of the whole "
+        f"model; both from the bytes on disk. Perplexity is measured on {args.windows} windows of "
+        f"{SEQLEN} tokens of {STORIES.name}. The models are in {args.out}/.",
         highlight=False,
     )
 

@@ -1,11 +1,12 @@
-"""Train a small causal LM on stories: real weights to quantize where none can be downloaded.
+"""Trains a small language model on stories, to have real weights to quantize without a download.
 
     python examples/train_mini.py llama|opt OUT --stories FILE --books FILE [--tokenizer DIR]
 
-The stories are the TinyStories sample (documents separated by <|endoftext|>; the last 15 % are held
-back and never trained on), mixed with children's classics whose share falls linearly from 45 % to
-zero. AdamW, warm-up then cosine. Writes a float16 Hugging Face folder. The two carried models took
-about an hour each on one CPU core; a GPU needs minutes.
+The stories are the TinyStories sample, whose documents are separated by <|endoftext|>. The last
+15 % are held back and never trained on. Children's classics are mixed in, with a share that falls
+linearly from 45 % to zero. The optimizer is AdamW with warm-up and a cosine schedule. The result is
+a float16 Hugging Face folder. The two models in examples/models took about an hour each on one CPU
+core; a GPU needs minutes.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-PIECES = 2048  # vocabulary: with 5 M parameters a larger one would take most of them
+PIECES = 2048  # vocabulary; a larger one would take most of the 5 M parameters
 CONTEXT = 512
 TOKENS_PER_STEP = 2048
 PEAK_RATE = 2e-3
@@ -41,7 +42,7 @@ SHAPE = {
 
 
 def build_model(kind: str) -> PreTrainedModel:
-    """A randomly initialised model of 5 to 6 M parameters with tied embeddings."""
+    """Returns a randomly initialized model of 5 to 6 M parameters with tied embeddings."""
     if kind == "llama":
         return LlamaForCausalLM(
             LlamaConfig(
@@ -65,7 +66,7 @@ def build_model(kind: str) -> PreTrainedModel:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; encoding starts with <s>."""
+    """Trains a byte-level BPE tokenizer; encodings start with <s>."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -88,7 +89,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str], mark: bool) -> Tensor:
-    """All documents as one row of token ids; with `mark` each stands between <s> and </s>."""
+    """Returns all documents as one row of token ids. mark: put each between <s> and </s>."""
     ids: list[int] = []
     for document in documents:
         body = tokenizer(document, add_special_tokens=False).input_ids
@@ -97,7 +98,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str], mark: bool)
 
 
 def perplexity(model: PreTrainedModel, ids: Tensor, window: int, limit: int | None = None) -> float:
-    """exp(mean cross-entropy) over non-overlapping windows of `ids`."""
+    """Computes exp(mean cross-entropy) over non-overlapping windows of `ids`."""
     model.eval()
     windows = ids[: len(ids) // window * window].view(-1, window)[:limit].to(model.device)
     with torch.no_grad():
@@ -107,6 +108,7 @@ def perplexity(model: PreTrainedModel, ids: Tensor, window: int, limit: int | No
 
 
 def rate_at(step: int, steps: int) -> float:
+    """Returns the learning rate at a step."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return PEAK_RATE * min(1, (step + 1) / WARM_UP_STEPS) * (0.97 * cosine + 0.03)
 
@@ -114,7 +116,7 @@ def rate_at(step: int, steps: int) -> float:
 def draw_batch(
     stories: Tensor, books: Tensor, book_share: float, window: int, generator: torch.Generator
 ) -> Tensor:
-    """Random windows, (TOKENS_PER_STEP / window, window)."""
+    """Draws random windows: (TOKENS_PER_STEP / window, window)."""
     rows = []
     for _ in range(TOKENS_PER_STEP // window):
         from_books = torch.rand((), generator=generator).item() < book_share
@@ -127,6 +129,7 @@ def draw_batch(
 def train(
     model: PreTrainedModel, stories: Tensor, books: Tensor, held: Tensor, steps: int, window: int
 ) -> None:
+    """Trains the model in place. held: the held-back text, whose perplexity is printed."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -158,13 +161,13 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("kind", choices=["llama", "opt"])
-    parser.add_argument("out")
-    parser.add_argument("--stories", required=True, type=Path)
-    parser.add_argument("--books", required=True, type=Path)
-    parser.add_argument("--tokenizer", help="a folder; without it one is trained on the text")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--window", type=int, default=CONTEXT)
+    parser.add_argument("kind", choices=["llama", "opt"], help="architecture")
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--stories", required=True, type=Path, help="file of stories")
+    parser.add_argument("--books", required=True, type=Path, help="file of books")
+    parser.add_argument("--tokenizer", help="folder; default: train one on the text")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of the optimizer")
+    parser.add_argument("--window", type=int, default=CONTEXT, help="tokens in a window")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 

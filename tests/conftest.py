@@ -1,19 +1,19 @@
-"""Where tests may be skipped: for want of a GPU or a browser; on CI anything else is a failure."""
+"""Skips tests that need a missing GPU or browser; on CI, any other skipped test is a failure."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network; read when the hub is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests never use the network; the hub reads this when imported
 
 NO_GPU = "needs a CUDA device"
-MAY_SKIP = (NO_GPU, "needs a browser")  # how the reason of a permitted skip begins
+MAY_SKIP = (NO_GPU, "needs a browser")  # how the reason of an allowed skip starts
 ON_CI = os.environ.get("CI") == "true"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is none; torch is imported only to find that out."""
+    """Skips tests marked `gpu` if there is no GPU; torch is imported only if there are any."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -26,18 +26,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Iterator[None]:
-    """A test that was skipped in its mark or in its body."""
+    """Checks a test that was skipped by its mark or in its body."""
     return _refuse_skip((yield))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Iterator[None]:
-    """A whole file that was skipped, by `pytest.importorskip` for one."""
+    """Checks a whole file that was skipped, for example by `pytest.importorskip`."""
     return _refuse_skip((yield))
 
 
 def _refuse_skip(report):
-    """On CI, turn a skip without a permitted reason into a failure that gives the reason."""
+    """On CI, turns a skip without an allowed reason into a failure that states the reason."""
     if ON_CI and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         if not reason.startswith(MAY_SKIP):

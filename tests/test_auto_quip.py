@@ -94,7 +94,7 @@ def test_settings_are_those_of_the_method(name: str) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown": ({"bits": 2}, "'bits' is no field of QuipQuantizer"),
+    "unknown": ({"bits": 2}, "'bits' is not a field of QuipQuantizer"),
     "misspelt": ({"quip_tune_iter": 2}, "did you mean 'quip_tune_iters'"),
     "codebook": ({"codebook": "E8P13"}, "E8P12"),
     "rescale_WH": ({"rescale_WH": True}, "rescale_WH=True: .*leave it out"),
@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_offered_is_said(name: str) -> None:
+def test_options_that_are_not_offered_are_errors(name: str) -> None:
     given, message = REFUSED[name]
     with pytest.raises(ValidationError, match=message):
         QuipQuantizer(**given)

@@ -29,9 +29,10 @@ def complaint(**values: object) -> str:
 
 def test_an_unknown_name_gets_its_nearest():
     assert complaint(need="x") == (
-        "'need' is no field of Outer: did you mean 'needed'? allowed are inner, needed"
+        "'need' is not a field of Outer: did you mean 'needed'? allowed are inner, needed"
     )
-    assert complaint(needed="x", inner={"siez": 1}).startswith("inner: 'siez' is no field of Inner")
+    nested = complaint(needed="x", inner={"siez": 1})
+    assert nested.startswith("inner: 'siez' is not a field of Inner")
 
 
 def test_values_are_shown_without_pydantics_own_words():
@@ -97,14 +98,14 @@ def test_a_configuration_out_of_a_functions_arguments():
 
 
 def test_a_field_says_whether_it_shapes_the_result():
-    class Said(Config):
+    class Options(Config):
         one: int = option(1, "One.", shapes_result=True, ge=1)
         other: int = option(1, "Other.", shapes_result=False)
         neither: int = 1
 
-    fields = Said.model_fields
+    fields = Options.model_fields
     assert shapes_result(fields["one"]) and not shapes_result(fields["other"])
     with pytest.raises(KeyError, match="shapes_result"):
         shapes_result(fields["neither"])
     with pytest.raises(ValidationError, match="greater than or equal to 1"):
-        Said(one=0)
+        Options(one=0)

@@ -1,7 +1,7 @@
-"""The house rules that no linter knows: who may import whom, the doors, sizes, names.
+"""Checks the house rules that no linter knows: imports, sizes of files and functions, and names.
 
-All of it is read off the syntax trees of src/lowbit, so imports inside functions and under
-TYPE_CHECKING count as well. BREACHES breaks every rule, to show that each can fail.
+The rules read the syntax trees of src/lowbit, so they also see imports inside functions and under
+TYPE_CHECKING. BREACHES breaks every rule once, to show that each rule can fail.
 """
 
 import ast
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# package of ours: those that it may import beside itself; what is not named is forbidden
+# For each package of lowbit, the other packages of lowbit that it may import.
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
     "quantities": set(),
@@ -30,12 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"events"},
     "solvers": {"blocks", "kernels", "config"},
     "checkpoint": {"formats", "config", "version"},
-    "models": {
-        "blocks",
-        "checkpoint",
-        "kernels",
-        "patterns",
-    },  # kernels: attention rounds what it reads
+    "models": {"blocks", "checkpoint", "kernels", "patterns"},
     "methods": {"blocks", "solvers", "formats", "kernels", "config", "patterns", "run_report"},
     "calibration": {"config"},
     "load": {"models", "formats", "checkpoint", "config", "version"},
@@ -61,7 +56,7 @@ MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {
 MAY_IMPORT["cli"] = MAY_IMPORT["__init__"] = {*MAY_IMPORT, "__init__"}
 MAY_IMPORT["__main__"] = {"cli"}
 
-# packages that are kept free of other people's libraries, and the few that they use
+# For packages with few dependencies, the libraries that they may import besides Python's own.
 THIRD_PARTY: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
     "blocks": {"torch"},
@@ -70,14 +65,14 @@ THIRD_PARTY: dict[str, set[str]] = {
     "run_report": {"pydantic"},
 }
 
-# one file per thing, none of which may import another: the modules that they do share
+# Packages whose modules may not import each other, and the modules in them that all may import.
 SIBLINGS: dict[str, set[str]] = {
     "methods": {"__init__", "grid", "learned", "method", "packing", "result"},
     "export": {"__init__", "exporter"},
 }
 
-# library: the only places that may import it: a package, one file, or every file of that name
-DOORS: dict[str, set[str]] = {
+# For each library, the only places that may import it: a package, a file, or all files of a name.
+LIBRARY_OWNERS: dict[str, set[str]] = {
     "safetensors": {"checkpoint"},
     "datasets": {"calibration", "eval/tasks.py"},
     "transformers": {"models", "load", "preprocess", "auto_quip"},
@@ -109,19 +104,19 @@ VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 
 @dataclass(frozen=True)
 class Module:
-    """One file of the package, as the rules see it."""
+    """One source file of lowbit."""
 
     src: Path  # the folder that holds `lowbit`
     path: Path
 
     @cached_property
     def inside(self) -> Path:
-        """The path inside the package: blocks/folding.py."""
+        """The path inside src/lowbit, such as blocks/folding.py."""
         return self.path.relative_to(self.src / "lowbit")
 
     @property
     def package(self) -> str:
-        """The row of the table that it belongs to: a folder or a file right under src/lowbit."""
+        """The key of MAY_IMPORT that it belongs to: a folder or file directly in src/lowbit."""
         return self.inside.with_suffix("").parts[0]
 
     @cached_property
@@ -137,19 +132,19 @@ class Module:
 
     @cached_property
     def imports(self) -> list[tuple[int, str]]:
-        """(line, absolute name) of everything imported: (7, "lowbit.blocks.folding.apply")."""
-        found: list[tuple[int, str]] = []
+        """Line and absolute name of each import, as in (7, "lowbit.blocks.folding.apply")."""
+        imports: list[tuple[int, str]] = []
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
-                found += [(node.lineno, alias.name) for alias in node.names]
+                imports += [(node.lineno, alias.name) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 base = self._absolute(node)
-                found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+                imports += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
             elif isinstance(node, ast.Call) and dotted(node.func) in IMPORT_CALLS and node.args:
                 name = node.args[0]
                 if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                    found.append((node.lineno, name.value))
-        return found
+                    imports.append((node.lineno, name.value))
+        return imports
 
     def _absolute(self, node: ast.ImportFrom) -> str:
         folder = ["lowbit", *self.inside.parent.parts]
@@ -162,7 +157,7 @@ def modules(src: Path = ROOT / "src") -> list[Module]:
 
 
 def dotted(node: ast.expr) -> str:
-    """`a.b.c` as written, or nothing for any other expression."""
+    """Returns a dotted name such as `a.b.c`; empty for any other expression."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
@@ -174,17 +169,17 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
-# The rules: each yields one sentence for every breach.
+# The rules. Each yields one sentence for each breach.
 
 
 def unknown_packages(module: Module) -> Iterator[str]:
-    """Every file belongs to a row of the table."""
+    """Every file belongs to a key of MAY_IMPORT."""
     if module.package not in MAY_IMPORT:
         yield f"{module.at(1)}: {module.package} has no row in MAY_IMPORT of tests/test_layers.py"
 
 
 def imports_of_ours(module: Module) -> Iterator[str]:
-    """A package imports of ours what its row says."""
+    """A package imports only those packages of lowbit that MAY_IMPORT allows."""
     allowed = MAY_IMPORT.get(module.package, set())
     for line, name in module.imports:
         if name.split(".")[0] != "lowbit":
@@ -195,7 +190,7 @@ def imports_of_ours(module: Module) -> Iterator[str]:
         if target not in allowed | {module.package}:
             yield (
                 f"{module.at(line)} imports {name}, which {module.package} may not "
-                f"(of ours it may import: {listed(allowed)})"
+                f"(packages of lowbit that it may import: {listed(allowed)})"
             )
 
 
@@ -211,36 +206,36 @@ def imports_of_siblings(module: Module) -> Iterator[str]:
         if name.startswith(f"lowbit.{module.package}.") and name.split(".")[2] in others:
             yield (
                 f"{module.at(line)} imports {name}, which {module.package}/{member} may not "
-                f"(what they share belongs to {listed(shared - {'__init__'})} or a layer below)"
+                f"(move what they share to {listed(shared - {'__init__'})} or to a lower layer)"
             )
 
 
 def imports_of_others(module: Module) -> Iterator[str]:
-    """The layers at the bottom use torch and the standard library."""
+    """The lowest layers import only the libraries in THIRD_PARTY and the standard library."""
     allowed = THIRD_PARTY.get(module.package)
     for line, name in module.imports if allowed is not None else ():
         library = name.split(".")[0]
         if library not in allowed | {"lowbit"} and library not in sys.stdlib_module_names:
             yield (
                 f"{module.at(line)} imports {name}, which {module.package} may not "
-                f"(of other people's it may import: {listed(allowed)})"
+                f"(libraries that it may import: {listed(allowed)})"
             )
 
 
-def doors(module: Module) -> Iterator[str]:
-    """A library with a door is imported behind it only."""
-    places = {module.package, module.inside.as_posix(), module.inside.name}
+def library_owners(module: Module) -> Iterator[str]:
+    """A library in LIBRARY_OWNERS is imported only by its owners."""
+    names = {module.package, module.inside.as_posix(), module.inside.name}
     for line, name in module.imports:
-        allowed = DOORS.get(name.split(".")[0])
-        if allowed is not None and not places & allowed:
+        allowed = LIBRARY_OWNERS.get(name.split(".")[0])
+        if allowed is not None and not names & allowed:
             yield (
                 f"{module.at(line)} imports {name}, which {module.package} may not "
-                f"(its door is {listed(allowed)})"
+                f"(only {listed(allowed)} may)"
             )
 
 
 def public_names_only(module: Module) -> Iterator[str]:
-    """src/lowbit/__init__.py only re-exports; a `__getattr__` may put an import off."""
+    """src/lowbit/__init__.py only re-exports names; a `__getattr__` may delay an import."""
     if module.package == "__init__":
         for node in module.tree.body:
             named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
@@ -268,12 +263,14 @@ def global_seeds(module: Module) -> Iterator[str]:
 
 
 def long_files(module: Module) -> Iterator[str]:
+    """A file has at most FILE_LINES lines."""
     lines = len(module.text.splitlines())
     if lines > FILE_LINES:
         yield f"{module.at(lines)}: the file has {lines} lines, the budget is {FILE_LINES}"
 
 
 def long_functions(module: Module) -> Iterator[str]:
+    """The body of a function has at most BODY_LINES lines."""
     for node in ast.walk(module.tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node, clean=False) else node.body
@@ -286,6 +283,7 @@ def long_functions(module: Module) -> Iterator[str]:
 
 
 def vague_names(module: Module) -> Iterator[str]:
+    """No file or folder has a vague name."""
     for part in module.inside.with_suffix("").parts:
         if VAGUE_NAMES & set(part.split("_")):
             yield f"{module.at(1)}: {part!r} does not say what is inside; name what it does"
@@ -296,7 +294,7 @@ RULES = (
     imports_of_ours,
     imports_of_siblings,
     imports_of_others,
-    doors,
+    library_owners,
     public_names_only,
     prints,
     global_seeds,
@@ -313,20 +311,22 @@ def test_rule_holds(rule):
 
 
 def test_tests_mirror_the_source():
-    """tests/blocks/test_folding.py tests src/lowbit/blocks/folding.py, or a folder so named."""
-    strays = [
+    """tests/blocks/test_folding.py tests src/lowbit/blocks/folding.py, or a folder of that name."""
+    unmatched = [
         path.relative_to(ROOT).as_posix()
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if path != Path(__file__) and "end_to_end" not in path.parts and not _source(path)
     ]
-    assert not strays, "no file or folder in src/lowbit has the name of " + ", ".join(strays)
+    assert not unmatched, "these tests match no file or folder in src/lowbit: " + ", ".join(
+        unmatched
+    )
 
 
 def _source(test: Path) -> bool:
     folder = ROOT / "src" / "lowbit" / test.parent.relative_to(ROOT / "tests")
     subject = folder / test.stem.removeprefix("test_")
-    itself = folder.is_dir() and folder.name == subject.name  # formats/test_formats.py
-    return itself or subject.is_dir() or subject.with_suffix(".py").is_file()
+    of_folder = folder.is_dir() and folder.name == subject.name  # formats/test_formats.py
+    return of_folder or subject.is_dir() or subject.with_suffix(".py").is_file()
 
 
 LONG_FUNCTION = "def f():\n" + "    pass\n" * (BODY_LINES + 1)
@@ -342,10 +342,20 @@ BREACHES = [
     (imports_of_siblings, "methods/a.py", "from lowbit.methods import b", "methods/a may not"),
     (imports_of_siblings, "methods/a.py", "from .b import x", "imports lowbit.methods.b.x"),
     (imports_of_others, "blocks/a.py", "import numpy", "may import: torch)"),
-    (doors, "eval/divergence.py", "import lm_eval", "its door is eval/tasks.py"),
-    (doors, "kernels/a.py", "import triton.language as tl", "its door is triton.py"),
-    (doors, "blocks/a.py", "if TYPE_CHECKING:\n  import transformers", ":2 imports transformers"),
-    (doors, "blocks/a.py", "importlib.import_module('safetensors.torch')", "which blocks may not"),
+    (library_owners, "eval/divergence.py", "import lm_eval", "(only eval/tasks.py may)"),
+    (library_owners, "kernels/a.py", "import triton.language as tl", "(only triton.py may)"),
+    (
+        library_owners,
+        "blocks/a.py",
+        "if TYPE_CHECKING:\n  import transformers",
+        ":2 imports transformers",
+    ),
+    (
+        library_owners,
+        "blocks/a.py",
+        "importlib.import_module('safetensors.torch')",
+        "which blocks may not",
+    ),
     (public_names_only, "__init__.py", "def f(): ...", "defines f"),
     (prints, "pipeline.py", "print('x')", "src/lowbit/pipeline.py:1 prints"),
     (global_seeds, "solvers/a.py", "torch.manual_seed(0)", "uses torch.manual_seed"),
@@ -355,14 +365,14 @@ BREACHES = [
     (vague_names, "blocks/tensor_utils.py", "", "'tensor_utils' does not say"),
 ]
 
-KEPT = [
+ALLOWED = [
     (imports_of_ours, "formats/a.py", "from lowbit.formats.base import X\nfrom . import b"),
     (imports_of_ours, "cli/run.py", "from lowbit.pipeline import run\nimport lowbit"),
     (imports_of_siblings, "methods/a.py", "from lowbit.methods.method import Method"),
     (imports_of_siblings, "methods/__init__.py", "from lowbit.methods.b import B"),
     (imports_of_others, "kernels/triton.py", "import math, torch, triton"),
-    (doors, "kernels/hadamard/triton.py", "import triton"),
-    (doors, "checkpoint/shards.py", "from safetensors import safe_open"),
+    (library_owners, "kernels/hadamard/triton.py", "import triton"),
+    (library_owners, "checkpoint/shards.py", "from safetensors import safe_open"),
     (prints, "cli.py", "print('x')"),
     (global_seeds, "solvers/a.py", "generator.manual_seed(0)"),
     (long_functions, "config.py", "def f():\n" + "    pass\n" * BODY_LINES),
@@ -370,7 +380,7 @@ KEPT = [
 
 
 def module_of(tmp_path: Path, name: str, text: str) -> Module:
-    """A file of a made-up package whose methods are a and b."""
+    """Writes a file of an invented package, which has the methods a and b."""
     path = tmp_path / "lowbit" / name
     (tmp_path / "lowbit" / "methods").mkdir(parents=True)
     (tmp_path / "lowbit" / "methods" / "b.py").touch()
@@ -385,6 +395,6 @@ def test_breach_is_found(tmp_path, rule, name, text, message):
     assert message in breach
 
 
-@pytest.mark.parametrize(("rule", "name", "text"), KEPT)
-def test_what_is_allowed_passes(tmp_path, rule, name, text):
+@pytest.mark.parametrize(("rule", "name", "text"), ALLOWED)
+def test_allowed_code_passes(tmp_path, rule, name, text):
     assert not list(rule(module_of(tmp_path, name, text)))

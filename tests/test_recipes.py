@@ -137,12 +137,12 @@ def test_a_file_of_the_users_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("methd: rtn", "'methd' is no field of Recipe: did you mean 'method'?"),
+        ("methd: rtn", "'methd' is not a field of Recipe: did you mean 'method'?"),
         ("description: x\nmethod: rtn\ncalibration: {sample: 3}", "did you mean 'samples'?"),
         ("description: x\nmethod: rtn\ncalibration: {samples: 0}", "calibration.samples: should"),
         ("method: rtn", "description: is missing"),
-        ("- rtn", "the whole: should be a valid dictionary"),
-        ("", "the whole: should be a valid dictionary"),
+        ("- rtn", "top level: should be a valid dictionary"),
+        ("", "top level: should be a valid dictionary"),
         ("a: b: c", "is not valid YAML"),
         ("description: x\nmethod: !!python/name:os.system", "is not valid YAML"),
     ],

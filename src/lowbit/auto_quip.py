@@ -1,12 +1,12 @@
-"""The interface of AutoQuIP and QuIP-for-all, as a thin door to `quantize`, `load` and QuIP.
+"""The Python interface of AutoQuIP and QuIP-for-all, on top of `quantize`, `load` and QuIP.
 
     quantizer = QuipQuantizer(codebook="E8P12", dataset="wikitext2", nsamples=512)
     quantized = quantizer.quantize_model(model, tokenizer)
     quantizer.save(quantized, "out")
     model = load_quantized_model("out")
 
-What differs: folders are safetensors in lowbit's own layout, no remote code runs unless asked for,
-a CPU will do, and an argument that is not known is an error.
+It differs from those programs: the folders hold safetensors in lowbit's own layout, no code that
+comes with a model runs unless it is allowed, a CPU is enough, and an unknown argument is an error.
 """
 
 import json
@@ -29,22 +29,22 @@ from lowbit.models.locate import locate
 from lowbit.models.source import SourceModel
 from lowbit.pipeline import quantize
 
-UNSET = -1  # of a scale: chosen by the method
+UNSET = -1  # value of a scale that the method chooses itself
 REFUSED = {
-    "rescale_WH": "rescaling weights against Hessians is not offered; the rotation does that work",
+    "rescale_WH": "rescaling weights against Hessians is not offered, the rotation does that work",
     "sequential": "Hessians are always those of the float model",
-    "inference": "load_quantized_model loads",
-    "cache_on_gpu": "hidden states live in memory or on disk",
+    "inference": "a quantized model is loaded with load_quantized_model",
+    "cache_on_gpu": "hidden states are kept in memory or on disk",
     "block_name_to_quantize": "blocks are found from config.json",
     "module_name_preceding_first_block": "blocks are found from config.json",
 }
 
 
 class QuipQuantizer(Config):
-    """Quantizes with QuIP#, by the arguments of AutoQuIP and QuIP-for-all.
+    """Quantizes with QuIP#, and takes the arguments of AutoQuIP and QuIP-for-all.
 
-    Programs written for those work with it; new ones should call `lowbit.quantize` with
-    `lowbit.methods.QuIP`.
+    It is for programs that were written for those two. New programs should call `lowbit.quantize`
+    with `lowbit.methods.QuIP`.
     """
 
     codebook: str = Field(
@@ -89,8 +89,8 @@ class QuipQuantizer(Config):
     )
     per_channel: bool = Field(
         False,
-        description="Whether each output row has a scale of its own; False: where that lowers the "
-        "error enough.",
+        description="Whether each output row always has its own scale; False: only where that "
+        "lowers the error enough.",
     )
     block_name_to_quantize: str | None = Field(
         None, description="Not offered: blocks are found from config.json; None is the only value."
@@ -151,7 +151,7 @@ class QuipQuantizer(Config):
         return self
 
     def method(self) -> QuIP:
-        """The same settings as lowbit has them."""
+        """Returns the method with these settings."""
         resid = self.opt_resid_scale
         return QuIP(
             codebook=self.codebook,
@@ -174,10 +174,17 @@ class QuipQuantizer(Config):
         save_dir: str | Path | None = None,
         on_event: OnEvent = lambda event: None,
     ) -> PreTrainedModel:
-        """A quantized model that can generate at once; the one given stays as it was.
+        """Returns a quantized copy of a model, loaded and ready to generate.
 
-        It is saved to a temporary directory and streamed from there. save_dir: where the result is
-        written too, so that `save` is not needed. Raises ValueError as `lowbit.quantize` does.
+        The float model is saved to a temporary folder and quantized from there, block by block.
+
+        model: the float model, which is not changed.
+        tokenizer: its tokenizer, which is saved with the result.
+        save_dir: folder for the quantized model, which makes `save` unnecessary; None: a
+            temporary folder.
+        on_event: called with each `Event` of the run.
+
+        Raises ValueError as `lowbit.quantize` does.
         """
         kept = None if save_dir else TemporaryDirectory(prefix="lowbit-quantized-")
         out = Path(save_dir or Path(kept.name) / "out")  # type: ignore[union-attr]
@@ -195,26 +202,32 @@ class QuipQuantizer(Config):
         out: str | Path,
         on_event: OnEvent = lambda event: None,
     ) -> Path:
-        """The same for a folder or a hub id; writes the folder `out` and returns it."""
+        """Quantizes a model on disk, and returns the folder `out`.
+
+        model: a folder or a hub id.
+        out: the folder to write.
+        on_event: called with each `Event` of the run.
+        """
         skip = self._skip(locate(model))
-        with TemporaryDirectory(prefix="lowbit-text-") as place:
+        with TemporaryDirectory(prefix="lowbit-text-") as folder:
             text = Calibration(
-                sources=(self._source(Path(place)),),
+                sources=(self._source(Path(folder)),),
                 samples=self.nsamples,
                 seqlen=self.model_seqlen,
                 seed=self.seed,
             )
             return quantize(model, out, self.method(), text, skip=skip, on_event=on_event)
 
-    def _source(self, place: Path) -> str:
+    def _source(self, folder: Path) -> str:
+        """Returns the calibration source; a list of texts is written to a file in `folder`."""
         if isinstance(self.dataset, str):
             return self.dataset
-        file = place / "texts.jsonl"
+        file = folder / "texts.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in self.dataset))
         return str(file)
 
     def _skip(self, folder: Path) -> tuple[str, ...]:
-        """Patterns for the linears that stay float; ValueError for a name that is nowhere."""
+        """Returns patterns of the linears that stay float; ValueError if a part is in no name."""
         source = SourceModel(folder)
         modules = [name for name, _ in source.skeleton.named_modules()]
         blocks = tuple(f"{name}." for name in source.block_names)
@@ -234,12 +247,20 @@ class QuipQuantizer(Config):
         max_shard_size: str = "10GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Copies the folder of a model from `quantize_model`, one shard per block as it is."""
+        """Copies the folder of a model that `quantize_model` returned.
+
+        model: the quantized model.
+        save_dir: the folder to write; it must be empty or not exist.
+        max_shard_size: has no effect; each block has its own shard.
+        safe_serialization: only True is allowed.
+
+        Raises ValueError for any other model, a folder that is not empty, and pickles.
+        """
         if not safe_serialization:
-            raise ValueError("safe_serialization=False: only safetensors are written")
+            raise ValueError("safe_serialization is False: only safetensors are written")
         kept: Any = getattr(model, "_lowbit_folder", None)
         if kept is None:
-            raise ValueError("save takes a model that quantize_model returned")
+            raise ValueError("save only works for a model that quantize_model returned")
         folder = Path(kept.name) / "out" if isinstance(kept, TemporaryDirectory) else kept
         if Path(save_dir).resolve() == folder.resolve():
             return
@@ -264,11 +285,24 @@ def load_quantized_model(
     use_safetensors: bool = True,
     device_map: Any = None,
 ) -> PreTrainedModel:
-    """The model of a folder or hub id that lowbit quantized; see `lowbit.load`."""
+    """Loads a model that lowbit quantized; see `lowbit.load`.
+
+    save_folder: a folder or a hub id.
+    revision: only for a local folder, where it has no effect.
+    torch_dtype: dtype of the tensors that are not quantized; None: float32 on the CPU, else as they
+        are stored.
+    trust_remote_code: whether Python code that comes with the model may run.
+    use_safetensors: only True is allowed.
+    device_map: as transformers takes it; None: the CPU.
+
+    Raises ValueError for a folder that lowbit did not quantize.
+    """
     if not use_safetensors:
-        raise ValueError("use_safetensors=False: pickles are never read")
+        raise ValueError("use_safetensors is False: pickles are never read")
     if revision is not None and not Path(save_folder).is_dir():
-        raise ValueError("revision: download that revision and name its folder")
+        raise ValueError(
+            f"revision is {revision!r}: download that revision, and name its folder instead"
+        )
     folder = locate(save_folder, trust_remote_code)
-    QuantizedFolder(folder)  # says so where it is none
+    QuantizedFolder(folder)  # raises if it was not quantized by lowbit
     return load_model(folder, device_map, torch_dtype, trust_remote_code=trust_remote_code)

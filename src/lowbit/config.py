@@ -1,4 +1,4 @@
-"""What every configuration class shares: frozen, checked, and strict about names."""
+"""The base class of all options: frozen, validated, and strict about field names."""
 
 import inspect
 from collections.abc import Mapping
@@ -12,14 +12,16 @@ from pydantic.fields import FieldInfo
 from lowbit.fields import section
 
 SHAPES_RESULT = "shapes_result"
-NEAR = 0.5  # of difflib's ratio, which is 1 for equal names: "rtn" is just near to "rtn-w4a16"
+# Least difflib ratio of a name that is suggested; 1 means equal. "rtn" still suggests "rtn-w4a16".
+NEAR = 0.5
 
 
 class Config(BaseModel):
-    """A frozen pydantic model; an unknown key is an error that names the nearest field.
+    """Base class of all options: a frozen pydantic model that rejects unknown fields.
 
-    The docstring of a subclass says what the class is for; its fields are listed below that text
-    from their own descriptions, so that `help` shows all of them, inherited ones too.
+    The error for an unknown field names the nearest known one. The docstring of a subclass says
+    what the class is for. A list of its fields is appended from their descriptions, so that `help`
+    shows all of them, inherited ones too.
 
     about: the docstring without that list.
     """
@@ -36,9 +38,10 @@ class Config(BaseModel):
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
-        """The configuration whose fields are arguments of a function: `RunOptions.of(locals())`.
+        """Returns the options from the arguments of a function: `RunOptions.of(locals())`.
 
-        The function spells its options out in its signature; a test compares them with the fields.
+        Such a function spells out all fields in its signature, so that editors can complete them.
+        A test compares names and defaults with the fields.
         """
         return cls(**{name: arguments[name] for name in cls.model_fields})
 
@@ -55,38 +58,48 @@ class Config(BaseModel):
 
 
 def option(default: Any, description: str, *, shapes_result: bool, **limits: Any) -> Any:
-    """A field that says whether another value of it can change a single bit of the result.
+    """Defines a field that says whether its value can change the result of a run.
 
-    Those that can are part of a run's signature. limits: as `pydantic.Field` takes them.
+    The fields that can are part of the run's signature.
+
+    default: the value if none is given.
+    description: one plain sentence that says the unit and what None means.
+    shapes_result: whether another value can change a single bit of the result.
+    limits: further keywords of `pydantic.Field`, such as `ge=1`.
     """
     extra: JsonDict = {SHAPES_RESULT: shapes_result}
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
 def shapes_result(field: FieldInfo) -> bool:
-    """What `option` was told. Raises KeyError for a field that does not say."""
+    """Whether a field of `option` can change the result. Raises KeyError for any other field."""
     extra = field.json_schema_extra
     return bool(dict(extra if isinstance(extra, dict) else {})[SHAPES_RESULT])
 
 
 def unknown_name(name: str, allowed: Any, what: str) -> str:
-    """The sentence for a misspelt name: what came, what is near, what is allowed."""
+    """Returns the error message for a misspelt name.
+
+    name: the name that came.
+    allowed: all valid names; the message suggests the nearest one.
+    what: what such a name stands for, as in "method" or "field of RTN".
+    """
     names = sorted(allowed)
     near = get_close_matches(name, names, n=1, cutoff=NEAR)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{name!r} is no {what}: {hint}allowed are {', '.join(names)}"
+    return f"{name!r} is not a {what}: {hint}allowed are {', '.join(names)}"
 
 
 def explain(error: ValidationError) -> str:
-    """What is wrong, field by field: "bits: should be less than or equal to 8 (got 9)"."""
+    """Returns what is wrong with each field: "bits: should be less than or equal to 8 (got 9)"."""
     return "; ".join(_sentence(detail) for detail in error.errors(include_url=False))
 
 
 def _sentence(detail: Any) -> str:
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    place = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "value_error":  # our own sentence, which says what it got
-        return f"{place}: {message}" if place else message
+    field = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "value_error":  # raised by our validators: it says what came
+        return f"{field}: {message}" if field else message
     if detail["type"] == "missing":
-        return f"{place}: is missing"
-    return f"{place or 'the whole'}: {message} (got {detail['input']!r})"
+        return f"{field}: is missing"
+    return f"{field or 'top level'}: {message} (got {detail['input']!r})"

@@ -1,4 +1,4 @@
-"""The fields of a configuration in plain words: type, default and meaning."""
+"""Describes the fields of an options class in words: type, default and meaning."""
 
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -9,35 +9,41 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-WIDTH = 92  # columns of help() in a terminal of 100
-KINDS: dict[Any, str] = {int: "integer", float: "number", str: "text", bool: "True or False"}
-KINDS |= {Path: "path", NoneType: "None", Any: "any value", dict: "mapping"}
+WIDTH = 92  # columns of text; help() indents it, and a terminal of 100 columns still holds it
+TYPE_NAMES: dict[Any, str] = {int: "integer", float: "number", str: "text", bool: "True or False"}
+TYPE_NAMES |= {Path: "path", NoneType: "None", Any: "any value", dict: "mapping"}
 LIMITS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 @dataclass(frozen=True)
 class FieldText:
-    """One field in words. default: None where a value is required."""
+    """One field of an options class, in words.
+
+    name: as in Python.
+    type_name: such as "integer from 2 to 8".
+    default: as Python writes it; None if a value is required.
+    meaning: the description of the field.
+    """
 
     name: str
-    kind: str
+    type_name: str
     default: str | None
     meaning: str
 
     @property
     def facts(self) -> str:
-        """Type and default: "integer from 2 to 8; default 4"."""
-        return f"{self.kind}; " + (
+        """Type and default, as in "integer from 2 to 8; default 4"."""
+        return f"{self.type_name}; " + (
             "required" if self.default is None else f"default {self.default}"
         )
 
 
 def field_texts(fields: Mapping[str, FieldInfo]) -> list[FieldText]:
-    """The fields of a pydantic model, in their order."""
+    """Describes the fields of a pydantic model, in the order of their definition."""
     return [
         FieldText(
             name,
-            _kind(field.annotation, field.metadata),
+            _type_name(field.annotation, field.metadata),
             None if field.is_required() else shown(field.get_default(call_default_factory=True)),
             field.description or "",
         )
@@ -46,7 +52,7 @@ def field_texts(fields: Mapping[str, FieldInfo]) -> list[FieldText]:
 
 
 def section(fields: Mapping[str, FieldInfo]) -> str:
-    """The section of a docstring that lists all fields; empty where there are none."""
+    """Returns the section of a docstring that lists all fields; empty if there are none."""
     wrap = textwrap.TextWrapper(WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
     lines = ["Fields:"] if fields else []
     for text in field_texts(fields):
@@ -55,7 +61,7 @@ def section(fields: Mapping[str, FieldInfo]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as Python and YAML both read it."""
+    """Writes a value so that both Python and YAML can read it."""
     if isinstance(value, str | Path):
         return f'"{value}"'
     if isinstance(value, list | tuple):
@@ -65,30 +71,33 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _kind(annotation: Any, limits: Iterable[Any] = ()) -> str:
-    """A type in words; limits: what pydantic keeps of `ge=2` and the like."""
+def _type_name(annotation: Any, limits: Iterable[Any] = ()) -> str:
+    """Returns a type in words.
+
+    limits: what pydantic keeps of `ge=2` and similar keywords of the field.
+    """
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _kind(inner[0], [limit for field in inner[1:] for limit in field.metadata])
+        return _type_name(inner[0], [limit for field in inner[1:] for limit in field.metadata])
     if origin in (Union, UnionType):
-        return ", or ".join(_kind(each, limits) for each in sorted(inner, key=_is_none))
+        return ", or ".join(_type_name(each, limits) for each in sorted(inner, key=_is_none))
     if origin is Literal:
         *most, last = map(shown, inner)
         return f"{', '.join(most)} or {last}" if most else last
     if origin in (list, tuple):
         least = "one or more " if any(getattr(each, "min_length", 0) for each in limits) else ""
         return f"list of {least}{_plural(inner[0])}"
-    word = KINDS.get(origin or annotation) or str(getattr(annotation, "__name__", "any value"))
+    word = TYPE_NAMES.get(origin or annotation) or str(getattr(annotation, "__name__", "any value"))
     numbers = _limits(limits) if annotation in (int, float) else ""
     return f"{word} {numbers}" if numbers else word
 
 
 def _plural(annotation: Any) -> str:
-    """The elements of a list, without their limits."""
+    """Returns the plural for the elements of a list, without their limits."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return " or ".join(map(_plural, inner))
-    return f"{_kind(inner[0] if origin is Annotated else annotation)}s"
+    return f"{_type_name(inner[0] if origin is Annotated else annotation)}s"
 
 
 def _is_none(annotation: Any) -> bool:
@@ -96,13 +105,13 @@ def _is_none(annotation: Any) -> bool:
 
 
 def _limits(limits: Iterable[Any]) -> str:
-    """In words: "from 2 to 8", "above 0, at most 1"."""
-    found = {
+    """Returns the limits of a number in words: "from 2 to 8", "above 0, at most 1"."""
+    values = {
         name: value
         for limit in limits
         for name in LIMITS
         if (value := getattr(limit, name, None)) is not None
     }
-    if found.keys() == {"ge", "le"}:
-        return f"from {found['ge']:,} to {found['le']:,}"
-    return ", ".join(f"{LIMITS[name]} {found[name]:,}" for name in LIMITS if name in found)
+    if values.keys() == {"ge", "le"}:
+        return f"from {values['ge']:,} to {values['le']:,}"
+    return ", ".join(f"{LIMITS[name]} {values[name]:,}" for name in LIMITS if name in values)

@@ -5,13 +5,13 @@ from fnmatch import fnmatchcase
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern with * ? [] means the whole name, or its last parts.
+    """Whether a pattern with * ? [] matches the whole name, or the last parts of it.
 
-    "down_proj" and "mlp.*" match "model.layers.3.mlp.down_proj"; "layers.3.*" does too, and "proj"
-    does not.
+    "down_proj", "mlp.*" and "layers.3.*" match "model.layers.3.mlp.down_proj"; "proj" does not.
     """
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Whether at least one of the patterns matches."""
     return any(matches(name, pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""How quantities read: on the screen and in reports."""
+"""Formats durations, sizes, perplexities and changes for the screen and for reports."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ MINUTE, HOUR = 60, 3600  # seconds
 
 
 def duration(seconds: float) -> str:
-    """0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
+    """Formats seconds: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -19,7 +19,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """12.3 MB, in steps of 1,000 as disks are sold."""
+    """Formats bytes: 12.3 MB. A kB has 1,000 bytes."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -28,7 +28,12 @@ def size(count: float) -> str:
 
 
 def perplexity_over(windows: Mapping[str, int], seqlen: int, per_document: bool) -> str:
-    """What a perplexity depends on, and must be equal where two are compared; windows: by text."""
+    """Describes how a perplexity was measured; two can be compared if this is equal.
+
+    windows: the number of windows, or of documents, of each text.
+    seqlen: tokens in a window, or the most that are read of a document.
+    per_document: whether documents are scored one by one.
+    """
     counts = ", ".join(f"{count:,} of {Path(text).name}" for text, count in windows.items())
     if per_document:
         return f"perplexity per document, each from its BOS, of up to {seqlen:,} tokens: {counts}"
@@ -36,7 +41,7 @@ def perplexity_over(windows: Mapping[str, int], seqlen: int, per_document: bool)
 
 
 def change(value: float, reference: float) -> str:
-    """+3.2 %, or nothing where that has no meaning."""
+    """Formats the relative change from a reference: +3.2 %; empty if the reference is 0."""
     if not reference:
         return ""
     return f"{100 * (value / reference - 1):+.1f} %"

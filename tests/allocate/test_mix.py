@@ -103,7 +103,7 @@ def test_more_bits_are_never_worse() -> None:
         ("3.6", {"widths": (8, 4)}, r"the smallest that these widths allow is 5\.\d+ bits"),
         ("9 B", {"strategy": "pyramid"}, r"the smallest that these widths allow is \d+\.000 B"),
         ("4", {"strategy": "pyramids"}, "did you mean 'pyramid'"),
-        ("4", {"widths": (9, 4)}, r"widths is \[9, 4\]: allowed are 2 to 8"),
+        ("4", {"widths": (9, 4)}, r"widths is \[9, 4\]: allowed are numbers from 2 to 8"),
         ("much", {}, "the budget is 'much': allowed are bits per weight"),
     ],
     ids=str,
@@ -113,7 +113,7 @@ def test_mistakes(budget: str, options: dict[str, Any], message: str) -> None:
         mixed(master(), budget, **options)
 
 
-def test_the_smallest_that_is_said_is_granted() -> None:
+def test_the_smallest_budget_of_the_message_is_enough() -> None:
     with pytest.raises(ValueError) as refused:
         mixed(master(), "1", "pyramid")
     least = str(refused.value).partition("allow is ")[2].partition(" bits")[0]

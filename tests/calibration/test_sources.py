@@ -188,9 +188,9 @@ def test_a_data_set_that_cannot_be_had(
         draw(tokenizer, "wikitext2")
     message = str(caught.value)
     assert reason in message and "\n" not in message
-    assert message.startswith("the data set wikitext2 (Salesforce/wikitext) cannot be had: ")
-    assert message.endswith("name a local file in its place")
-    with pytest.raises(ValueError, match="name a local file in its place"):
+    assert message.startswith("the data set wikitext2 (Salesforce/wikitext) cannot be loaded: ")
+    assert message.endswith("name a local file instead")
+    with pytest.raises(ValueError, match="name a local file instead"):
         evaluation_text("wikitext2", tokenizer, 8)
 
 
@@ -198,7 +198,7 @@ def test_a_data_set_that_does_not_parse(hub: dict, tokenizer: PreTrainedTokenize
     failure = datasets.exceptions.DatasetGenerationError("An error occurred")
     failure.__cause__ = ImportError("Please pip install zstandard")
     hub["rows"][PILE] = failure
-    with pytest.raises(ValueError, match="had: ImportError: Please pip install zstandard;"):
+    with pytest.raises(ValueError, match="loaded: ImportError: Please pip install zstandard;"):
         draw(tokenizer, "pile")
 
 
@@ -206,17 +206,17 @@ def test_a_data_set_that_does_not_parse(hub: dict, tokenizer: PreTrainedTokenize
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "fine"}\n\n{"text"}\n', r"a.jsonl, line 3 is not JSON: "),
-        ("a.jsonl", [{"text": "fine"}, {"messages": CHATS[0]}], "row 2 has no text, but messages"),
+        ("a.jsonl", [{"text": "fine"}, {"messages": CHATS[0]}], "row 2 has no text; it has mess"),
         (
             "a.jsonl",
             [{"prompt": "x", "answer": "y"}],
-            "row 1 has no text or messages, but prompt, a",
+            "row 1 has no text or messages; it has prompt, a",
         ),
-        ("a.jsonl", [{"text": None}], "row 1: text is a NoneType, no string"),
+        ("a.jsonl", [{"text": None}], "row 1: text is NoneType, not a string"),
         ("a.jsonl", [["text"]], "row 1 is a str, not an object"),
         ("a.jsonl", [{"messages": ["hello"]}], "row 1: messages must be a list, each with a role"),
         ("a.jsonl", [{"messages": []}], "row 1: messages must be a list, each with a role"),
-        ("a.parquet", [{"prompt": "x"}], "row 1 has no text or messages, but prompt"),
+        ("a.parquet", [{"prompt": "x"}], "row 1 has no text or messages; it has prompt"),
         ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 text"),
     ],
 )

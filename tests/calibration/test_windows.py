@@ -54,17 +54,17 @@ def test_no_window_is_lost(samples: int, weights: list[int]) -> None:
     [
         (
             "wikitxt2",
-            "'wikitxt2' is no .*no such file.*did you mean 'wikitext2'.* c4, mix, pile, ptb",
+            "'wikitxt2' is not a .*no such file.*did you mean 'wikitext2'.* c4, mix, pile, ptb",
         ),
-        ("c4=x", "'x' no weight for 'c4': a weight is a positive number"),
-        ("c4=0", "'0' no weight"),
-        ("c4=-1", "'-1' no weight"),
-        ("c4=", "'' no weight"),
-        ("missing.txt=2", "'missing.txt' is no calibration data set"),
-        ("/", "'/' is no calibration data set, and it is a folder"),
+        ("c4=x", "'x' is not a weight for 'c4': a weight is a positive number"),
+        ("c4=0", "'0' is not a weight"),
+        ("c4=-1", "'-1' is not a weight"),
+        ("c4=", "'' is not a weight"),
+        ("missing.txt=2", "'missing.txt' is not a calibration data set"),
+        ("/", "'/' is not a calibration data set, and it is a folder"),
     ],
 )
-def test_sources_that_are_none(source: str, message: str, tokenizer: object) -> None:
+def test_sources_that_do_not_exist(source: str, message: str, tokenizer: object) -> None:
     with pytest.raises(ValueError, match=message):
         draw(tokenizer, source)
 
@@ -110,7 +110,7 @@ def test_window_length(
     ("options", "message"),
     [
         ({"seqlen": 1}, "greater than or equal to 2"),
-        ({"seqlen": 17, "context": 16}, "seqlen is 17 tokens.* 16 at most, the model's context"),
+        ({"seqlen": 17, "context": 16}, "seqlen is 17 tokens.* at most 16, the model's context"),
         ({"seqlen": None, "context": 1}, "seqlen is 1 tokens: it must be at least 2"),
         ({"samples": 0}, "greater than or equal to 1"),
         ({"seed": -1}, "greater than or equal to 0"),

@@ -49,13 +49,13 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("said", MISTAKES)
-def test_mistakes(said, lowbit, pickled, tmp_path):
-    assert said in lowbit("convert", pickled, tmp_path / "out", *MISTAKES[said], code=1).stderr
+@pytest.mark.parametrize(("message", "options"), MISTAKES.items(), ids=MISTAKES)
+def test_mistakes(message, options, lowbit, pickled, tmp_path):
+    assert message in lowbit("convert", pickled, tmp_path / "out", *options, code=1).stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_is_not_there_or_holds_no_pickle(lowbit, tmp_path):
-    said = lowbit("convert", "owner/name", tmp_path / "out", "--from-bin", code=1).stderr
-    assert "owner/name: there is no such folder" in said and "hf download NAME" in said
+    output = lowbit("convert", "owner/name", tmp_path / "out", "--from-bin", code=1).stderr
+    assert "owner/name: there is no such folder" in output and "hf download NAME" in output
     assert "has neither" in lowbit("convert", MODEL, tmp_path / "out", "--from-bin", code=1).stderr

@@ -27,5 +27,5 @@ def test_sizes_and_what_stays_behind(lowbit, learned, tmp_path):
 def test_mistakes(lowbit, rtn, tmp_path):
     assert "exists already" in lowbit("dequantize", rtn, tmp_path, code=1).stderr
     model = MODELS / "llama-mini"
-    said = lowbit("dequantize", model, tmp_path / "out", code=1).stderr
-    assert "was not quantized by lowbit" in said
+    output = lowbit("dequantize", model, tmp_path / "out", code=1).stderr
+    assert "was not quantized by lowbit" in output

@@ -59,7 +59,7 @@ def test_divergence_stands_beside_perplexity() -> None:
         "%",
     ]
     assert lines[3].split()[-6:] == ["12.000", "+0.0", "%", "0.00079", "93.8", "%"]
-    assert lines[5] == "KL(base || model) in nats a token, on the same tokens; all in float32"
+    assert lines[5] == "KL(base || model) in nats per token, on the same tokens; all in float32"
 
 
 def test_perplexities_of_other_tokenizers_are_not_compared() -> None:
@@ -68,7 +68,7 @@ def test_perplexities_of_other_tokenizers_are_not_compared() -> None:
     rows = [replace(plain, model=m, tokens={"a/b.txt": t}) for m, t in tokens.items()]
     lines = shown(show_texts, rows)
     assert lines[3].split()[-3:] == ["12.000", "+0.0", "%"] and lines[4].split()[-1] == "12.000"
-    assert lines[6] == "not comparable, other tokenizer: opt"
+    assert lines[6] == "not comparable, since the tokenizer differs: opt"
 
 
 def test_a_line_per_metric_and_a_column_per_task() -> None:
@@ -81,7 +81,7 @@ def test_a_line_per_metric_and_a_column_per_task() -> None:
     assert lines[3].split() == ["acc_norm", "25.0", "±", "3.0"]
     assert lines[4] == "tasks in % ± standard error, 0-shot, by lm-eval"
     assert lines[5].endswith(
-        "whose beginning did not fit into the context: 2 of local_arc_challenge"
+        "longer than the context and lost their beginning: 2 of local_arc_challenge"
     )
 
 

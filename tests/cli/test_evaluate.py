@@ -104,13 +104,13 @@ def test_a_row_for_each_width(lowbit, nested, rtn, story, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--text", "none.txt"), "'none.txt' is no data set with a held-out split"),
+        (("--text", "none.txt"), "'none.txt' is not a data set with a held-out split"),
         (("--limit", "0"), "limit: should be greater than or equal to 1 (got 0)"),
         (("--bits", ""), "--bits '' is neither a width from 2 to 8 nor a file"),
         (("--seqlen", "1"), "seqlen: should be greater than or equal to 2 (got 1)"),
         (("--seqlen", "600"), "has a context of 512 tokens; --seqlen 600 is longer"),
-        (("--json", "/nowhere/x.json"), "--json /nowhere/x.json: that is a folder, or in a folder"),
-        (("--json", "/"), "--json /: that is a folder"),
+        (("--json", "/nowhere/x.json"), "--json /nowhere/x.json: it is a folder, or is in a"),
+        (("--json", "/"), "--json /: it is a folder"),
         (("--device", "gpu"), "'gpu' is not known"),
         (("--text", "none"), "there is nothing to measure: name a text or tasks"),
         (("--text", "none", "--reference", MODEL, "--tasks", "piqa"), "measured on a text"),

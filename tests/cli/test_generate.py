@@ -46,8 +46,8 @@ def test_mistakes(lowbit, model, prompt, sentence):
 def test_a_folder_without_a_tokenizer(lowbit, tmp_path):
     ignored = shutil.ignore_patterns("tokenizer*")
     folder = shutil.copytree(MODEL, tmp_path / "bare", ignore=ignored)
-    said = lowbit("generate", folder, "x", code=1).stderr
-    assert f"{folder.name} has no tokenizer: copy the tokenizer files" in " ".join(said.split())
+    output = lowbit("generate", folder, "x", code=1).stderr
+    assert f"{folder.name} has no tokenizer: copy the tokenizer files" in " ".join(output.split())
 
 
 def test_an_option_out_of_range(lowbit):

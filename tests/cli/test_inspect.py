@@ -45,8 +45,8 @@ def test_rounded_activations(lowbit, story, tmp_path):
     assert {tuple(line.split()[1:5]) for line in lines[HEADER : HEADER + BLOCKS * LINEARS]} == {
         ("uniform", "4", "row", "6")
     }
-    said = next(line for line in lines if line.startswith("attention"))
-    assert said.split(maxsplit=1)[1] == f"queries, keys and values of {BLOCKS} at 6 bits"
+    attention = next(line for line in lines if line.startswith("attention"))
+    assert attention.split(maxsplit=1)[1] == f"queries, keys and values of {BLOCKS} at 6 bits"
 
 
 def test_proxy_losses(lowbit, story, tmp_path):

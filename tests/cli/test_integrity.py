@@ -50,7 +50,7 @@ def escape(folder):
 
 
 DAMAGE = {
-    "is damaged: another sha256": flip,
+    "is damaged: its sha256 differs": flip,
     "bytes, not": cut,
     "is missing": lambda folder: (folder / SHARD).unlink(),
     "was edited after quantization": edit,
@@ -61,20 +61,20 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("said", DAMAGE)
-def test_what_is_wrong_is_said_and_the_rest_is_checked(said, lowbit, copy):
-    DAMAGE[said](copy)
+@pytest.mark.parametrize("problem", DAMAGE)
+def test_a_damaged_file_is_reported_and_the_rest_is_checked(problem, lowbit, copy):
+    DAMAGE[problem](copy)
     result = lowbit("inspect", copy, "--verify", code=1)
     wrong = [line for line in result.stdout.splitlines() if not line.endswith("  ok")]
-    assert len(wrong) == 1 and said in wrong[0]
+    assert len(wrong) == 1 and problem in wrong[0]
     assert "files that differ from what lowbit wrote: 1;" in result.stderr
 
 
 def test_names_that_lead_elsewhere(lowbit, copy):
     escape(copy)
     seal(copy)
-    said = lowbit("inspect", copy, "--verify", code=1).stdout
-    assert f"../copy/{SHARD}  is missing" in said and f"{SHARD}  is not listed" in said
+    problem = lowbit("inspect", copy, "--verify", code=1).stdout
+    assert f"../copy/{SHARD}  is missing" in problem and f"{SHARD}  is not listed" in problem
 
 
 def test_files_that_do_not_fit_together(lowbit, copy):

@@ -34,5 +34,5 @@ def test_types_defaults_and_recipes(lowbit):
 
 def test_an_unknown_method(lowbit):
     error = lowbit("methods", "omnquant", code=1).stderr
-    assert error.startswith("error: 'omnquant' is no method: did you mean 'omniquant'?")
+    assert error.startswith("error: 'omnquant' is not a method: did you mean 'omniquant'?")
     assert error.count("\n") == 1

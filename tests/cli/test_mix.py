@@ -39,7 +39,7 @@ def test_mistakes(lowbit, nested, tmp_path):
     plan = tmp_path / "plan.yaml"
     for options, sentence in (
         (("--budget", 1, "-o", plan), "the smallest that these widths allow is 2.375 bits"),
-        (("--budget", 4, "-o", tmp_path), "that is a folder"),
+        (("--budget", 4, "-o", tmp_path), "it is a folder"),
         (("--budget", 4, "-o", plan, "--widths", "8;2"), "--widths '8;2': allowed are numbers"),
     ):
         assert sentence in lowbit("mix", nested, *options, code=1).stderr

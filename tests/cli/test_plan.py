@@ -23,7 +23,7 @@ def test_learned(lowbit, learning, tmp_path):
     assert shown["bits per weight"] == "2.28 in the linears, 3.74 in the model"
     assert shown["size"] == "2.33 MB (was 9.91 MB)"
     assert "hidden states (" in shown["peak memory"] and "in memory" in shown["peak memory"]
-    assert shown["time"].endswith("a block, on cpu")
+    assert shown["time"].endswith("per block, on cpu")
     assert "model.layers.0 of 6 blocks, 2 of 2 batches" in shown["derived from"]
     assert "peak GPU memory" not in shown
     assert round(found["linears"], 2) == 2.28 and found["learned"] > 0
@@ -31,15 +31,15 @@ def test_learned(lowbit, learning, tmp_path):
 
 def test_without_text(lowbit):
     text = lowbit("plan", MODEL, "--recipe", "rtn-w4a16-g128", "--calibration", "c4").stdout
-    assert "rtn needs no calibration text: --calibration is not read" in text
+    assert "rtn needs no calibration text: --calibration is ignored" in text
     assert "4.16 in the linears" in text and "hidden states" not in text and "learned" not in text
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--method", "rtm"), "'rtm' is no method: did you mean 'rtn'?"),
-        (("--method", "rtn", "--json", "/nowhere/x.json"), "--json /nowhere/x.json: that is"),
+        (("--method", "rtm"), "'rtm' is not a method: did you mean 'rtn'?"),
+        (("--method", "rtn", "--json", "/nowhere/x.json"), "--json /nowhere/x.json: it is"),
         (("--method", "rtn", "--only", "none"), "none"),
     ],
 )

@@ -37,10 +37,10 @@ def test_from_a_recipe_to_a_labelled_row(lowbit: Any, tmp_path: Path, recipe: Pa
     given = ["--recipe", recipe, "--set", "lora.steps=2", "--set", "bits=3"]
     text = lowbit("preprocess", quantized.source(), out, *given).stdout
     assert "training: 2 steps, 64 tokens" in text and "step 2/2, loss" in text
-    said = json.loads((out / "config.json").read_text())["lowbit_preprocess"]
-    losses = [said["training"][f"loss_{when}"] for when in ("before", "after")]
+    recorded = json.loads((out / "config.json").read_text())["lowbit_preprocess"]
+    losses = [recorded["training"][f"loss_{when}"] for when in ("before", "after")]
     assert f"held-out loss {losses[0]:.3f} → {losses[1]:.3f}" in text
-    assert (said["first_pass"]["bits"], said["lora"]["steps"]) == (3, 2)
+    assert (recorded["first_pass"]["bits"], recorded["lora"]["steps"]) == (3, 2)
     lowbit("quantize", out, packed, "--method", "rtn")
     table = lowbit("eval", out, packed, "--text", quantized.text(), "--json", rows).stdout
     assert "out after LoRA" in table and "packed after LoRA" in table
@@ -48,7 +48,7 @@ def test_from_a_recipe_to_a_labelled_row(lowbit: Any, tmp_path: Path, recipe: Pa
     assert methods == {"float after LoRA", "rtn after LoRA"}
 
 
-def test_training_that_does_not_help_is_said(lowbit: Any, tmp_path: Path, recipe: Path) -> None:
+def test_training_that_does_not_help_is_reported(lowbit: Any, tmp_path: Path, recipe: Path) -> None:
     given = ["--recipe", recipe, "--set", "lora.learning_rate=0.3"]
     text = lowbit("preprocess", quantized.source(), tmp_path / "out", *given).stdout
     assert "warning: training did not help: lower lora.learning_rate" in text

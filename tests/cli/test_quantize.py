@@ -53,7 +53,7 @@ def test_omniquant(learned):
     assert [Path(source["name"]).name for source in text["sources"]] == ["story.txt"]
 
 
-def test_the_share_of_salient_inputs_is_said(lowbit, tmp_path):
+def test_the_share_of_salient_inputs_is_printed(lowbit, tmp_path):
     options = ["--recipe", "ptq161-fast", "--set", "alignment=32", "--skip", "down_proj"]
     text = ["--calibration", MODELS.parent / "text" / "calibration_stories.txt"]
     brief = ["--samples", 2, "--seqlen", 64]
@@ -98,7 +98,7 @@ def test_no_text_for_a_method_that_needs_none(lowbit, tmp_path):
     text = lowbit(
         "quantize", MODEL, tmp_path / "out", "--method", "rtn", "--calibration", "c4"
     ).stdout
-    assert "rtn needs no calibration text: --calibration is not read" in text
+    assert "rtn needs no calibration text: --calibration is ignored" in text
 
 
 def test_a_dry_run(lowbit, tmp_path):
@@ -131,22 +131,22 @@ LEARN = ("--method", "omniquant", "--calibration", "STORY")
 MISTAKES = [
     ((), "name a --recipe (see lowbit recipes) or a --method (see lowbit methods)"),
     (("--recipe", "rtn-w4a16", *RTN_METHOD), "name a --recipe"),
-    (("--recipe", "rtn-w4a61"), "'rtn-w4a61' is no recipe: did you mean 'rtn-w4a16'?"),
+    (("--recipe", "rtn-w4a61"), "'rtn-w4a61' is not a recipe: did you mean 'rtn-w4a16'?"),
     (("--recipe", "none.yaml"), "there is no recipe file none.yaml"),
-    (("--method", "omniqant"), "'omniqant' is no method: did you mean 'omniquant'?"),
-    ((*RTN_METHOD, "--set", "bit=4"), "'bit' is no field of RTN: did you mean 'bits'?"),
+    (("--method", "omniqant"), "'omniqant' is not a method: did you mean 'omniquant'?"),
+    ((*RTN_METHOD, "--set", "bit=4"), "'bit' is not a field of RTN: did you mean 'bits'?"),
     ((*RTN_METHOD, "--set", "bits=9"), "bits: should be less than or equal to 8 (got 9)"),
     ((*RTN_METHOD, "--set", "bits=four"), "bits: should be a valid integer"),
-    ((*RTN_METHOD, "--set", "bits"), "--set takes field=value, not 'bits'"),
-    ((*RTN_METHOD, "--set", "bits="), "--set takes field=value, not 'bits='"),
+    ((*RTN_METHOD, "--set", "bits"), "--set takes FIELD=VALUE, not 'bits'"),
+    ((*RTN_METHOD, "--set", "bits="), "--set takes FIELD=VALUE, not 'bits='"),
     ((*RTN_METHOD, "--set", "bits=["), "--set bits: '[' is not a number, a word or a list"),
     ((*RTN_METHOD, "--streams", "tape"), "streams: should be 'auto', 'memory' or 'disk'"),
     ((*RTN_METHOD, "--device", "gpu"), "'gpu' is not known: use cpu, cuda:N or auto"),
     ((*RTN_METHOD, "--seed", "-1"), "seed: should be greater than or equal to 0 (got -1)"),
     ((*LEARN, "--samples", "0"), "samples: should be greater than or equal to 1 (got 0)"),
-    ((*LEARN, "--seqlen", "513"), "seqlen is 513 tokens: it must be at least 2, and 512 at most"),
+    ((*LEARN, "--seqlen", "513"), "seqlen is 513 tokens: it must be at least 2 and at most 512"),
     ((*LEARN, "--samples", "500"), "has 661 tokens: 500 samples of 512 tokens need at least"),
-    ((*LEARN, "--calibration", "none.txt"), "'none.txt' is no calibration data set"),
+    ((*LEARN, "--calibration", "none.txt"), "'none.txt' is not a calibration data set"),
 ]
 
 
@@ -162,9 +162,9 @@ def test_mistakes(lowbit, story, tmp_path, options, sentence):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("method: rtm", "'rtm' is no method: did you mean 'rtn'?"),
-        ("method: rtn\nfields: {bit: 3}", "'bit' is no field of RTN"),
-        ("method: rtn\nfamilies: {lama: {bits: 3}}", "'lama' is no family: did you mean 'llama'?"),
+        ("method: rtm", "'rtm' is not a method: did you mean 'rtn'?"),
+        ("method: rtn\nfields: {bit: 3}", "'bit' is not a field of RTN"),
+        ("method: rtn\nfamilies: {lama: {bits: 3}}", "'lama' is not a family:"),
     ],
 )
 def test_mistakes_in_a_recipe(lowbit, tmp_path, text, sentence):

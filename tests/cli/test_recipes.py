@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowbit.cli.recipes import ABOUT
+from lowbit.cli.recipes import TOLERANCE
 from lowbit.methods import METHODS
 from lowbit.recipes import load_recipe, recipe_names
 
@@ -32,7 +32,7 @@ def test_what_a_recipe_sets(lowbit):
     assert " bits: 2 Bits " in text and " group_size: 128 " in text and " alpha: " not in text
     assert "128 windows of 2,048 tokens (the model's context, if that is shorter) of wiki" in text
     assert "For models of family opt: let=True, aug_loss=False" in text
-    assert "Calibration: none is read." in lowbit("recipes", "rtn-w4a16").stdout
+    assert "Calibration: the method needs no text." in lowbit("recipes", "rtn-w4a16").stdout
     assert "learning_rate: 0.0001" in lowbit("recipes", "ptq161-lora").stdout
     assert "8.01, 4.01 sliced, 2.01 sliced" in lowbit("recipes", "matquant-842").stdout
 
@@ -45,7 +45,7 @@ def test_a_recipe_of_the_users_own(lowbit, tmp_path):
     text = lowbit("recipes", path).stdout
     assert "bits: 3" in text and "128 windows of 64 tokens of wikitext2" in text
     path.write_text("description: Mine\nmethod: gptq\nfields: {bit: 3}\n")
-    assert "'bit' is no field of GPTQ" in lowbit("recipes", path, code=1).stderr
+    assert "'bit' is not a field of GPTQ" in lowbit("recipes", path, code=1).stderr
 
 
 def widths(text):
@@ -59,7 +59,7 @@ def test_recipes_of_about_a_width(lowbit, wanted):
     text = lowbit("recipes", "--for", wanted).stdout
     found = widths(text)
     distances = [round(abs(bits - wanted), 2) for _, bits in found]
-    assert distances == sorted(distances) and distances[-1] <= ABOUT
+    assert distances == sorted(distances) and distances[-1] <= TOLERANCE
     assert "nearest first" in text and len({name for name, _ in found}) == len(found)
 
 
@@ -79,9 +79,12 @@ def test_real_widths_of_recipes(lowbit):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--for", 7], "no recipe has 7 bits per weight, or within 0.5 of that: the nearest is "),
-        (["rtn-w4a61"], "'rtn-w4a61' is no recipe: did you mean 'rtn-w4a16'?"),
-        (["rtn"], "'rtn' is no recipe: did you mean 'rtn-w"),
+        (
+            ["--for", 7],
+            "no recipe has 7 bits per weight, or is within 0.5 of that: the nearest is",
+        ),
+        (["rtn-w4a61"], "'rtn-w4a61' is not a recipe: did you mean 'rtn-w4a16'?"),
+        (["rtn"], "'rtn' is not a recipe: did you mean 'rtn-w"),
         (["rtn-w4a16", "--for", 4], "name either a recipe to explain, or --for BITS"),
     ],
 )

@@ -24,9 +24,9 @@ def test_with_results(lowbit, rtn, tmp_path):
 
 def test_mistakes(lowbit, rtn, tmp_path):
     for wrong in (tmp_path, tmp_path / "no" / "page.html"):
-        said = lowbit("report", rtn, "-o", wrong, code=1).stderr
-        assert f"-o {wrong}: that is a folder, or in a folder that does not exist" in said
+        output = lowbit("report", rtn, "-o", wrong, code=1).stderr
+        assert f"-o {wrong}: it is a folder, or is in a folder that does not exist" in output
     (tmp_path / "results.json").write_text("[1]")
-    said = lowbit("report", rtn, "--results", tmp_path / "results.json", code=1).stderr
-    assert "results.json was not written by lowbit eval --json" in said
+    output = lowbit("report", rtn, "--results", tmp_path / "results.json", code=1).stderr
+    assert "results.json was not written by lowbit eval --json" in output
     assert not (rtn / "report.html").exists()

@@ -8,10 +8,10 @@ from lowbit.cli.screen import size
 def test_a_width_and_a_plan(lowbit, nested, tmp_path):
     (tmp_path / "plan.yaml").write_text('"*": 4\ndown_proj: 2\n')
     for bits, out in (("4", tmp_path / "4"), (tmp_path / "plan.yaml", tmp_path / "mixed")):
-        said = lowbit("slice", nested, "--bits", bits, "-o", out).stdout
+        output = lowbit("slice", nested, "--bits", bits, "-o", out).stdout
         QuantizedFolder(out).verify()
         before, after = size_of(nested), size_of(out)
-        assert said == (
+        assert output == (
             f"{out}: {after.linears:.2f} bits per weight in the linears (was "
             f"{before.linears:.2f}), {size(after.bytes)} (was {size(before.bytes)})\n"
         )

@@ -215,7 +215,7 @@ def test_folders_are_refused(tmp_path: Path) -> None:
     kept = json.loads((folder / "config.json").read_text())
     for section, message in (
         ({"quant_method": "gptq"}, "was quantized by 'gptq': --from quip reads"),
-        ({"codebook": "E8P13"}, "'E8P13' is no codebook: did you mean 'E8P12'"),
+        ({"codebook": "E8P13"}, "'E8P13' is not a codebook: did you mean 'E8P12'"),
         ({"codebook": None}, "quantization_config: codebook"),
         ({"opt_resid_scale": 0}, "opt_resid_scale is 0"),
         ({"opt_resid_scale": -2}, "opt_resid_scale is -2"),

@@ -37,7 +37,7 @@ def test_as_computed_from_whole_models(name: str, monkeypatch: pytest.MonkeyPatc
     assert 0 < found.agreement < 1 and found.tokens == 16 + 16 + 8
 
 
-def test_of_a_model_with_itself_there_is_none() -> None:
+def test_a_model_has_no_divergence_from_itself() -> None:
     folder = quantized.folder("opt")
     model, again = StreamedLogits(folder, ROWS), StreamedLogits(folder, ROWS)
     found, _ = divergence(model, again, range(1, 3))
@@ -61,7 +61,7 @@ def test_hidden_states_that_are_large_go_to_disk_and_leave_it(
 def test_other_vocabularies_are_refused(tmp_path: Path) -> None:
     options = zoo.ZOO["llama"].options | {"vocab_size": 105}
     other = zoo.write(zoo.Line("llama", options), tmp_path)
-    with pytest.raises(ValueError, match="predicts 101 tokens, .* 105: only models of one voc"):
+    with pytest.raises(ValueError, match="predicts 101 tokens, .* 105: a divergence needs models"):
         divergence(
             StreamedLogits(quantized.source("llama"), ROWS), StreamedLogits(other, ROWS), range(1)
         )

@@ -71,7 +71,7 @@ def test_models_of_different_contexts_need_one_seqlen(tmp_path: Path) -> None:
     short = shutil.copytree(LLAMA, tmp_path / "short")
     config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 128}
     (short / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="name one --seqlen for all"):
+    with pytest.raises(ValueError, match="set one --seqlen for all"):
         options = dict(texts=(str(STORIES),), limit=1)
         evaluate(
             [LLAMA, short],
@@ -113,7 +113,7 @@ def test_a_row_for_each_width_is_that_of_the_slice(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("bits", "models", "message"),
     [
-        ((4,), ["rtn"], "bits is for 8-bit masters, .*: none of these models is one"),
+        ((4,), ["rtn"], "bits only applies to 8-bit masters .*: none of these models is one"),
         ((4, 9), ["rtn", "matquant"], "allowed are 2 to 8"),
     ],
 )

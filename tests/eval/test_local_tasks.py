@@ -105,7 +105,7 @@ def test_examples_are_other_rows_than_the_one_asked(tmp_path: Path) -> None:
     write(tmp_path / "piqa" / "validation.jsonl", PIQA, PIQA)
     [found] = find_rows(tmp_path, [])
     found.check(few_shot=1)
-    with pytest.raises(ValueError, match="piqa has 1 examples, less than --few-shot 2"):
+    with pytest.raises(ValueError, match="piqa has 1 examples: --few-shot 2 needs more"):
         found.check(few_shot=2)
 
 
@@ -118,7 +118,7 @@ def test_names_with_and_without_prefix(tmp_path: Path) -> None:
         "boolq",
     ]
     assert [r.task for r in find_rows(tmp_path, [])] == ["boolq", "piqa"]
-    with pytest.raises(ValueError, match="'piqqa' is no local task: did you mean 'piqa'"):
+    with pytest.raises(ValueError, match="'piqqa' is not a local task: did you mean 'piqa'"):
         find_rows(tmp_path, ["piqqa"])
     with pytest.raises(ValueError, match="arc_easy has no .jsonl file; .* has boolq, piqa"):
         find_rows(tmp_path, ["arc_easy"])
@@ -140,7 +140,7 @@ def test_names_with_and_without_prefix(tmp_path: Path) -> None:
 )
 def test_a_wrong_row_is_named_by_file_and_line(name: str, row: object, tmp_path: Path) -> None:
     file = write(tmp_path / name / "test.jsonl", ROWS[name][0][0], row)
-    with pytest.raises(ValueError, match=f"{file}, line 2 is no row of {name}: it must be an obj"):
+    with pytest.raises(ValueError, match=f"{file}, line 2 is not a row of {name}: it must be an o"):
         find_rows(tmp_path, [])
 
 
@@ -148,7 +148,7 @@ def test_a_wrong_row_is_named_by_file_and_line(name: str, row: object, tmp_path:
     ("file", "text", "message"),
     [
         ("piqa/test.jsonl", "\n", "piqa has no rows in"),
-        ("piqa/test.jsonl", "{", "line 1 is no row of piqa"),
+        ("piqa/test.jsonl", "{", "line 1 is not a row of piqa"),
         ("piqa/train.jsonl", "{}", "only training rows"),
         ("other/test.jsonl", "{}", "holds no tasks: it must have TASK/.*arc_challenge, arc_easy"),
     ],

@@ -26,24 +26,24 @@ def sentence(draw: random.Random, words: int) -> str:
 
 
 def row(task: str, draw: random.Random) -> dict[str, Any]:
-    def said() -> str:
+    def words() -> str:
         return sentence(draw, draw.randrange(1, 9))
 
-    choices, gold = [said() for _ in range(4)], draw.randrange(4)
+    choices, gold = [words() for _ in range(4)], draw.randrange(4)
     return {
         "arc_easy": {
-            "question": said(),
+            "question": words(),
             "choices": {"text": choices, "label": list("ABCD")},
             "answerKey": "ABCD"[gold],
         },
-        "arc_challenge": {"query": said(), "choices": choices, "gold": gold},
-        "hellaswag": {"query": said(), "choices": choices, "gold": gold},
-        "boolq": {"passage": said(), "question": said(), "answer": gold > 1},
-        "piqa": {"goal": said(), "sol1": said(), "sol2": said(), "label": gold // 2},
+        "arc_challenge": {"query": words(), "choices": choices, "gold": gold},
+        "hellaswag": {"query": words(), "choices": choices, "gold": gold},
+        "boolq": {"passage": words(), "question": words(), "answer": gold > 1},
+        "piqa": {"goal": words(), "sol1": words(), "sol2": words(), "label": gold // 2},
         "winogrande": {
-            "sentence": f"{said()} _ {said()}",
-            "option1": said(),
-            "option2": said(),
+            "sentence": f"{words()} _ {words()}",
+            "option1": words(),
+            "option2": words(),
             "answer": str(1 + gold // 2),
         },
         "lambada_openai": {
@@ -82,10 +82,10 @@ def likelihood(llama: tuple[Any, Any], before: str, behind: str) -> tuple[float,
 
 
 def accuracies(llama: tuple[Any, Any], task: str, given: dict[str, Any]) -> tuple[bool, bool]:
-    """Of one row by the likeliest ending, and by the likeliest per character."""
+    """Whether one row is right: by the likeliest ending, and by the likeliest per character."""
     if task == "lambada_openai":
-        said = likelihood(llama, given["context"], given["continuation"])[1]
-        return said, said
+        right = likelihood(llama, given["context"], given["continuation"])[1]
+        return right, right
     if task == "winogrande":
         sums = [
             likelihood(llama, choice, f" {given['continuation']}")[0] for choice in given["choices"]
@@ -190,7 +190,7 @@ def test_groups_and_their_members(llama: tuple[Any, Any]) -> None:
 
 @pytest.mark.usefixtures("library")
 def test_tasks_that_cannot_be_had() -> None:
-    with pytest.raises(ValueError, match="'catz' is no task of lm-eval: did you mean 'cats'"):
+    with pytest.raises(ValueError, match="'catz' is not a task of lm-eval: did you mean 'cats'"):
         Tasks(TaskOptions(names=("catz",)))
-    with pytest.raises(ValueError, match="rows of task far cannot be had: .*nobody/nothing.*--ta"):
+    with pytest.raises(ValueError, match="rows of task far cannot be loaded: .*nobody/nothing.*--"):
         Tasks(TaskOptions(names=("far",)))

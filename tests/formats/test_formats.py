@@ -454,7 +454,7 @@ def test_bad_entries_are_refused_by_name(make: Callable[[], QuantizedLinear]) ->
         for bad in ({k: v for k, v in entry.items() if k != key}, entry | {key: ["", {}]}):
             with pytest.raises(ValueError, match=key):
                 build(bad)
-    with pytest.raises(ValueError, match=r"'shapes' is no field .* did you mean 'shape'"):
+    with pytest.raises(ValueError, match=r"'shapes' is not a field .* did you mean 'shape'"):
         build(entry | {"shapes": [1, 1]})
 
 
@@ -463,9 +463,9 @@ def test_bad_entries_are_refused_by_name(make: Callable[[], QuantizedLinear]) ->
     [
         ([], r"entry is \[\]: allowed is a dict"),
         ({}, "no format: allowed are .*uniform"),
-        ({"format": "unifrom"}, "'unifrom' is no format: did you mean 'uniform'"),
+        ({"format": "unifrom"}, "'unifrom' is not a format: did you mean 'uniform'"),
         ({"format": ["uniform"]}, "no format: .*allowed are .*uniform"),
-        ({"format": None}, "'None' is no format: .*allowed are .*uniform"),
+        ({"format": None}, "'None' is not a format: .*allowed are .*uniform"),
     ],
     ids=str,
 )

@@ -251,7 +251,7 @@ def test_other_residual_scales() -> None:
     assert book.decode(code)[0].tolist() == word("E8P12RVQ3B", 0.25, int(code)).tolist()
     with pytest.raises(ValueError, match="residual_scale is 0.5: D4 has one stage"):
         codebook("D4", 0.5)
-    with pytest.raises(ValueError, match="'E8P' is no codebook: did you mean 'E8P12'"):
+    with pytest.raises(ValueError, match="'E8P' is not a codebook: did you mean 'E8P12'"):
         codebook("E8P")
 
 
@@ -692,7 +692,7 @@ def test_bad_values_are_refused_by_name(key: str) -> None:
 
 
 def test_other_bad_entries() -> None:
-    with pytest.raises(ValueError, match="'seeds' is no field .* did you mean 'seed_in'"):
+    with pytest.raises(ValueError, match="'seeds' is not a field .* did you mean 'seed_in'"):
         build(ENTRY | {"seeds": 4})
     with pytest.raises(ValueError, match="scale_dtype is float16: a tensor's scale is float32"):
         build(ENTRY | {"scale": "tensor"})

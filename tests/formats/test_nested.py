@@ -182,7 +182,7 @@ SLICE = {"resident": "slice", "extra_precision": True, "bits": 2}
         (SLICE | {"top_codes": -1}, "top_codes"),
         (SLICE | {"top_codes": 10**6}, "top_codes is 1000000: there are 333 codes"),
         ({"shape": [2**31 - 1, 2**31 - 1], "group_size": 1}, "allowed are layers below"),
-        ({"extra": 1}, "'extra' is no field"),
+        ({"extra": 1}, "'extra' is not a field"),
     ],
     ids=str,
 )

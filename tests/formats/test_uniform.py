@@ -311,7 +311,9 @@ def test_bad_values_are_refused_by_name(key: str) -> None:
 
 def test_other_bad_entries() -> None:
     huge = ENTRY | {"shape": [2**31 - 1, 2**31 - 1], "group_size": 1}
-    with pytest.raises(ValueError, match="'group_sizes' is no field .* did you mean 'group_size'"):
+    with pytest.raises(
+        ValueError, match="'group_sizes' is not a field .*did you mean 'group_size'"
+    ):
         build(ENTRY | {"group_sizes": 4})
     with pytest.raises(ValueError, match="zero_shift is 1: .*symmetric True are 0 to 0"):
         build(ENTRY | {"symmetric": True, "zero_shift": 1})

@@ -58,8 +58,8 @@ def test_overrides_apply_where_they_match(linear: str, bits: int, group_size: in
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bit": 4}, "overrides.down_proj: 'bit' is no field .*did you mean 'bits'"),
-        ({"speed": 4}, "'speed' is no field that nothing can have per linear: .*bits, group_size"),
+        ({"bit": 4}, "overrides.down_proj: 'bit' is not a field .*did you mean 'bits'"),
+        ({"speed": 4}, "'speed' is not a field that nothing can have .*: .*bits, group_size"),
         ({"bits": 9}, r"overrides.down_proj: bits: should be less than or equal to 8 \(got 9\)"),
     ],
 )

@@ -243,7 +243,7 @@ def test_options_make_a_round_trip(name: str) -> None:
 @every_method
 def test_a_misspelt_option_names_the_nearest(name: str) -> None:
     example = EXAMPLES[name]
-    message = f"'{example.misspelt}' is no field of .*did you mean '{example.meant}'"
+    message = f"'{example.misspelt}' is not a field of .*did you mean '{example.meant}'"
     with pytest.raises(ValueError, match=message):
         type(example.method)(**{example.misspelt: 1})
 

@@ -248,7 +248,7 @@ def test_overrides_that_differ_within_a_group_are_refused() -> None:
         ({"group_size": None}, "sort is mean3std: with group_size null .* set sort to none"),
         ({"sort": "median"}, "sort"),
         ({"smooth": 1.5}, "smooth"),
-        ({"overrides": {"x": {"smooth": 0.5}}}, "'smooth' is no field that mixedquant can have"),
+        ({"overrides": {"x": {"smooth": 0.5}}}, "'smooth' is not a field that mixedquant can have"),
     ],
     ids=str,
 )

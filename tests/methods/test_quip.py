@@ -169,12 +169,12 @@ def test_merging_and_tuning_exclude_each_other() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"codebook": "E8P"}, "'E8P' is no codebook: did you mean 'E8P12'"),
+        ({"codebook": "E8P"}, "'E8P' is not a codebook: did you mean 'E8P12'"),
         ({"resid_scale": 0.5}, "residual_scale is 0.5: E8P12 has one stage"),
         ({"scale": 0.0}, "scale"),
         ({"scale": "best"}, "scale"),
         ({"overrides": {"q_proj": {"codebook": "E9"}}}, "overrides.q_proj: codebook: 'E9' is no"),
-        ({"overrides": {"q_proj": {"seed": 1}}}, "'seed' is no field that quip can have per linea"),
+        ({"overrides": {"q_proj": {"seed": 1}}}, "'seed' is not a field that quip can have"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

@@ -47,13 +47,13 @@ def test_a_float_model_with_its_stock_names_comes_out(
     assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
     assert [event.step for event in events if isinstance(event, TrainingStep)] == [*range(1, 9)]
     again = quantized.quantize(out, tmp_path / "again")
-    said = json.loads((out / "config.json").read_text())["lowbit_preprocess"]
-    assert said["first_pass"] == FIRST.signature()
-    training = said["training"]
+    recorded = json.loads((out / "config.json").read_text())["lowbit_preprocess"]
+    assert recorded["first_pass"] == FIRST.signature()
+    training = recorded["training"]
     assert training["tokens_seen"] == 8 * 2 * 2 * 16 and training["packed"]
     assert training["linears"] == linears  # experts too
     assert not (tmp_path / "out.work").exists()
-    assert json.loads((again / "config.json").read_text())["lowbit_preprocess"] == said
+    assert json.loads((again / "config.json").read_text())["lowbit_preprocess"] == recorded
 
 
 def test_only_targets_change(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_changed_run_is_refused_and_an_existing_folder_too(tmp_path: Path) -> 
     ("change", "message"),
     [
         ({"seqlen": 10**6}, "lora.seqlen is 1,000,000 tokens: the model's context is"),
-        ({"steps": 10**4}, "lora.sources: .* use fewer steps or more text"),
+        ({"steps": 10**4}, "lora.sources, .* use fewer steps or more text"),
     ],
     ids=str,
 )

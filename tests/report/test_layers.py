@@ -41,7 +41,7 @@ def test_what_several_have_together() -> None:
     assert (layer.bytes, layer.weights, layer.bits) == (72, 256, 2.25)
     assert layer.worst is layer.linears[1] and layer.error == 7.0
     assert layer.best_error == math.inf and layer.proxy_loss == 0.7
-    assert [x.name for x in layer.fallen] == ["moe.1.w"]
+    assert [x.name for x in layer.fallbacks] == ["moe.1.w"]
     assert (layer.settings, layer.shapes) == ("uniform, 2 bits, groups of 8", "4 × 16")
 
 

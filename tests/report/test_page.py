@@ -13,7 +13,7 @@ import quantized
 from browser import BROWSER, PHONE, look
 
 from lowbit.report import read_results, read_run, render
-from lowbit.report.page import MOST_NAMES, fallen_back, setting
+from lowbit.report.page import MOST_NAMES, fallback_groups, setting
 
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs a browser")
 
@@ -131,13 +131,13 @@ def test_nothing_can_be_fetched_or_run(hostile: Path) -> None:
     assert read.text.count(EVIL) > 15  # it is all there, as text
 
 
-def test_what_fell_back_is_grouped_by_reason() -> None:
+def test_fallbacks_are_grouped_by_reason() -> None:
     run = read_run(quantized.folder())
     sentences = {f"h.{i}.up": f"it saw only {i} tokens" for i in (7, 3, 5)} | {"h.1": "no better"}
     run.report.fallbacks.update(sentences)
     run.report.left_float.append("h.1.gate")
     try:
-        found = {group.reason: group.names for group in fallen_back(run)}
+        found = {group.reason: group.names for group in fallback_groups(run)}
     finally:
         run.report.fallbacks.clear()
         run.report.left_float.clear()

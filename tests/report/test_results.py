@@ -51,7 +51,7 @@ def test_perplexity_and_sizes() -> None:
     ]
 
 
-def test_divergence_stands_beside_its_text() -> None:
+def test_divergence_follows_its_text() -> None:
     near = {"t": {"kl": 0.00012, "agreement": 0.984, "tokens": 9}}
     far = {"t": {"kl": 1.23456, "agreement": 0.5, "tokens": 9}}
     facts = {"perplexity": {"t": 20.0}, "windows": {"t": 8}, "reference": "models/a"}
@@ -68,7 +68,7 @@ def test_divergence_stands_beside_its_text() -> None:
         ["1.2346", "50.0 %"],
         ["", ""],
     ]
-    assert table.conditions[1] == "KL(a || model) in nats a token, on the same tokens."
+    assert table.conditions[1] == "KL(a || model) in nats per token, on the same tokens."
 
 
 def test_tasks_have_a_table_of_their_own() -> None:
@@ -82,7 +82,7 @@ def test_tasks_have_a_table_of_their_own() -> None:
     assert [r.cells for r in table.rows] == [["41.0 ± 2.0", "12.5"], ["", ""]]
     assert table.conditions == [
         "Tasks in % ± standard error, 0-shot: arc 100 rows of 500.",
-        "Rows that lost their beginning, being longer than the context: 2 of arc.",
+        "Rows that were longer than the context and lost their beginning: 2 of arc.",
     ]
 
 

@@ -15,5 +15,5 @@ def test_where_the_page_is_written(tmp_path: Path) -> None:
     assert other.read_text() == (folder / "report.html").read_text()
     assert other.read_text().startswith("<!doctype html>")
     for path in (tmp_path, tmp_path / "nowhere" / "page.html"):
-        with pytest.raises(ValueError, match="that is a folder, or in a folder that does not"):
+        with pytest.raises(ValueError, match="it is a folder, or is in a folder that does"):
             write_report(folder, path)

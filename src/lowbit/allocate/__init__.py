@@ -1,7 +1,8 @@
-"""Which width each layer of a folder that matquant made should run at, for a budget.
+"""Chooses the width of each layer of a MatQuant model, so that the model fits a budget.
 
-units.py tells which layers must share a width and what each width takes, budget.py what there is to
-spend; pyramid.py and sensitivity.py with knapsack.py spend it; mix.py puts them together.
+units.py finds the layers that must share a width, and how many bytes each width takes. budget.py
+computes how many bytes may be spent. pyramid.py is one way to spend them; sensitivity.py with
+knapsack.py is another. mix.py is the public function.
 """
 
 from lowbit.allocate.mix import STRATEGIES, Mix, mix

@@ -1,4 +1,4 @@
-"""What a plan may spend: mean bits of the quantized linears, or bytes of the whole model."""
+"""Computes the bytes that a plan may use, from bits per weight or from the model's size."""
 
 import math
 import re
@@ -12,19 +12,21 @@ from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.slices import entries_with_widths, linear_weights
 from lowbit.formats.widths import entry_bytes, needs_codes
 
-UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # as sizes are shown
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # as in `quantities.size`
 AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?B)?\s*", re.IGNORECASE)
-OVERFLOW_HEADER = 128  # bytes, at most, by which a tensor more makes a header longer, but its name
+OVERFLOW_HEADER = 128  # most bytes that one more tensor adds to a header, besides its name
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A folder's own bytes beside its slices, and the limit on both together.
+    """A limit on the size of a model, and the bytes in it that do not depend on the plan.
 
-    given: as it was written.
-    weights: how many the quantized linears have.
-    linears: bytes of the quantized linears that have no widths.
-    rest: bytes of the shards that are no quantized linear, headers too.
+    Slices are the layers that have several widths, each cut to one width.
+
+    given: the limit as the user wrote it.
+    weights: number of weights in all quantized linears.
+    linears: bytes of the quantized linears that have only one width.
+    rest: bytes of the shards that do not belong to quantized linears, headers included.
     """
 
     given: str
@@ -33,22 +35,25 @@ class Budget:
     rest: int
 
     def allowed(self) -> int:
-        """Bytes that all slices may take together."""
+        """Returns the bytes that all slices may take together."""
         amount, unit = _parsed(self.given)
         if unit is None:
             return math.floor(amount * self.weights / 8) - self.linears
         return math.floor(amount * UNITS[unit]) - self.linears - self.rest
 
     def bits(self, slices: int) -> float:
-        """Bits per weight of the quantized linears, scales and zeros counted."""
+        """Returns the bits per weight of the quantized linears, with scales and zeros.
+
+        slices: bytes of all slices.
+        """
         return 8 * (self.linears + slices) / self.weights
 
     def bytes(self, slices: int) -> int:
-        """Of all shards."""
+        """Returns the bytes of all shards, if all slices take `slices` bytes."""
         return self.linears + self.rest + slices
 
     def check(self, smallest: int) -> None:
-        """ValueError where not even the smallest slices, in bytes, can be had."""
+        """Raises ValueError if not even the smallest slices, in bytes, fit the limit."""
         if smallest <= self.allowed():
             return
         _, unit = _parsed(self.given)
@@ -59,12 +64,17 @@ class Budget:
             least = f"{math.ceil(self.bytes(smallest) / power * 1000) / 1000:.3f} {unit}"
         raise ValueError(
             f"the budget is {self.given}: the smallest that these widths allow is {least}, with "
-            "scales and zeros"
+            "scales and zeros included"
         )
 
 
 def budget_of(folder: QuantizedFolder, given: str) -> Budget:
-    """given: "3.2" bits per weight of the quantized linears, or "2.1GB" of the model's shards."""
+    """Computes the budget of a folder.
+
+    given: bits per weight of the quantized linears ("3.2"), or size of all shards ("2.1GB").
+
+    Raises ValueError if `given` is neither.
+    """
     _parsed(given)
     entries = entries_with_widths(folder)
     masters = sum(map(entry_bytes, entries.values()))
@@ -82,10 +92,10 @@ def _parsed(given: str) -> tuple[Fraction, str | None]:
             f"the budget is {given!r}: allowed are bits per weight, such as 3.2, or a size, such "
             "as 2.1GB"
         )
-    unit = match[2] and next(known for known in UNITS if known.lower() == match[2].lower())
+    unit = match[2] and next(unit for unit in UNITS if unit.lower() == match[2].lower())
     return Fraction(match[1]), unit
 
 
 def spent(units: Sequence[Unit], widths: Sequence[int]) -> int:
-    """Bytes of the slices, where `widths` gives each unit its own."""
+    """Returns the bytes of all slices. widths: the width of each unit."""
     return sum(unit.bytes[width] for unit, width in zip(units, widths, strict=True))

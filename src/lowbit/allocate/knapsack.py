@@ -1,23 +1,29 @@
-"""One choice for each item, so that the losses are least and the costs within a limit."""
+"""Multiple-choice knapsack: chooses one option for each item within a limit on the costs."""
 
 import math
 from collections.abc import Sequence
 
 import torch
 
-MOST_CELLS = 2**16  # of the table over costs; one of an item takes as many bytes
+MOST_CELLS = 2**16  # longest table over costs; each item keeps one byte for each cell
 
 
 def solve(
     costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], limit: int
 ) -> list[int]:
-    """Which option each item takes: the multiple-choice knapsack, by dynamic programming.
+    """Minimizes the sum of losses within a limit on the sum of costs, by dynamic programming.
 
-    costs, losses: of every option of every item. Costs are counted in their greatest common
-    divisor, and then the choice is the best there is. Where the table would be longer than
-    MOST_CELLS, they are counted in more, and rounded up: the limit is never passed, and what is
-    missed of the best is what one cell per item could buy. A higher limit never makes it worse.
-    Raises ValueError where not even the cheapest options are within the limit.
+    The table counts costs in units of their greatest common divisor; then the result is optimal.
+    If the table would be longer than MOST_CELLS, the unit is larger and costs are rounded up. The
+    limit is then still kept, and the result is at least as good as the best one for a limit that
+    is lower by one unit per item. A higher limit never makes the result worse.
+
+    costs: of every option of every item, such as bytes.
+    losses: of every option of every item.
+    limit: most that the chosen options may cost together.
+
+    Returns the index of the chosen option of each item.
+    Raises ValueError if not even the cheapest options are within the limit.
     """
     cheapest = [min(options) for options in costs]
     if sum(cheapest) > limit:
@@ -27,9 +33,9 @@ def solve(
     divisor = math.gcd(*(c for options in extra for c in options)) or 1
     cell = max(divisor, -(-dearest // MOST_CELLS))
     in_cells = [[-(-c // cell) for c in options] for options in extra]
-    # The table ends where everything can be had, whatever the limit.
+    # More cells than all dearest options cost are not needed, however high the limit is.
     cells = min((limit - sum(cheapest)) // cell, sum(max(options) for options in in_cells))
-    best = torch.zeros(cells + 1, dtype=torch.float64)  # least loss at a cost of up to so many
+    best = torch.zeros(cells + 1, dtype=torch.float64)  # index: cost; value: least loss
     chosen = []
     for options, lost in zip(in_cells, losses, strict=True):
         table = torch.full((len(options), cells + 1), math.inf, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A plan of widths for a folder that matquant made (Mix'n'Match in MatQuant, arXiv 2502.06786)."""
+"""Chooses a width for each layer of a MatQuant model (Mix'n'Match in arXiv 2502.06786)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,21 +21,24 @@ from lowbit.formats.widths import layers_with_widths
 from lowbit.load import load_model, need_tokenizer
 from lowbit.models.locate import locate
 
-# Strategies, and the widths that each takes unless it is told others: the pyramid is the paper's.
+# The default widths of each strategy. The pyramid is the paper's.
 STRATEGIES: dict[str, tuple[int, ...]] = {"pyramid": (8, 4, 2), "sensitivity": (8, 6, 4, 3, 2)}
-TEXT = Calibration(samples=4)  # few windows rank the layers; each is run units x widths times
-LONGEST_DEFAULT = 512  # tokens in a window; the predictions for one window are held
+TEXT = Calibration(samples=4)  # enough to rank layers; each window runs units x widths times
+LONGEST_DEFAULT = 512  # tokens in a window, whose predictions are all kept in memory
 
-Progress = Callable[[int, int], None]  # runs of the model done, runs of
+Progress = Callable[[int, int], None]  # runs of the model done, runs in all
 
 
 @dataclass(frozen=True)
 class Mix:
-    """plan: what `load`, `slice_folder` and `evaluate` take as bits. layers: how many at a width.
+    """The chosen widths, and what they cost.
 
-    linears: bits per weight of the quantized linears, scales and zeros counted. bytes: of the whole
-    model's shards. predicted: KL(8-bit master || this) in nats a token, as the sum of what each
-    unit costs alone; None: nothing was measured.
+    plan: width by name or pattern; `load`, `slice_folder` and `evaluate` take it as bits.
+    layers: number of layers at each width.
+    linears: bits per weight of the quantized linears, with scales and zeros.
+    bytes: of all shards of the model.
+    predicted: estimate of KL(8-bit master || this) in nats per token, the sum of the losses of
+        all units, each measured alone; None: nothing was measured.
     """
 
     plan: dict[str, int]
@@ -45,8 +48,9 @@ class Mix:
     predicted: float | None
 
     def write(self, path: Path) -> None:
-        """As a YAML file."""
-        with explained(path.parent), aside(path) as part:  # half a plan would be a plan too
+        """Writes the plan as a YAML file."""
+        # Written aside and renamed, since a partial plan could be read as a whole one.
+        with explained(path.parent), aside(path) as part:
             part.write_text(yaml.safe_dump(self.plan, sort_keys=False), encoding="utf-8")
 
 
@@ -70,11 +74,11 @@ def mix(  # noqa: PLR0913 (the options of a command)
         ("2.1GB"); it is never exceeded.
     strategy: "sensitivity": the widths with the least loss as measured on the calibration text.
         "pyramid": more bits for layers in the middle, without reading any text.
-    widths: those allowed, from 2 to 8; None: 8, 6, 4, 3, 2, or 8, 4, 2 for a pyramid.
-    calibration: the text to measure on; a seqlen of None means 512 tokens here.
+    widths: the allowed widths, from 2 to 8; None: 8, 6, 4, 3, 2, or 8, 4, 2 for a pyramid.
+    calibration: the text to measure on; default: 4 windows. Here a seqlen of None is 512 tokens.
     device_map: where the model is loaded, as transformers takes it; None: on the CPU.
     trust_remote_code: whether Python code that comes with the model may be run.
-    on_progress: called with the runs of the model that are done, and their number in all.
+    on_progress: called with the number of runs of the model that are done, and of all runs.
 
     Raises ValueError, before anything is measured, for a budget below the smallest possible, which
     the message states.
@@ -92,10 +96,10 @@ def mix(  # noqa: PLR0913 (the options of a command)
     if strategy == "pyramid":
         chosen = pyramid(layout, allowed, spend.allowed())
     else:
-        found = _measure(
+        measured = _measure(
             folder, layout, allowed, calibration, device_map, trust_remote_code, on_progress
         )
-        losses = found.tolist()
+        losses = measured.tolist()
         costs = [[unit.bytes[width] for width in allowed] for unit in layout.units]
         picks = solve(costs, losses, spend.allowed())
         chosen = [allowed[pick] for pick in picks]
@@ -113,7 +117,7 @@ def mix(  # noqa: PLR0913 (the options of a command)
 
 def _checked(widths: Sequence[int]) -> tuple[int, ...]:
     if not widths or not all(2 <= width <= 8 for width in widths):
-        raise ValueError(f"widths is {list(widths)}: allowed are 2 to 8")
+        raise ValueError(f"widths is {list(widths)}: allowed are numbers from 2 to 8")
     return tuple(sorted(set(widths), reverse=True))
 
 
@@ -126,7 +130,7 @@ def _measure(
     trust_remote_code: bool,
     progress: Progress,
 ) -> Tensor:
-    """The divergences of all units at all widths, (units, widths) float64."""
+    """Measures the divergence of each unit at each width: (units, widths) float64, in nats."""
     tokenizer = need_tokenizer(folder, trust_remote_code)
     model = load_model(folder, device_map, trust_remote_code=trust_remote_code)
     context = getattr(model.config, "max_position_embeddings", None)

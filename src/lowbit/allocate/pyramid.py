@@ -1,6 +1,6 @@
-"""Few bits at both ends of the model, many in the middle (MatQuant, arXiv 2502.06786).
+"""Pyramid: few bits for the first and last blocks, many for the middle (arXiv 2502.06786).
 
-2...2, 4...4, 8...8, 4...4, 2...2: the best of the shapes by which the paper mixes widths.
+The widths are 2...2, 4...4, 8...8, 4...4, 2...2, which is the best of the paper's shapes.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,18 @@ from lowbit.allocate.units import Layout
 
 
 def pyramid(layout: Layout, widths: Sequence[int], limit: int) -> list[int]:
-    """The width of each unit; a block and its mirror image have one width.
+    """Chooses the pyramid that takes the most bytes within a limit.
 
-    Both ends have the lowest. Of all such pyramids it is the one that takes most bytes within the
-    limit; of equal ones, the flattest. A unit in no block goes with the middle. Raises ValueError
-    where not even the lowest width everywhere is within the limit.
+    Widths rise from both ends to the middle, so a block and its mirror image have the same width.
+    The ends have the lowest width. Of several pyramids of that size, the flattest is chosen. A unit
+    that is in no block gets the width of the middle.
+
+    layout: the units and the number of blocks.
+    widths: the allowed widths.
+    limit: most bytes of all units together.
+
+    Returns the width of each unit.
+    Raises ValueError if even the lowest width everywhere exceeds the limit.
     """
     rising = sorted(widths)
     ring_of = [
@@ -24,7 +31,7 @@ def pyramid(layout: Layout, widths: Sequence[int], limit: int) -> list[int]:
         for unit in layout.units
     ]
     rings = (layout.blocks + 1) // 2
-    below = [[0] * (rings + 1) for _ in rising]  # bytes of all rings outside one, at each width
+    below = [[0] * (rings + 1) for _ in rising]  # bytes of all rings outside a ring, by width
     for sums, width in zip(below, rising, strict=True):
         for ring, unit in zip(ring_of, layout.units, strict=True):
             sums[ring + 1] += unit.bytes[width]

@@ -1,4 +1,4 @@
-"""What each unit costs at each width: measured, one unit at a time, against the 8-bit codes."""
+"""Sensitivity: measures the loss of each unit at each width, while all others run at 8 bits."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lowbit.eval.divergence import kl_divergence
 from lowbit.formats.base import QuantizedLinear
 
-Progress = Callable[[int, int], None]  # runs of the model done, runs of
+Progress = Callable[[int, int], None]  # runs of the model done, runs in all
 
 
 def sensitivity(
@@ -18,14 +18,19 @@ def sensitivity(
     windows: Sequence[Tensor],
     progress: Progress = lambda done, of: None,
 ) -> Tensor:
-    """Mean KL(all layers at 8 bits || one unit at a width) over all predicted tokens, in nats.
+    """Measures the loss of lowering one unit to one width, for all units and widths.
 
-    units: the layers of each, which hold their 8-bit codes; they run at 8 bits afterwards.
-    windows: (tokens,) int64 each  ->  (units, widths) float64; 0 at 8 bits
+    model: a model whose layers have several widths; all of them run at 8 bits afterwards.
+    units: the layers of each unit.
+    widths: the widths to measure.
+    windows: (tokens,) int64 each.
+    progress: called with the number of runs of the model that are done, and of all runs.
 
-    Raises ValueError where the model's predictions are not numbers.
+    Returns (units, widths) float64: the mean KL(all layers at 8 bits || one unit at that width)
+    over all predicted tokens, in nats; 0 at 8 bits.
+    Raises ValueError if the model's predictions are not finite.
     """
-    lost = torch.zeros(len(units), len(widths), dtype=torch.float64)
+    losses = torch.zeros(len(units), len(widths), dtype=torch.float64)
     whole = max(width for unit in units for layer in unit for width in layer.widths)
     lower = [i for i, width in enumerate(widths) if width != whole]
     steps = len(windows) * (1 + len(units) * len(lower))
@@ -39,14 +44,14 @@ def sensitivity(
         for row, unit in enumerate(units):
             for column in lower:
                 _run_at(unit, widths[column])
-                found = _predictions(model, window)
-                lost[row, column] += kl_divergence(expected, found).double().sum().item()
+                predicted = _predictions(model, window)
+                losses[row, column] += kl_divergence(expected, predicted).double().sum().item()
                 done += 1
                 progress(done, steps)
             _run_at(unit, whole)
-    if not lost.isfinite().all():
-        raise ValueError("the model's predictions on this text are not numbers: nothing to compare")
-    return lost / sum(len(window) - 1 for window in windows)
+    if not losses.isfinite().all():
+        raise ValueError("the model's predictions on this text are not numbers: check the model")
+    return losses / sum(len(window) - 1 for window in windows)
 
 
 def _run_at(unit: Sequence[QuantizedLinear], bits: int) -> None:
@@ -55,7 +60,7 @@ def _run_at(unit: Sequence[QuantizedLinear], bits: int) -> None:
 
 
 def _predictions(model: nn.Module, window: Tensor) -> Tensor:
-    """(tokens - 1, vocabulary) float32, logarithms of probabilities."""
+    """Returns the logarithms of all predicted probabilities: (tokens - 1, vocabulary) float32."""
     device = next(model.parameters()).device
     with torch.no_grad():
         logits = model(input_ids=window[None].to(device), use_cache=False).logits[0, :-1]

@@ -1,4 +1,4 @@
-"""The layers that must share a width: what engines fuse into one matrix, or run in one kernel."""
+"""Units: layers that must share a width, since engines fuse them or run them in one kernel."""
 
 import os
 import re
@@ -13,14 +13,17 @@ from lowbit.models.skeleton import build_skeleton, memory_names
 from lowbit.models.streamed import load_config
 from lowbit.models.wiring import groups_of
 
-NUMBERED = re.compile(r"(.+?)\.\d+\.")  # an expert: mlp.experts.0.w1
+EXPERT = re.compile(r"(.+?)\.\d+\.")  # the name of an expert's linear: mlp.experts.0.w1
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers of one width. layers: names on disk. block: which one they are in; None: in none.
+    """Layers that must have the same width.
 
-    patterns: what a plan calls them. bytes: what they take at each width, scales and zeros too.
+    layers: names on disk.
+    block: number of the block that they are in; None: they are in no block.
+    patterns: names or patterns by which a plan refers to them.
+    bytes: their size at each width, with scales and zeros.
     """
 
     layers: tuple[str, ...]
@@ -31,7 +34,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Layout:
-    """All layers of a folder that have widths. blocks: how many the model has."""
+    """All units of a folder. blocks: number of blocks of the model."""
 
     units: tuple[Unit, ...]
     blocks: int
@@ -40,20 +43,27 @@ class Layout:
 def layout_of(
     folder: QuantizedFolder, widths: tuple[int, ...], trust_remote_code: bool = False
 ) -> Layout:
-    """The units of a folder that holds masters: linears that read the same input (queries, keys
-    and values; gate and up), and all experts of a block together.
+    """Finds the units of a folder that holds 8-bit masters.
 
-    Raises ValueError for a folder without nested layers, and by name for one that is a slice.
+    Linears that read the same input form a unit (queries, keys and values; gate and up), and so do
+    all experts of a block.
+
+    folder: made by matquant.
+    widths: the widths whose sizes are computed.
+    trust_remote_code: whether Python code that comes with the model may run.
+
+    Raises ValueError for a folder without nested layers, and for one with layers that were cut to
+    one width already.
     """
     entries = entries_with_widths(folder)
     if not entries:
         raise ValueError(f"{folder.folder}: no layer is nested: only matquant makes such layers")
     sizes = {name: _sizes(folder, name, widths) for name in entries}
-    found, blocks = _grouped(folder.folder, set(entries), trust_remote_code)
-    grouped = {name for _, _, names in found for name in names}
-    found += [(None, False, (name,)) for name in entries if name not in grouped]
+    groups, blocks = _grouped(folder.folder, set(entries), trust_remote_code)
+    grouped = {name for _, _, names in groups for name in names}
+    groups += [(None, False, (name,)) for name in entries if name not in grouped]
     units = []
-    for block, experts, names in found:
+    for block, experts, names in groups:
         patterns = (os.path.commonprefix(names).rpartition(".")[0] + ".*",) if experts else names
         total = {width: sum(sizes[name][width] for name in names) for width in widths}
         units.append(Unit(names, block, patterns, total))
@@ -61,7 +71,7 @@ def layout_of(
 
 
 def _sizes(folder: QuantizedFolder, name: str, widths: tuple[int, ...]) -> dict[int, int]:
-    """Bytes of a layer's slices; those with extra precision depend on the codes."""
+    """Returns the bytes of a layer at each width; extra precision makes them depend on codes."""
     entry = folder.entries[name]
     codes = read_codes(folder, name) if needs_codes(entry) else None
     try:
@@ -73,22 +83,22 @@ def _sizes(folder: QuantizedFolder, name: str, widths: tuple[int, ...]) -> dict[
 def _grouped(
     folder: Path, wanted: set[str], trust_remote_code: bool
 ) -> tuple[list[tuple[int | None, bool, tuple[str, ...]]], int]:
-    """(block, whether they are experts, names on disk) of every unit, and the number of blocks."""
+    """Returns block, whether it has experts, and names of each unit; and the number of blocks."""
     config = load_config(folder, trust_remote_code)
     model = build_skeleton(config, trust_remote_code)
     family = family_of(config, model)
     inside = memory_names(model, [f"{name}.weight" for name in sorted(wanted)])
     on_disk = {m.removesuffix(".weight"): d.removesuffix(".weight") for d, m in inside.items()}
-    found: list[tuple[int | None, bool, tuple[str, ...]]] = []
+    groups: list[tuple[int | None, bool, tuple[str, ...]]] = []
     blocks = list(model.get_submodule(family.blocks).children())
     for number, block in enumerate(blocks):
         together: dict[tuple[str, bool], list[str]] = {}
         for group in groups_of(family, config, block):
             for linear in group.linears:
-                experts = NUMBERED.match(linear)
+                experts = EXPERT.match(linear)
                 key = (experts[1], True) if experts else (group.name, False)
                 name = f"{family.blocks}.{number}.{linear}"
                 if name in on_disk:
                     together.setdefault(key, []).append(on_disk[name])
-        found += [(number, experts, tuple(names)) for (_, experts), names in together.items()]
-    return found, len(blocks)
+        groups += [(number, experts, tuple(names)) for (_, experts), names in together.items()]
+    return groups, len(blocks)

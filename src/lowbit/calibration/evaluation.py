@@ -1,6 +1,7 @@
-"""The text that perplexity is measured on.
+"""Prepares the text that perplexity is measured on.
 
-Joined, drawn and tokenised as in the code of GPTQ and OmniQuant, whose tables the numbers stand in.
+Rows are joined, drawn and tokenized as in the code of GPTQ and OmniQuant, so that perplexities can
+be compared with the tables of those papers.
 """
 
 import random
@@ -19,19 +20,25 @@ from lowbit.calibration.sources import (
 )
 from lowbit.calibration.tokens import Tokenizer, encode, encode_corpus
 
-# Between the documents of a text file: a line of its own, or the special tokens themselves.
+# What separates the documents of a text file: a line "<|endoftext|>", or "</s>" or "</s><s>".
 SEPARATOR = re.compile(r"^[ \t]*<\|endoftext\|>[ \t\r]*$|</s>(?:<s>)?", re.MULTILINE)
 C4_WINDOWS = 256
 C4_SEED = 0
 
 
 def evaluation_text(name_or_path: str, tokenizer: Tokenizer, seqlen: int) -> Tensor:
-    """The tokens to be cut into windows of seqlen: (tokens,) int64.
+    """Returns the tokens of a text, to be cut into windows: (tokens,) int64.
 
-    wikitext2: the test rows, joined by blank lines; ptb: the test rows, joined by spaces; a file:
-    as it is, rows joined by blank lines. Each is tokenised once and seqlen does not matter.
-    c4: one random window of each of 256 random documents of the validation shard that have seqlen
-    tokens: 256 * seqlen tokens. Raises ValueError for a source that cannot be had or holds nothing.
+    name_or_path:
+        wikitext2: the test rows, joined by blank lines.
+        ptb: the test rows, joined by spaces.
+        c4: one random window of each of 256 random documents of the validation shard that have at
+            least seqlen tokens, hence 256 * seqlen tokens.
+        a file: its text, or its rows joined by blank lines.
+    tokenizer: called once for the whole text; for c4, once for each document.
+    seqlen: tokens in a window, which matters for c4 only.
+
+    Raises ValueError for a source that cannot be loaded, or that has fewer than 2 tokens.
     """
     corpus = evaluation_corpus(name_or_path)
     if corpus.windows_in_rows:
@@ -43,12 +50,16 @@ def evaluation_text(name_or_path: str, tokenizer: Tokenizer, seqlen: int) -> Ten
 
 
 def evaluation_documents(name_or_path: str, tokenizer: Tokenizer) -> list[Tensor]:
-    """Every document by itself, from its BOS where the tokenizer adds one: (tokens,) int64 each.
+    """Returns the tokens of each document: (tokens,) int64 each, with a BOS if one is added.
 
-    A text file is cut at lines that are "<|endoftext|>" and at "</s><s>"; otherwise a row is a
-    document. c4 gives its first 256. Documents of less than 2 tokens are dropped: nothing in them
-    is predicted. Raises ValueError for wikitext2 and ptb, whose rows are parts of documents, for a
-    source that cannot be had, and when no document is left.
+    Documents with fewer than 2 tokens are left out, since nothing in them is predicted.
+
+    name_or_path: c4, of which the first 256 documents are taken, or a file. A text file is cut at
+        lines "<|endoftext|>" and at "</s><s>"; in other files, each row is a document.
+    tokenizer: called once for each document.
+
+    Raises ValueError for wikitext2 and ptb, whose rows are lines and not documents, for a source
+    that cannot be loaded, and if no document is left.
     """
     source = HUB_SOURCES.get(name_or_path)
     if source is not None and source.evaluation and not source.windows_in_rows:
@@ -68,15 +79,15 @@ def evaluation_documents(name_or_path: str, tokenizer: Tokenizer) -> list[Tensor
 
 
 def _split(text: str) -> list[Document]:
-    """The documents between separators, without the blank space around them."""
+    """Splits a text at its separators, and strips the documents."""
     return [document.strip() for document in SEPARATOR.split(text)]
 
 
 def _random_windows(corpus: Corpus, tokenizer: Tokenizer, seqlen: int) -> Tensor:
-    """256 windows from random documents, one after the other: (256 * seqlen,) int64.
+    """Draws 256 windows from random documents: (256 * seqlen,) int64, one after the other.
 
-    The same random numbers as in the reference, in the same order, hence the same windows: its
-    range leaves out the last possible start, which the calibration windows do not.
+    It draws the same random numbers in the same order as GPTQ's code, and so gets the same windows.
+    That is why the last possible start of a window is never drawn, unlike for calibration.
     """
     rng = random.Random(C4_SEED)
     too_short: set[int] = set()

@@ -1,4 +1,4 @@
-"""Where text comes from: named data sets of the Hugging Face hub, and local files."""
+"""Reads text: from named data sets of the Hugging Face hub, and from local files."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +15,18 @@ PARQUET_SUFFIX = ".parquet"
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set of the hub: what `datasets.load_dataset` is called with, and how rows are used.
+    """A data set of the hub: the arguments of `datasets.load_dataset`, and how rows are used.
 
-    files: the one file that is read of a split; a split that is not in it is read whole.
-    evaluation: None where nothing is held out. limit: how many rows are used, from the front.
-    windows_in_rows: each row is a whole document, and every window lies inside one of them.
-    evaluation_separator: what joins the rows of the evaluation text.
+    dataset: id on the hub.
+    revision: commit or branch that is read.
+    config: name of the configuration; None: the only one.
+    files: the only file that is read of a split, by split; other splits are read whole.
+    calibration: the split for calibration.
+    evaluation: the split for evaluation; None: the data set has no held-out split.
+    column: the column that holds the text.
+    limit: how many rows are used, from the first on; None: all.
+    windows_in_rows: whether rows are whole documents, so that a window must lie within one row.
+    evaluation_separator: joins the rows of the evaluation text.
     """
 
     dataset: str
@@ -41,8 +47,8 @@ HUB_SOURCES = {
         revision="b08601e04326c79dfdd32d625aee71d232d685c3",
         config="wikitext-2-raw-v1",
     ),
-    # The repository holds a loading script, which datasets 4 and later refuse: read the hub's own
-    # conversion. Joined by a space, as in the literature (49 windows of 2,048 LLaMA tokens).
+    # The repository holds a loading script, which datasets 4 and later refuse, so the hub's own
+    # conversion is read. The papers join rows by a space (49 windows of 2,048 LLaMA tokens).
     "ptb": HubSource(
         dataset="ptb-text-only/ptb_text_only",
         revision="refs/convert/parquet",
@@ -50,7 +56,7 @@ HUB_SOURCES = {
         column="sentence",
         evaluation_separator=" ",
     ),
-    # Without a config name: with "en" the sizes of the whole set are expected of the one shard.
+    # No config name: with "en", `datasets` expects this one shard to have the whole set's size.
     "c4": HubSource(
         dataset="allenai/c4",
         revision="1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
@@ -61,7 +67,7 @@ HUB_SOURCES = {
         evaluation="validation",
         windows_in_rows=True,
     ),
-    # All 215,000 rows would be 1.3 GB of text to tokenise for a few hundred windows.
+    # All 215,000 rows are 1.3 GB of text, far more than a few hundred windows need.
     "pile": HubSource(
         dataset="mit-han-lab/pile-val-backup",
         revision="2f5e46ae6a69cf0dce4b12f78241c408936ca0e4",
@@ -75,7 +81,13 @@ HUB_SOURCES = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of one source: all texts or all chats, in memory or read on access."""
+    """The documents of one source.
+
+    name: of the source.
+    documents: all texts or all chats, in memory or read on access.
+    separator: joins texts.
+    windows_in_rows: as in `HubSource`.
+    """
 
     name: str
     documents: Sequence[Document]
@@ -84,7 +96,7 @@ class Corpus:
 
 
 def calibration_corpus(name: str) -> Corpus:
-    """What windows are drawn from. Raises ValueError for a source that cannot be had."""
+    """Loads a source for calibration. Raises ValueError if it cannot be loaded."""
     source = HUB_SOURCES.get(name)
     if source is None:
         return Corpus(name, read_file(Path(name)))
@@ -93,8 +105,8 @@ def calibration_corpus(name: str) -> Corpus:
 
 
 def evaluation_corpus(name: str) -> Corpus:
-    """What perplexity is measured on. Raises ValueError for a source that cannot be had."""
-    held_out = [known for known, source in HUB_SOURCES.items() if source.evaluation]
+    """Loads a source for evaluation. Raises ValueError if it cannot be loaded."""
+    held_out = [hub for hub, source in HUB_SOURCES.items() if source.evaluation]
     check_name(name, held_out, "data set with a held-out split")
     source = HUB_SOURCES.get(name)
     if source is None or source.evaluation is None:
@@ -103,25 +115,30 @@ def evaluation_corpus(name: str) -> Corpus:
     return Corpus(name, rows, source.evaluation_separator, source.windows_in_rows)
 
 
-def check_name(name: str, known: Iterable[str], what: str) -> None:
-    """Raises ValueError unless `name` is one of the known ones, or a file. Names go first."""
-    known = list(known)
-    if name in known or Path(name).is_file():
+def check_name(name: str, names: Iterable[str], what: str) -> None:
+    """Raises ValueError unless `name` is one of `names` or an existing file.
+
+    what: a noun for such a name, for the message.
+    """
+    names = list(names)
+    if name in names or Path(name).is_file():
         return
     what += ", and it is a folder" if Path(name).is_dir() else ", and no such file exists"
-    raise ValueError(unknown_name(name, known, what) + "; or any text, .jsonl or .parquet file")
+    raise ValueError(unknown_name(name, names, what) + "; or any text, .jsonl or .parquet file")
 
 
 def is_text_file(path: Path) -> bool:
-    """Whether a file is read as one text: its suffix does not say that it holds rows."""
+    """Whether a file is read as one text: it is if its suffix is not .json, .jsonl or .parquet."""
     return path.suffix.lower() not in (*JSON_SUFFIXES, PARQUET_SUFFIX)
 
 
 def read_file(path: Path) -> list[Document]:
-    """The documents of a file: one for a text file, one per row of a .json, .jsonl or .parquet.
+    """Reads the documents of a file: one for a text file, one for each row of another file.
 
-    A row holds `text`, or else `messages`: a chat. Raises ValueError with the file's name, and with
-    the row's number (from 1; the line in .jsonl).
+    Files of rows end in .json, .jsonl or .parquet. A row has the field `text`, or `messages` for a
+    chat.
+
+    Raises ValueError that names the file and the row, counted from 1 (in .jsonl: the line).
     """
     if path.suffix.lower() == PARQUET_SUFFIX:
         return _documents(path, enumerate(_parquet_rows(path), start=1))
@@ -133,11 +150,11 @@ def read_file(path: Path) -> list[Document]:
 
 
 def _json_rows(path: Path, text: str) -> Iterable[tuple[int, Any]]:
-    """The rows of JSON lines, or of one JSON list, with their numbers."""
+    """Yields the number and the value of each row, of JSON lines or of one JSON list."""
     if text.lstrip().startswith("["):
         yield from enumerate(_parse_json(str(path), text), start=1)
         return
-    # Not splitlines(): U+2028 and the like may stand unescaped inside a JSON string.
+    # splitlines() would also split at U+2028 and others, which JSON strings may hold unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, _parse_json(f"{path}, line {number}", line)
@@ -151,7 +168,7 @@ def _parse_json(where: str, text: str) -> Any:
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
-    # Comes with datasets, whose own reader would leave a copy in the user's cache.
+    # pyarrow comes with datasets, whose own reader would leave a copy in the user's cache.
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
@@ -164,7 +181,7 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _documents(path: Path, rows: Iterable[tuple[int, Any]]) -> list[Document]:
-    """One document per row. All rows must hold the field that the first one does."""
+    """Returns one document per row. The first row decides which field all rows must have."""
     documents: list[Document] = []
     column = "text or messages"
     for number, row in rows:
@@ -173,10 +190,10 @@ def _documents(path: Path, rows: Iterable[tuple[int, Any]]) -> list[Document]:
         if not documents:
             column = next((name for name in ("text", "messages") if name in row), column)
         if column not in row:
-            raise ValueError(f"{path}, row {number} has no {column}, but {', '.join(row)}")
+            raise ValueError(f"{path}, row {number} has no {column}; it has {', '.join(row)}")
         value = row[column]
         if column == "text" and not isinstance(value, str):
-            raise ValueError(f"{path}, row {number}: text is a {type(value).__name__}, no string")
+            raise ValueError(f"{path}, row {number}: text is {type(value).__name__}, not a string")
         if column == "messages" and not _is_chat(value):
             raise ValueError(f"{path}, row {number}: messages must be a list, each with a role")
         documents.append(value)
@@ -190,15 +207,15 @@ def _is_chat(value: Any) -> bool:
 
 
 def _load_rows(name: str, source: HubSource, split: str) -> Sequence[str]:
-    """The texts of one split, read on access. Raises ValueError when they cannot be had."""
-    refusal = f"the data set {name} ({source.dataset}) cannot be had"
+    """Returns the texts of one split, read on access. Raises ValueError if that is impossible."""
+    refusal = f"the data set {name} ({source.dataset}) cannot be loaded"
     try:
-        # Imported here because it takes a second, which a local file does not need.
+        # Imported here because that takes a second, and local files do not need it.
         import datasets
         from huggingface_hub.errors import HTTPError
     except ImportError as error:
         raise ValueError(
-            f"{refusal}: {error} (pip install datasets); name a local file in its place"
+            f"{refusal}: {error} (pip install datasets); name a local file instead"
         ) from error
     file = source.files.get(split)
     try:
@@ -209,8 +226,8 @@ def _load_rows(name: str, source: HubSource, split: str) -> Sequence[str]:
             split=split,
             revision=source.revision,
         )
-    # ValueError: a config or compression it does not know; RuntimeError: a loading script;
-    # ImportError: zstandard, which pile needs; the rest: network, hub, and the data itself.
+    # ValueError: an unknown config or compression. RuntimeError: a loading script. ImportError:
+    # zstandard is missing, which pile needs. The others: network, hub, or the data itself.
     except (
         OSError,
         ValueError,
@@ -221,7 +238,7 @@ def _load_rows(name: str, source: HubSource, split: str) -> Sequence[str]:
     ) as error:
         wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
         reason = _first_line(wrapped or error)
-        raise ValueError(f"{refusal}: {reason}; name a local file in its place") from error
+        raise ValueError(f"{refusal}: {reason}; name a local file instead") from error
     if source.limit is not None:
         rows = rows.select(range(min(source.limit, len(rows))))
     return rows[source.column]

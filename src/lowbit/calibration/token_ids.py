@@ -9,28 +9,30 @@ from torch import Tensor
 
 from lowbit.calibration.windows import Calibration, TokenWindows
 
-NAME = "token ids"  # of the source, in config.json
+NAME = "token ids"  # the name of the source in config.json
 
 Rows = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class TokenIds:
-    """Calibration text as token ids, in place of a `Calibration`.
+    """Calibration text that is already token ids; it replaces a `Calibration`.
 
-    ids: (windows, tokens) of an integer dtype, or as many rows of equal length.
-    seed: of all random choices of the run.
+    ids: (windows, tokens) of an integer dtype, or a list of rows of equal length.
+    seed: seed of all random choices of the run; default 0.
     """
 
     ids: Rows
     seed: int = 0
 
     def windows(self, vocabulary: int, context: int | None) -> TokenWindows:
-        """The windows, checked.
+        """Checks the ids, and returns them as calibration windows.
 
-        vocabulary: the number of tokens that the model knows.
-        context: the longest input that the model takes, if there is such a limit.
-        Raises ValueError for rows that differ in length, are too long, or hold other numbers.
+        vocabulary: size of the model's vocabulary.
+        context: most tokens that the model takes; None: there is no limit.
+
+        Raises ValueError for rows of different lengths, rows that are too long or too short, and
+        numbers that are not token ids of the model.
         """
         tokens = self._as_tensor()
         windows, seqlen = tokens.shape
@@ -54,14 +56,14 @@ class TokenIds:
         return TokenWindows(tokens, digest.hexdigest(), seqlen, [source])
 
     def _as_tensor(self) -> Tensor:
-        """(windows, tokens) int64 on the CPU."""
+        """Returns (windows, tokens) int64 on the CPU."""
         rows = [torch.as_tensor(row) for row in self.ids]
         lengths = sorted({tuple(row.shape) for row in rows})
         if any(len(shape) != 1 for shape in lengths) or len(lengths) > 1:
             shown = ", ".join(str(list(shape)) for shape in lengths[:3])
             raise ValueError(
-                f"calibration token ids have rows of the shapes {shown}: allowed are rows of one "
-                "length; cut the text into windows"
+                f"calibration token ids have rows of the shapes {shown}: all rows must be lists of"
+                " one length; cut the text into windows"
             )
         if not rows:
             raise ValueError("calibration token ids are empty: at least one row is needed")
@@ -75,7 +77,7 @@ class TokenIds:
 
 
 def chosen_calibration(given: Calibration | TokenIds | Rows | None) -> Calibration | TokenIds:
-    """What a caller gave as calibration: the default text for None, and rows as `TokenIds`."""
+    """Completes a calibration argument: None becomes the default text, rows become `TokenIds`."""
     if given is None:
         return Calibration()
     return given if isinstance(given, Calibration | TokenIds) else TokenIds(given)

@@ -1,4 +1,4 @@
-"""Documents -> token ids, and the hashes of what token ids depend on."""
+"""Tokenizes documents, and hashes everything that the token ids depend on."""
 
 import hashlib
 import json
@@ -10,16 +10,18 @@ from torch import Tensor
 
 from lowbit.calibration.sources import Corpus, Document
 
-READ_AT_ONCE = 1000  # documents; a shard of C4 takes 1.4 s so, and 8 s read one by one
+READ_AT_ONCE = 1000  # documents; a shard of C4 takes 1.4 s instead of 8 s one by one
 
 Tokenizer = Any  # any Hugging Face tokenizer; transformers is not imported here
 
 
 def encode_corpus(tokenizer: Tokenizer, corpus: Corpus) -> Tensor:
-    """A corpus as one row of tokens: (tokens,) int64.
+    """Tokenizes a whole corpus: (tokens,) int64.
 
-    Texts are joined and tokenised once, so that a BOS stands at the very start at most; chats are
-    tokenised one by one. Raises ValueError for chats without a chat template.
+    Texts are joined and then tokenized once, so that there is at most one BOS, at the start. Chats
+    are tokenized one by one.
+
+    Raises ValueError for chats if the tokenizer has no chat template.
     """
     if corpus.documents and not isinstance(corpus.documents[0], str):
         return torch.cat([encode(tokenizer, chat, corpus.name) for chat in corpus.documents])
@@ -27,16 +29,22 @@ def encode_corpus(tokenizer: Tokenizer, corpus: Corpus) -> Tensor:
 
 
 def encode(tokenizer: Tokenizer, document: Document, name: str) -> Tensor:
-    """One document as (tokens,) int64: special tokens only where the tokenizer adds them."""
-    # verbose: no warning that the text is longer than the model's context. It is meant to be.
+    """Tokenizes one document: (tokens,) int64, with the special tokens that the tokenizer adds.
+
+    document: a text, or the messages of a chat, which are written with the chat template.
+    name: of the source, for the message.
+
+    Raises ValueError for a chat if the tokenizer has no chat template.
+    """
+    # verbose=False: no warning that the text is longer than the model's context, as is intended.
     options = {"verbose": False, "truncation": False, "return_attention_mask": False}
     if isinstance(document, str):
         ids = tokenizer(document, **options)["input_ids"]
     else:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
-                f"{name} holds chats (`messages`), and this tokenizer has no chat template: give it"
-                " one, or give rows of `text`"
+                f"{name} holds chats (`messages`), but this tokenizer has no chat template: add"
+                " one, or use rows of `text`"
             )
         text = tokenizer.apply_chat_template(document, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, **options)["input_ids"]
@@ -44,9 +52,9 @@ def encode(tokenizer: Tokenizer, document: Document, name: str) -> Tensor:
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Hash of what a tokenizer's output depends on: backend or vocabulary, special tokens, chats.
+    """Hashes what a tokenizer's output depends on: rules, special tokens and chat template.
 
-    Left out is what the last call set: truncation and padding.
+    Truncation and padding are left out, since the last call of the tokenizer may have set them.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: Any
@@ -61,7 +69,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def documents_digest(documents: Sequence[Document]) -> str:
-    """Hash of the documents and of where each ends."""
+    """Hashes documents, and where each of them ends."""
     digest = hashlib.sha256()
     for start in range(0, len(documents), READ_AT_ONCE):
         for document in documents[start : start + READ_AT_ONCE]:
@@ -74,5 +82,5 @@ def documents_digest(documents: Sequence[Document]) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """sha256, in hex, of a JSON value; anything else in it counts as its str()."""
+    """Returns the sha256, in hex, of a JSON value; other objects in it count as their str()."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Draw windows of tokens from the calibration sources, and keep them on disk."""
+"""Draws windows of tokens from the calibration sources, and caches them on disk."""
 
 import math
 import os
@@ -31,11 +31,11 @@ from lowbit.config import Config
 
 MIX = ("wikitext2", "ptb", "c4")
 LONGEST_DEFAULT = 2048  # tokens; what the papers calibrate with
-DRAWING = 1  # raised when the same settings draw other windows: older caches then no longer match
+DRAWING = 1  # version of the drawing: a change of the windows raises it, and makes caches invalid
 
 
 class Calibration(Config):
-    """The text that a method learns from: what it is drawn from, and how much."""
+    """The text that a method learns from: its sources, and how much of them is read."""
 
     sources: tuple[str, ...] = Field(
         ("wikitext2",),
@@ -56,10 +56,13 @@ class Calibration(Config):
 
 @dataclass(frozen=True)
 class TokenWindows:
-    """tokens: (samples, seqlen) int64, source after source.
+    """Calibration windows.
 
-    digest: sha256, in hex, of everything that shaped them. sources: name, windows, and the tokens
-    and documents that these were drawn from, per source.
+    tokens: (samples, seqlen) int64, source after source.
+    digest: sha256, in hex, of everything that the tokens depend on.
+    seqlen: tokens in a window.
+    sources: of each source its name, the number of windows, and how many tokens and documents
+        they were drawn from.
     """
 
     tokens: Tensor
@@ -70,7 +73,11 @@ class TokenWindows:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """tokens: (windows, seqlen) int64. sizes: (sources, 2) int64, tokens and documents."""
+    """Windows as they are cached.
+
+    tokens: (windows, seqlen) int64.
+    sizes: (sources, 2) int64, the tokens and the documents of each source.
+    """
 
     tokens: Tensor
     sizes: Tensor
@@ -79,12 +86,16 @@ class _Drawn:
 def token_windows(
     calibration: Calibration, tokenizer: Tokenizer, context: int | None, cache: Path | None = None
 ) -> TokenWindows:
-    """The calibration windows: random ones, which may overlap, the same for the same seed.
+    """Draws the calibration windows, which are random and may overlap.
 
-    context: the longest input that the model takes, if there is such a limit.
-    cache: a folder that keeps the windows under their digest, to save tokenising them again; one
-    that cannot be written is passed over.
-    Raises ValueError for sources that cannot be had or hold too little, and for a bad seqlen.
+    calibration: sources, number and length of the windows, and the seed.
+    tokenizer: tokenizes the documents.
+    context: most tokens that the model takes; None: there is no limit.
+    cache: folder in which the windows are kept by their digest, so that the same text is tokenized
+        only once; it is ignored if it cannot be written. None: no cache.
+
+    Raises ValueError for sources that cannot be loaded or are too short, and for a seqlen that the
+    model cannot take.
     """
     seqlen = _window_length(calibration.seqlen, context)
     plan = split_windows(calibration.sources, calibration.samples)
@@ -100,7 +111,7 @@ def token_windows(
     if drawn is None:
         drawn = _draw(corpora, seqlen, tokenizer, random.Random(calibration.seed))
         if file is not None:
-            with suppress(OSError):  # a full or foreign disk: the run does without a cache
+            with suppress(OSError):  # the disk is full or read-only: run without a cache
                 _save(file, drawn)
     sizes = iter(drawn.sizes.tolist())
     sources = []
@@ -112,9 +123,13 @@ def token_windows(
 
 
 def split_windows(sources: Sequence[str], samples: int) -> list[tuple[str, int]]:
-    """How many windows each source gives: by weight, `samples` in all (largest remainder).
+    """Divides the windows among the sources by weight, and rounds by largest remainder.
 
-    `mix` becomes its three. Raises ValueError for an unknown source and for a bad weight.
+    sources: each "NAME" or "NAME=WEIGHT"; "mix" stands for three data sets of equal weight.
+    samples: number of windows in all.
+
+    Returns the name and the number of windows of each source.
+    Raises ValueError for an unknown source, and for a weight that is not a positive number.
     """
     weights: list[tuple[str, Fraction]] = []
     for spec in sources:
@@ -131,14 +146,14 @@ def split_windows(sources: Sequence[str], samples: int) -> list[tuple[str, int]]
 
 
 def _parse(spec: str) -> tuple[str, Fraction]:
-    """A source "NAME_OR_FILE[=WEIGHT]"; a file that is called so as a whole has weight 1."""
+    """Splits "NAME_OR_FILE[=WEIGHT]" into name and weight; an existing file "a=b" has weight 1."""
     name, weight = spec, "1"
     if "=" in spec and not Path(spec).is_file():
         name, _, weight = spec.rpartition("=")
     if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) or Fraction(weight) == 0:
         raise ValueError(
-            f"{spec!r} is no file, and {weight!r} no weight for {name!r}: a weight is a positive"
-            " number such as 2 or 0.5"
+            f"{spec!r} is not a file, and {weight!r} is not a weight for {name!r}: a weight is a"
+            " positive number such as 2 or 0.5"
         )
     check_name(name, [*HUB_SOURCES, "mix"], "calibration data set")
     return name, Fraction(weight)
@@ -148,7 +163,7 @@ def _window_length(seqlen: int | None, context: int | None) -> int:
     if seqlen is None:
         seqlen = LONGEST_DEFAULT if context is None else min(LONGEST_DEFAULT, context)
     if seqlen < 2 or (context is not None and seqlen > context):
-        most = "" if context is None else f", and {context:,} at most, the model's context"
+        most = "" if context is None else f" and at most {context:,}, the model's context"
         raise ValueError(f"seqlen is {seqlen:,} tokens: it must be at least 2{most}")
     return seqlen
 
@@ -179,9 +194,9 @@ def _random_window(row: Tensor, seqlen: int, rng: random.Random) -> Tensor:
 def _long_rows(
     corpus: Corpus, count: int, seqlen: int, tokenizer: Tokenizer, rng: random.Random
 ) -> list[Tensor]:
-    """`count` random documents of at least seqlen tokens, as tokens; no document twice.
+    """Draws `count` different documents of at least seqlen tokens, and returns their tokens.
 
-    A shard of C4 has 356,317 documents: only those drawn are tokenised.
+    Only documents that are drawn are tokenized, since a shard of C4 has 356,317 of them.
     """
     order = list(range(len(corpus.documents)))
     rng.shuffle(order)
@@ -194,7 +209,7 @@ def _long_rows(
             return rows
     raise ValueError(
         f"{corpus.name} has {len(rows):,} documents of {seqlen:,} tokens or more: {count:,} samples"
-        " need as many; use fewer samples, a smaller seqlen or more text"
+        f" need {count:,} of them; use fewer samples, a smaller seqlen or more text"
     )
 
 
@@ -207,11 +222,11 @@ def _check_length(name: str, tokens: int, count: int, seqlen: int) -> None:
 
 
 def _load(file: Path, shape: tuple[int, int], sources: int) -> _Drawn | None:
-    """Cached windows; None when there are none, or not in one piece (npz carries checksums)."""
+    """Reads cached windows; None if there are none or the file is damaged (npz has checksums)."""
     try:
         with file.open("rb") as stream, zipfile.ZipFile(stream) as members:
             arrays = [_load_array(members, name) for name in ("tokens.npy", "sizes.npy")]
-    # What reading a damaged zip file or array header raises; RuntimeError: its encryption flag.
+    # These are raised for damaged zip files and array headers; RuntimeError for an encryption flag.
     except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return None
     wanted = [shape, (sources, 2)]
@@ -226,7 +241,7 @@ def _load_array(members: zipfile.ZipFile, name: str) -> numpy.ndarray:
 
 
 def _save(file: Path, drawn: _Drawn) -> None:
-    """Written aside and renamed, so that a run which dies leaves nothing half-written."""
+    """Writes a temporary file and renames it, so that a killed run leaves no partial cache."""
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f"{file.name}.{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""The command line: one function per command; only here is anything printed."""
+"""The command line `lowbit`: one function for each command. Only this package prints."""
 
 import sys
 from typing import Annotated, Any
@@ -30,13 +30,13 @@ MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
 class Commands(TyperGroup):
-    """Prints a user's mistake as one sentence, not as a traceback."""
+    """Command group that prints a user's mistake as one sentence instead of a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # the reader has gone away, as `head` does; typer ends quietly
+            raise  # the reader closed the pipe, as `head` does; typer then exits silently
         except MISTAKES as error:
             if ctx.params["debug"]:
                 raise
@@ -45,7 +45,7 @@ class Commands(TyperGroup):
 
 
 def print_error(error: BaseException) -> None:
-    """Prints one sentence on stderr."""
+    """Prints an error as one sentence on stderr."""
     screen = console(stderr=True)
     screen.print("error: ", style="bold red", end="")
     screen.print(_sentence(error), soft_wrap=True)
@@ -64,7 +64,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its tables leave 20 columns of 80 to the text
+    rich_markup_mode=None,  # its tables leave only 20 of 80 columns for text
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(quantize)
@@ -92,14 +92,14 @@ def top(
 ) -> None:
     """Quantize large language models, and measure what that costs.
 
-    lowbit methods and lowbit recipes explain what there is to choose from.
+    lowbit methods and lowbit recipes explain what you can choose from.
     """
     quiet(downloads=not sys.stderr.isatty())
 
 
 def main() -> None:
     """The console script `lowbit`."""
-    for stream in (sys.stdout, sys.stderr):  # a name or story may hold what the terminal cannot
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack some characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     app(prog_name="lowbit")

@@ -1,4 +1,4 @@
-"""auto_quip: AutoQuIP's command with its seven flags."""
+"""The command `auto_quip`, with the seven flags of AutoQuIP."""
 
 import sys
 from pathlib import Path

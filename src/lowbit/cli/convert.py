@@ -1,4 +1,4 @@
-"""lowbit convert: writes a checkpoint of another layout as one that lowbit reads."""
+"""lowbit convert: converts a checkpoint of another layout to one that lowbit reads."""
 
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +31,7 @@ def convert(
     ] = False,
     trust_remote_code: CopyCode = False,
 ) -> None:
-    """Write a checkpoint of another layout as one for lowbit."""
+    """Convert a checkpoint of another layout to one that lowbit reads."""
     if from_bin == (layout is not None):
         raise ValueError(f"name the layout of {model} once: --from {' | '.join(READERS)}")
     convert_folder(model, out, layout or "bin", trust_remote_code)
@@ -39,27 +39,28 @@ def convert(
 
 
 def print_changes(screen: Console, folder: Path, out: Path) -> None:
-    """Prints the bytes of weights before and after, and the files that were not copied."""
+    """Prints the size of the weights before and after, and the files that were not copied."""
     before, after = weight_files(folder), weight_files(out)
     screen.print(f"{folder}: {_files(before)}", soft_wrap=True)
     screen.print(f"{out}: {_files(after)}", style="bold", soft_wrap=True)
-    dropped = left_behind(folder, out)
-    if dropped:
-        screen.print(f"not copied: {shortened(dropped, most=8)}", soft_wrap=True)
+    missing = not_copied(folder, out)
+    if missing:
+        screen.print(f"not copied: {shortened(missing, most=8)}", soft_wrap=True)
 
 
-def left_behind(folder: Path, out: Path) -> list[str]:
-    """Names in `folder` that `out` lacks, weights aside: of files, and of whole folders."""
+def not_copied(folder: Path, out: Path) -> list[str]:
+    """Returns the names of files and folders in `folder` that `out` lacks, except weights."""
     names: list[str] = []
     for path in sorted(folder.iterdir()):
         if path.is_dir() and (out / path.name).is_dir():
-            names += [f"{path.name}/{name}" for name in left_behind(path, out / path.name)]
+            names += [f"{path.name}/{name}" for name in not_copied(path, out / path.name)]
         elif not (out / path.name).exists() and path.suffix not in WEIGHTS:
             names.append(path.name)
     return names
 
 
 def weight_files(folder: Path) -> list[Path]:
+    """Returns the files of weights in a folder."""
     return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHTS)
 
 

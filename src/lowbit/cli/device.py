@@ -1,4 +1,4 @@
-"""--device to transformers' device_map."""
+"""Converts --device to the device_map of transformers."""
 
 import torch
 
@@ -6,7 +6,7 @@ from lowbit.pipeline.options import choose_device
 
 
 def device_map(device: str) -> str | None:
-    """auto: over all GPUs that there are, and None, the CPU, where there is none."""
+    """Returns a device_map for --device; auto: all GPUs, or None for the CPU if there are none."""
     chosen = choose_device(device)
     if device == "auto" and chosen.type == "cuda":
         return "auto"

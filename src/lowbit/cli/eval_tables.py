@@ -1,4 +1,4 @@
-"""The tables that lowbit eval prints."""
+"""Prints the tables of lowbit eval."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from lowbit.eval import Evaluation, TaskScore
 from lowbit.eval.evaluate import AFTER_LORA, labelled
 from lowbit.quantities import perplexity_over
 
-GAP = 2  # blanks between columns
+GAP = 2  # spaces between columns
 
 
 def show_texts(screen: Console, rows: list[Evaluation]) -> None:
-    """Prints a line for each model: bits, size, and perplexity and divergence on each text."""
+    """Prints one line for each model: bits, size, and perplexity and divergence on each text."""
     first = rows[0]
     sliced = any(row.bits is not None for row in rows)
     table = _text_table(first, len(rows) > 1, sliced)
@@ -41,10 +41,11 @@ def show_texts(screen: Console, rows: list[Evaluation]) -> None:
 
 
 def _text_table(first: Evaluation, several: bool, sliced: bool) -> Table:
-    """The table without rows.
+    """Returns the table without rows.
 
-    several: whether it gets more than one row, so that there is a change to show.
-    sliced: whether some rows ran at a width of their own.
+    first: the first row, which decides on the texts.
+    several: whether there will be more than one row, so that changes are shown.
+    sliced: whether some models ran at a chosen width.
     """
     table = _table()
     for column in ("\nwidth", "\nslice") if sliced else ():
@@ -64,9 +65,9 @@ def _text_table(first: Evaluation, several: bool, sliced: bool) -> Table:
 
 
 def show_tasks(screen: Console, rows: list[Evaluation], folder: Path | None = None) -> None:
-    """Prints a line for each model and metric, and a column for each task.
+    """Prints one line for each model and metric, with one column for each task.
 
-    folder: where the rows of local tasks came from; None: from the hub.
+    folder: where the rows of local tasks came from; None: tasks of lm-eval.
     """
     tasks = {name: score for name, score in rows[0].tasks.items() if score.part_of is None}
     short, widths = _by_model(rows), _by_width(rows)
@@ -88,7 +89,7 @@ def show_tasks(screen: Console, rows: list[Evaluation], folder: Path | None = No
 
 
 def _fitting(tasks: dict[str, TaskScore], width: int) -> list[list[str]]:
-    """The tasks, divided into tables that fit the width of the screen."""
+    """Divides the tasks into tables that fit the width of the screen."""
     tables: list[list[str]] = [[]]
     left = width
     for name, score in tasks.items():
@@ -102,13 +103,13 @@ def _fitting(tasks: dict[str, TaskScore], width: int) -> list[list[str]]:
 
 
 def short_names(models: list[str]) -> list[str]:
-    """The last parts of paths, or whole paths where those would be equal."""
+    """Returns the last part of each path, or the whole paths if two of those are equal."""
     short = [Path(model).name or model for model in models]
     return short if len(set(short)) == len(short) else models
 
 
 def _by_model(rows: list[Evaluation]) -> dict[str, str]:
-    """The short name of each model, with a note if it was trained by lowbit preprocess.
+    """Returns the short name of each model, with a note if lowbit preprocess trained it.
 
     A trained model must not be compared with models that were only calibrated.
     """
@@ -119,14 +120,14 @@ def _by_model(rows: list[Evaluation]) -> dict[str, str]:
 
 
 def _by_width(rows: list[Evaluation]) -> dict[int | str, int | str]:
-    """Each width as it is, and the short name of each file of widths."""
+    """Returns what is shown of each width: the number, or the short name of a file of widths."""
     widths = {row.bits: row.bits for row in rows if row.bits is not None}
     plans = [bits for bits in widths if isinstance(bits, str)]
     return {**widths, **dict(zip(plans, short_names(plans), strict=True))}
 
 
 def _made(row: Evaluation) -> str:
-    """Whether a model was optimised for the width at which it ran, in one word."""
+    """Returns whether a model was optimized for the width at which it ran, in one word."""
     if row.trained is None:
         return ""
     return {0.0: "interpolated", 1.0: "trained"}.get(row.trained, "partly trained")
@@ -149,7 +150,7 @@ def _count(score: TaskScore) -> str:
 
 
 def _share(score: TaskScore, metric: str) -> str:
-    """An accuracy in percent with its standard error; any other metric as it is."""
+    """Formats an accuracy in percent with its standard error, and any other metric as a number."""
     if metric not in score.metrics:
         return ""
     value, error = score.metrics[metric], score.stderr.get(metric)
@@ -159,19 +160,19 @@ def _share(score: TaskScore, metric: str) -> str:
 
 
 def _conditions(row: Evaluation, others: list[str]) -> list[str]:
-    """What must be equal for numbers to be compared: windows, reference, tokenizer.
+    """Returns lines that say what the numbers depend on: windows, reference and tokenizer.
 
-    others: models whose tokenizer differs from that of the first.
+    others: models whose tokenizer differs from that of the first model.
     """
     if not row.windows:
         return []
     over = perplexity_over(row.windows, row.seqlen, row.per_document)
     if others:
-        return [over, f"not comparable, other tokenizer: {', '.join(others)}"]
+        return [over, f"not comparable, since the tokenizer differs: {', '.join(others)}"]
     if row.reference is None:
         return [over]
     name = Path(row.reference).name or row.reference
-    return [over, f"KL({name} || model) in nats a token, on the same tokens; all in float32"]
+    return [over, f"KL({name} || model) in nats per token, on the same tokens; all in float32"]
 
 
 def _task_conditions(tasks: dict[str, TaskScore], folder: Path | None) -> list[str]:
@@ -182,5 +183,5 @@ def _task_conditions(tasks: dict[str, TaskScore], folder: Path | None) -> list[s
     ]
     cut = ", ".join(f"{score.cut:,} of {name}" for name, score in tasks.items() if score.cut)
     if cut:
-        lines.append(f"rows whose beginning did not fit into the context: {cut}")
+        lines.append(f"rows that were longer than the context and lost their beginning: {cut}")
     return lines

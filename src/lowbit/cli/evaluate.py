@@ -48,15 +48,15 @@ def evaluate(  # noqa: PLR0913 (a command's options)
         str | None,
         Option(
             metavar="NAME,...",
-            help="Tasks of lm-eval to score, as piqa,arc_easy. Default: none, or with --tasks-dir "
-            "all that are there.",
+            help="Tasks of lm-eval to score, such as piqa,arc_easy. Default: none, or with "
+            "--tasks-dir all tasks in that folder.",
         ),
     ] = None,
     tasks_dir: Annotated[
         Path | None,
         Option(
             metavar="DIR",
-            help="Folder that holds the rows of tasks as TASK/*.jsonl. Default: rows are taken "
+            help="Folder that holds the rows of tasks as TASK/*.jsonl. Default: rows are loaded "
             "from the hub.",
         ),
     ] = None,
@@ -68,8 +68,8 @@ def evaluate(  # noqa: PLR0913 (a command's options)
         str | None,
         Option(
             metavar="8,4,PLAN,...",
-            help="Widths, or YAML files of lowbit mix, at each of which a folder that matquant "
-            "made is measured. Default: as it is.",
+            help="Widths, or YAML files of lowbit mix, at each of which a model made by matquant "
+            "is measured. Default: as it is stored.",
         ),
     ] = None,
     json: JsonFile = None,
@@ -104,7 +104,7 @@ def evaluate(  # noqa: PLR0913 (a command's options)
 
 def _texts(given: list[str]) -> tuple[str, ...]:
     if "none" in given and len(given) > 1:
-        raise ValueError("--text none means no text: do not name another text with it")
+        raise ValueError("--text none means no text: do not name other texts with it")
     return () if given == ["none"] else tuple(given or ("wikitext2",))
 
 

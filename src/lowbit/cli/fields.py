@@ -1,4 +1,4 @@
-"""Print text and the fields of a configuration, so that both fit into 80 columns."""
+"""Prints paragraphs and the fields of options classes within 80 columns."""
 
 import textwrap
 from collections.abc import Collection, Iterable, Mapping
@@ -12,7 +12,7 @@ from lowbit.fields import FieldText, shown
 
 
 def print_paragraphs(screen: Console, text: str) -> None:
-    """Text whose paragraphs are separated by empty lines."""
+    """Prints text, whose paragraphs are separated by empty lines."""
     for paragraph in text.split("\n\n"):
         screen.print(textwrap.fill(" ".join(paragraph.split()), text_width(screen)))
         screen.print()
@@ -24,9 +24,11 @@ def print_fields(
     values: Mapping[str, Any] | None = None,
     marked: Collection[str] = (),
 ) -> None:
-    """Each field with its meaning in a paragraph.
+    """Prints each field, and below it a paragraph with its meaning.
 
-    values: what is shown instead of type and default, of fields that have a value.
+    texts: the fields.
+    values: the value of each field, which is shown instead of its type and default; None: type and
+        default are shown.
     marked: names of the fields that get an asterisk.
     """
     width = text_width(screen)

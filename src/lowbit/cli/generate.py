@@ -1,4 +1,4 @@
-"""lowbit generate: prints the continuation of a prompt while it is generated."""
+"""lowbit generate: continues a prompt, and prints the text while it is generated."""
 
 from typing import Annotated
 
@@ -27,7 +27,7 @@ def generate(  # noqa: PLR0913 (a command's options)
 ) -> None:
     """Continue a prompt, or answer it.
 
-    It is answered if the tokenizer has a chat template, unless --raw is given.
+    The prompt is answered if the tokenizer has a chat template, unless --raw is given.
     """
     folder = locate(model, trust_remote_code)
     tokenizer = need_tokenizer(folder, trust_remote_code)

@@ -1,4 +1,4 @@
-"""lowbit inspect: shows format, bits, size and error of each layer of a folder."""
+"""lowbit inspect: shows format, bits, size and error of each layer of a model."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from lowbit.run_report import LinearReport
 def inspect(
     model: QuantizedModel,
     brief: Annotated[
-        bool, Option("--brief", help="Show equal layers of several blocks in one line.")
+        bool, Option("--brief", help="Show equal layers of several blocks as one line.")
     ] = False,
     verify: Annotated[
         bool, Option("--verify", help="Only check each file against its hash.")
@@ -34,7 +34,7 @@ def inspect(
 ) -> None:
     """Show format, bits, size and error of each layer.
 
-    Below the layers stand the sizes of the whole and how the folder was made.
+    The size of the model and the settings of its quantization are shown below the layers.
     """
     folder, screen = locate(model), console()
     if verify:
@@ -74,7 +74,7 @@ def inspect(
     }
     meaning = "dB: signal-to-noise ratio of the weights"
     if any(layer.proxies for layer in layers):
-        meaning += "; proxy: share of the output's energy that is lost, by the inputs' Hessian"
+        meaning += "; proxy: share of the output's energy that is lost, measured with the Hessian"
     screen.print(f"{meaning}\n", style="dim", soft_wrap=True)
     for name, fact in facts.items():
         if fact:
@@ -84,9 +84,14 @@ def inspect(
 
 @dataclass(frozen=True)
 class _Layer:
-    """A row: one linear, or equal ones of several blocks.
+    """A row of the table: one linear, or equal linears of several blocks.
 
-    errors: signal-to-noise ratios in decibels, and proxies: proxy losses, of those that have any.
+    name: of the linear, or a range of names.
+    entry: of config.json.
+    bytes: of all these linears, without biases.
+    weights: number of weights in all these linears.
+    errors: signal-to-noise ratios in decibels, of the linears that have one.
+    proxies: proxy losses, of the linears that have one.
     """
 
     name: str
@@ -100,9 +105,9 @@ class _Layer:
 def _layers(
     quantized: QuantizedFolder, linears: dict[str, LinearReport], brief: bool
 ) -> Iterator[_Layer]:
-    """linears: what the run reported, by full name."""
+    """Yields the rows of the table. linears: what the run reported of each linear, by full name."""
     modules = quantized.quantization["modules"] if brief else quantized.entries
-    for pattern in sorted(modules, key=_place):
+    for pattern in sorted(modules, key=_numbers):
         entry = modules[pattern]
         names = list(expand({pattern: entry}))
         stored = [
@@ -111,15 +116,15 @@ def _layers(
             for tensor in quantized.tensors_of(name)
             if tensor != f"{name}.bias"
         ]
-        known = [linears[name] for name in names if name in linears]
-        errors = [linear.signal_to_noise_db for linear in known]
-        proxies = [linear.proxy_loss for linear in known if linear.proxy_loss is not None]
+        reported = [linears[name] for name in names if name in linears]
+        errors = [linear.signal_to_noise_db for linear in reported]
+        proxies = [linear.proxy_loss for linear in reported if linear.proxy_loss is not None]
         weights = len(names) * prod(entry["shape"])
         yield _Layer(pattern, entry, sum(stored), weights, errors, proxies)
 
 
-def _place(name: str) -> list[int]:
-    """The numbers in a name, by which layers are sorted: by block, then by expert."""
+def _numbers(name: str) -> list[int]:
+    """Returns the numbers in a name: the block, then the expert. Rows are sorted by them."""
     return [int(number) for number in re.findall(r"\d+", name)]
 
 
@@ -155,6 +160,7 @@ def _attention(quantized: QuantizedFolder) -> str:
 
 
 def _provenance(made_by: dict[str, Any]) -> dict[str, str]:
+    """Describes how a model was made, from made_by in config.json."""
     method = dict(made_by.get("method") or {})
     text = made_by.get("calibration") or {}
     sources = ", ".join(source["name"] for source in text.get("sources", []))

@@ -13,7 +13,7 @@ from lowbit.cli.screen import console, size
 
 
 def check_files(folder: Path, screen: Console) -> None:
-    """Prints each file with ok or with what is wrong in it; exit status 1 if anything is."""
+    """Prints each file with "ok" or with its problem; exits with status 1 if there is a problem."""
     config = read_config(folder)
     section = quantization_section(config, folder)
     stated = section.get("files")
@@ -32,7 +32,7 @@ def check_files(folder: Path, screen: Console) -> None:
         console(stderr=True).print(text, style="red", soft_wrap=True)
         raise typer.Exit(1)
     quantized = QuantizedFolder(folder)
-    quantized.verify(hashes=False)  # that files and config.json also agree with each other
+    quantized.verify(hashes=False)  # checks that files and config.json agree with each other
     total = size(sum((folder / name).stat().st_size for name in stated))
     linears = f"{len(quantized.entries):,} quantized linears"
     screen.print(
@@ -41,7 +41,7 @@ def check_files(folder: Path, screen: Console) -> None:
 
 
 def _passes(screen: Console, name: str, problem: str | None) -> bool:
-    """Prints the outcome of one file; whether it is ok."""
+    """Prints the outcome for one file, and returns whether it is ok."""
     outcome = (problem, "red") if problem else ("ok", "green")
     screen.print(Text.assemble(name, "  ", outcome), soft_wrap=True)
     return problem is None
@@ -50,7 +50,7 @@ def _passes(screen: Console, name: str, problem: str | None) -> bool:
 def _config_problem(config: dict[str, Any], section: dict[str, Any]) -> str | None:
     stated = section.get("digest")
     if stated is None:
-        return "has no digest: whether it was edited cannot be checked"
+        return "has no digest: it cannot be checked whether it was edited"
     return None if stated == config_digest(config) else "was edited after quantization"
 
 
@@ -60,7 +60,7 @@ def _problem(folder: Path, name: str, facts: Any) -> str | None:
         return "is missing"
     if not isinstance(facts, dict):
         return "has no size and hash in config.json"
-    found = path.stat().st_size
-    if found != facts.get("size"):
-        return f"has {found:,} bytes, not {facts.get('size')}"
-    return None if file_sha256(path) == facts.get("sha256") else "is damaged: another sha256"
+    size_now = path.stat().st_size
+    if size_now != facts.get("size"):
+        return f"has {size_now:,} bytes, not {facts.get('size')}"
+    return None if file_sha256(path) == facts.get("sha256") else "is damaged: its sha256 differs"

@@ -1,4 +1,4 @@
-"""lowbit methods: what `--method` accepts, and what `--set` can change in each."""
+"""lowbit methods: lists the methods for `--method`, and their fields for `--set`."""
 
 from typing import Annotated
 
@@ -28,7 +28,7 @@ def methods(
 
 
 def summary(method: type[Method]) -> str:
-    """What a method does, in one line."""
+    """Returns the first line of a method's docstring, which says what it does."""
     return method.about.partition("\n")[0]
 
 
@@ -44,7 +44,8 @@ def _explain(method: type[Method]) -> None:
     screen = console()
     print_paragraphs(screen, f"{method.name}: {method.about}")
     python = f"in Python lowbit.methods.{method.__name__}(FIELD=VALUE)"
-    note = "Those with * may differ per linear, in overrides." if method.per_linear else ""
+    note = "Fields with * may differ for single linears, see overrides."
+    note = note if method.per_linear else ""
     print_paragraphs(screen, f"Fields, as --set FIELD=VALUE or {python}. {note}")
     print_fields(screen, field_texts(method.model_fields), marked=method.per_linear)
     screen.print()

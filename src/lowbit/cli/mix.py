@@ -26,8 +26,8 @@ def mix(  # noqa: PLR0913 (a command's options)
         str,
         Option(
             metavar="BITS|SIZE",
-            help="Bits per weight of the linears, scales included, as 3.2; or the size of the "
-            "whole model, as 2.1GB.",
+            help="Bits per weight of the linears, scales included, such as 3.2; or the size of "
+            "the whole model, such as 2.1GB.",
         ),
     ],
     out: Annotated[Path, Option("--output", "-o", metavar="PLAN", help="YAML file to write.")],
@@ -59,7 +59,8 @@ def mix(  # noqa: PLR0913 (a command's options)
 ) -> None:
     """Choose a width for each layer of a MatQuant model.
 
-    All together fit a budget. The file that is written is what --bits of eval and slice takes.
+    All layers together fit a budget. The option --bits of lowbit eval and lowbit slice takes the
+    file that is written.
     """
     check_writable("-o", out)
     sources = {"sources": tuple(calibration)} if calibration else {}
@@ -86,7 +87,7 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--widths {text!r}: allowed are numbers from 2 to 8, as 8,4,2")
+        raise ValueError(f"--widths {text!r}: allowed are numbers from 2 to 8, such as 8,4,2")
     return tuple(int(part) for part in parts)
 
 
@@ -98,7 +99,7 @@ def _lines(found: Mix, out: Path) -> list[str]:
     ]
     if found.predicted is not None:
         lines.append(
-            f"predicted loss: {found.predicted:.4g} nats a token (KL from the 8-bit master: the "
-            "sum over layers, each measured alone)"
+            f"predicted loss: {found.predicted:.4g} nats per token (KL from the 8-bit master, the "
+            "sum over layers that were measured one by one)"
         )
     return lines

@@ -1,4 +1,4 @@
-"""The options of every command that runs a method: the method, its text and how the run is done."""
+"""The options of all commands that run a method: method, calibration and the run itself."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -23,14 +23,14 @@ from lowbit.recipes import Recipe, load_recipe
 
 @dataclass(frozen=True)
 class JobOptions:
-    """The options of a command that has a parameter `job` and is decorated with `with_job`."""
+    """Options shared by quantize, plan and preprocess; `with_job` adds them to a command."""
 
     recipe: Annotated[
         str | None,
         Option(
             metavar="NAME|FILE",
-            help="Method and settings by the name of a recipe (see lowbit recipes) or as a .yaml "
-            "file. Default: none, then name a --method.",
+            help="Recipe with a method and its settings: a name (see lowbit recipes) or a .yaml "
+            "file. Default: none, --method is needed.",
         ),
     ] = None
     method: Annotated[
@@ -38,7 +38,7 @@ class JobOptions:
         Option(
             metavar="NAME",
             help=f"Method with its default settings (see lowbit methods): {', '.join(METHODS)}. "
-            "Default: that of the recipe.",
+            "Default: the method of the recipe.",
         ),
     ] = None
     settings: Annotated[
@@ -46,16 +46,16 @@ class JobOptions:
         Option(
             "--set",
             metavar="FIELD=VALUE",
-            help="Change a field of the method (see lowbit methods NAME); repeatable. Default: as "
-            "the recipe and the method have it.",
+            help="Change a field of the method (see lowbit methods NAME); repeatable. Default: the "
+            "values of the recipe and the method.",
         ),
     ] = None
     calibration: Annotated[
-        list[str] | None, calibration_option("that of the recipe, else wikitext2")
+        list[str] | None, calibration_option("the text of the recipe, or else wikitext2")
     ] = None
     samples: Annotated[
         int | None,
-        Option(help="Windows of calibration text. Default: as the recipe has it, else 128."),
+        Option(help="Windows of calibration text. Default: the number of the recipe, or else 128."),
     ] = None
     seqlen: Annotated[int | None, Option(help=meaning(Calibration, "seqlen"))] = None
     seed: Annotated[int | None, Option(help=f"{meaning(Calibration, 'seed')} Default: 0.")] = None
@@ -71,7 +71,7 @@ class JobOptions:
         list[str] | None,
         Option(
             metavar="PATTERN",
-            help="Patterns of the only linears that are quantized; repeatable. Default: all are.",
+            help="Patterns of the only linears that are quantized; repeatable. Default: all.",
         ),
     ] = None
     lm_head_bits: Annotated[
@@ -91,56 +91,62 @@ class JobOptions:
     trust_remote_code: TrustRemoteCode = False
 
     def chosen(self, source: Path, preprocessing: bool = False, **more: Any) -> "Chosen":
-        """The method, the text and the options of a run, for the model in a folder.
+        """Returns the method, the calibration and the options of a run.
 
+        source: folder of the model, whose family decides on some settings of a recipe.
+        preprocessing: whether recipes for lowbit preprocess are allowed.
         more: further fields of `RunOptions`.
+
+        Raises ValueError for an unknown recipe, method or field.
         """
         settings = parse_settings(self.settings or [])
         if self.recipe and not preprocessing and load_recipe(self.recipe).lora is not None:
-            raise ValueError(f"recipe {self.recipe} is for lowbit preprocess, not for quantize")
+            raise ValueError(f"recipe {self.recipe} is for lowbit preprocess, not for this command")
         method, text, label = choose_method(source, self.recipe, self.method, settings)
-        given = {
+        overrides = {
             "sources": self.calibration or None,
             "samples": self.samples,
             "seqlen": self.seqlen,
             "seed": self.seed,
         }
-        text |= {key: value for key, value in given.items() if value is not None}
+        text |= {key: value for key, value in overrides.items() if value is not None}
         patterns = {name: tuple(getattr(self, name) or ()) for name in PATTERNS}
-        same = {name: getattr(self, name) for name in SAME}
-        options = RunOptions(**patterns, **same, cache=cache_folder(), recipe=label, **more)
-        unread = bool(self.calibration) and not method.streams()
-        return Chosen(method, Calibration(**text), options, unread)
+        others = {name: getattr(self, name) for name in OTHERS}
+        options = RunOptions(**patterns, **others, cache=cache_folder(), recipe=label, **more)
+        unused_text = bool(self.calibration) and not method.streams()
+        return Chosen(method, Calibration(**text), options, unused_text)
 
 
 PATTERNS = ("skip", "only", "allow_float")
-SAME = ("device", "streams", "lm_head_bits", "start_from", "trust_remote_code")
+OTHERS = ("device", "streams", "lm_head_bits", "start_from", "trust_remote_code")
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a command's options stand for.
+    """The method, calibration and run options that the options of a command stand for.
 
-    unread: whether a calibration text was named that the method does not need.
+    unused_text: whether a calibration text was named that the method does not read.
     """
 
     method: Method
     calibration: Calibration
     options: RunOptions
-    unread: bool
+    unused_text: bool
 
     @property
     def label(self) -> str:
+        """The recipe or method, for the screen."""
         return self.options.recipe or self.method.name
 
     def warn(self, screen: Console) -> None:
-        if self.unread:
-            text = f"{self.method.name} needs no calibration text: --calibration is not read"
+        """Prints a warning if the named calibration text is not read."""
+        if self.unused_text:
+            text = f"{self.method.name} needs no calibration text: --calibration is ignored"
             screen.print(text, style="yellow")
 
 
 def with_job(command: Callable[..., None]) -> Callable[..., None]:
-    """Puts the fields of `JobOptions` in the place of the command's parameter `job`."""
+    """Decorator: replaces the parameter `job` by one option for each field of `JobOptions`."""
     own = inspect.signature(command).parameters
     each = {field.name: (field.type, field.default) for field in fields(JobOptions)}
     shown: dict[str, tuple[Any, Any]] = {}
@@ -153,21 +159,21 @@ def with_job(command: Callable[..., None]) -> Callable[..., None]:
         command(job=job, **given)
 
     parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
-        for name, (kind, default) in shown.items()
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=default)
+        for name, (hint, default) in shown.items()
     ]
     called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {name: kind for name, (kind, _) in shown.items()}
+    called.__annotations__ = {name: hint for name, (hint, _) in shown.items()}
     return called
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """The values of --set FIELD=VALUE, read as YAML; none and None are null too."""
+    """Reads --set FIELD=VALUE: values are YAML, and none and None also mean null."""
     settings: dict[str, Any] = {}
     for pair in pairs:
         field, _, value = (part.strip() for part in pair.partition("="))
         if not field or not value:
-            raise ValueError(f"--set takes field=value, not {pair!r}")
+            raise ValueError(f"--set takes FIELD=VALUE, not {pair!r}")
         try:
             settings[field] = None if value.lower() == "none" else yaml.safe_load(value)
         except yaml.YAMLError:
@@ -180,26 +186,31 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 def choose_method(
     source: Path, recipe: str | None, method: str | None, settings: dict[str, Any]
 ) -> tuple[Method, dict[str, Any], str | None]:
-    """The method, the recipe's calibration, and the recipe's name with what was changed in it."""
+    """Returns the method, the recipe's calibration, and the recipe's name with changed fields."""
     if method and not recipe:
         if method not in METHODS:
             raise ValueError(unknown_name(method, METHODS, "method"))
         return METHODS[method](**settings), {}, None
     if not recipe or method:
         raise ValueError("name a --recipe (see lowbit recipes) or a --method (see lowbit methods)")
-    found = load_recipe(recipe)
-    chosen = method_of(recipe, found, family_name(source), settings)
+    loaded = load_recipe(recipe)
+    chosen = method_of(recipe, loaded, family_name(source), settings)
     changed = ", ".join(f"{field}={value}" for field, value in settings.items())
     label = f"{recipe} with {changed}" if changed else recipe
-    return chosen, found.calibration.model_dump(exclude_none=True), label
+    return chosen, loaded.calibration.model_dump(exclude_none=True), label
 
 
 def method_of(name: str, recipe: Recipe, family: str, settings: dict[str, Any]) -> Method:
-    """The method of a recipe for a family of models, with some settings changed.
+    """Returns the method of a recipe.
 
-    Raises ValueError, with the recipe's name, for what is wrong in it.
+    name: of the recipe, for messages.
+    recipe: the recipe.
+    family: name of the family of the model, for which the recipe may have other fields.
+    settings: fields that the user changed.
+
+    Raises ValueError for a mistake in the recipe.
     """
-    families = {known.name for known in FAMILIES.values()} | {"discovered"}
+    families = {each.name for each in FAMILIES.values()} | {"discovered"}
     for given in recipe.families:
         if given not in families:
             raise ValueError(f"recipe {name}: {unknown_name(given, families, 'family')}")
@@ -212,7 +223,7 @@ def method_of(name: str, recipe: Recipe, family: str, settings: dict[str, Any]) 
 
 
 def cache_folder() -> Path | None:
-    """A folder for the tokens of calibration texts; None where it cannot be made."""
+    """Returns the folder that caches calibration windows; None if it cannot be made."""
     folder = Path.home() / ".cache" / "lowbit" / "windows"
     try:
         folder.mkdir(parents=True, exist_ok=True)

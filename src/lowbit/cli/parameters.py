@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, each defined once."""
+"""Defines the arguments and options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,18 +9,18 @@ from lowbit.config import Config
 
 
 def meaning(config: type[Config], field: str) -> str:
-    """The description of a field as the help of its option, which is None unless it is given."""
+    """Returns the description of a field as help text for an option whose default is None."""
     text = config.model_fields[field].description or ""
     return text.replace("None: ", "default: ")
 
 
 def calibration_option(default: str) -> Any:
-    """--calibration, for a command whose text is `default` unless it is given."""
-    names = "Calibration text: wikitext2, c4, ptb, pile, mix (three of them) or a text file"
+    """Defines --calibration. default: the text that is read without it, for the help."""
+    names = "Calibration text: wikitext2, c4, ptb, pile, mix (wikitext2, ptb and c4) or a file"
     return Option(
         "--calibration",
         metavar="NAME|FILE",
-        help=f"{names}; repeatable, with weights as a.txt=2. Default: {default}.",
+        help=f"{names}; repeatable, with weights such as a.txt=2. Default: {default}.",
     )
 
 
@@ -29,7 +29,7 @@ QuantizedModel = Annotated[
     str, Argument(metavar="MODEL", help="Folder of a quantized model, or its hub id.")
 ]
 MatQuantModel = Annotated[
-    str, Argument(metavar="MODEL", help="Folder that method matquant made, or its hub id.")
+    str, Argument(metavar="MODEL", help="Folder of a model made by matquant, or its hub id.")
 ]
 Out = Annotated[Path, Argument(metavar="OUT", help="Folder to write.")]
 NewOut = Annotated[Path, Argument(metavar="OUT", help="Folder to write, which must not exist.")]
@@ -51,6 +51,6 @@ JsonFile = Annotated[
 
 
 def check_writable(option: str, file: Path | None) -> None:
-    """ValueError for a file that cannot be written, before the work whose results go there."""
+    """Raises ValueError if a file cannot be written; called before any work is done."""
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        raise ValueError(f"{option} {file}: that is a folder, or in a folder that does not exist")
+        raise ValueError(f"{option} {file}: it is a folder, or is in a folder that does not exist")

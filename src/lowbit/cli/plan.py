@@ -1,4 +1,4 @@
-"""lowbit plan: estimates what `lowbit quantize` would take, from a dry run of one block."""
+"""lowbit plan: estimates the cost of `lowbit quantize` with a dry run of one block."""
 
 from rich.table import Table
 
@@ -21,14 +21,15 @@ def plan(
 ) -> None:
     """Estimate size, memory and time of quantizing MODEL.
 
-    One block is tried; no model is written. The options are those of lowbit quantize.
+    One block is quantized as a dry run, and nothing is written. The options are those of lowbit
+    quantize.
     """
     check_writable("--json", json)
     source = locate(model, job.trust_remote_code)
     chosen = job.chosen(source)
     screen = console()
     chosen.warn(screen)
-    with screen.status("trying one block"):
+    with screen.status("dry run of one block"):
         found = estimate(model, chosen.method, chosen.calibration, **dict(chosen.options))
     if json is not None:
         write_json(json, found.to_json())
@@ -46,7 +47,7 @@ def _table(title: str, found: Estimate, before: int) -> Table:
         each = f"{streams['held']} times {size(streams['bytes'])}"
         memory += f", hidden states ({each}) {'on' if streams['place'] == 'disk' else 'in'} "
         memory += streams["place"]
-    seconds = f"{duration(found.seconds)}, {duration(found.seconds_per_block)} a block"
+    seconds = f"{duration(found.seconds)}, {duration(found.seconds_per_block)} per block"
     rows = {
         "bits per weight": f"{found.linears:.2f} in the linears, {found.model:.2f} in the model",
         "size": f"{size(found.bytes)} (was {size(before)})",
@@ -67,4 +68,4 @@ def _derived(found: Estimate) -> str:
     text = f"{shortened(basis['blocks'])} of {basis['of']} blocks"
     if basis["batches_of"]:
         text += f", {basis['batches']} of {basis['batches_of']} batches"
-    return f"{text}, tried in {duration(basis['seconds'])}"
+    return f"{text}, measured in {duration(basis['seconds'])}"

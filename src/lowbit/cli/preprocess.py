@@ -17,7 +17,7 @@ from lowbit.preprocess import MARK, LoRA
 from lowbit.preprocess import preprocess as run
 from lowbit.recipes import load_recipe
 
-PREFIX = "lora."  # of a field of the training, in --set
+PREFIX = "lora."  # of fields of the training in --set
 
 
 @with_job
@@ -32,19 +32,19 @@ def preprocess(
 ) -> None:
     """Train MODEL so that it loses less when it is quantized.
 
-    It is quantized once, adapters (LoRA) are trained on the result and merged, and OUT gets the
+    MODEL is quantized once, adapters (LoRA) are trained on the result and merged, and OUT gets the
     float model, which lowbit quantize takes. The whole model is in memory. This is training, not
-    calibration: say so beside every result.
+    calibration: say so with every result.
 
-    --calibration is the text of the first quantization. --set changes its method's fields, and
-    those of the training: lora.sources (the text), lora.steps, lora.learning_rate, lora.rank ...
+    --calibration is the text of the first quantization. --set changes fields of its method, and of
+    the training: lora.sources (the text), lora.steps, lora.learning_rate, lora.rank ...
     """
     settings = parse_settings(job.settings or [])
     trained = {name: value for name, value in settings.items() if name.startswith(PREFIX)}
     rest = [pair for pair in job.settings or [] if not pair.strip().startswith(PREFIX)]
-    of_recipe = load_recipe(job.recipe).lora if job.recipe else None
+    recipe_fields = load_recipe(job.recipe).lora if job.recipe else None
     own: dict[str, Any] = {name.removeprefix(PREFIX): value for name, value in trained.items()}
-    lora = LoRA(**(of_recipe or {}) | own)
+    lora = LoRA(**(recipe_fields or {}) | own)
     chosen = replace(job, settings=rest).chosen(
         locate(model, job.trust_remote_code), preprocessing=True, restart=restart
     )
@@ -59,7 +59,7 @@ def preprocess(
 
 
 def _print_gain(screen: Console, training: dict[str, Any]) -> None:
-    """The loss before and after training, which starts from the quantized model."""
+    """Prints the held-out loss of the quantized model before and after training."""
     before, after = training["loss_before"], training["loss_after"]
     seen = f"{training['tokens_seen']:,} tokens, packed, at rate {training['learning_rate']:g}"
     loss = f"held-out loss {before:.3f} → {after:.3f} ({change(after, before)})"

@@ -1,4 +1,4 @@
-"""Draw the events of a run: a line for every finished block and, on a terminal, a bar below."""
+"""Draws the events of a run: a line for each finished block and, on a terminal, a bar below."""
 
 import time
 from collections.abc import Iterator
@@ -44,7 +44,10 @@ def stoppable_run(console: Console, on_stop: str) -> Iterator["RunProgress"]:
 
 
 class RunProgress:
-    """A context manager to be called with every event; `finished_before` once OUT was complete."""
+    """Context manager that draws each event that it is called with.
+
+    finished_before: whether an earlier run had already finished everything.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -61,8 +64,8 @@ class RunProgress:
         )
         self.task = self.bar.add_task("reading the model", total=None, left="")
         self.epochs = 0
-        self.started: float | None = None  # when the first block of this run was begun
-        self.before = 0  # blocks that an earlier run had finished
+        self.started: float | None = None  # when the first block of this run started
+        self.before = 0  # number of blocks that an earlier run finished
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -85,7 +88,7 @@ class RunProgress:
 
     @singledispatchmethod
     def _draw(self, event: Event) -> None:
-        """Draws an event; those without a method of their own change nothing on the screen."""
+        """Draws an event. Events of types that are not registered below are not drawn."""
 
     @_draw.register
     def _run_started(self, event: RunStarted) -> None:
@@ -128,12 +131,12 @@ class RunProgress:
 
     @_draw.register
     def _warned(self, event: Warned) -> None:
-        place = f"{event.block}: " if event.block else ""
-        self._line(("warning: ", "yellow"), place + event.text)
+        block = f"{event.block}: " if event.block else ""
+        self._line(("warning: ", "yellow"), block + event.text)
 
     @_draw.register
     def _block_resumed(self, event: BlockResumed) -> None:
-        self._move(event.index + 1, event.of, "catching up with an earlier run")
+        self._move(event.index + 1, event.of, "reading the blocks of an earlier run")
 
     @_draw.register
     def _block_finished(self, event: BlockFinished) -> None:
@@ -162,10 +165,10 @@ class RunProgress:
 
     @_draw.register
     def _training_step(self, event: TrainingStep) -> None:
-        place = f"step {event.step:,}/{event.of:,}, loss {event.loss:.3f}"
-        self._move(event.step, event.of, place)
+        text = f"step {event.step:,}/{event.of:,}, loss {event.loss:.3f}"
+        self._move(event.step, event.of, text)
         if not self.console.is_terminal:
-            self._line(place)
+            self._line(text)
 
     @_draw.register
     def _run_complete(self, event: RunComplete) -> None:
@@ -177,9 +180,9 @@ class RunProgress:
         )
 
     def _left(self, done: float, of: int) -> str:
-        """An estimate from the blocks of this run alone."""
-        mine = done - self.before
-        if self.started is None or mine <= 0 or done >= of:
+        """Estimates the time that is left, from the blocks of this run alone."""
+        own = done - self.before
+        if self.started is None or own <= 0 or done >= of:
             return ""
-        seconds = (time.monotonic() - self.started) / mine * (of - done)
+        seconds = (time.monotonic() - self.started) / own * (of - done)
         return f"about {duration(seconds)} left" if seconds >= 1 else ""

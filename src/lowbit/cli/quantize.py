@@ -1,4 +1,4 @@
-"""lowbit quantize: writes a quantized folder."""
+"""lowbit quantize: quantizes a model into a folder."""
 
 import shlex
 from pathlib import Path
@@ -24,12 +24,12 @@ def quantize(
     out: Out,
     job: JobOptions,
     restart: Annotated[
-        bool, Option("--restart", help="Delete another run that OUT holds, and start over.")
+        bool, Option("--restart", help="Delete an earlier run in OUT, and start over.")
     ] = False,
     dry_run_block: Annotated[
         bool | None,
         Option(
-            help="Try one block before the run, so that what cannot work fails early. Default: "
+            help="Quantize one block as a dry run first, so that problems show early. Default: "
             "only if the run may take more than an hour.",
         ),
     ] = None,
@@ -81,7 +81,7 @@ def _summary(screen: Console, model: str, source: Path, out: Path) -> None:
 
 
 def _salient_ratios(report: RunReport) -> list[float]:
-    """The share of salient inputs of each linear that has any."""
+    """Returns the share of salient inputs of each linear that has any."""
     return [
         linear.salient_ratio
         for block in report.blocks.values()

@@ -1,4 +1,4 @@
-"""lowbit recipes: what `--recipe` accepts, what each sets, and which have about so many bits."""
+"""lowbit recipes: lists recipes, also by bits per weight, and explains a single one."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -18,9 +18,9 @@ from lowbit.methods import MatQuant, Method
 from lowbit.preprocess import LoRA
 from lowbit.recipes import Recipe, load_recipe, recipe_names
 
-ABOUT = 0.5  # bits per weight by which a recipe may differ from the width that is asked for
-OTHERS = "discovered"  # the family of a model that no table describes
-SIDE = 4096  # outputs and inputs of the linear whose bits are counted: that of a model of 7 B
+TOLERANCE = 0.5  # bits per weight by which a listed recipe may differ from --for
+DEFAULT_FAMILY = "discovered"  # family of models that have no table; recipes have no fields for it
+SIDE = 4096  # outputs and inputs of the linear whose bits are counted, as in models of 7 B
 
 
 def recipes(
@@ -36,14 +36,14 @@ def recipes(
         Option(
             "--for",
             metavar="BITS",
-            help="List those within half a bit of this many bits per weight, scales included. "
-            "Default: list all recipes.",
+            help="List the recipes within half a bit of this many bits per weight, scales "
+            "included. Default: list all recipes.",
         ),
     ] = None,
 ) -> None:
-    """List the recipes, those of about so many bits, or explain one."""
+    """List all recipes or those of a given width, or explain one."""
     if name is not None and width is not None:
-        raise ValueError("name either a recipe to explain, or --for BITS to list recipes")
+        raise ValueError("name either a recipe to explain, or --for BITS to list recipes, not both")
     if name is not None:
         _explain(name, load_recipe(name))
     elif width is not None:
@@ -67,21 +67,21 @@ def _table() -> Table:
 
 @dataclass(frozen=True)
 class _Width:
-    """Bits per weight that a recipe gives. sliced: of a slice; the folder itself has more."""
+    """Bits per weight of a recipe. sliced: of a slice; the folder itself has more bits."""
 
     bits: float
     sliced: bool = False
 
 
 def _widths(method: Method, recipe: Recipe) -> list[_Width]:
-    """What one recipe can give; nothing for one that makes a float model."""
+    """Returns the widths of a recipe; none for a recipe whose result is a float model."""
     if recipe.lora is not None:
         return []
-    found = [_Width(_bits(method.weight_bytes(SIDE, SIDE)))]
+    widths = [_Width(_bits(method.weight_bytes(SIDE, SIDE)))]
     if isinstance(method, MatQuant):
         narrow = [width for width in method.widths if width < 8]
-        found += [_Width(_bits(method.weight_bytes(SIDE, SIDE, width)), True) for width in narrow]
-    return found
+        widths += [_Width(_bits(method.weight_bytes(SIDE, SIDE, width)), True) for width in narrow]
+    return widths
 
 
 def _bits(stored: int) -> float:
@@ -89,18 +89,19 @@ def _bits(stored: int) -> float:
 
 
 def _list_about(wanted: float) -> None:
+    """Lists the recipes of about so many bits per weight, nearest first."""
     nearest: list[tuple[float, str, _Width]] = []
     for name in recipe_names():
         recipe = load_recipe(name)
-        widths = _widths(method_of(name, recipe, OTHERS, {}), recipe)
+        widths = _widths(method_of(name, recipe, DEFAULT_FAMILY, {}), recipe)
         each = [(abs(width.bits - wanted), name, width) for width in widths]
         nearest += [min(each, key=lambda found: found[0])] if each else []
     nearest.sort(key=lambda found: found[:2])
-    near = [found for found in nearest if found[0] <= ABOUT]
+    near = [found for found in nearest if found[0] <= TOLERANCE]
     if not near:
         _, name, width = nearest[0]
         raise ValueError(
-            f"no recipe has {wanted:g} bits per weight, or within {ABOUT} of that: "
+            f"no recipe has {wanted:g} bits per weight, or is within {TOLERANCE} of that: "
             f"the nearest is {name} with {width.bits:.2f}"
         )
     screen = console()
@@ -113,12 +114,12 @@ def _list_about(wanted: float) -> None:
     screen.print()
     text = f"Bits per weight, scales included, of a linear of {SIDE:,} x {SIDE:,}; nearest first."
     if any(width.sliced for _, _, width in near):
-        text += " *: of a slice; the folder itself has 8 bits (lowbit slice)."
+        text += " *: of a slice, see lowbit slice; the folder itself has 8 bits."
     print_paragraphs(screen, text)
 
 
 def _explain(name: str, recipe: Recipe) -> None:
-    method, screen = method_of(name, recipe, OTHERS, {}), console()
+    method, screen = method_of(name, recipe, DEFAULT_FAMILY, {}), console()
     print_paragraphs(screen, f"{name}: {recipe.description}")
     text = f"Method {method.name} (lowbit methods {method.name}): {summary(type(method))}"
     if bits := [f"{width.bits:.2f}{' sliced' * width.sliced}" for width in _widths(method, recipe)]:
@@ -151,7 +152,7 @@ def _print_values(screen: Console, config: Config, given: dict[str, Any]) -> Non
 
 def _calibration(recipe: Recipe, method: Method) -> str:
     if not method.streams():
-        return "none is read."
+        return "the method needs no text."
     text = Calibration(**recipe.calibration.model_dump(exclude_none=True))
     tokens = "2,048 tokens (the model's context, if that is shorter)"
     if text.seqlen is not None:

@@ -21,14 +21,14 @@ def report(
         Path | None,
         Option(
             metavar="FILE",
-            help="File of lowbit eval --json, whose numbers are shown too. Default: none.",
+            help="File written by lowbit eval --json, whose numbers are shown too. Default: none.",
         ),
     ] = None,
 ) -> None:
     """Write an HTML page about a quantized model.
 
-    It shows bits and error of each layer, and what the run cost.
+    The page shows bits and error of each layer, and what the run cost.
     """
     check_writable("-o", output)
     path = write_report(locate(model), output, results)
-    console().print(f"{path}: {size(path.stat().st_size)}, one file with all", soft_wrap=True)
+    console().print(f"{path}: {size(path.stat().st_size)}, one self-contained file", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The terminal or pipe that commands write to."""
+"""Writes to the terminal, or to a file or pipe."""
 
 import sys
 
@@ -9,24 +9,24 @@ from lowbit.quantities import change, duration, size
 
 __all__ = ["change", "console", "duration", "shortened", "size"]
 
-PLAIN_WIDTH = 200  # columns of a file or a pipe: tables are not folded there
+PLAIN_WIDTH = 200  # columns in a file or a pipe, where tables need not be narrow
 TEXT_WIDTH = 80  # columns of running text, which is easier to read in short lines
 
 
 def console(stderr: bool = False) -> Console:
-    """stdout or stderr. Text is printed as it is, since paths may look like rich's markup."""
+    """Returns a console without rich's markup, since paths may look like markup."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PLAIN_WIDTH
     return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
 
 
 def text_width(screen: Console) -> int:
-    """Columns of running text."""
+    """Returns the number of columns for running text."""
     return min(screen.width, TEXT_WIDTH)
 
 
 def counting_bar() -> Progress:
-    """A progress bar on stderr, which disappears when it is done; none in a pipe."""
+    """Returns a progress bar on stderr, which disappears at the end. In a pipe it shows nothing."""
     screen = console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn()
     return Progress(
@@ -39,6 +39,6 @@ def counting_bar() -> Progress:
 
 
 def shortened(names: list[str], most: int = 3) -> str:
-    """The first few names and the number of all others."""
+    """Returns the first few names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

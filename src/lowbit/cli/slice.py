@@ -1,4 +1,4 @@
-"""lowbit slice: writes one width, or a width for each layer, of a MatQuant model."""
+"""lowbit slice: cuts a MatQuant model to one width, or to one width for each layer."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,12 +29,12 @@ def cut(
         bool,
         Option(
             "--nested",
-            help="Keep the nested format, which a model made with extra_precision needs.",
+            help="Keep the nested format; a model made with extra_precision needs this.",
         ),
     ] = False,
     trust_remote_code: CopyCode = False,
 ) -> None:
-    """Write one width of a MatQuant model as a folder of its own."""
+    """Cut a MatQuant model to one width, and write it to a folder."""
     folder, screen = locate(model, trust_remote_code), console()
     with screen.status("cutting") as status:
 
@@ -58,7 +58,7 @@ def cut(
 
 
 def parse_bits(text: str) -> int | str:
-    """A width, or the path of a YAML file with a width for each layer."""
+    """Parses --bits: a width, or the path of a YAML file with a width for each layer."""
     text = text.strip()
     if text.isdecimal():
         return int(text)

@@ -1,4 +1,4 @@
-"""What quantization cost: perplexity, divergence and tasks beside honest bits."""
+"""Measures what quantization costs: perplexity, KL divergence, task scores and bits per weight."""
 
 from lowbit.eval.divergence import Divergence
 from lowbit.eval.evaluate import Evaluation, evaluate

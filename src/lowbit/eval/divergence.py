@@ -1,8 +1,8 @@
-"""How far a model's predictions are from the float model's, token by token.
+"""KL divergence: measures how far a model's predictions are from those of the float model.
 
-Perplexity says whether the right token stayed likely; the Kullback-Leibler divergence says how much
-of the whole distribution moved, and is the sharper measure where little did. Both models are
-streamed block by block: neither is ever whole in memory, nor are the logits of a text.
+Perplexity only says whether the right token stayed likely. The Kullback-Leibler divergence compares
+the whole distribution of each token, so it is more precise if little changed. Both models are
+streamed block by block: neither model is ever whole in memory, nor are the logits of a text.
 """
 
 import os
@@ -17,17 +17,18 @@ from torch import Tensor
 from lowbit.formats import use_backend
 from lowbit.load import stream
 
-Progress = Callable[[str, int, int], None]  # what is done, steps done, steps of
-MOST_OF_MEMORY = 0.125  # hidden states that need more of the machine's go to disk; two are held
-LOGITS = 2**25  # of one model at a time, 128 MiB: tokens are compared in pieces of so many
+Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
+MOST_OF_MEMORY = 0.125  # of the machine's; larger hidden states go to disk (two models have them)
+LOGITS = 2**25  # most logits of one model at a time (128 MiB); tokens are compared in such pieces
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A model against a reference.
+    """How far a model's predictions are from those of a reference.
 
-    kl: mean KL(reference || model) over the predicted tokens, in nats. agreement: on which share of
-    them both hold the same token for the likeliest. tokens: how many they are.
+    kl: mean KL(reference || model) over the predicted tokens, in nats.
+    agreement: share of the predicted tokens for which both models have the same most likely token.
+    tokens: number of predicted tokens.
     """
 
     kl: float
@@ -36,12 +37,18 @@ class Divergence:
 
 
 class StreamedLogits:
-    """A folder's logits on given rows, made when they are asked for.
+    """Logits of a model on given rows, which are computed when they are asked for.
 
-    rows: (tokens,) int64 each, of any lengths. The blocks are run at once, over all rows; kept are
-    the hidden states behind the last one, in memory or, where they are large, in temporary files.
-    bits: the widths at which a folder that matquant made runs. Quantized layers run their reference
-    backend, so that a score depends on no compiler and no instruction set.
+    All blocks run over all rows when the object is made. Then only the hidden states behind the
+    last block are kept, in memory or, if they are large, in temporary files. Quantized layers run
+    their reference backend, so that a score does not depend on a compiler or an instruction set.
+
+    folder: the model.
+    rows: (tokens,) int64 each, of any lengths.
+    device: where blocks run; default: the CPU.
+    trust_remote_code: whether Python code that comes with the model may run.
+    progress: called with what is done, the number of blocks done, and of all blocks.
+    bits: widths at which a folder made by matquant runs; None: as stored.
     """
 
     @use_backend("reference")
@@ -71,7 +78,7 @@ class StreamedLogits:
 
     @use_backend("reference")
     def __call__(self, index: int, part: slice) -> Tensor:
-        """(tokens of the part, vocabulary) float32 of one row."""
+        """Returns the logits of a part of one row: (tokens of the part, vocabulary) float32."""
         hidden = self._hidden[index].hidden[..., part, :]
         return self._without_blocks.logits(self.rows[index][None, part], hidden)[0].float()
 
@@ -82,16 +89,21 @@ def divergence(
     rows: range,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[Divergence, list[Tensor]]:
-    """The model against the reference on some of the rows, which both must hold.
+    """Measures how far a model's predictions are from the reference's.
 
-    Every token but the first of a row is predicted, as in `perplexity`. Also returns the model's
-    losses at these tokens, (tokens - 1,) float32 on the CPU per row. Raises ValueError when the two
-    vocabularies differ.
+    Every token of a row except the first is predicted, as in `perplexity`.
+
+    reference, model: logits on the same rows.
+    rows: indices of the rows to compare.
+    progress: called with the number of rows done, and of all rows.
+
+    Returns the divergence, and the model's losses: (tokens - 1,) float32 on the CPU, for each row.
+    Raises ValueError if the two vocabularies differ.
     """
     if reference.vocabulary != model.vocabulary:
         raise ValueError(
             f"{reference.folder} predicts {reference.vocabulary:,} tokens, {model.folder} "
-            f"{model.vocabulary:,}: only models of one vocabulary have a divergence"
+            f"{model.vocabulary:,}: a divergence needs models with the same vocabulary"
         )
     losses: list[Tensor] = []
     kl, agreed, tokens = 0.0, 0, 0
@@ -101,19 +113,23 @@ def divergence(
         for start in range(0, len(row) - 1, max(1, LOGITS // model.vocabulary)):
             part = slice(start, min(start + max(1, LOGITS // model.vocabulary), len(row) - 1))
             expected = torch.log_softmax(reference(index, part), -1)
-            found = torch.log_softmax(model(index, part), -1)
-            kl += kl_divergence(expected, found).double().sum().item()
-            agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
-            target = row[part.start + 1 : part.stop + 1].to(found.device)
-            pieces.append(-found.gather(-1, target[:, None])[:, 0].cpu())
+            predicted = torch.log_softmax(model(index, part), -1)
+            kl += kl_divergence(expected, predicted).double().sum().item()
+            agreed += int((expected.argmax(-1) == predicted.argmax(-1)).sum())
+            target = row[part.start + 1 : part.stop + 1].to(predicted.device)
+            pieces.append(-predicted.gather(-1, target[:, None])[:, 0].cpu())
         losses.append(torch.cat(pieces))
         tokens += len(row) - 1
         progress(done, len(rows))
     return Divergence(kl / tokens, agreed / tokens, tokens), losses
 
 
-def kl_divergence(expected: Tensor, found: Tensor) -> Tensor:
-    """Of two logarithms of probabilities, (..., vocabulary): KL(expected || found), (...)."""
-    share = expected.exp()
-    # 0 * (-inf - x) is 0 here; a NaN of a broken model stays one.
-    return torch.where(share == 0, share, share * (expected - found)).sum(-1)
+def kl_divergence(expected: Tensor, predicted: Tensor) -> Tensor:
+    """Computes KL(expected || predicted) of each token, in nats.
+
+    expected, predicted: (..., vocabulary), logarithms of probabilities  ->  (...)
+    """
+    probability = expected.exp()
+    # A probability of 0 adds 0, not 0 * (-inf - x); a NaN of a broken model stays NaN.
+    terms = probability * (expected - predicted)
+    return torch.where(probability == 0, probability, terms).sum(-1)

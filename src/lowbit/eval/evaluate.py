@@ -1,4 +1,4 @@
-"""Several models, one table: perplexity, divergence, tasks, bits and bytes of each."""
+"""Measures several models for one table: perplexity, divergence, tasks, bits and bytes."""
 
 import gc
 import hashlib
@@ -32,28 +32,32 @@ from lowbit.load import load_config, load_model, locate, need_tokenizer, set_wid
 if TYPE_CHECKING:
     from lowbit.eval.tasks import Tasks
 
-LONGEST_DEFAULT = 2048  # tokens; the papers' context
-AFTER_LORA = " after LoRA"  # ends the method of a model that was trained by lowbit preprocess
+LONGEST_DEFAULT = 2048  # tokens in a window; the papers' context
+AFTER_LORA = " after LoRA"  # suffix of the method of a model that lowbit preprocess trained
 
-Progress = Callable[[str, int, int], None]  # what is measured, steps done, steps of
+Progress = Callable[[str, int, int], None]  # what is measured, steps done, steps in all
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of one model, at one width.
+    """The measurements of one model at one width.
 
-    perplexity: by text; infinite or not a number for a model that is broken.
+    model: folder or hub id, as it was given.
+    method: the recipe or method that quantized it; "float" for a float model.
+    perplexity: by text; infinite or NaN for a broken model.
     bits_per_weight: real bits, scales included, of the "linears" and of the whole "model".
-    size_bytes: of all weight files.
-    seqlen: tokens in a window. windows: by text, how many of them, or of documents.
-    seconds: that it took.
-    reference: the float model that divergence is measured from; None: it was not.
-    divergence: by text; then the text was streamed through the model in float32.
-    tasks: by name; those of a folder are called local_NAME.
-    bits: the width at which it ran, or the path of a file of widths; None: it ran as it is.
-    trained: share of the nested weights that were made for that width; the others are
-        interpolated.
-    tokens: by text, a hash of its tokens; where those of two models differ, so do their
+    size_bytes: size of all weight files.
+    seqlen: tokens in a window.
+    windows: by text, the number of windows, or of documents.
+    per_document: whether each document was scored alone.
+    seconds: how long the measurement took.
+    reference: the float model that divergence was measured from; None: it was not measured.
+    divergence: by text. If it is measured, the model runs block by block in float32.
+    tasks: by name; tasks from local files are called local_NAME.
+    bits: the width at which the model ran, or the path of a file of widths; None: as stored.
+    trained: share of the nested weights that were optimized for that width; the others are
+        interpolated between optimized widths. None: the model ran as stored.
+    tokens: by text, a hash of its tokens. If the hashes of two models differ, so do their
         tokenizers, and their perplexities cannot be compared.
     """
 
@@ -75,7 +79,7 @@ class Evaluation:
 
     @property
     def name(self) -> str:
-        """Tells apart the rows of one call."""
+        """The name of this row, which is different for all rows of one call."""
         return labelled(self.model, self.bits)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,7 +87,7 @@ class Evaluation:
 
 
 def labelled(model: str, bits: int | str | None) -> str:
-    """A model, and the width at which it runs: "models/nested at 4 bits"."""
+    """Names a model and the width at which it runs: "models/nested at 4 bits"."""
     if bits is None:
         return model
     return f"{model} at {bits} bits" if isinstance(bits, int) else f"{model} by {bits}"
@@ -103,17 +107,18 @@ def evaluate(  # noqa: PLR0913 (the fields of EvalOptions)
     trust_remote_code: bool = False,
     on_progress: Progress = lambda what, done, of: None,
 ) -> list[Evaluation]:
-    """Measures perplexity, divergence, tasks and real bits per weight of models, a row for each.
+    """Measures perplexity, divergence, tasks and real bits per weight of models.
 
-    At most one model is in memory at a time; with a reference and without tasks none is, they are
-    streamed block by block.
+    At most one model is in memory at a time. With a reference and without tasks none is, since
+    models are then streamed block by block.
 
-    models: folders or hub ids, float or quantized; a folder of MatQuant has a row for each of bits.
-    on_progress: called with what is measured, the steps done and the steps of it in all.
-    All others are the fields of `lowbit.EvalOptions`, which says what each of them means.
+    models: folders or hub ids, float or quantized.
+    on_progress: called with what is measured, the number of steps done, and of all steps.
+    The other arguments are the fields of `lowbit.EvalOptions`, where each of them is explained.
 
-    Raises ValueError for a model, text or task that is not there, and for models whose default
-    windows differ in length: their perplexities cannot be compared, so name one seqlen for all.
+    Returns one row for each model; for a folder of MatQuant, one for each of `bits`.
+    Raises ValueError for a model, text or task that does not exist, and for models whose default
+    windows differ in length: their perplexities cannot be compared, so set one seqlen for all.
     """
     options = EvalOptions.of(locals())
     session, names = _Session(options, on_progress), [str(name) for name in models]
@@ -127,8 +132,10 @@ def evaluate(  # noqa: PLR0913 (the fields of EvalOptions)
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model that is measured. texts: of each the windows, or documents. loaded: it and its
-    tokenizer; None: it is streamed.
+    """A model that is measured.
+
+    texts: windows or documents of each text, (tokens,) int64 each.
+    loaded: the model in memory and its tokenizer; None: it is streamed.
     """
 
     name: str
@@ -139,7 +146,7 @@ class _Subject:
 
 
 class _Session:
-    """What the models of one call share: the tasks' rows, the reference's predictions."""
+    """State that all models of one call share: task rows, and the logits of the reference."""
 
     def __init__(self, options: EvalOptions, on_progress: Progress) -> None:
         self.options = options
@@ -151,10 +158,10 @@ class _Session:
             self.reference_folder = locate(options.reference, options.trust_remote_code)
 
     def check(self, names: Sequence[str]) -> None:
-        """Raises ValueError for models that cannot stand in one table, before any is measured."""
+        """Raises ValueError for models that cannot be compared, before any of them is measured."""
         if self.options.bits and not any([self.widths(name) != (None,) for name in names]):
             raise ValueError(
-                "bits is for 8-bit masters, as matquant makes them: none of these models is one"
+                "bits only applies to 8-bit masters made by matquant: none of these models is one"
             )
         for name in names:
             self._tokenizer(name)
@@ -163,11 +170,11 @@ class _Session:
             if self.options.texts and seqlen != seqlens[names[0]]:
                 raise ValueError(
                     f"{name} would be measured with {seqlen} tokens of context, "
-                    f"{names[0]} with {seqlens[names[0]]}: name one --seqlen for all"
+                    f"{names[0]} with {seqlens[names[0]]}: set one --seqlen for all"
                 )
 
     def widths(self, name: str) -> tuple[int | str | None, ...]:
-        """What a model is to be run at, checked; None: as it is."""
+        """Returns the widths at which a model is measured, checked; None stands for "as stored"."""
         folder = locate(name, self.options.trust_remote_code)
         if not self.options.bits or not has_masters(folder):
             return (None,)
@@ -176,7 +183,7 @@ class _Session:
         return self.options.bits
 
     def rows(self, name: str) -> list[Evaluation]:
-        """A row for each width; the model is loaded once for all."""
+        """Measures a model at each of its widths; it is loaded only once."""
         options = self.options
         folder = locate(name, options.trust_remote_code)
         seqlen = self._seqlen(name)
@@ -194,11 +201,11 @@ class _Session:
     def _row(self, subject: "_Subject", bits: int | str | None) -> Evaluation:
         started = time.perf_counter()
         folder, label = subject.folder, labelled(subject.name, bits)
-        found: dict[str, Perplexity] = {}
-        distance: dict[str, Divergence] = {}
+        perplexities: dict[str, Perplexity] = {}
+        divergences: dict[str, Divergence] = {}
         scores: dict[str, TaskScore] = {}
         if self.reference_folder is not None:
-            found, distance = self._stream(subject, bits)
+            perplexities, divergences = self._stream(subject, bits)
         if subject.loaded is not None:
             model, tokenizer = subject.loaded
             if bits is not None:
@@ -206,22 +213,22 @@ class _Session:
             if self.reference_folder is None:
                 for text, rows in subject.texts.items():
                     losses = losses_of(model, rows, self._progress(label))
-                    found[text] = self._perplexity(losses, subject.seqlen)
+                    perplexities[text] = self._perplexity(losses, subject.seqlen)
             if self.tasks is not None:
                 scores = self.tasks.score(model, tokenizer, self._progress(f"{label}: tasks"))
         size = size_of(folder) if bits is None else size_of_slice(folder, bits)
         return Evaluation(
             model=subject.name,
             method=_method(folder),
-            perplexity={text: p.value for text, p in found.items()},
+            perplexity={text: p.value for text, p in perplexities.items()},
             bits_per_weight={"linears": size.linears, "model": size.model},
             size_bytes=size.bytes,
             seqlen=subject.seqlen,
-            windows={text: p.windows for text, p in found.items()},
+            windows={text: p.windows for text, p in perplexities.items()},
             per_document=self.options.per_document,
             seconds=round(time.perf_counter() - started, 3),
             reference=self.options.reference,
-            divergence=distance,
+            divergence=divergences,
             tasks=scores,
             bits=bits,
             trained=None if bits is None else _trained(folder, bits),
@@ -244,7 +251,7 @@ class _Session:
         return asked or min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
 
     def _rows(self, tokenizer: Any, seqlen: int) -> dict[str, list[Tensor]]:
-        """Of every text the windows, or the documents: (tokens,) int64 each."""
+        """Returns the windows or documents of each text: (tokens,) int64 each."""
         limit = self.options.limit
         if self.options.per_document:
             return {
@@ -263,23 +270,23 @@ class _Session:
     def _stream(
         self, subject: "_Subject", bits: int | str | None
     ) -> tuple[dict[str, Perplexity], dict[str, Divergence]]:
-        """Perplexity and divergence by text, from one pass over the blocks."""
+        """Measures perplexity and divergence on each text, in one pass over the blocks."""
         name, folder, rows = labelled(subject.name, bits), subject.folder, subject.texts
         reference = self._reference(subject.name, rows, subject.seqlen)
         same = folder.samefile(reference.folder)
         model = reference if same else self._logits(folder, rows, bits)
-        found: dict[str, Perplexity] = {}
-        distance: dict[str, Divergence] = {}
+        perplexities: dict[str, Perplexity] = {}
+        divergences: dict[str, Divergence] = {}
         first = 0
         for text, of_text in rows.items():
             span = range(first, first + len(of_text))
-            distance[text], losses = divergence(reference, model, span, self._progress(name))
-            found[text] = self._perplexity(losses, subject.seqlen)
+            divergences[text], losses = divergence(reference, model, span, self._progress(name))
+            perplexities[text] = self._perplexity(losses, subject.seqlen)
             first += len(of_text)
-        return found, distance
+        return perplexities, divergences
 
     def _reference(self, name: str, rows: dict[str, list[Tensor]], seqlen: int) -> StreamedLogits:
-        """The reference on its own tokens, which must be those of every model."""
+        """Returns the reference, and checks that it reads the same tokens as this model."""
         folder, asked = self.reference_folder, str(self.options.reference)
         assert folder is not None
         if self.reference is None:
@@ -287,12 +294,12 @@ class _Session:
                 raise ValueError(f"--reference {asked} is quantized; name the float model")
             self._seqlen(asked)
             self.reference = self._logits(folder, self._rows(self._tokenizer(asked), seqlen))
-        mine = [row for of_text in rows.values() for row in of_text]
-        theirs = self.reference.rows
-        if len(mine) != len(theirs) or not all(map(torch.equal, mine, theirs)):
+        tokens = [row for of_text in rows.values() for row in of_text]
+        expected = self.reference.rows
+        if len(tokens) != len(expected) or not all(map(torch.equal, tokens, expected)):
             raise ValueError(
-                f"{name} and {asked} read the text as different tokens: only models of one "
-                "tokenizer and one context have a divergence"
+                f"{name} and {asked} read the text as different tokens: a divergence needs models "
+                "with the same tokenizer and the same context"
             )
         return self.reference
 
@@ -319,36 +326,40 @@ def _open_tasks(options: TaskOptions) -> "Tasks":
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
         raise ValueError(
-            "tasks are scored by lm-eval, which is not installed: pip install 'lowbit[eval]'"
+            "tasks need lm-eval, which is not installed: pip install 'lowbit[eval]'"
         ) from None
     return Tasks(options)
 
 
 def _one_device(device_map: Any) -> torch.device | str:
-    """Where blocks are run, one at a time."""
+    """Returns the device on which blocks run, one at a time."""
     if device_map is None or device_map == "auto":
         return "cuda:0" if device_map == "auto" and torch.cuda.is_available() else "cpu"
     if isinstance(device_map, dict):
-        raise ValueError("a model is compared with a reference on one device: name that one")
+        raise ValueError(
+            "the divergence from a reference is computed on one device: name it as device_map"
+        )
     return torch.device(device_map)
 
 
 def _digest(rows: Sequence[Tensor]) -> str:
-    found = hashlib.sha256()
+    """Hashes the tokens of a text."""
+    digest = hashlib.sha256()
     for row in rows:
-        found.update(len(row).to_bytes(8, "little") + row.numpy().tobytes())
-    return found.hexdigest()[:16]
+        digest.update(len(row).to_bytes(8, "little") + row.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _trained(folder: Path, bits: int | str) -> float:
+    """Returns the share of the nested weights that were optimized for these widths."""
     quantized = QuantizedFolder(folder)
     return trained_share(quantized, widths_of(quantized, bits))
 
 
 def _method(folder: Path) -> str:
-    """The recipe or method that made a quantized model; "float" for others.
+    """Returns the recipe or method that made a quantized model; "float" for other models.
 
-    What was trained before says so: that is more than calibration.
+    A model that lowbit preprocess trained gets a suffix, since that is more than calibration.
     """
     config = read_config(folder)
     section = config.get("quantization_config")

@@ -1,11 +1,11 @@
-"""Zero-shot tasks from local files: FOLDER/TASK/*.jsonl.
+"""Reads zero-shot tasks from local files: FOLDER/TASK/*.jsonl.
 
-What lm-eval makes of a row stands in local/TASK.yaml, in its own words; the questions are put as it
-puts those of its tasks of the same names. Here rows are read, whose fields differ even within one
-task, and checked. They are the folder's own, which may be a part of the set or another split:
-results are called local_TASK. Where there are files of several splits, test*.jsonl is scored, else
-validation*.jsonl; solved examples come from train*.jsonl, else validation*.jsonl, else from the
-scored rows themselves.
+local/TASK.yaml tells lm-eval how to ask a row, with the same prompt as lm-eval's own task of that
+name. This module reads and checks the rows, whose fields differ even within one task. The rows may
+be a part of the data set or another split, so results are called local_TASK.
+
+If there are files of several splits, test*.jsonl is scored, or else validation*.jsonl. Solved
+examples come from train*.jsonl, or else validation*.jsonl, or else from the scored rows.
 """
 
 import json
@@ -25,7 +25,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class LocalTask:
-    """fields: of a row of its files. read: such a row to what its YAML file speaks of."""
+    """How the rows of a task are read.
+
+    fields: names of the fields of a row, for messages.
+    read: converts a row to the fields that the task's YAML file uses.
+    """
 
     fields: str
     read: Callable[[Row], Row]
@@ -33,44 +37,53 @@ class LocalTask:
 
 @dataclass(frozen=True)
 class LocalRows:
-    """The rows of one task, as its `read` made them."""
+    """The rows of one task, as converted by `LocalTask.read`.
+
+    task: its name, without "local_".
+    scored: the rows that are scored.
+    examples: the rows that solved examples come from; `scored` itself if there is no other split.
+    """
 
     task: str
     scored: list[Row]
-    examples: list[Row]  # `scored` itself, where there is no other split
+    examples: list[Row]
 
     def check(self, few_shot: int) -> None:
-        """Raises ValueError when there are too few examples."""
+        """Raises ValueError if there are fewer examples than `few_shot`."""
         others = len(self.examples) - (self.examples is self.scored)
         if few_shot > others:
-            raise ValueError(f"{self.task} has {others} examples, less than --few-shot {few_shot}")
+            raise ValueError(f"{self.task} has {others} examples: --few-shot {few_shot} needs more")
 
 
 def task_config(name: str) -> dict[str, Any]:
-    """local/NAME.yaml: the task as lm-eval takes it, but for its rows."""
+    """Reads local/NAME.yaml: lm-eval's configuration of the task, without rows."""
     text = (resources.files(__package__) / "local" / f"{name}.yaml").read_text(encoding="utf-8")
     config: dict[str, Any] = yaml.safe_load(text)
     return config
 
 
 def find_rows(folder: Path, names: Iterable[str]) -> list[LocalRows]:
-    """The rows of the named tasks (with or without "local_"), or of all that the folder has.
+    """Reads the rows of tasks.
 
-    Raises ValueError for a task that is not there or not known, and for a row that is no row of
-    its task, by file and line.
+    folder: holds TASK/*.jsonl.
+    names: tasks, with or without "local_"; empty: all that the folder has.
+
+    Raises ValueError for a task that is unknown or not in the folder, and for a row that does not
+    fit its task, with file and line.
     """
-    there = [name for name in LOCAL_TASKS if any((folder / name).glob("*.jsonl"))]
-    if not there:
+    present = [name for name in LOCAL_TASKS if any((folder / name).glob("*.jsonl"))]
+    if not present:
         raise ValueError(
             f"{folder} holds no tasks: it must have TASK/*.jsonl, where TASK is one of "
             + ", ".join(LOCAL_TASKS)
         )
-    wanted = [name.removeprefix(PREFIX) for name in names] or there
+    wanted = [name.removeprefix(PREFIX) for name in names] or present
     for name in wanted:
         if name not in LOCAL_TASKS:
-            raise ValueError(unknown_name(name, there, "local task"))
-        if name not in there:
-            raise ValueError(f"{folder / name} has no .jsonl file; {folder} has {', '.join(there)}")
+            raise ValueError(unknown_name(name, present, "local task"))
+        if name not in present:
+            others = ", ".join(present)
+            raise ValueError(f"{folder / name} has no .jsonl file; {folder} has {others}")
     return [_rows_of(name, folder / name) for name in dict.fromkeys(wanted)]
 
 
@@ -104,7 +117,7 @@ def _read(name: str, files: Iterable[Path]) -> list[Row]:
                 rows.append(task.read(json.loads(line)))
             except (ValueError, KeyError, TypeError, AttributeError, IndexError):
                 raise ValueError(
-                    f"{file}, line {number} is no row of {name}: it must be an object with "
+                    f"{file}, line {number} is not a row of {name}: it must be an object with "
                     + task.fields
                 ) from None
     if not rows:
@@ -113,7 +126,7 @@ def _read(name: str, files: Iterable[Path]) -> list[Row]:
 
 
 def _question(query: str, choices: list[str], gold: int) -> Row:
-    """A question, its answers, and which of them is right."""
+    """Returns a row with a question, its answers, and the index of the right one."""
     if not choices or not all(isinstance(text, str) and text for text in (query, *choices)):
         raise ValueError("empty")
     if gold not in range(len(choices)):
@@ -143,7 +156,7 @@ def _piqa(row: Row) -> Row:
 
 
 def _winogrande(row: Row) -> Row:
-    """The same end of a sentence after two beginnings."""
+    """Returns a row with one end of a sentence and two beginnings to choose from."""
     before, _, behind = row["sentence"].partition("_")
     beginnings = [before + row["option1"], before + row["option2"]]
     made = _question(behind.strip(), beginnings, ("1", "2").index(row["answer"]))

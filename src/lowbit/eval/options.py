@@ -1,4 +1,4 @@
-"""What an evaluation measures."""
+"""The options of an evaluation."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from lowbit.eval.scores import TaskOptions
 
 
 class EvalOptions(Config):
-    """What `evaluate` measures, and on what."""
+    """What `evaluate` measures, and on which texts and tasks."""
 
     texts: tuple[str, ...] = Field(
         ("wikitext2",),
@@ -33,9 +33,9 @@ class EvalOptions(Config):
     reference: str | None = Field(
         None,
         description="Float model, a folder or hub id, from whose predictions the KL divergence of "
-        "all models is measured; None: it is not.",
+        "all models is measured; None: it is not measured.",
     )
-    tasks: TaskOptions | None = Field(None, description="Tasks to score; None: none.")
+    tasks: TaskOptions | None = Field(None, description="Tasks to score; None: no tasks.")
     bits: tuple[int | str, ...] = Field(
         (),
         description="Widths of 2 to 8, or paths of YAML plans, at each of which a folder of "
@@ -60,5 +60,5 @@ class EvalOptions(Config):
         if not self.texts and self.tasks is None:
             raise ValueError("there is nothing to measure: name a text or tasks")
         if not self.texts and self.reference is not None:
-            raise ValueError("the divergence from a reference is measured on a text: name one")
+            raise ValueError("the divergence from a reference is measured on a text: name a text")
         return self

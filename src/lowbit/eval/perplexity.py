@@ -1,4 +1,4 @@
-"""Perplexity as the papers measure it, and document by document."""
+"""Computes perplexity over windows, as the papers do, or over single documents."""
 
 import math
 import sys
@@ -9,12 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Progress = Callable[[int, int], None]  # windows done, windows of
+Progress = Callable[[int, int], None]  # windows done, windows in all
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """value over `windows` windows (or documents) of up to `seqlen` tokens; `predicted` tokens."""
+    """A perplexity and what it was measured on.
+
+    value: infinite or NaN for a broken model.
+    windows: number of windows, or of documents.
+    seqlen: tokens in a window, or most tokens of a document.
+    predicted: number of predicted tokens.
+    """
 
     value: float
     windows: int
@@ -29,11 +35,18 @@ def perplexity(
     limit: int | None = None,
     progress: Progress = lambda done, of: None,
 ) -> Perplexity:
-    """exp(mean of the windows' mean losses), over non-overlapping windows of one token stream.
+    """Computes exp(mean of the windows' mean losses) over non-overlapping windows.
 
-    tokens: (count,) int64; a rest shorter than a window is dropped. Within a window each token but
-    the first is predicted (GPTQ's and OmniQuant's evaluation). limit: at most so many windows.
-    Raises ValueError when there is not one window.
+    Every token of a window except the first is predicted. This is the evaluation of GPTQ and
+    OmniQuant.
+
+    model: maps `input_ids` to an output with `logits`, as models of transformers do.
+    tokens: (count,) int64; a remainder shorter than a window is dropped.
+    seqlen: tokens in a window.
+    limit: most windows to measure; None: all.
+    progress: called with the number of windows done, and of all windows.
+
+    Raises ValueError if the text is shorter than a window.
     """
     return over_windows(losses_of(model, windows_of(tokens, seqlen, limit), progress), seqlen)
 
@@ -45,17 +58,23 @@ def perplexity_per_document(
     limit: int | None = None,
     progress: Progress = lambda done, of: None,
 ) -> Perplexity:
-    """exp(mean loss over all predicted tokens), each document by itself from its first token.
+    """Computes exp(mean loss over all predicted tokens), with each document alone.
 
-    documents: (count,) int64 each, cut to `seqlen` tokens. Not comparable with `perplexity`: no
-    document is read across a boundary, and long documents weigh more.
+    It cannot be compared with `perplexity`: no window spans two documents, and long documents weigh
+    more.
+
+    model: as for `perplexity`.
+    documents: (count,) int64 each.
+    seqlen: most tokens of a document; the rest is dropped.
+    limit: most documents to measure; None: all.
+    progress: called with the number of documents done, and of all documents.
     """
     rows = beginnings_of(documents, seqlen, limit)
     return over_documents(losses_of(model, rows, progress), seqlen)
 
 
 def windows_of(tokens: Tensor, seqlen: int, limit: int | None = None) -> list[Tensor]:
-    """The windows that `perplexity` is measured on: (seqlen,) int64 each."""
+    """Cuts tokens into the windows of `perplexity`: (seqlen,) int64 each."""
     windows = len(tokens) // seqlen
     if windows == 0:
         raise ValueError(
@@ -68,14 +87,14 @@ def windows_of(tokens: Tensor, seqlen: int, limit: int | None = None) -> list[Te
 def beginnings_of(
     documents: Sequence[Tensor], seqlen: int, limit: int | None = None
 ) -> list[Tensor]:
-    """What `perplexity_per_document` is measured on: (up to seqlen,) int64 each."""
+    """Cuts documents for `perplexity_per_document`: (up to seqlen,) int64 each."""
     return [document[:seqlen] for document in documents][:limit]
 
 
 def losses_of(
     model: nn.Module, rows: Sequence[Tensor], progress: Progress = lambda done, of: None
 ) -> list[Tensor]:
-    """The cross-entropy of every token but the first of each row, (tokens - 1,) float32 each."""
+    """Computes the cross-entropy of all tokens except the first of a row: (tokens - 1,) float32."""
     losses = []
     for i, row in enumerate(rows):
         losses.append(_losses(model, row))
@@ -84,13 +103,13 @@ def losses_of(
 
 
 def over_windows(losses: Sequence[Tensor], seqlen: int) -> Perplexity:
-    """Every window counts the same."""
+    """Returns the perplexity in which every window has the same weight."""
     means = [row.mean().item() for row in losses]
     return Perplexity(_exp(sum(means) / len(means)), len(losses), seqlen, _count(losses))
 
 
 def over_documents(losses: Sequence[Tensor], seqlen: int) -> Perplexity:
-    """Every token counts the same."""
+    """Returns the perplexity in which every token has the same weight."""
     total = sum(row.double().sum().item() for row in losses)
     predicted = _count(losses)
     return Perplexity(_exp(total / predicted), len(losses), seqlen, predicted)
@@ -101,7 +120,7 @@ def _count(losses: Sequence[Tensor]) -> int:
 
 
 def _exp(loss: float) -> float:
-    """exp that is infinite where a float ends."""
+    """exp(loss), or infinity if that is too large for a float."""
     return math.exp(loss) if loss < math.log(sys.float_info.max) or loss != loss else math.inf
 
 

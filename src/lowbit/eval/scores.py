@@ -1,4 +1,4 @@
-"""What can be asked of zero-shot tasks, and what comes of it; free of lm-eval, which is slow."""
+"""Options and scores of zero-shot tasks; lm-eval, which is slow to import, is not needed here."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,18 +30,23 @@ class TaskOptions(Config):
     @model_validator(mode="after")
     def _something_is_asked(self) -> "TaskOptions":
         if not self.names and self.folder is None:
-            raise ValueError("no task is named: name some with --tasks, or local ones' --tasks-dir")
+            raise ValueError(
+                "no task is named: name tasks with --tasks, or a folder of them with --tasks-dir"
+            )
         return self
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One model's score on one task or group.
+    """The score of one model on one task or group of tasks.
 
-    metrics: acc, acc_norm and whatever else the task defines, accuracies as shares of 1. stderr:
-    their standard errors, where there is a formula. rows: scored, of `available`. cut: how many of
-    them did not fit into the context, and lost their beginning. part_of: the group that was asked
-    for, if the task was not asked for by itself.
+    metrics: acc, acc_norm and whatever else the task defines; accuracies are shares of 1.
+    stderr: standard errors of those metrics for which there is a formula.
+    rows: number of rows that were scored.
+    available: number of rows that the task has.
+    few_shot: solved examples before each question.
+    cut: how many rows did not fit into the context, and lost their beginning.
+    part_of: the requested group that the task belongs to; None: the task itself was requested.
     """
 
     metrics: dict[str, float]

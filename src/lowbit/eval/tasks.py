@@ -1,6 +1,6 @@
-"""Zero-shot tasks through lm-eval: those that it brings, and local ones.
+"""Scores zero-shot tasks with lm-eval: its own tasks, and tasks from local files.
 
-Importing this takes seconds: only where tasks are asked for.
+Importing this module takes seconds, so it is imported only if tasks are requested.
 """
 
 import logging
@@ -19,14 +19,14 @@ from lm_eval.tasks import TaskManager
 from lowbit.eval.local_tasks import PREFIX, LocalRows, find_rows, task_config
 from lowbit.eval.scores import TaskOptions, TaskScore
 
-Progress = Callable[[int, int], None]  # requests done, requests of
-EXAMPLES_SEED = 1234  # lm-eval's own choice of the solved examples
+Progress = Callable[[int, int], None]  # requests done, requests in all
+EXAMPLES_SEED = 1234  # lm-eval's own seed of the choice of solved examples
 
 
 class Tasks:
-    """Tasks whose rows are loaded once and scored for one model after another.
+    """Tasks whose rows are loaded once and then scored for several models.
 
-    Raises ValueError for a task that is not known, or whose rows cannot be had.
+    Raises ValueError for a task that does not exist, or whose rows cannot be loaded.
     """
 
     def __init__(self, options: TaskOptions) -> None:
@@ -37,10 +37,14 @@ class Tasks:
     def score(
         self, model: Any, tokenizer: Any, progress: Progress = lambda done, of: None
     ) -> dict[str, TaskScore]:
-        """By task: those that were asked for, in that order, then the members of groups."""
+        """Scores a model on all tasks.
+
+        Returns scores by task: first the requested ones in that order, then members of groups.
+        """
         with _quiet():
             for task in self.loaded["tasks"].values():
-                if task.get_config("num_fewshot") != 0:  # where lm-eval says 0, it means it
+                # A task that sets 0 itself is never given examples.
+                if task.get_config("num_fewshot") != 0:
                     task.set_config(key="num_fewshot", value=self.options.few_shot)
                 task.set_fewshot_seed(seed=EXAMPLES_SEED)
             scorer = _Scorer(model, tokenizer, self.options.batch, progress)
@@ -61,8 +65,8 @@ class Tasks:
                 groups[name] = _score(numbers, found, inside, cut)
                 part_of |= {task: name for task in inside if task not in self.options.names}
         for name in self.loaded["tasks"]:
-            place = members if name in part_of else alone
-            place[name] = _score(found["results"][name], found, [name], cut, part_of.get(name))
+            target = members if name in part_of else alone
+            target[name] = _score(found["results"][name], found, [name], cut, part_of.get(name))
         order = {name.removeprefix(PREFIX): i for i, name in enumerate(self.options.names)}
         asked = groups | alone
         ranked = sorted(asked, key=lambda name: order.get(name.removeprefix(PREFIX), len(order)))
@@ -70,7 +74,10 @@ class Tasks:
 
 
 class _Scorer(HFLM):  # type: ignore[misc, unused-ignore]
-    """A loaded model as lm-eval wants it; tells how far it is, and which rows it had to cut."""
+    """Adapter of a loaded model for lm-eval.
+
+    It reports progress, and records in `cut` the task and number of each row that was truncated.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, batch: int, progress: Progress) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch)
@@ -81,7 +88,7 @@ class _Scorer(HFLM):  # type: ignore[misc, unused-ignore]
         self.set_cache_hook(self)
 
     def add_partial(self, *args: Any) -> None:
-        """lm-eval tells its cache, which we stand in for, of every finished request."""
+        """Counts a finished request; lm-eval calls this because we registered as its cache."""
         self.done += 1
         self.progress(min(self.done, len(self.of)), len(self.of))
 
@@ -114,7 +121,14 @@ def _score(
     cut: set[tuple[str, int]],
     part_of: str | None = None,
 ) -> TaskScore:
-    """numbers: {"acc,none": 0.5, "acc_stderr,none": "N/A", ...}; tasks: whose rows these are."""
+    """Converts the numbers of lm-eval.
+
+    numbers: {"acc,none": 0.5, "acc_stderr,none": "N/A", ...}
+    found: everything that lm-eval returned, which has the counts of rows.
+    tasks: the tasks that the numbers belong to.
+    cut: task and number of each truncated row.
+    part_of: as in `TaskScore`.
+    """
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
     for key, value in numbers.items():
@@ -142,16 +156,16 @@ def _from_hub(options: TaskOptions) -> Any:
         if name not in manager.task_index:
             near = get_close_matches(name, manager.all_tasks, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{name!r} is no task of lm-eval: {hint}see: lm-eval ls tasks")
+            raise ValueError(f"{name!r} is not a task of lm-eval: {hint}see: lm-eval ls tasks")
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
     for name in options.names:
         try:
             one = manager.load([name])
-        except Exception as error:  # lm-eval's, datasets', the hub's, and each task's own
+        except Exception as error:  # of lm-eval, datasets, the hub, or the task itself
             reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
             if isinstance(error, OSError):
-                reason += "; without the hub, score local files: --tasks-dir DIR"
-            raise ValueError(f"the rows of task {name} cannot be had: {reason}") from error
+                reason += "; without the hub, score local files with --tasks-dir DIR"
+            raise ValueError(f"the rows of task {name} cannot be loaded: {reason}") from error
         for kind, things in loaded.items():
             things.update(one.get(kind, {}))
     return loaded
@@ -175,7 +189,7 @@ def _local_task(rows: LocalRows) -> Any:
         config={
             "custom_dataset": lambda **_: splits,
             "test_split": "test",
-            # The same name as test_split makes lm-eval leave out the row that is asked.
+            # If this is test_split too, lm-eval leaves out the row that is asked.
             "fewshot_split": "test" if rows.examples is rows.scored else "train",
             **task_config(rows.task),
         }
@@ -184,10 +198,10 @@ def _local_task(rows: LocalRows) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No advice and no bars of lm-eval's own, and no resampling.
+    """Turns off lm-eval's log, its progress bars and its bootstrapping.
 
-    Standard errors stand beside means only, where they are a formula: for other metrics lm-eval
-    would draw 100,000 samples in forked processes.
+    Only means then have a standard error, since there is a formula for it. For other metrics
+    lm-eval would draw 100,000 samples in forked processes.
     """
     logger, bars = logging.getLogger("lm_eval"), not datasets.are_progress_bars_disabled()
     before = logger.level, task_module.tqdm, evaluator_utils.stderr_for_metric

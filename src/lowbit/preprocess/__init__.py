@@ -1,12 +1,12 @@
-"""Restorative LoRA (PTQ1.61, arXiv 2502.13179): move a model to where it quantizes well.
+"""Restorative LoRA (PTQ1.61, arXiv 2502.13179): trains a model so that it quantizes better.
 
-A first pass quantizes the model; low-rank adapters are then trained on the quantized weights with
-the next-token loss, and merged. What comes out is a float model for `quantize`. That is training,
-not calibration, and results that used it say so. It is the one stage that needs the whole model in
-memory.
+A first pass quantizes the model. Low-rank adapters are then trained on the quantized weights with
+the next-token loss, and merged. The result is a float model for `quantize`. This is training, not
+calibration, and results that used it say so. No other stage needs the whole model in memory.
 
-options.py says how adapters are trained, packing.py cuts the text, lora.py trains and merges,
-stages.py goes from folder to folder and can be interrupted. Only lora.py imports peft.
+options.py has the settings of the training, packing.py cuts the text into windows, and lora.py
+trains and merges the adapters. stages.py runs all stages, and continues an interrupted run. Only
+lora.py imports peft.
 """
 
 from lowbit.preprocess.options import LoRA

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the linears of the blocks: trained by transformers' Trainer, then merged."""
+"""Trains low-rank adapters on the linears of the blocks with Trainer, and merges them."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from lowbit.events import OnEvent, TrainingStep
 from lowbit.patterns import matches_any
 from lowbit.preprocess.options import LoRA
 
-WRITTEN_LAST = "trainer_state.json"  # of the files of a state, by Trainer
+WRITTEN_LAST = "trainer_state.json"  # the last file that Trainer writes of a state
 
 
 def train(
@@ -39,16 +39,26 @@ def train(
     seed: int,
     log: OnEvent,
 ) -> dict[str, Any]:
-    """Trains adapters on `linears` and merges them into the model, in place; says what it saw.
+    """Trains adapters and merges them into the model, in place.
 
-    windows, held_out: (windows, tokens) int64. state: a folder of this run alone, from whose last
-    whole state it goes on; Trainer reads it with weights_only. Raises ValueError when no linear is
-    a target, or the loss is not finite.
+    model: the float model.
+    linears: names of the linears that may get an adapter.
+    windows: (windows, tokens) int64, the text to train on.
+    held_out: (windows, tokens) int64, the text on which the loss is measured.
+    lora: the settings.
+    state: folder of this run alone. Training continues from its last complete state, which Trainer
+        reads with weights_only.
+    seed: seed of the adapters' initial values, dropout and the order of windows.
+    log: called with each `TrainingStep`.
+
+    Returns numbers for config.json: sizes, settings, and losses before, during and after training.
+    Raises ValueError if no linear matches lora.targets, or if the loss is not finite.
     """
     targets = [name for name in linears if matches_any(name, lora.targets)]
     if not targets:
         raise ValueError(
-            f"targets {', '.join(lora.targets)} match no linear of this model: {linears[0]}, ..."
+            f"lora.targets {', '.join(lora.targets)} match no linear of this model, such as "
+            f"{linears[0]}"
         )
     adapters = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
@@ -56,7 +66,7 @@ def train(
     before = mean_loss(model, held_out)
     if lora.gradient_checkpointing:
         with warnings.catch_warnings():
-            # The name that every transformers 5 knows; the later ones have another for it.
+            # Every transformers 5 knows this method; later versions prefer another name for it.
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
     with _own_seed(seed):
@@ -89,8 +99,11 @@ def train(
 
 
 class _Anonymous(nn.Module):
-    """A model that does not say what it is. Of one with experts that transformers fuses, peft would
-    look for adapters' places in the fused matrices, and leave ours, which are unfused, alone."""
+    """Hides a model's config from peft.
+
+    If peft knows that transformers fuses the experts of such a model, it puts adapters only on
+    fused matrices. Ours are unfused, and would get none.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -102,7 +115,7 @@ class _Anonymous(nn.Module):
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, windows: Tensor) -> float:
-    """Mean next-token loss, without dropout; leaves the model in eval mode.
+    """Computes the mean next-token loss without dropout; the model stays in eval mode.
 
     windows: (windows, tokens) int64
     """
@@ -114,11 +127,11 @@ def mean_loss(model: PreTrainedModel, windows: Tensor) -> float:
 
 def _check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} at step {step}: lower the learning rate")
+        raise ValueError(f"the loss is {loss} at step {step}: lower lora.learning_rate")
 
 
 def _last_state(folder: Path) -> str | None:
-    """The newest state that is whole: a process can be killed while Trainer writes one."""
+    """Returns the newest complete state; the last one may be partial if the process was killed."""
     states = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
     for state in states:
         try:
@@ -131,7 +144,7 @@ def _last_state(folder: Path) -> str | None:
 
 @contextmanager
 def _own_seed(seed: int) -> Iterator[None]:
-    """peft and Trainer draw from the global generators: they are seeded here, and then restored."""
+    """Seeds the global generators, which peft and Trainer use, and restores them afterwards."""
     states = random.getstate(), numpy.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -165,13 +178,13 @@ def _arguments(model: nn.Module, lora: LoRA, state: Path, seed: int) -> Training
         use_cpu=device.type == "cpu",
         dataloader_num_workers=0,
     )
-    # Of several GPUs Trainer would take all, and read that many times the windows.
+    # Trainer would use all GPUs, and read as many times the windows.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
 
 class _Progress(TrainerCallback):
-    """Trainer's log as events."""
+    """Turns the log of Trainer into events."""
 
     def __init__(self, steps: int, log: OnEvent) -> None:
         self.steps = steps

@@ -1,4 +1,4 @@
-"""How the adapters are trained; free of peft, which is needed only for the training itself."""
+"""The options of adapters and their training. This module does not need peft."""
 
 from typing import Any
 
@@ -72,5 +72,5 @@ class LoRA(Config):
 
     @property
     def windows(self) -> int:
-        """How many windows of text are trained on."""
+        """Number of windows of text that are trained on."""
         return self.steps * self.batch * self.accumulate

@@ -1,4 +1,4 @@
-"""Text for training: packed into windows of equal length, none of which has a token of another."""
+"""Packs training text into windows of equal length that do not overlap."""
 
 import random
 from collections.abc import Sequence
@@ -14,10 +14,19 @@ from lowbit.calibration.windows import split_windows
 def packed_windows(
     sources: Sequence[str], count: int, seqlen: int, tokenizer: Tokenizer, seed: int
 ) -> Tensor:
-    """`count` windows in random order: (count, seqlen) int64.
+    """Cuts sources into windows that do not overlap, and draws some of them.
 
-    Of a data set of whole documents (c4), these stand in random order, an EOS behind each; other
-    texts are one row. Raises ValueError for sources that cannot be had or hold too little.
+    Documents of a data set of whole documents (c4) are joined in random order, with an EOS after
+    each. Other sources are one text.
+
+    sources: data sets or files, as for calibration.
+    count: number of windows.
+    seqlen: tokens in a window.
+    tokenizer: tokenizes the text.
+    seed: seed of the order of documents, and of the choice and order of windows.
+
+    Returns (count, seqlen) int64.
+    Raises ValueError for sources that cannot be loaded or are too short.
     """
     rng = random.Random(seed)
     windows: list[Tensor] = []
@@ -26,8 +35,8 @@ def packed_windows(
             row = _row(calibration_corpus(name), wanted * seqlen, tokenizer, rng)
             if len(row) < wanted * seqlen:
                 raise ValueError(
-                    f"{name} has {len(row):,} tokens: {wanted:,} windows of {seqlen:,}, none of "
-                    f"them twice, need {wanted * seqlen:,}; use fewer steps or more text"
+                    f"{name} has {len(row):,} tokens: {wanted:,} different windows of {seqlen:,} "
+                    f"need {wanted * seqlen:,}; use fewer steps or more text"
                 )
             cut = row[: len(row) // seqlen * seqlen].view(-1, seqlen)
             windows += [cut[i] for i in rng.sample(range(len(cut)), wanted)]
@@ -36,7 +45,7 @@ def packed_windows(
 
 
 def _row(corpus: Corpus, least: int, tokenizer: Tokenizer, rng: random.Random) -> Tensor:
-    """(tokens,) int64; of whole documents no more than it takes for `least` tokens."""
+    """Returns a source as (tokens,) int64; of whole documents as many as give `least` tokens."""
     if not corpus.windows_in_rows:
         return encode_corpus(tokenizer, corpus)
     end = getattr(tokenizer, "eos_token_id", None)

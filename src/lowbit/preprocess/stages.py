@@ -1,4 +1,4 @@
-"""Folder to folder: quantize, dequantize, train, merge. Stopped anywhere, the same call goes on."""
+"""Runs the stages of preprocessing: quantize, dequantize, train and merge; can be interrupted."""
 
 import hashlib
 import shutil
@@ -29,7 +29,7 @@ from lowbit.preprocess.packing import packed_windows
 from lowbit.version import __version__
 
 LONGEST_DEFAULT = 2048  # tokens; what the paper trains with
-MARK = "lowbit_preprocess"  # the key of config.json under which OUT says how it was made
+MARK = "lowbit_preprocess"  # key in config.json of OUT that describes the training
 
 
 def preprocess(  # noqa: PLR0913 (the options of a run)
@@ -53,30 +53,30 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     recipe: str | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> Path:
-    """Trains a model so that it loses less when it is quantized, and returns the float folder.
+    """Trains a model so that it loses less when it is quantized, and returns the folder `out`.
 
-    The model is quantized, low-rank adapters are trained on what that left, and both are merged
-    into a float model, which `quantize` takes. This is training, not calibration: it needs the
-    whole model in memory, and results that used it should say so. Needs peft: pip install
-    'lowbit[train]'. If it is interrupted, the same call continues it from `OUT.work`.
+    The model is quantized, low-rank adapters are trained on the result, and both are merged into a
+    float model for `quantize`. This is training, not calibration: it needs the whole model in
+    memory, and results that used it should say so. It needs peft: pip install 'lowbit[train]'. If
+    it is interrupted, the same call continues from the folder `OUT.work`.
 
     model: a folder or a hub id.
-    out: the folder to write, which must not exist; its config.json says what was done.
+    out: the folder to write, which must not exist; its config.json describes the training.
     first_pass: the method that quantizes the model before it is trained.
-    lora: the adapters and their training; None: the defaults of `LoRA`.
-    calibration: the text of the first pass, and the seed of everything; None: the defaults.
+    lora: settings of the adapters and of their training; None: the defaults of `LoRA`.
+    calibration: the text of the first pass, and the seed of the whole run; None: the defaults.
     on_event: called with each `Event` of the run.
-    All others are the fields of `lowbit.RunOptions`, which says what each of them means.
+    The other arguments are the fields of `lowbit.RunOptions`, where each of them is explained.
 
-    Raises ValueError for what the caller can mend.
+    Raises ValueError for wrong arguments, and for a text that is too short.
     """
     chosen = RunOptions.of(locals())
     lora, calibration = lora or LoRA(), calibration or Calibration()
     train = _training()
     trained_on = choose_device(chosen.device)
-    if trained_on.index:  # Trainer knows no other than the first
+    if trained_on.index:  # Trainer only supports the first GPU
         raise ValueError(
-            f"device {chosen.device!r}: training runs on the first GPU; to make this one it, set "
+            f"device is {chosen.device!r}: training can only use the first GPU; set "
             f"CUDA_VISIBLE_DEVICES={trained_on.index}, and name cuda:0"
         )
     folder, out = locate(model, chosen.trust_remote_code), Path(out)
@@ -121,16 +121,16 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
 
 
 def _training() -> Callable[..., dict[str, Any]]:
-    """`lora.train`, which needs peft; it is imported before any work is done."""
+    """Imports `lora.train` before any work is done. Raises ValueError if peft is missing."""
     try:
         from lowbit.preprocess.lora import train
     except ImportError as error:
-        raise ValueError(f"{error}; it is installed with: pip install 'lowbit[train]'") from error
+        raise ValueError(f"{error}; install it with: pip install 'lowbit[train]'") from error
     return train
 
 
 def _windows(source: SourceModel, lora: LoRA, seed: int, options: RunOptions) -> Tensor:
-    """Those that are trained on, and then those held out: (windows, seqlen) int64"""
+    """Returns the windows to train on, followed by the held-out ones: (windows, seqlen) int64."""
     context = getattr(source.config, "max_position_embeddings", None)
     seqlen = lora.seqlen or min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
     if context and seqlen > context:
@@ -140,11 +140,11 @@ def _windows(source: SourceModel, lora: LoRA, seed: int, options: RunOptions) ->
     try:
         return packed_windows(lora.sources, count, seqlen, tokenizer, seed)
     except ValueError as error:
-        raise ValueError(f"the text to train on, lora.sources: {error}") from error
+        raise ValueError(f"lora.sources, the text to train on: {error}") from error
 
 
 def _float_model(dense: Path, options: RunOptions) -> PreTrainedModel:
-    """Whole, in float32, one linear per matrix."""
+    """Loads the whole model in float32, with one linear for each expert's matrix."""
     model = load_model(dense, dtype=torch.float32, trust_remote_code=options.trust_remote_code)
     unfuse_experts(model)
     model.config.use_cache = False
@@ -152,7 +152,7 @@ def _float_model(dense: Path, options: RunOptions) -> PreTrainedModel:
 
 
 def _shards(model: PreTrainedModel, reader: CheckpointReader) -> Iterator[dict[str, Tensor]]:
-    """The model's tensors by their stock names, in the shards and dtypes of the dense folder."""
+    """Yields the model's tensors with names, shards and dtypes of the dense folder."""
     tensors = model.state_dict()
     names = memory_names(model, reader.tensors)
     for file in reader.files:

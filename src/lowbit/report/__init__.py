@@ -1,10 +1,11 @@
-"""One self-contained HTML page about a quantized folder.
+"""Writes a self-contained HTML page about a quantized folder.
 
-records.py reads its JSON files, history.py follows the events of the run, run.py puts all of it
-together, drawing.py turns numbers into coordinates, page.py fills the template in page/, and
-write.py writes the page. No script, no font, no image, no request: the page can be mailed. Names in
-it come from untrusted files, so all text is escaped, and a content security policy forbids whatever
-would slip through.
+records.py reads the JSON files of the folder, and history.py the events of the run. layers.py and
+run.py collect what the page shows, and results.py makes tables of measurements. drawing.py turns
+numbers into coordinates, page.py fills the template in page/, and write.py writes the page.
+
+The page has no scripts, fonts, images or links, so it can be sent by mail. Names in it come from
+untrusted files: all text is escaped, and a content security policy forbids everything else.
 """
 
 from lowbit.report.page import render

@@ -1,4 +1,4 @@
-"""Numbers to coordinates: shaded grids of layer by block, bars by block, curves over epochs."""
+"""Turns numbers into coordinates: grids of layers and blocks, bars per block, loss curves."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,15 +8,19 @@ from lowbit.quantities import change, duration, size
 from lowbit.report.layers import NUMBER, Layer
 from lowbit.report.run import Block, Run
 
-CURVE_WIDTH, CURVE_HEIGHT, CURVE_INSET = 320.0, 96.0, 6.0  # of the drawing, in its own units
-MOST_WITH_TEXT = 12  # blocks, up to which a number fits into a cell
-TEXT_TURNS = 0.7  # the shade from which text in a cell takes the colour of the page
+CURVE_WIDTH, CURVE_HEIGHT, CURVE_INSET = 320.0, 96.0, 6.0  # in units of the SVG's viewBox
+MOST_WITH_TEXT = 12  # most blocks for which a number fits into a cell
+LIGHT_TEXT = 0.7  # shade above which a cell's text has the color of the page's background
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How a grid shades values. least: the range of all shades at least: differences that mean
-    nothing shall not look like much. sign: -1 where the least value has the strongest shade.
+    """How a grid shades values.
+
+    least: smallest range of values that all shades cover, so that small differences look small.
+    sign: 1 if the largest value has the strongest shade, -1 if the smallest has it.
+    unit: of the values.
+    digits: decimals that are shown.
     """
 
     least: float
@@ -25,16 +29,23 @@ class Scale:
     digits: int
 
     def text(self, value: float) -> str:
+        """Formats a value; infinite decibels are an exact copy."""
         return "exact" if math.isinf(value) else f"{value:.{self.digits}f}"
 
 
-DECIBELS = Scale(6.0, -1, "dB", 1)  # 6 dB are one bit
+DECIBELS = Scale(6.0, -1, "dB", 1)  # one bit more gives 6 dB more
 BITS = Scale(1.0, 1, "bits", 2)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One layer of one block. shade: 0 to 1. flagged: something of it fell back."""
+    """One layer of one block.
+
+    shade: from 0 to 1.
+    text: the value.
+    title: name, value and bits, shown when the mouse is over the cell.
+    flagged: whether a fallback was used for the layer or its block.
+    """
 
     shade: float
     text: str
@@ -43,19 +54,32 @@ class Cell:
 
     @property
     def strong(self) -> bool:
-        return self.shade > TEXT_TURNS
+        """Whether the shade is too dark for dark text."""
+        return self.shade > LIGHT_TEXT
 
 
 @dataclass(frozen=True)
 class GridRow:
+    """One layer in all blocks.
+
+    name: of the layer.
+    cells: one for each block; None: this block has no such layer.
+    span: lowest and highest value of the row.
+    """
+
     name: str
-    cells: list[Cell | None]  # one for each block; None: this block has no such layer
-    span: str  # lowest to highest of the row
+    cells: list[Cell | None]
+    span: str
 
 
 @dataclass(frozen=True)
 class Grid:
-    """legend: what no shade and full shade stand for."""
+    """A grid of layers and blocks.
+
+    rows: one for each layer.
+    legend: the values of the weakest and of the strongest shade.
+    with_text: whether cells show their values.
+    """
 
     rows: list[GridRow]
     legend: tuple[str, ...]
@@ -64,27 +88,39 @@ class Grid:
 
 @dataclass(frozen=True)
 class Bar:
-    share: float  # 0 to 1, of the longest
+    """The bar of one block.
+
+    share: length as a share of the longest bar, from 0 to 1.
+    title: block and value.
+    """
+
+    share: float
     title: str
 
 
 @dataclass(frozen=True)
 class Bars:
-    """bars: one for each block; None where it is not known. top: what the longest stands for."""
+    """A bar chart.
+
+    name: what the chart shows.
+    bars: one for each block; None: the value of this block is unknown.
+    top: the value of the longest bar.
+    """
 
     name: str
     bars: list[Bar | None]
     top: str
-    line: float | None = None  # where a reference lies, 0 to 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A loss over epochs.
+    """The loss over epochs.
 
-    points: for an SVG polyline.
-    line: the height of the loss of rounding to nearest.
-    best: where the values that were kept stand.
+    points: coordinates of an SVG polyline.
+    line: y of the loss of rounding to nearest; None: that loss is unknown.
+    best: x and y of the epoch whose values were kept.
+    low, high: least and greatest loss.
+    title: the curve in words.
     """
 
     points: str
@@ -96,7 +132,7 @@ class Curve:
 
 
 def error_grid(blocks: Sequence[Block]) -> Grid | None:
-    """The worst signal to noise of each layer; None where none is known."""
+    """Returns the grid of the worst signal-to-noise ratios; None if none is known."""
 
     def title(layer: Layer) -> str:
         return f"{layer_error(layer)}, {layer.bits:.2f} bits"
@@ -105,9 +141,9 @@ def error_grid(blocks: Sequence[Block]) -> Grid | None:
 
 
 def bits_grid(blocks: Sequence[Block]) -> Grid | None:
-    """The real bits of each layer, or None where they are all the same."""
-    found = {f"{layer.bits:.2f}" for block in blocks for layer in block.layers}
-    if len(found) < 2:
+    """Returns the grid of real bits per weight; None if all layers have the same."""
+    different = {f"{layer.bits:.2f}" for block in blocks for layer in block.layers}
+    if len(different) < 2:
         return None
 
     def title(layer: Layer) -> str:
@@ -122,6 +158,12 @@ def _grid(
     title: Callable[[Layer], str],
     scale: Scale,
 ) -> Grid | None:
+    """Returns a grid; None if no layer has a finite value.
+
+    value: of a layer; None: unknown.
+    title: of a layer's cell.
+    scale: how values are shaded.
+    """
     placed = [{NUMBER.sub("*", layer.name): layer for layer in block.layers} for block in blocks]
     names = dict.fromkeys(name for layers in placed for name in layers)
     known = [v for layers in placed for x in layers.values() if (v := value(x)) is not None]
@@ -134,9 +176,9 @@ def _grid(
     def cell(block: Block, layer: Layer | None) -> Cell | None:
         if layer is None or (v := value(layer)) is None:
             return None
-        where = f"{block.name}.{layer.name}: {title(layer)}"
-        flagged = bool(block.fallback or layer.fallen)
-        return Cell(share(scale.sign * v, low, high), scale.text(v), where, flagged)
+        described = f"{block.name}.{layer.name}: {title(layer)}"
+        flagged = bool(block.fallback or layer.fallbacks)
+        return Cell(share(scale.sign * v, low, high), scale.text(v), described, flagged)
 
     rows = []
     for name in names:
@@ -152,15 +194,15 @@ def _grid(
 
 
 def share(value: float, low: float, high: float) -> float:
-    """Where a value lies between two, 0 to 1; 0 where all are the same."""
+    """Returns the position of a value between low (0) and high (1); 0 if both are equal."""
     if high <= low:
         return 0.0
     return round(min(1.0, max(0.0, (value - low) / (high - low))), 3)
 
 
 def block_bars(run: Run) -> list[Bars]:
-    """What is known of every block: loss, time, memory."""
-    found = [
+    """Returns charts of loss, time and memory, without those whose values are unknown."""
+    charts = [
         _bars(
             f"loss saved against {run.loss_reference}", run.blocks, lambda b: b.loss_saved, _percent
         ),
@@ -168,7 +210,7 @@ def block_bars(run: Run) -> list[Bars]:
         _bars("peak memory", run.blocks, lambda b: b.history.memory, size),
         _bars("peak memory of the GPU", run.blocks, lambda b: b.history.device_memory, size),
     ]
-    return [bars for bars in found if bars is not None]
+    return [bars for bars in charts if bars is not None]
 
 
 def _bars(
@@ -177,6 +219,7 @@ def _bars(
     value: Callable[[Block], float | None],
     text: Callable[[float], str],
 ) -> Bars | None:
+    """Returns a bar chart; None if no block has a value above 0."""
     values = [value(block) for block in blocks]
     top = max((v for v in values if v), default=0.0)
     if top <= 0:
@@ -189,7 +232,7 @@ def _bars(
 
 
 def curve_of(block: Block) -> Curve | None:
-    """The loss over the epochs, with rounding to nearest as a line across."""
+    """Returns the curve of a block's loss; None if it has fewer than two points."""
     values, rtn = block.curve, block.report.loss_rtn
     if len(values) < 2:
         return None
@@ -216,7 +259,7 @@ def curve_of(block: Block) -> Curve | None:
 
 
 def layer_error(layer: Layer) -> str:
-    """7.0 dB, or from the worst to the best of several."""
+    """Formats the signal-to-noise ratio: "7.0 dB", or from the worst to the best linear."""
     worst, best = layer.error, layer.best_error
     if worst is None or best is None:
         return ""
@@ -226,13 +269,14 @@ def layer_error(layer: Layer) -> str:
 
 
 def decibels(value: float, unit: bool = True) -> str:
+    """Formats a signal-to-noise ratio: "7.0 dB"; "exact" if it is infinite."""
     if math.isinf(value):
         return "exact"
     return f"{value:.1f} dB" if unit else f"{value:.1f}"
 
 
 def loss(value: float) -> str:
-    """Three digits, as the screen shows them."""
+    """Formats a loss with three digits, as on the screen."""
     return f"{value:#.3g}".rstrip(".")
 
 
@@ -241,5 +285,5 @@ def _percent(value: float) -> str:
 
 
 def loss_change(block: Block) -> str:
-    """-5.0 %, of what `Block.loss_saved` compares with."""
+    """Formats the change of a block's loss: "-5.0 %"; see `Block.loss_saved`."""
     return "" if block.loss_saved is None else change(1 - block.loss_saved, 1.0)

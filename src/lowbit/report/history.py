@@ -1,4 +1,4 @@
-"""events.jsonl to what happened to each block, and how long all of it took."""
+"""Reads from events.jsonl what happened to each block, and how long the run took."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +16,12 @@ from lowbit.report.records import LoggedEvent
 
 @dataclass(kw_only=True)
 class BlockHistory:
-    """The last try of one block.
+    """What happened to one block, when it was quantized for the last time.
 
-    curve: the loss after each epoch.
-    memory, device_memory: bytes, at their peak.
+    curve: loss after each epoch.
+    warnings: their texts.
+    seconds: how long the block took; None: unknown.
+    memory, device_memory: peak memory of the process and of the GPU, in bytes; None: unknown.
     """
 
     curve: list[float] = field(default_factory=list)
@@ -33,11 +35,11 @@ class BlockHistory:
 class History:
     """What happened in a run.
 
-    blocks: by number.
-    warnings: those that concern no block.
-    starts: how often the command was called before it was done.
-    seconds: what all of these calls took together.
-    date: of the last event, in seconds since 1970.
+    blocks: history of each block, by number.
+    warnings: warnings that do not belong to a block.
+    starts: number of calls of the command until it was finished.
+    seconds: duration of all these calls together.
+    date: time of the last event, in seconds since 1970; None: there are no events.
     """
 
     blocks: dict[int, BlockHistory]
@@ -47,21 +49,25 @@ class History:
     date: float | None
 
     def of(self, number: int) -> BlockHistory:
+        """Returns the history of a block, which is empty if nothing was recorded."""
         return self.blocks.get(number, BlockHistory())
 
 
 def history_of(logged: Sequence[LoggedEvent]) -> History:
-    """logged: in order. A call that found everything done is left out."""
+    """Returns the history of a run; calls after the end of the run are left out.
+
+    logged: all events, in order.
+    """
     lines = [line for line in logged if not isinstance(line.event, RunComplete)]
     blocks: dict[int, BlockHistory] = {}
     warnings: list[str] = []
     for line in lines:
         match line.event:
             case BlockStarted(index=index):
-                blocks[index] = BlockHistory()  # an interrupted run had begun it before
+                blocks[index] = BlockHistory()  # replaces the attempt of an interrupted run
             case EpochFinished(index=index, epoch=epoch, loss=loss) if index in blocks:
                 if epoch == 1:
-                    blocks[index].curve.clear()  # a try that failed came before
+                    blocks[index].curve.clear()  # removes a failed attempt
                 blocks[index].curve.append(loss)
             case BlockFinished(index=index) as finished if index in blocks:
                 blocks[index].seconds = finished.seconds
@@ -69,9 +75,9 @@ def history_of(logged: Sequence[LoggedEvent]) -> History:
                 blocks[index].device_memory = finished.device_memory
             case Warned(index=index, text=text):
                 block = None if index is None else blocks.get(index)
-                place = warnings if block is None else block.warnings
-                if text not in place:
-                    place.append(text)
+                target = warnings if block is None else block.warnings
+                if text not in target:
+                    target.append(text)
     spans = list(_spans(lines))
     date = lines[-1].time if lines else None
     return History(
@@ -80,7 +86,7 @@ def history_of(logged: Sequence[LoggedEvent]) -> History:
 
 
 def _spans(lines: Iterable[LoggedEvent]) -> Iterable[float]:
-    """Seconds from each start to the last event that followed it."""
+    """Yields the seconds from each start of the run to the last event before the next start."""
     first: float | None = None
     last = 0.0
     for line in lines:

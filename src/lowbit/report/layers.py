@@ -1,4 +1,4 @@
-"""Quantized linears as the report shows them: what they cost in bytes and what they lost."""
+"""The quantized linears as the report shows them: their size and their error."""
 
 import math
 import re
@@ -10,8 +10,8 @@ from typing import Any
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.run_report import LinearReport
 
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a name: of an expert, of a block
-# Not settings, or of one layer alone.
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a name: the number of a block or an expert
+# Fields of an entry that are shown elsewhere, are no settings, or differ between all layers.
 UNSHOWN = re.compile(
     r"format|shape|bias|shares|bits|group_size|activation|seed.*|transform.*|.*dtype"
 )
@@ -23,9 +23,9 @@ class Linear:
 
     name: on disk, relative to its block.
     entry: of config.json.
-    bytes: without the bias.
-    report: what the run reported, if it is known.
-    fallback: why and how it was quantized in a simpler way than asked for.
+    bytes: size without the bias.
+    report: what the run reported; None: unknown.
+    fallback: why and how it was quantized in a simpler way than requested; None: no fallback.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Linear:
 
     @property
     def error(self) -> float | None:
-        """Signal to noise in decibels, inf for an exact copy, None where it is not known."""
+        """Signal-to-noise ratio of the weight in decibels: inf if exact, None if unknown."""
         return None if self.report is None else self.report.signal_to_noise_db
 
     @property
@@ -50,9 +50,13 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """Linears of one block that only a number tells apart, as experts are; mostly a single one."""
+    """One linear of a block, or several (of experts) whose names differ only in a number.
 
-    name: str  # with * for the number, where there are several
+    name: of the linear; with * for the number if there are several.
+    linears: all of them.
+    """
+
+    name: str
     linears: tuple[Linear, ...]
 
     @property
@@ -65,7 +69,7 @@ class Layer:
 
     @property
     def bits(self) -> float:
-        """Real ones for each weight."""
+        """Real bits per weight, scales included."""
         return 8 * self.bytes / self.weights
 
     @property
@@ -79,9 +83,9 @@ class Layer:
 
     @property
     def worst(self) -> Linear | None:
-        """The linear with the least signal to noise."""
-        known = [linear for linear in self.linears if linear.error is not None]
-        return min(known, key=lambda linear: linear.error or 0.0, default=None)
+        """The linear with the lowest signal-to-noise ratio; None if none is known."""
+        measured = [linear for linear in self.linears if linear.error is not None]
+        return min(measured, key=lambda linear: linear.error or 0.0, default=None)
 
     @property
     def error(self) -> float | None:
@@ -97,21 +101,24 @@ class Layer:
 
     @property
     def slices(self) -> dict[int, float]:
-        """The worst signal to noise at each number of bits, of weights that have several."""
-        found: dict[int, float] = {}
+        """The worst signal-to-noise ratio at each width, for weights that have several widths."""
+        worst: dict[int, float] = {}
         for linear in self.linears:
             for bits, error in linear.report.slices_db.items() if linear.report else ():
-                found[bits] = min(error, found.get(bits, math.inf))
-        return found
+                worst[bits] = min(error, worst.get(bits, math.inf))
+        return worst
 
     @property
-    def fallen(self) -> list[Linear]:
-        """Those that fell back."""
+    def fallbacks(self) -> list[Linear]:
+        """The linears for which a fallback was used."""
         return [linear for linear in self.linears if linear.fallback]
 
 
 def settings(entry: dict[str, Any]) -> str:
-    """ "uniform, 2 bits, groups of 64": the format of a linear, from its entry in config.json."""
+    """Describes the format of a linear, as in "uniform, 2 bits, groups of 64".
+
+    entry: of the linear in config.json.
+    """
     parts = [entry["format"]]
     if "bits" in entry:
         parts.append(f"{entry['bits']} bits")
@@ -135,7 +142,12 @@ def linear_of(
     report: LinearReport | None,
     fallback: str | None,
 ) -> Linear:
-    """name: on disk, in full. inside: the block's prefix, which is left out."""
+    """Collects what the report shows of a linear.
+
+    name: full name on disk.
+    inside: prefix of the block, which is removed from the name.
+    report, fallback: as in `Linear`.
+    """
     tensors = quantized.reader.tensors
     stored = (tensors[t].bytes for t in quantized.tensors_of(name) if t != f"{name}.bias")
     return Linear(
@@ -148,10 +160,10 @@ def linear_of(
 
 
 def layers_of(linears: Iterable[Linear]) -> tuple[Layer, ...]:
-    """In the order of their first linears."""
-    found: dict[str, list[Linear]] = {}
+    """Groups linears whose names differ only in a number; layers keep the order of the linears."""
+    groups: dict[str, list[Linear]] = {}
     for linear in linears:
-        found.setdefault(NUMBER.sub("*", linear.name), []).append(linear)
+        groups.setdefault(NUMBER.sub("*", linear.name), []).append(linear)
     return tuple(
-        Layer(name if len(same) > 1 else same[0].name, tuple(same)) for name, same in found.items()
+        Layer(name if len(same) > 1 else same[0].name, tuple(same)) for name, same in groups.items()
     )

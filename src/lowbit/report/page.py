@@ -1,4 +1,4 @@
-"""Fill the template in page/: HTML escapes everything that is put into it."""
+"""Fills the template in page/. All values that are put into it are escaped."""
 
 import re
 from collections.abc import Sequence
@@ -27,12 +27,16 @@ from lowbit.report.run import Run
 from lowbit.version import __version__
 
 COUNT = re.compile(r"\d{1,18}")
-FEW_NAMES = 6  # of what fell back, that need not be hidden
-MOST_NAMES = 200  # that are listed; report.json has them all
+FEW_NAMES = 6  # a list of up to so many fallbacks or warnings is shown open
+MOST_NAMES = 200  # names in a list; report.json has all of them
 
 
 def render(run: Run, results: Sequence[ResultRecord] = ()) -> str:
-    """The page as one HTML document. results: of `lowbit eval --json`, the float model first."""
+    """Returns the page as one HTML document.
+
+    run: the quantized folder.
+    results: measurements of `lowbit eval --json`; the others are compared with the first.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "page"),
         autoescape=True,
@@ -58,7 +62,7 @@ def render(run: Run, results: Sequence[ResultRecord] = ()) -> str:
         bars=block_bars(run),
         curves={block.name: curve_of(block) for block in run.blocks},
         curve_size=(CURVE_WIDTH, CURVE_HEIGHT),
-        fallen=fallen_back(run),
+        fallbacks=fallback_groups(run),
         others=_others(run),
         few=FEW_NAMES,
         most_names=MOST_NAMES,
@@ -66,39 +70,44 @@ def render(run: Run, results: Sequence[ResultRecord] = ()) -> str:
 
 
 @dataclass(frozen=True)
-class Fallen:
-    """What fell back for one reason. names: with the numbers in which their reasons differ."""
+class FallbackGroup:
+    """All linears and blocks with the same fallback.
+
+    reason: why and how they were quantized in another way than requested.
+    names: each name, with the numbers in which its reason differs from the others.
+    """
 
     reason: str
     names: list[tuple[str, str]]
 
 
-def fallen_back(run: Run) -> list[Fallen]:
-    """What fell back, by reason, and what was left float."""
-    found: dict[tuple[str, ...], list[tuple[str, list[int]]]] = {}
+def fallback_groups(run: Run) -> list[FallbackGroup]:
+    """Groups the fallbacks of a run by reason, and adds the linears that were left in float."""
+    by_reason: dict[tuple[str, ...], list[tuple[str, list[int]]]] = {}
     for name, reason in run.report.fallbacks.items():
         text, numbers = COUNT.split(reason), [int(count) for count in COUNT.findall(reason)]
-        found.setdefault(tuple(text), []).append((name, numbers))
-    fallen = [_fallen(text, members) for text, members in found.items()]
+        by_reason.setdefault(tuple(text), []).append((name, numbers))
+    groups = [_group(text, members) for text, members in by_reason.items()]
     if run.report.left_float:
-        fallen.append(Fallen("left in float", [(name, "") for name in run.report.left_float]))
-    return fallen
+        left = [(name, "") for name in run.report.left_float]
+        groups.append(FallbackGroup("left in float", left))
+    return groups
 
 
-def _fallen(text: tuple[str, ...], members: list[tuple[str, list[int]]]) -> Fallen:
-    """Reasons that differ in numbers only, as one: "too few calibration tokens (3 to 15): ..."."""
+def _group(text: tuple[str, ...], members: list[tuple[str, list[int]]]) -> FallbackGroup:
+    """Joins reasons that differ only in numbers: "too few calibration tokens (3 to 15): ..."."""
     columns = list(zip(*(numbers for _, numbers in members), strict=True))
     spans = [f"{min(c)} to {max(c)}" if min(c) < max(c) else f"{min(c)}" for c in columns]
     reason = "".join(part + span for part, span in zip(text, [*spans, ""], strict=True))
     differ = any(min(column) < max(column) for column in columns)
-    return Fallen(
+    return FallbackGroup(
         reason,
         [(name, ", ".join(map(str, numbers)) if differ else "") for name, numbers in members],
     )
 
 
 def setting(value: Any) -> str:
-    """A value of a method's field."""
+    """Formats the value of a method's field."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -111,5 +120,5 @@ def setting(value: Any) -> str:
 
 
 def _others(run: Run) -> dict[str, Any]:
-    """The other keys of made_by that have a value."""
+    """Returns the keys of made_by that have a value and no line of their own on the page."""
     return {key: value for key, value in run.made_by.others.items() if value not in (None, [], {})}

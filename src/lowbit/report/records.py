@@ -1,7 +1,8 @@
-"""The JSON files that `lowbit quantize` and `lowbit eval` write, read into classes.
+"""Reads the JSON files that `lowbit quantize` and `lowbit eval` write.
 
-What `lowbit quantize` reports has its classes in `lowbit.run_report` and `lowbit.events`; those of
-the other files are here. Unknown keys are passed over: another version may have written them.
+report.json and events.jsonl are read into the classes of `lowbit.run_report` and `lowbit.events`,
+the other files into the classes below. Unknown keys are ignored, since a later version may have
+written them.
 """
 
 import json
@@ -21,6 +22,8 @@ Read = TypeVar("Read")
 
 
 class Record(BaseModel):
+    """Base class: a frozen pydantic model that ignores unknown keys."""
+
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
@@ -29,7 +32,7 @@ class LoggedEvent:
     """A line of events.jsonl.
 
     time: when it was written, in seconds since 1970.
-    event: None for one of a kind that is not known here, as another version may have.
+    event: None if its kind is unknown, since a later version may have written it.
     """
 
     time: float
@@ -37,6 +40,8 @@ class LoggedEvent:
 
 
 class Source(Record):
+    """A calibration source: its windows, and the tokens and documents that they were drawn from."""
+
     name: str
     windows: int | None = None
     tokens: int | None = None
@@ -44,6 +49,8 @@ class Source(Record):
 
 
 class CalibrationRecord(Record):
+    """The calibration text of a run."""
+
     sources: list[Source] = []
     samples: int | None = None
     seqlen: int | None = None
@@ -51,7 +58,7 @@ class CalibrationRecord(Record):
 
 
 class MadeBy(Record):
-    """Where a folder came from: made_by in config.json. `others`: its other keys."""
+    """How a folder was made: made_by in config.json."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -66,29 +73,37 @@ class MadeBy(Record):
 
     @property
     def others(self) -> dict[str, Any]:
+        """The keys that are not fields of this class."""
         return self.model_extra or {}
 
 
 class DivergenceRecord(Record):
-    """kl: in nats a token. agreement: on which share of tokens the likeliest one is the same."""
+    """The divergence from the reference.
+
+    kl: in nats per token.
+    agreement: share of tokens for which both models have the same most likely token.
+    """
 
     kl: float | None = None
     agreement: float | None = None
 
 
 class TaskRecord(Record):
+    """The score on one task; see `lowbit.eval.TaskScore`."""
+
     metrics: dict[str, float | None] = {}
     stderr: dict[str, float | None] = {}
     rows: int | None = None
     available: int | None = None
     few_shot: int | None = None
     cut: int = 0
-    part_of: str | None = None  # of a group of tasks
+    part_of: str | None = None
 
 
 class ResultRecord(Record):
-    """One model in the file that `lowbit eval --json` writes; perplexity, windows and divergence by
-    text. A value may be infinite or not a number, or null. `others`: measurements not known here.
+    """One model in the file that `lowbit eval --json` writes; see `lowbit.eval.Evaluation`.
+
+    A measured value may be infinite, NaN or null.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -109,32 +124,40 @@ class ResultRecord(Record):
 
     @property
     def others(self) -> dict[str, Any]:
+        """The keys that are not fields of this class."""
         return self.model_extra or {}
 
 
 class _Line(Record):
-    """What all lines of events.jsonl have."""
+    """The keys that all lines of events.jsonl have."""
 
     time: FiniteFloat
     kind: str
 
 
-def parse(kind: type[Read], value: Any, where: Path | str) -> Read:
-    """`value` as one of these classes; ValueError that names `where` it stands if it is none."""
+def parse(record: type[Read], value: Any, where: Path | str) -> Read:
+    """Converts a JSON value to a class.
+
+    record: the class.
+    value: the JSON value.
+    where: file and line, for the message.
+
+    Raises ValueError that names `where` if the value does not fit the class.
+    """
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return TypeAdapter(record).validate_python(value)
     except ValidationError as error:
         raise ValueError(f"{where} was edited: {explain(error)}") from None
 
 
 def read_report(folder: Path) -> RunReport:
-    """report.json; empty where there is none, as in a folder that was converted."""
+    """Reads report.json; the report is empty if there is no file, as in a converted folder."""
     path = folder / "report.json"
     return parse(RunReport, read_json(path), path) if path.exists() else RunReport()
 
 
 def read_events(folder: Path) -> list[LoggedEvent]:
-    """events.jsonl in order; empty where there is none."""
+    """Reads events.jsonl in order; empty if there is no file."""
     path = folder / "events.jsonl"
     if not path.exists():
         return []
@@ -153,7 +176,7 @@ def read_events(folder: Path) -> list[LoggedEvent]:
 
 
 def read_results(path: Path) -> list[ResultRecord]:
-    """The file of `lowbit eval --json`: one row for each model, in the order of the command."""
+    """Reads a file of `lowbit eval --json`: one record per model, in the order of the command."""
     value = read_json(path)
     try:
         return list(TypeAdapter(dict[str, ResultRecord]).validate_python(value).values())

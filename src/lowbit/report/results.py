@@ -1,4 +1,4 @@
-"""Measured results as tables: one row for each model, one column for whatever was measured."""
+"""Makes tables of measured results, with one row for each model and one column per measure."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from lowbit.report.records import ResultRecord, TaskRecord
 
 @dataclass(frozen=True)
 class ResultRow:
-    """marked: this is the folder that the report is about."""
+    """The row of one model. marked: whether it is the folder that the report is about."""
 
     model: str
     method: str
@@ -22,7 +22,12 @@ class ResultRow:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """head: (measure, of what) of each column. conditions: what the numbers depend on."""
+    """A table of results.
+
+    head: (measure, text or task) of each column.
+    rows: one for each model.
+    conditions: sentences that say what the numbers depend on.
+    """
 
     head: list[tuple[str, str]]
     rows: list[ResultRow]
@@ -30,9 +35,10 @@ class ResultTable:
 
 
 def result_tables(results: Sequence[ResultRecord], folder: Path) -> list[ResultTable]:
-    """Texts and sizes, then tasks where there are any.
+    """Returns a table of texts and sizes, and one of tasks if there are any.
 
-    results: the first is what the others are compared with. folder: whose rows are marked.
+    results: one for each model; the others are compared with the first.
+    folder: the folder whose rows are marked.
     """
     tables = [_texts(results, folder)] if results else []
     if any(row.tasks for row in results):
@@ -42,8 +48,8 @@ def result_tables(results: Sequence[ResultRecord], folder: Path) -> list[ResultT
 
 def _texts(results: Sequence[ResultRecord], folder: Path) -> ResultTable:
     first = results[0]
-    found = [flatten(row.others) for row in results]
-    others = _keys(found)
+    further = [flatten(row.others) for row in results]
+    others = _keys(further)
     head: list[tuple[str, str]] = []
     cells: list[list[str]] = [[] for _ in results]
     for text in _keys(row.perplexity for row in results):
@@ -58,7 +64,7 @@ def _texts(results: Sequence[ResultRecord], folder: Path) -> ResultTable:
             mine += _divergence(row, text) if diverged else []
     head += [(path[0].replace("_", " "), " ".join(path[1:])) for path in others]
     head += [("bits", "linears"), ("bits", "model"), ("size", "")]
-    for row, mine, measured in zip(results, cells, found, strict=True):
+    for row, mine, measured in zip(results, cells, further, strict=True):
         mine += [_digits(measured.get(path)) for path in others]
         mine += [_fixed(row.bits_per_weight.get(part), 2) for part in ("linears", "model")]
         mine.append("" if row.size_bytes is None else size(row.size_bytes))
@@ -75,26 +81,28 @@ def _divergence(row: ResultRecord, text: str) -> list[str]:
 
 
 def _tasks(results: Sequence[ResultRecord], folder: Path) -> ResultTable:
-    asked: dict[str, TaskRecord] = {}
+    requested: dict[str, TaskRecord] = {}
     for row in results:
-        asked |= {name: task for name, task in row.tasks.items() if task.part_of is None}
-    columns = [(name, metric) for name, task in asked.items() for metric in task.metrics]
+        requested |= {name: task for name, task in row.tasks.items() if task.part_of is None}
+    columns = [(name, metric) for name, task in requested.items() for metric in task.metrics]
     cells = [
         [_score(row.tasks[name], metric) if name in row.tasks else "" for name, metric in columns]
         for row in results
     ]
-    shots = sorted({task.few_shot for task in asked.values() if task.few_shot is not None})
-    counts = ", ".join(_count(name, task) for name, task in asked.items())
+    shots = sorted({task.few_shot for task in requested.values() if task.few_shot is not None})
+    counts = ", ".join(_count(name, task) for name, task in requested.items())
     shot = " and ".join(f"{n}-shot" for n in shots)
     conditions = [f"Tasks in % ± standard error{', ' if shot else ''}{shot}: {counts}."]
-    cut = ", ".join(f"{task.cut:,} of {name}" for name, task in asked.items() if task.cut)
+    cut = ", ".join(f"{task.cut:,} of {name}" for name, task in requested.items() if task.cut)
     if cut:
-        conditions.append(f"Rows that lost their beginning, being longer than the context: {cut}.")
+        conditions.append(
+            f"Rows that were longer than the context and lost their beginning: {cut}."
+        )
     return ResultTable(columns, _rows(results, cells, folder), conditions)
 
 
 def _score(task: TaskRecord, metric: str) -> str:
-    """A share of 1 in percent; what has no standard error, such as a perplexity, as it is."""
+    """Formats a share of 1 in percent, and a metric without standard error as it is."""
     value, error = task.metrics.get(metric), task.stderr.get(metric)
     if value is None or error is None:
         return _digits(value)
@@ -109,7 +117,7 @@ def _count(name: str, task: TaskRecord) -> str:
 
 
 def flatten(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], float]:
-    """The numbers in nested dictionaries, by the keys that lead to them."""
+    """Returns the numbers in nested dictionaries, by the path of keys that leads to them."""
     if isinstance(value, dict):
         parts = [flatten(inner, (*path, str(key))) for key, inner in value.items()]
         return {key: number for part in parts for key, number in part.items()}
@@ -128,7 +136,7 @@ def _rows(
 
 
 def _keys(rows: Iterable[Iterable[Any]]) -> list[Any]:
-    """Of all rows, in order of their first appearance."""
+    """Returns the keys of all rows, in order of their first appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
@@ -139,7 +147,7 @@ def _fixed(value: float | None, digits: int) -> str:
 
 
 def _digits(value: float | None) -> str:
-    """Four digits; nothing where nothing was measured."""
+    """Formats a number with four digits; empty if nothing was measured."""
     if value is None:
         return ""
     if math.isinf(value):
@@ -163,4 +171,4 @@ def _conditions(row: ResultRecord) -> list[str]:
     if row.reference is None:
         return [over]
     name = Path(row.reference).name or row.reference
-    return [over, f"KL({name} || model) in nats a token, on the same tokens."]
+    return [over, f"KL({name} || model) in nats per token, on the same tokens."]

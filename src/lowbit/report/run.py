@@ -1,4 +1,4 @@
-"""All that the report shows of a quantized folder, before it is drawn."""
+"""Collects everything that the report shows of a quantized folder."""
 
 import re
 from collections import Counter
@@ -17,15 +17,20 @@ from lowbit.report.layers import Layer, layers_of, linear_of
 from lowbit.report.records import MadeBy, parse, read_events, read_report
 from lowbit.run_report import BlockReport, RunReport
 
-BLOCK = re.compile(r"(?:.*?\.)?(\d+)(?=\.|$)")  # a name up to its first number
+BLOCK = re.compile(r"(?:.*?\.)?(\d+)(?=\.|$)")  # a name up to the block's number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """One transformer block.
 
+    name: on disk.
     number: from 0.
-    fallback: why and how the whole block was quantized in a simpler way than asked for.
+    layers: its quantized linears.
+    report: what the run reported.
+    history: its events.
+    fallback: why and how the whole block was quantized in a simpler way than requested; None: no
+        fallback.
     """
 
     name: str
@@ -37,25 +42,28 @@ class Block:
 
     @property
     def bits(self) -> float | None:
+        """Real bits per weight, scales included; None if no linear is quantized."""
         weights = sum(layer.weights for layer in self.layers)
         return 8 * sum(layer.bytes for layer in self.layers) / weights if weights else None
 
     @property
     def worst(self) -> Layer | None:
-        """The layer with the least signal to noise."""
-        known = [layer for layer in self.layers if layer.error is not None]
-        return min(known, key=lambda layer: layer.error or 0.0, default=None)
+        """The layer with the lowest signal-to-noise ratio; None if none is known."""
+        measured = [layer for layer in self.layers if layer.error is not None]
+        return min(measured, key=lambda layer: layer.error or 0.0, default=None)
 
     @property
     def curve(self) -> list[float]:
-        """The loss over the epochs; epoch 0 is what the learning began with."""
+        """The loss after each epoch, preceded by the loss before learning if that is known."""
         before, after = self.report.loss_before, self.history.curve
         return [before, *after] if before is not None and after else after
 
     @property
     def loss_saved(self) -> float | None:
-        """The share that learning saved of the loss of rounding to nearest (rtn), or, where that
-        was not measured, of the loss that it started with.
+        """The relative reduction of the loss by learning; None if it is unknown.
+
+        It is relative to rounding to nearest (rtn), or to the loss before learning if that of rtn
+        was not measured.
         """
         before, after = self.report.loss_rtn, self.report.loss_after
         before = self.report.loss_before if before is None else before
@@ -64,7 +72,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A quantized folder. outside: its linears that are in no block, as lm_head."""
+    """A quantized folder. outside: its quantized linears that are in no block, such as lm_head."""
 
     folder: Path
     quantized: QuantizedFolder
@@ -89,80 +97,86 @@ class Run:
 
     @cached_property
     def _float_weights(self) -> Counter[torch.dtype]:
-        """How many weights of the quantized linears had which dtype in the float model."""
-        found: Counter[torch.dtype] = Counter()
+        """Number of quantized weights by the dtype that they had in the float model."""
+        counts: Counter[torch.dtype] = Counter()
         for name, entry in self.quantized.entries.items():
-            found[self.quantized.float_dtype(name)] += prod(entry["shape"])
-        return found
+            counts[self.quantized.float_dtype(name)] += prod(entry["shape"])
+        return counts
 
     @property
     def float_dtype(self) -> str:
-        """The dtype of most quantized weights in the float model, as torch calls it."""
+        """The dtype that most quantized weights had in the float model, such as "bfloat16"."""
         ((dtype, _),) = self._float_weights.most_common(1)
         return str(dtype).removeprefix("torch.")
 
     @property
     def times_smaller(self) -> float:
-        """The size of the float model, divided by that of this one, weight for weight."""
+        """Bits per weight of the float model, divided by those of this model."""
         bits = sum(8 * dtype.itemsize * count for dtype, count in self._float_weights.items())
         return bits / self._float_weights.total() / self.size.model
 
     @property
     def loss_reference(self) -> str:
-        """What `Block.loss_saved` compares with."""
+        """What `Block.loss_saved` is relative to: "rtn" or "start"."""
         return "rtn" if any(b.report.loss_rtn is not None for b in self.blocks) else "start"
 
     @property
     def date(self) -> str:
-        """The day when the run was done, in UTC."""
+        """The day on which the run was finished, in UTC; empty if it is unknown."""
         if self.history.date is None:
             return ""
         try:
             return datetime.fromtimestamp(self.history.date, UTC).strftime("%Y-%m-%d")
         except (OverflowError, OSError, ValueError):
-            raise ValueError(f"{self.folder}/events.jsonl was edited: no such time") from None
+            raise ValueError(
+                f"{self.folder}/events.jsonl was edited: it has an impossible time"
+            ) from None
 
     @property
     def attention(self) -> str:
-        """How queries, keys and values are rounded, if they are."""
-        found = self.quantized.attention.values()
-        bits = " and ".join(sorted({str(rounding["bits"]) for rounding in found}))
-        return f"queries, keys and values at {bits} bits, in {len(found)} layers" if bits else ""
+        """How queries, keys and values are rounded; empty if they are not."""
+        roundings = self.quantized.attention.values()
+        bits = " and ".join(sorted({str(rounding["bits"]) for rounding in roundings}))
+        return (
+            f"queries, keys and values at {bits} bits, in {len(roundings)} layers" if bits else ""
+        )
 
     @property
     def warnings(self) -> list[tuple[str, str]]:
-        """(the block's name or nothing, the text).
+        """Block name and text of each warning; the name is empty if there is no block.
 
-        Earlier versions began a text with the block's name, which is left out here.
+        Earlier versions put the block's name before the text, where it is removed.
         """
-        found = [("", text) for text in self.history.warnings]
+        warnings = [("", text) for text in self.history.warnings]
         for block in self.blocks:
             for text in block.history.warnings:
-                found.append((block.name, text.removeprefix(f"{block.name}: ")))
-        return found
+                warnings.append((block.name, text.removeprefix(f"{block.name}: ")))
+        return warnings
 
     @cached_property
-    def kinds(self) -> dict[str, list[Layer]]:
-        """Layers by their settings."""
-        found: dict[str, list[Layer]] = {}
+    def by_settings(self) -> dict[str, list[Layer]]:
+        """The layers grouped by their settings."""
+        groups: dict[str, list[Layer]] = {}
         for layer in self.layers:
-            found.setdefault(layer.settings, []).append(layer)
-        return found
+            groups.setdefault(layer.settings, []).append(layer)
+        return groups
 
     @property
     def memory(self) -> int | None:
+        """Peak memory of the process in bytes; None if it is unknown."""
         return max((b.history.memory for b in self.blocks if b.history.memory), default=None)
 
     @property
     def device_memory(self) -> int | None:
-        known = (block.history.device_memory for block in self.blocks)
-        return max((bytes_ for bytes_ in known if bytes_), default=None)
+        """Peak memory of the GPU in bytes; None if there is none."""
+        peaks = (block.history.device_memory for block in self.blocks)
+        return max((peak for peak in peaks if peak), default=None)
 
 
 def read_run(folder: Path) -> Run:
-    """Everything but the weights themselves is read, and the folder's headers are checked.
+    """Reads everything in a quantized folder except the weights, and checks the headers.
 
-    Raises ValueError for a folder that `lowbit quantize` did not finish, or that was edited.
+    Raises ValueError for a folder that `lowbit quantize` did not finish, and one that was edited.
     """
     quantized = QuantizedFolder(folder)
     quantized.verify(hashes=False)
@@ -171,20 +185,20 @@ def read_run(folder: Path) -> Run:
     report, history = read_report(folder), history_of(read_events(folder))
     names: dict[str, list[str]] = {name: [] for name in report.blocks}
     for name in quantized.entries:
-        found = BLOCK.match(name)
-        names.setdefault(found[0] if found else "", []).append(name)
+        match = BLOCK.match(name)
+        names.setdefault(match[0] if match else "", []).append(name)
     layers = {block: _layers(quantized, report, block, inside) for block, inside in names.items()}
     outside = layers.pop("", ())
     blocks = [
         Block(
             name=name,
             number=(number := _number(name)),
-            layers=found_layers,
+            layers=of_block,
             report=report.blocks.get(name, BlockReport()),
             history=history.of(number),
             fallback=report.fallbacks.get(name),
         )
-        for name, found_layers in layers.items()
+        for name, of_block in layers.items()
     ]
     blocks.sort(key=lambda block: block.number)
     return Run(
@@ -200,21 +214,22 @@ def read_run(folder: Path) -> Run:
 
 
 def _number(block: str) -> int:
-    found = BLOCK.match(block)
-    return int(found[1]) if found else 0
+    """Returns the number in a block's name."""
+    match = BLOCK.match(block)
+    return int(match[1]) if match else 0
 
 
 def _layers(
     quantized: QuantizedFolder, report: RunReport, block: str, names: list[str]
 ) -> tuple[Layer, ...]:
     inside = f"{block}." if block else ""
-    known = report.blocks.get(block, BlockReport()).linears
+    reported = report.blocks.get(block, BlockReport()).linears
     return layers_of(
         linear_of(
             quantized,
             name,
             inside,
-            known.get(name.removeprefix(inside)),
+            reported.get(name.removeprefix(inside)),
             report.fallbacks.get(name),
         )
         for name in names

@@ -1,4 +1,4 @@
-"""Write the page about a folder to a file."""
+"""Writes the report of a folder to a file."""
 
 from pathlib import Path
 
@@ -13,20 +13,21 @@ def write_report(
 ) -> Path:
     """Writes one HTML page about a quantized folder, and returns the path of the page.
 
-    It shows results, error and bits of each layer, and what the run cost; it needs no other file.
+    The page shows results, error and bits of each layer, and what the run cost. It is one
+    self-contained file.
 
     folder: a quantized folder.
     out: the file to write; None: report.html in that folder.
     results: a file that `lowbit eval --json` wrote, whose numbers are shown too; None: no table.
 
-    Raises ValueError for a folder or results that cannot be read, and an `out` that cannot be
+    Raises ValueError for a folder or results that cannot be read, and for an `out` that cannot be
     written.
     """
     folder = Path(folder)
     path = folder / "report.html" if out is None else Path(out)
     page = render(read_run(folder), () if results is None else read_results(Path(results)))
     if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{path}: that is a folder, or in a folder that does not exist")
+        raise ValueError(f"{path}: it is a folder, or is in a folder that does not exist")
     with explained(path.parent), aside(path) as part:
         part.write_text(page, encoding="utf-8")
     return path
