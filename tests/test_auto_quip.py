@@ -14,6 +14,8 @@ import lowbit
 from lowbit import QuipQuantizer, load_quantized_model
 from lowbit.formats.lattice import LatticeLinear
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {"nsamples": 2, "model_seqlen": 16, "quip_tune_iters": 1}
 
 

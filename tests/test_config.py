@@ -59,7 +59,9 @@ def configurations(above: type[Config] = Config) -> Iterator[type[Config]]:
             yield from configurations(found)
 
 
-FIELDS = [(found, name) for found in {*configurations()} for name in found.model_fields]
+# Sorted: every process that runs tests must collect them in the same order.
+CONFIGURATIONS = sorted({*configurations()}, key=lambda found: found.__name__)
+FIELDS = [(found, name) for found in CONFIGURATIONS for name in found.model_fields]
 
 
 def test_the_fields_are_those_of_all_configurations():
@@ -75,7 +77,7 @@ def test_every_field_is_described_in_one_sentence(config, name):
     assert ". " not in text.replace("e.g. ", "")
 
 
-@pytest.mark.parametrize("config", {found for found, _ in FIELDS}, ids=lambda found: found.__name__)
+@pytest.mark.parametrize("config", CONFIGURATIONS, ids=lambda found: found.__name__)
 def test_help_shows_every_field(config):
     lines = pydoc.plain(pydoc.render_doc(config)).splitlines()
     shown = " ".join(" ".join(line.removeprefix(" |") for line in lines).split())

@@ -10,6 +10,8 @@ import quantized
 import lowbit
 from lowbit.checkpoint.output import size_of
 
+pytestmark = pytest.mark.slow
+
 FUNCTIONS = [name for name in lowbit.__all__ if inspect.isfunction(getattr(lowbit, name))]
 
 

@@ -18,6 +18,8 @@ from lowbit.checkpoint.output import size_of
 from lowbit.convert import slice_folder
 from lowbit.methods import MatQuant
 
+pytestmark = pytest.mark.slow
+
 
 @cache
 def master(name: str = "llama", blocks: int = 2, **options: Any) -> Path:

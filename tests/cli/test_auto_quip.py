@@ -9,6 +9,8 @@ import quantized
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.cli.auto_quip import main
 
+pytestmark = pytest.mark.slow
+
 
 def auto_quip(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """The exit status of the script."""

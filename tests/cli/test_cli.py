@@ -15,6 +15,8 @@ from lowbit.cli import Commands, app, main
 from lowbit.cli.auto_quip import auto_quip
 from lowbit.version import __version__
 
+pytestmark = pytest.mark.slow
+
 MODEL = str(MODELS / "llama-mini")
 RTN = ("--method", "rtn")
 

@@ -9,6 +9,8 @@ from zoo import MODELS
 
 from lowbit.convert import READERS
 
+pytestmark = pytest.mark.slow
+
 MODEL = MODELS / "llama-mini"
 
 

@@ -1,11 +1,14 @@
 """lowbit dequantize."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from zoo import MODELS
 
 from lowbit.checkpoint.output import size_of
 from lowbit.cli.screen import size
+
+pytestmark = pytest.mark.slow
 
 
 def test_sizes_and_what_stays_behind(lowbit, learned, tmp_path):

@@ -4,6 +4,8 @@ import pytest
 
 from lowbit.cli.device import device_map
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("gpus", "device", "wanted"),

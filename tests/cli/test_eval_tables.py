@@ -9,6 +9,8 @@ from rich.console import Console
 from lowbit.cli.eval_tables import short_names, show_tasks, show_texts
 from lowbit.eval import Divergence, Evaluation, TaskScore
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("local_arc_challenge", "local_piqa")
 
 

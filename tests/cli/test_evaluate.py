@@ -8,6 +8,8 @@ from zoo import MODELS
 
 from lowbit.checkpoint.output import size_of
 
+pytestmark = pytest.mark.slow
+
 MODEL = MODELS / "llama-mini"
 
 

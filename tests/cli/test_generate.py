@@ -5,6 +5,8 @@ import shutil
 import pytest
 from zoo import MODELS
 
+pytestmark = pytest.mark.slow
+
 MODEL = MODELS / "llama-mini"
 TEMPLATE = "{{ bos_token }}{% for m in messages %}User: {{ m.content }}\nFox:{% endfor %}"
 

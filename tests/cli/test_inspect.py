@@ -8,6 +8,8 @@ from zoo import MODELS, rewrite
 
 from lowbit.checkpoint.output import size_of
 
+pytestmark = pytest.mark.slow
+
 MODEL = MODELS / "llama-mini"
 HEADER, BLOCKS, LINEARS = 2, 6, 7
 

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from quantized import edit_json, seal
 
+pytestmark = pytest.mark.slow
+
 SHARD = "model-00003-of-00007.safetensors"
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from lowbit.methods import METHODS
 
+pytestmark = pytest.mark.slow
+
 
 def test_one_line_each(lowbit):
     lines = [line.rstrip() for line in lowbit("methods").stdout.splitlines()]

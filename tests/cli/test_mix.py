@@ -1,8 +1,11 @@
 """lowbit mix."""
 
+import pytest
 import yaml
 
 from lowbit.checkpoint.output import size_of
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_plan_that_slice_takes(lowbit, nested, story, tmp_path):

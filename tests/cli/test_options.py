@@ -9,6 +9,8 @@ from lowbit.cli import app
 from lowbit.cli.options import JobOptions, cache_folder, choose_method, parse_settings, with_job
 from lowbit.methods import OmniQuant
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_home_that_cannot_be_written(monkeypatch):
     monkeypatch.setenv("HOME", "/dev/null")

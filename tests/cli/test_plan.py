@@ -5,6 +5,8 @@ import json
 import pytest
 from zoo import MODELS
 
+pytestmark = pytest.mark.slow
+
 MODEL = MODELS / "llama-mini"
 
 

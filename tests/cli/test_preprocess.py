@@ -10,6 +10,8 @@ import quantized
 from lowbit.preprocess import LoRA
 from lowbit.recipes import load_recipe
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 description: small
 method: rtn

@@ -22,6 +22,8 @@ from lowbit.events import (
     Warned,
 )
 
+pytestmark = pytest.mark.slow
+
 
 class Flushed(io.StringIO):
     """Remembers what could be read when it was flushed."""

@@ -12,6 +12,8 @@ from lowbit.events import BlockStarted, Event
 from lowbit.methods import RTN, OmniQuant
 from lowbit.recipes import load_recipe
 
+pytestmark = pytest.mark.slow
+
 MODEL = MODELS / "llama-mini"
 
 

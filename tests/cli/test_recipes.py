@@ -6,6 +6,8 @@ from lowbit.cli.recipes import TOLERANCE
 from lowbit.methods import METHODS
 from lowbit.recipes import load_recipe, recipe_names
 
+pytestmark = pytest.mark.slow
+
 
 def test_one_line_each(lowbit):
     lines = lowbit("recipes").stdout.splitlines()

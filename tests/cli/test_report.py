@@ -3,6 +3,10 @@
 import json
 import shutil
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_into_the_folder_or_a_file(lowbit, learned, tmp_path):
     folder = shutil.copytree(learned, tmp_path / "out")

@@ -1,6 +1,10 @@
 """Where commands write."""
 
+import pytest
+
 from lowbit.cli.screen import console, shortened
+
+pytestmark = pytest.mark.slow
 
 
 def test_shortened():

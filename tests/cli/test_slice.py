@@ -1,8 +1,12 @@
 """lowbit slice."""
 
+import pytest
+
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import size_of
 from lowbit.cli.screen import size
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_width_and_a_plan(lowbit, nested, tmp_path):

@@ -13,6 +13,8 @@ import lowbit
 from lowbit.convert import dequantize
 from lowbit.load import load_model
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ["opt", "llama", "qwen2", "falcon 7b", "mixtral", "qwen3_moe"]
 
 

@@ -14,6 +14,8 @@ from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.slices import size_of_slice
 from lowbit.convert import slice_folder
 
+pytestmark = pytest.mark.slow
+
 PLAN = {"mlp.*": 4, "down_proj": 2, "layers.1.self_attn.q_proj": 3}
 
 

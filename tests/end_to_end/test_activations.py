@@ -33,6 +33,8 @@ from lowbit.methods.omniquant.method import _Learner
 from lowbit.models.source import SourceModel
 from lowbit.pipeline.job import Job
 
+pytestmark = pytest.mark.slow
+
 W4A4: dict[str, Any] = {"bits": 4, "activation_bits": 4, "min_tokens": 8}
 ROUNDING = {"bits": 4, "symmetric": False}
 METHODS = {

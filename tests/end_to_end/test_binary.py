@@ -12,6 +12,8 @@ from lowbit.checkpoint import QuantizedFolder
 from lowbit.formats.binary import BinaryLinear, tensor_bytes
 from lowbit.methods import PTQ161
 
+pytestmark = pytest.mark.slow
+
 METHOD = PTQ161(epochs=1, min_tokens=8, overrides={"o_proj": {"salient_ratio": 0.3}})
 
 

@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 import lowbit
 from lowbit.checkpoint.reader import INDEX
 
+pytestmark = pytest.mark.slow
+
 bounded = settings(
     max_examples=80,
     deadline=None,

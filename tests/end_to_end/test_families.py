@@ -21,6 +21,8 @@ from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.models.source import SourceModel
 from lowbit.pipeline.job import Job
 
+pytestmark = pytest.mark.slow
+
 DISCOVERED = [name for name in zoo.DISCOVERED if name != "gpt2"]
 FEW = OmniQuant(bits=3, group_size=16, epochs=1, min_tokens=12)
 

@@ -11,6 +11,8 @@ from quantized import METHODS
 import lowbit
 from lowbit import TokenIds
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(0, zoo.VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
 
 

@@ -11,6 +11,8 @@ from killing import Disk, Killed, watched
 
 import lowbit
 
+pytestmark = pytest.mark.slow
+
 # Imports once, then starts the same run again and again in processes that are killed, each a little
 # later than the one before, until one is done. Prints how many it took.
 KILL = """

@@ -17,6 +17,8 @@ from lowbit.convert import dequantize
 from lowbit.formats.sorted_group import SortedGroupLinear, tensor_bytes
 from lowbit.methods import MixedQuant
 
+pytestmark = pytest.mark.slow
+
 METHOD = MixedQuant(group_size=16, salient_ratio=0.1, alignment=4, smooth=0.5, min_tokens=8)
 FAMILIES = [*zoo.ZOO, "gemma2", "olmoe", "phi3"]
 _KEPT = TemporaryDirectory(prefix="lowbit-mixedquant-", ignore_cleanup_errors=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import quantized
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HUB_ID = "meta-llama/Llama-3.2-1B"

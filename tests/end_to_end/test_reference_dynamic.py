@@ -21,6 +21,8 @@ from reference_dynamic import (  # noqa: E402
     reference_dynamic,
 )
 
+pytestmark = pytest.mark.slow
+
 SALIENT = torch.tensor([2, 17, 30])
 
 

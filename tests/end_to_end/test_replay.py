@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from lowbit.events import BlockFinished, Event
 from lowbit.methods import OmniQuant
 
+pytestmark = pytest.mark.slow
+
 METHOD = quantized.METHODS["omniquant"]
 
 

@@ -11,6 +11,8 @@ import zoo
 import lowbit
 from lowbit.formats.nested import NestedLinear
 
+pytestmark = pytest.mark.slow
+
 WIDTHS = (8, 6, 4, 3, 2)
 FAMILIES = ["llama", "opt", "mixtral", "falcon 40b"]
 

@@ -16,6 +16,8 @@ import lowbit
 from lowbit.checkpoint import CheckpointReader
 from lowbit.methods import RTN, Method, OmniQuant
 
+pytestmark = pytest.mark.slow
+
 LLAMA = zoo.MODELS / "llama-mini"
 TEXT = zoo.MODELS.parent / "text"
 METHODS: dict[str, Method] = {

@@ -22,6 +22,8 @@ from lowbit.cli import app
 from lowbit.convert import dequantize, slice_folder
 from lowbit.report import read_run, render
 
+pytestmark = pytest.mark.slow
+
 FOLDERS = Path(__file__).parents[1] / "checkpoint" / "version_1"
 LOGITS = load_file(FOLDERS / "logits.safetensors")
 DIGESTS = json.loads((FOLDERS / "dequantized.json").read_text())

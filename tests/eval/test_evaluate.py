@@ -15,6 +15,8 @@ import lowbit
 from lowbit.convert import slice_folder
 from lowbit.eval import TaskOptions, evaluate
 
+pytestmark = pytest.mark.slow
+
 LLAMA = zoo.MODELS / "llama-mini"
 STORIES = Path(__file__).parents[2] / "examples" / "text" / "held_back_stories.txt"
 

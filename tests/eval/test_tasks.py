@@ -17,6 +17,8 @@ from lowbit.eval.local_tasks import find_rows
 from lowbit.eval.tasks import Tasks
 from lowbit.load import load
 
+pytestmark = pytest.mark.slow
+
 WORDS = "the cat sat on a red mat and saw his big dog run to mum in our sunny park".split()
 COUNT = 6
 

@@ -28,6 +28,8 @@ from lowbit.formats.lattice.incoherence import (
 from lowbit.formats.lattice.tables import WORDS
 from lowbit.kernels.hadamard import orthogonal
 
+pytestmark = pytest.mark.slow
+
 ENTRY: dict[str, Any] = {
     "format": "lattice",
     "shape": [12, 40],

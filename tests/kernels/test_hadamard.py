@@ -12,6 +12,8 @@ from lowbit.kernels.hadamard.haar import haar
 from lowbit.kernels.hadamard.hartley import hartley
 from lowbit.kernels.hadamard.reference import factors
 
+pytestmark = pytest.mark.slow
+
 # of models: the specification of QuIP#, section 3.3, and those of the models in examples/
 WIDTHS = [
     *(128, 512, 1024, 2048, 4096, 8192, 16384, 768, 3072, 6144, 12288, 24576, 1536, 5120, 2560),

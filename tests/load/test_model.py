@@ -19,6 +19,8 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.formats.base import QuantizedLinear
 from lowbit.load import load_model, stream
 
+pytestmark = pytest.mark.slow
+
 LINEAR = "model.layers.1.mlp.up_proj"
 PATTERN = "model.layers.{0-1}.mlp.up_proj"
 HALVES = [torch.float16, torch.bfloat16]

@@ -17,6 +17,8 @@ from lowbit.methods import MatQuant
 from lowbit.methods.matquant.method import _Learner, _Loss
 from lowbit.methods.result import BlockResult, too_few_tokens
 
+pytestmark = pytest.mark.slow
+
 G16: dict[str, Any] = {"group_size": 16, "min_tokens": 8}
 INT8 = MatQuant(**G16, lwc=False, epochs=0)  # slices of plain 8 bits
 JOINT_FFN = {"rounding": "joint", "scope": "ffn", "symmetric": True, "let": True}

@@ -31,6 +31,8 @@ from lowbit.methods import (
 )
 from lowbit.methods.result import NOT_POSITIVE_DEFINITE, BlockResult
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = ["opt", "llama", "qwen3", "falcon 40b", "mixtral"]
 
 

@@ -20,6 +20,8 @@ from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.solvers.clipping import search_clipping
 from lowbit.solvers.rounding import GridShape, extremes, grid_from_range
 
+pytestmark = pytest.mark.slow
+
 # Nearly float: what is left is the function itself, wherever channels went.
 FINE: dict[str, Any] = {
     "bits": 8,

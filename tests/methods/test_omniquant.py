@@ -22,6 +22,8 @@ from lowbit.solvers.clipping import WIDEST, LearnedClipping, search_clipping
 from lowbit.solvers.equivalence import searched_scale, smooth_scale
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, grid_from_range
 
+pytestmark = pytest.mark.slow
+
 every_family = pytest.mark.parametrize("name", zoo.ZOO)
 EXACT = 1e-5
 W3: dict[str, Any] = {"bits": 3, "group_size": 16}

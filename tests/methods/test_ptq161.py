@@ -22,6 +22,8 @@ from lowbit.methods.ptq161.method import LEAST_COSINE, _Learner, _rounded, _Shar
 from lowbit.methods.result import NOT_POSITIVE_DEFINITE, BlockResult, too_few_tokens
 from lowbit.solvers.gptq import ordered_factor
 
+pytestmark = pytest.mark.slow
+
 every_family = pytest.mark.parametrize("name", zoo.ZOO)
 QUICK: dict[str, Any] = {"epochs": 3, "min_tokens": 8}
 TRAINED: dict[str, Any] = QUICK | {"init": "als", "refit_salient": True}

@@ -22,6 +22,8 @@ from lowbit.formats.lattice.codebooks import CODEBOOKS
 from lowbit.methods import QuIP
 from lowbit.methods.result import BlockResult, too_few_tokens
 
+pytestmark = pytest.mark.slow
+
 QUICK: dict[str, Any] = {"codebook": "HI", "min_tokens": 8, "tune_iters": 0}
 TUNED = QuIP(**QUICK | {"codebook": "D4"}, finetune_epochs=2, sign_lr=2e-3)
 

@@ -13,6 +13,8 @@ from lowbit.pipeline.dry_run import DryRun, DryRunBlock, Stage
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.plan import LONG, Estimate, _memory, longest, plan
 
+pytestmark = pytest.mark.slow
+
 OMNIQUANT = quantized.METHODS["omniquant"]
 MIXED = RTN(bits=4, group_size=16, overrides={"down_proj": {"bits": 8}, "layers.1.*": {"bits": 2}})
 # Bytes of the placeholder tensor in a shard's header: the block of the dry run has one, of the run

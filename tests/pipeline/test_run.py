@@ -22,6 +22,8 @@ from lowbit.methods.result import BlockResult
 from lowbit.models.source import SourceModel
 from lowbit.pipeline import job, run
 
+pytestmark = pytest.mark.slow
+
 OMNIQUANT = quantized.METHODS["omniquant"]
 OTHER_BITS = OMNIQUANT.model_copy(update={"bits": 2, "lwc_lr": 0.5})
 

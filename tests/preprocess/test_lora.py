@@ -15,6 +15,8 @@ from lowbit.events import Event
 from lowbit.preprocess import LoRA
 from lowbit.preprocess.lora import train
 
+pytestmark = pytest.mark.slow
+
 MODEL = zoo.make(zoo.ZOO["llama"])
 LINEARS = [f"model.layers.{i}.mlp.{n}_proj" for i in range(2) for n in ("up", "down")]
 

@@ -15,6 +15,8 @@ from lowbit.events import Event, TrainingStarted, TrainingStep
 from lowbit.methods import RTN
 from lowbit.preprocess import LoRA, preprocess
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {"rank": 4, "alpha": 8, "seqlen": 16, "batch": 2}
 STEPS = {"steps": 4, "save_every": 2}
 FIRST = RTN(bits=2, group_size=16)
