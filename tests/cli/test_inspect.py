@@ -16,9 +16,11 @@ HEADER, BLOCKS, LINEARS = 2, 6, 7
 
 def test_every_layer(lowbit, rtn):
     lines = lowbit("inspect", rtn).stdout.splitlines()
-    assert lines[1].split() == ["layer", "format", "bits", "group", "size", "bits", "dB"]
+    assert lines[1].split() == [
+        *("layer", "format", "backend", "bits", "group", "size", "bits", "dB")
+    ]
     rows = [line.split() for line in lines[HEADER : HEADER + BLOCKS * LINEARS]]
-    assert rows[0][:4] == ["model.layers.0.self_attn.q_proj", "uniform", "4", "128"]
+    assert rows[0][:5] == [*("model.layers.0.self_attn.q_proj", "uniform", "reference", "4", "128")]
     assert [int(row[0].split(".")[2]) for row in rows] == [i // LINEARS for i in range(len(rows))]
     blocks = json.loads((rtn / "report.json").read_text())["blocks"]
     for name, *_, decibels in rows:
@@ -38,14 +40,27 @@ def test_totals_and_provenance(lowbit, learned, story):
     assert facts["seed"] == "0" and "torch" in text and facts["device"] == "cpu"
 
 
+def test_backends_for_one_token_and_for_many(lowbit, story, tmp_path):
+    text = ["--calibration", story, "--samples", "2", "--seqlen", "32"]
+    method = ["--method", "ptq161", "--set", "epochs=0", "--only", "layers.0.*"]
+    lowbit("quantize", MODEL, tmp_path / "out", *method, *text)
+    for brief in ([], ["--brief"]):
+        lines = lowbit("inspect", tmp_path / "out", *brief).stdout.splitlines()
+        assert "backend: for one token and for many" in "".join(lines)
+        rows = [line for line in lines if " binary " in line]
+        assert len(rows) == LINEARS and all("lookup, reference" in row for row in rows)
+
+
 def test_rounded_activations(lowbit, story, tmp_path):
     options = ["--set", "activation_bits=6", "--set", "epochs=0"]
     text = ["--calibration", story, "--samples", "2", "--seqlen", "32"]
     lowbit("quantize", MODEL, tmp_path / "out", "--method", "omniquant", *options, *text)
     lines = lowbit("inspect", tmp_path / "out").stdout.splitlines()
-    assert lines[1].split() == ["layer", "format", "bits", "group", "bits", "size", "bits", "dB"]
-    assert {tuple(line.split()[1:5]) for line in lines[HEADER : HEADER + BLOCKS * LINEARS]} == {
-        ("uniform", "4", "row", "6")
+    assert lines[1].split() == [
+        *("layer", "format", "backend", "bits", "group", "bits", "size", "bits", "dB")
+    ]
+    assert {tuple(line.split()[1:6]) for line in lines[HEADER : HEADER + BLOCKS * LINEARS]} == {
+        ("uniform", "reference", "4", "row", "6")
     }
     attention = next(line for line in lines if line.startswith("attention"))
     assert attention.split(maxsplit=1)[1] == f"queries, keys and values of {BLOCKS} at 6 bits"

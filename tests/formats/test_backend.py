@@ -118,7 +118,7 @@ def test_another_thread_is_not_forced() -> None:
 
 def test_an_unknown_name_is_refused() -> None:
     with (
-        pytest.raises(ValueError, match=r"'refrence' is no backend: did you mean 'reference'"),
+        pytest.raises(ValueError, match=r"'refrence' is not a backend: did you mean 'reference'"),
         use_backend("refrence"),
     ):
         pass

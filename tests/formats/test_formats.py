@@ -423,13 +423,75 @@ def test_built_on_meta(make: Callable[[], QuantizedLinear]) -> None:
 @every_example
 def test_bytes_are_those_of_the_formula(make: Callable[[], QuantizedLinear]) -> None:
     layer = make()
-    numbers = {key: value for key, value in layer.entry().items() if key not in ("format", "bias")}
     formula = inspect.getmodule(type(layer)).tensor_bytes  # type: ignore[union-attr]
-    assert formula(**numbers) == layer.weight_bytes()
+    for entry in (layer.entry(), {"dtype": "float16"} | layer.entry()):
+        numbers = {key: value for key, value in entry.items() if key not in ("format", "bias")}
+        assert formula(**numbers) == layer.weight_bytes()
     bias = 0 if layer.bias is None else layer.bias.nbytes
     assert (
         sum(tensor.nbytes for tensor in layer.state_dict().values()) - bias == layer.weight_bytes()
     )
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@every_example
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_dtypes_of_the_linear_that_it_stands_for(
+    make: Callable[[], QuantizedLinear], dtype: torch.dtype
+) -> None:
+    layer = make()
+    kind = None if layer.bias is None else dtype
+    found = layer.with_dtypes(dtype, kind)
+    entry, before = found.entry(), layer.entry()
+    assert entry["dtype"] == str(dtype).removeprefix("torch.")
+    assert list(entry) == list(build(json.loads(json.dumps(entry))).entry())
+    if layer.bias is not None:
+        assert found.bias is not None and torch.equal(found.bias, layer.bias.to(dtype))
+        assert entry["bias"] == entry["dtype"]
+    same = {"bias", "dtype"}
+    assert {k: v for k, v in entry.items() if k not in same} == {
+        k: v for k, v in before.items() if k not in same
+    }
+    if layer.format != "dense":
+        assert torch.equal(found.dequantize(), layer.dequantize())
+    weight_dtype = "values" if layer.format == "dense" else None
+    for name, parameter in found.named_parameters():
+        assert parameter.dtype == (
+            dtype if name in ("bias", weight_dtype) else layer.get_parameter(name).dtype
+        )
+    again = found.with_dtypes(dtype, kind)
+    assert by_bytes(again) == by_bytes(found) and again.entry() == entry
+    with pytest.raises(ValueError, match="bias is"):
+        layer.with_dtypes(dtype, None if kind else dtype)
+
+
+@every_example
+def test_an_entry_without_the_dtype_of_the_weight_stays_so(
+    make: Callable[[], QuantizedLinear],
+) -> None:
+    entry = make().entry()
+    assert build(entry).entry() == entry and list(build(entry).entry()) == list(entry)
+    assert ("dtype" in entry) == (entry["format"] == "dense")
+    with pytest.raises(ValueError, match="dtype"):
+        build(entry | {"dtype": "float64"})
+
+
+MAKERS: dict[str, Callable[..., QuantizedLinear]] = {
+    "binary": lambda **more: binary(6, 20, 4, **more),
+    "lattice": lambda **more: lattice(12, 20, "D4", **more),
+    "nested": lambda **more: nested(6, 20, 8, **more),
+    "sorted_group": lambda **more: sorted_group(6, 20, 4, 8, **more),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_layers_are_made_with_the_dtype_of_the_weight(name: str) -> None:
+    layer = MAKERS[name](dtype=torch.bfloat16)
+    assert layer.entry()["dtype"] == "bfloat16"
+    assert layer.weight_bytes() == MAKERS[name]().weight_bytes()
+    assert MAKERS[name]().with_dtypes(torch.bfloat16, None).entry() == layer.entry()
 
 
 @every_example
@@ -462,9 +524,9 @@ def test_bad_entries_are_refused_by_name(make: Callable[[], QuantizedLinear]) ->
     ("entry", "message"),
     [
         ([], r"entry is \[\]: allowed is a dict"),
-        ({}, "no format: allowed are .*uniform"),
+        ({}, "not a format: allowed are .*uniform"),
         ({"format": "unifrom"}, "'unifrom' is not a format: did you mean 'uniform'"),
-        ({"format": ["uniform"]}, "no format: .*allowed are .*uniform"),
+        ({"format": ["uniform"]}, "not a format: .*allowed are .*uniform"),
         ({"format": None}, "'None' is not a format: .*allowed are .*uniform"),
     ],
     ids=str,

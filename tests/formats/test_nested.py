@@ -163,6 +163,29 @@ def test_a_twin_shares_the_tensors_and_not_the_width() -> None:
     assert torch.equal(twin(x), layer.slice(4)(x)) and not torch.equal(twin(x), layer(x))
 
 
+def test_slices_stand_for_the_same_weight() -> None:
+    layer = master(dtype=torch.bfloat16)
+    assert layer.slice(4).entry()["dtype"] == "bfloat16"
+    assert to_uniform(layer, 4).entry()["dtype"] == "bfloat16"
+    assert "dtype" not in to_uniform(master(), 4).entry()
+
+
+def test_slices_with_an_overflow_multiply_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tile begins where the tiles before have used up the overflow."""
+    monkeypatch.setattr("lowbit.formats.tiles.WEIGHTS_ON_CPU", 2 * 37)
+    layer = master(extra_precision=True)
+    for bits in (2, 5, 7):
+        sliced = layer.slice(bits)
+        x = torch.randn(3, 37)
+        with torch.no_grad():
+            wanted = x @ sliced.dequantize().T
+            torch.testing.assert_close(sliced(x), wanted, rtol=1e-5, atol=1e-3)
+            assert torch.equal(sliced(x), layer.at(bits)(x))
+        before = sliced._repacked.of(sliced, sliced.backends[-1])["before"]
+        top = (layer.at(bits).codes() >= 2**bits - 1).sum(1)
+        assert before.tolist() == [int(top[:row].sum()) for row in range(9)]
+
+
 def entry(**changes: Any) -> dict[str, Any]:
     return master().entry() | changes
 

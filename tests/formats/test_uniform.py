@@ -278,6 +278,13 @@ def test_an_entry_that_rounds_inputs(symmetric: bool) -> None:
             build(entry | {"activation": wrong})
 
 
+def test_made_with_the_dtype_of_the_weight() -> None:
+    layer = made(dtype=torch.float16)
+    assert layer.entry()["dtype"] == "float16" and "dtype" not in made().entry()
+    grid = torch.ones(2, 4), torch.ones(2, 1), None, UniformLayout(4, None)
+    assert UniformLinear.from_grid(*grid, dtype=torch.float32).entry()["dtype"] == "float32"
+
+
 def sizes(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in ("format", "bias")}
 

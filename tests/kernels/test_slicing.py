@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lowbit.kernels.slicing import slice_codes, step
+from lowbit.kernels.slicing import rounded_codes, slice_codes, step
 
 WIDTHS = range(2, 9)
 ALL = torch.arange(256, dtype=torch.uint8)
@@ -21,6 +21,15 @@ def test_all_codes_against_the_definition(bits: int, extra_precision: bool) -> N
     wanted = [by_definition(code, bits, extra_precision) for code in range(256)]
     assert slice_codes(ALL, bits, extra_precision).tolist() == wanted
     assert max(wanted) == (2**bits if extra_precision and bits < 8 else 2**bits - 1)
+
+
+@pytest.mark.parametrize("extra_precision", [False, True])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_slices_in_units_of_the_master(bits: int, extra_precision: bool) -> None:
+    wanted = slice_codes(ALL, bits, extra_precision).int() * step(bits)
+    before = ALL.clone()
+    assert torch.equal(rounded_codes(ALL, bits, extra_precision).int(), wanted)
+    assert torch.equal(ALL, before)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 from lowbit.blocks.attention import MARK
 from lowbit.events import Event
 from lowbit.formats.activation import Activation
-from lowbit.formats.uniform import UniformLinear
+from lowbit.formats.uniform import UniformLayout, UniformLinear
 from lowbit.methods.result import (
     NOT_POSITIVE_DEFINITE,
     BlockResult,
@@ -26,8 +26,7 @@ def packed(codes: list[list[int]], scale: float) -> UniformLinear:
         torch.tensor(codes, dtype=torch.uint8),
         torch.full((len(codes), 1), scale),
         None,
-        bits=4,
-        group_size=None,
+        UniformLayout(4, None),
     )
 
 

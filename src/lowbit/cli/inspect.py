@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any
 
+import torch
 from rich.table import Table
 from rich.text import Text
 from typer import Option
@@ -17,6 +18,7 @@ from lowbit.checkpoint.verify import read_config
 from lowbit.cli.integrity import check_files
 from lowbit.cli.parameters import QuantizedModel
 from lowbit.cli.screen import console, shortened, size
+from lowbit.formats import MANY_TOKENS, build
 from lowbit.models.locate import locate
 from lowbit.report.drawing import decibels
 from lowbit.report.records import read_report
@@ -72,7 +74,8 @@ def inspect(
         "fell back": _named(report.fallbacks),
         "in float": _named(report.left_float),
     }
-    meaning = "dB: signal-to-noise ratio of the weights"
+    meaning = "backend: for one token and for many, on the CPU"
+    meaning += "; dB: signal-to-noise ratio of the weights"
     if any(layer.proxies for layer in layers):
         meaning += "; proxy: share of the output's energy that is lost, measured with the Hessian"
     screen.print(f"{meaning}\n", style="dim", soft_wrap=True)
@@ -133,15 +136,20 @@ def _table(layers: Sequence[_Layer], brief: bool) -> Table:
     table.add_column("\nlayer", overflow="fold")
     table.add_column("\nformat", no_wrap=True)
     errors = "worst\ndB" if brief else "\ndB"
+    table.add_column("\nbackend", overflow="fold")
     inputs = ["input\nbits"] if any(layer.entry.get("activation") for layer in layers) else []
     proxies = ["worst\nproxy" if brief else "\nproxy"] if any(x.proxies for x in layers) else []
     for name in ("\nbits", "\ngroup", *inputs, "\nsize", "real\nbits", *proxies, errors):
         table.add_column(name, justify="right", no_wrap=True)
+    backends: dict[str, str] = {}  # by entry: most layers are alike
     for layer in layers:
+        if (entry := repr(layer.entry)) not in backends:
+            backends[entry] = _backends(layer.entry)
         rounding = layer.entry.get("activation") or {}
         table.add_row(
             layer.name,
             " ".join(filter(None, (layer.entry["format"], layer.entry.get("codebook")))),
+            backends[entry],
             str(layer.entry.get("bits", "")),
             str(layer.entry.get("group_size") or "row"),
             *[str(rounding.get("bits", "")) for _ in inputs],
@@ -151,6 +159,14 @@ def _table(layers: Sequence[_Layer], brief: bool) -> Table:
             decibels(min(layer.errors), unit=False) if layer.errors else "",
         )
     return table
+
+
+def _backends(entry: dict[str, Any]) -> str:
+    """What would run on the CPU: for one token, and for many if that is another one."""
+    with torch.device("meta"):
+        layer = build(entry)
+    names = [layer.backend_for(tokens, device="cpu").name for tokens in (1, MANY_TOKENS)]
+    return ", ".join(dict.fromkeys(names))
 
 
 def _attention(quantized: QuantizedFolder) -> str:

@@ -15,8 +15,12 @@ ScaleName = Literal["float16", "float32"]
 class LayerEntry(Config):
     """A layer's entry; it may come from an untrusted file.
 
-    bias: its dtype; None: there is none.
-    dtype: of the float weight that the layer stands for; None: the folder does not say.
+    format: the name of its format.
+    shape: [out_features, in_features].
+    bias: the dtype of the bias, "float32", "float16" or "bfloat16"; None (null in JSON): there is
+        no bias.
+    dtype: the dtype of the float weight that the layer stands for, one of the same three; the key
+        is absent where it is not known, as in folders of version 1.
     """
 
     model_config = ConfigDict(strict=True)

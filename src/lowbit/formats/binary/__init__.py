@@ -4,8 +4,9 @@
                       weight = column_scale * (row_mean - row_scale)   where the bit is 1
     salient channel:  weight = salient_scale * (code - zero)
 
-A mask has one bit for each input channel, which is set for `salient` of them; the others are
-plain = in - salient. Both kinds keep their order. The tensors, row-major:
+A mask has one bit for each input channel. It is set for the `salient` channels; the others are
+plain, and there are plain = in - salient of them. Channels of one kind stay in their order. The
+tensors, row-major:
 
 | name            | dtype            | shape                    | holds                        |
 | --------------- | ---------------- | ------------------------ | ---------------------------- |
@@ -22,17 +23,18 @@ plain = in - salient. Both kinds keep their order. The tensors, row-major:
 An absent row mean is 0, absent column scales are 1. `salient`, `salient_scale`, `salient_zero` and
 `mask` are absent where there are 0 salient channels. Bits and codes stand in little-endian bit
 streams: number j of a row is in the bits [j * width, (j + 1) * width) of that row, low bits first,
-where bit i is bit i % 8 of byte i // 8; each row (zeros and mask are one) starts on a byte, and its
-last byte is filled up with zero bits. Float numbers are little-endian; they are float16 unless one
-of the three scales would lose range there (a non-zero magnitude below 2**-14 or above 65504) or a
-mean would be infinite: the layer's are then all float32. The entry in config.json:
+where bit i is bit i % 8 of byte i // 8; each row (zeros and mask are one row each) starts on a
+byte, and its last byte is filled up with zero bits. Float numbers are little-endian. They are
+float16, or all of a layer's are float32 where a scale would lose range in float16 (a non-zero
+magnitude below 2**-14 or above 65504) or a mean would be infinite. The entry in config.json:
 
     {"format": "binary", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
      "salient": n, "row_mean": bool, "column_scale": bool, "scale_dtype": "float16" | "float32",
      "shares": NAME | null}
 
 `shares` names another layer of this format that reads the same input and has as many salient
-channels; the mask is then stored there alone.
+channels; the mask is then stored there alone. An entry may also have the `dtype` of
+`formats/entry.py`.
 """
 
 from dataclasses import dataclass

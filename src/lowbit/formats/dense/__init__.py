@@ -1,8 +1,8 @@
-"""A weight as it was, for a float linear that must stand beside packed ones.
+"""A float weight under another name, for a float linear beside packed ones.
 
-transformers joins the experts of a layer into one tensor when it finds their `weight` on disk.
-Where some of an expert's matrices are packed and others stay float, the float ones are stored under
-another name:
+transformers joins the experts of a layer into one tensor where it finds their `weight` on disk.
+Some of an expert's matrices may be packed while others stay float; the float ones are therefore
+stored as:
 
 | name     | dtype           | shape     | holds              |
 | -------- | --------------- | --------- | ------------------ |

@@ -2,9 +2,9 @@
 
     weight = S_out B_out (scale * words) B_in.T S_in        bits per weight: 2, 3 or 4
 
-S are diagonal matrices of signs, B orthogonal transforms (`incoherence.py`, `kernels/hadamard`), as
-a rule none of them stored. A row of words is `blocks` = ceil(in / dim) words of `dim` weights, of
-which what lies beyond `in` is left out. The tensors, row-major:
+S are diagonal matrices of signs and B orthogonal transforms (`incoherence.py`, `kernels/hadamard`);
+as a rule neither is stored. A row has `blocks` = ceil(in / dim) words of `dim` weights; the weights
+of the last word that lie beyond `in` are left out. The tensors, row-major:
 
 | name         | dtype              | shape          | holds                                    |
 | ------------ | ------------------ | -------------- | ---------------------------------------- |
@@ -25,16 +25,17 @@ bytes = ceil(blocks * bits of a code / 8). What stands in a code and what it mea
      "seed_in": n | null, "seed_out": n | null, "transform_in": KIND, "transform_out": KIND,
      "signs": "seed" | "float16" | "float32", "shares": NAME | null}
 
-KIND is "hadamard", "hartley" or "random"; or, in layers that come from elsewhere, the dtype
+KIND is "hadamard", "hartley" or "random"; or, in layers that another program made, the dtype
 "float16" or "float32" of a stored matrix M. Then B = (M (x) I_p)(I_K (x) H_p), where K is the odd
 part of the width, above 1, p the rest and H_p the Sylvester matrix over sqrt(p).
 
-With signs "seed" the two vectors are drawn from `seed_in` and `seed_out` as `incoherence.py` says
-and not stored, and null stands for no signs: they are in the model's other tensors. Otherwise (they
-were trained) they are stored in that dtype, and the seeds serve random transforms only, for which
-null is 0. `shares` names another layer of this format that reads the same input through the same
-S_in and B_in; then `sign_in` and `factor_in` are stored there alone. `residual_scale` is from -1 to
-1 and not 0; null where the codebook has one stage.
+With signs "seed" the two vectors of signs are not stored. They are drawn from `seed_in` and
+`seed_out` as `incoherence.py` says; a seed of null means that there are no signs, because they are
+part of the model's other tensors. Otherwise the signs were trained and are stored in that dtype;
+the seeds are then used for random transforms only, for which null is 0. `shares` names another
+layer of this format that reads the same input through the same S_in and B_in; `sign_in` and
+`factor_in` are then stored in that layer alone. `residual_scale` is from -1 to 1 and not 0, and
+null where the codebook has one stage. An entry may also have the `dtype` of `formats/entry.py`.
 """
 
 from dataclasses import dataclass

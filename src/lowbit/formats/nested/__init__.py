@@ -4,8 +4,9 @@
     step = 2**(8 - bits),   sliced = floor(code / step + 1/2), at most 2**bits - 1
 
 `scale` and `zero` are the same at every width: a slice keeps those of the 8-bit codes. With
-`extra_precision` the bound is 2**bits, one code more. A row of the weight is cut into groups as in
-the uniform format: groups = ceil(in / group_size), or 1 when it is null. The tensors, row-major:
+`extra_precision`, `sliced` is at most 2**bits, one code more. A row of the weight is cut into
+groups as in the uniform format: groups = ceil(in / group_size), or 1 when `group_size` is null. The
+tensors, row-major:
 
 | name       | dtype              | shape                      | holds                             |
 | ---------- | ------------------ | -------------------------- | --------------------------------- |
@@ -16,18 +17,22 @@ the uniform format: groups = ceil(in / group_size), or 1 when it is null. The te
 | `zero`     | uint8              | (groups, out)              | absent where symmetric: all 128   |
 | `bias`     | as `bias` says     | (out,)                     | absent where `bias` is null       |
 
-A folder holds the master, which runs at any width, or one slice in its own bits. `packed` is a
-little-endian bit stream for each row, as in the uniform format, of min(sliced, 2**bits - 1). A
-slice with extra precision below 8 bits has `overflow`: one bit, low bits first, for each code of
-2**bits - 1 in row-major order, 1 where `sliced` is 2**bits. There are `top_codes` of them.
+A folder holds the 8-bit codes (the master), which run at any width, or one slice in its own bits.
+`packed` holds min(sliced, 2**bits - 1), in a little-endian bit stream for each row as in the
+uniform format. A slice with extra precision below 8 bits has `overflow` too: for each code of
+2**bits - 1, in row-major order, one bit that is 1 where `sliced` is 2**bits; low bits come first.
+There are `top_codes` such codes.
 
-Scales are float16 unless one of them would lose range there. The entry in config.json, where
-`bits` is the width at which the layer runs and `trained` says which ones it was made for:
+The scales of a layer are float16, or all of them float32 where one would lose range in float16. In
+the entry in config.json, `bits` is the width at which the layer runs, and `trained` lists the
+widths that it was made for:
 
     {"format": "nested", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
      "bits": 2..8, "group_size": int | null, "symmetric": bool, "extra_precision": bool,
      "trained": [2..8, ...], "resident": "master" | "slice", "top_codes": int | null,
      "scale_dtype": "float16" | "float32"}
+
+An entry may also have the `dtype` of `formats/entry.py`.
 """
 
 from copy import copy

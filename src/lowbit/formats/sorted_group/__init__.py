@@ -1,8 +1,9 @@
 """Integer groups over sorted inputs, beside salient columns that stay float; inputs are rounded.
 
-The inputs of a layer stand in a fixed order: first `kept` = in - salient ordinary ones, cut into
-groups of `group_size` (the last one may be shorter; null: one group), then the salient ones. With
-x' = x[permutation], or x where there is none, code c of a weight and code q of an input,
+The inputs of a layer have a fixed order: first `kept` = in - salient ordinary ones, cut into groups
+of `group_size` (the last one may be shorter; null: one group), then the salient ones. With
+x' = x[permutation], or x where there is no permutation, c the code of a weight and q that of an
+input,
 
     y = sum over groups of scale_x * scale * (sum over the group of q * (c - 2**(bits - 1)))
         + sum over salient inputs of x' * salient + bias
@@ -33,10 +34,10 @@ in > 32768. Numbers are little-endian. The entry in config.json:
      "activation": {"bits": 2..8, "symmetric": true, "group": n | null} | null,
      "permutation": "stored" | null, "shares": NAME | null}
 
-A null `permutation` is the model's own order (what makes the input was permuted instead). `shares`
-names another layer of this format that reads the same input and agrees in `group_size`, `salient`,
-`activation` and `permutation`; then the permutation is stored there alone. The group of
-`activation` is `group_size`.
+A null `permutation` means the model's own order, because what makes the input was permuted instead.
+`shares` names another layer of this format that reads the same input and agrees in `group_size`,
+`salient`, `activation` and `permutation`; the permutation is then stored in that layer alone. The
+group of `activation` is `group_size`. An entry may also have the `dtype` of `formats/entry.py`.
 """
 
 from typing import Self

@@ -2,8 +2,8 @@
 
     weight = scale * (code - zero / 2**zero_shift)
 
-A row of the weight is cut into groups of `group_size` inputs; the last one may be shorter, none
-reaches into the next row, and `group_size: null` makes the whole row one group:
+A row of the weight is cut into groups of `group_size` inputs, of which the last one may be shorter;
+no group reaches into the next row. With `group_size: null` the whole row is one group. So
 groups = ceil(in / group_size), or 1. The tensors, row-major:
 
 | name     | dtype              | shape                           | holds                       |
@@ -19,15 +19,16 @@ little-endian bit streams: number j of a row of `packed` or `zero` occupies the 
 each row starts on a byte and its last byte is filled up with zero bits. A symmetric layer has no
 `zero`: its zero points are all 2**(bits - 1), and zero_shift is 0. Float numbers are little-endian.
 
-Scales are float16 unless one of them would lose range there (a non-zero magnitude below 2**-14 or
-above 65504); the layer's are then all float32. The entry in config.json:
+The scales of a layer are float16, or all of them float32 where one would lose range in float16 (a
+non-zero magnitude below 2**-14 or above 65504). The entry in config.json:
 
     {"format": "uniform", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
      "bits": 2..8, "group_size": int | null, "symmetric": bool, "zero_shift": 0..6,
      "scale_dtype": "float16" | "float32"}
 
-and, in a layer that rounds what it reads when it runs, `"activation": {"bits": 3..8, "symmetric":
-bool}`: each token on 2**bits values that span its range and 0, as `kernels/tokens.py` says.
+A layer that rounds its inputs when it runs also has `"activation": {"bits": 3..8, "symmetric":
+bool}`: each token is rounded to 2**bits values that span its range and 0 (`kernels/tokens.py`).
+An entry may also have the `dtype` of `formats/entry.py`.
 """
 
 from dataclasses import asdict
