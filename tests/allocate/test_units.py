@@ -12,6 +12,8 @@ from lowbit.convert import slice_folder
 from lowbit.formats import build
 from lowbit.methods import MatQuant
 
+pytestmark = pytest.mark.slow
+
 WIDTHS = (8, 4, 2)
 
 

@@ -18,6 +18,8 @@ from lowbit.checkpoint.output import size_of
 from lowbit.convert import READERS, dequantize, from_bin, from_quip
 from lowbit.load import load_model
 
+pytestmark = pytest.mark.slow
+
 # Widths of 32 and 16, and 96 = 3 x 32 inside the MLP.
 SIZES = zoo.GQA | {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 1}
 Parts = dict[str, Tensor]

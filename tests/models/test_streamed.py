@@ -13,6 +13,8 @@ from lowbit.load import load_model, stream
 from lowbit.methods import OmniQuant
 from lowbit.models.streamed import StreamedModel, load_config
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("llama", "llama, tied, biased", "opt", "mixtral", "falcon rw", "falcon 7b", "qwen3")
 BATCHES = [zoo.tokens(0), zoo.tokens(1), zoo.tokens(2, rows=1, length=9)]
 

@@ -13,6 +13,8 @@ import lowbit
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.formats.uniform import UniformLinear
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["llama", "llama, tied, biased", "opt", "falcon 40b", "mixtral", "gpt_neox"]
 
 

@@ -16,6 +16,8 @@ from lowbit.convert import dequantize
 from lowbit.methods import RTN
 from lowbit.pipeline.selection import Selection
 
+pytestmark = pytest.mark.slow
+
 LINEARS = {
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj"},
