@@ -1,4 +1,4 @@
-"""Where commands write."""
+"""The console that commands write to."""
 
 from lowbit.cli.screen import console, shortened
 
