@@ -12,16 +12,16 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
-PHONE = 390  # points, the width of most
+PHONE = 390  # points, the width of most phones
 
-# It is alone in the world: no name resolves, whoever asks.
+# No host name resolves, so the browser cannot reach the network.
 OPTIONS = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-extensions --hide-scrollbars "
     "--allow-file-access-from-files --virtual-time-budget=5000"
 ).split()
 SILENT = "--host-resolver-rules=MAP * ~NOTFOUND"
-OWN_INITIATOR = "not an origin"  # who asks, where no page does
+OWN_INITIATOR = "not an origin"  # initiator of the browser's own requests
 DARK = "--blink-settings=preferredColorScheme=0"
 
 # A page may not run scripts itself: the one around it looks inside.
