@@ -289,9 +289,9 @@ def test_bad_entries_are_refused_by_name(make: Callable[[], QuantizedLinear]) ->
     ("entry", "message"),
     [
         ([], r"entry is \[\]: allowed is a dict"),
-        ({}, "no format: allowed are .*uniform"),
+        ({}, "not a format: allowed are .*uniform"),
         ({"format": "unifrom"}, "'unifrom' is not a format: did you mean 'uniform'"),
-        ({"format": ["uniform"]}, "no format: .*allowed are .*uniform"),
+        ({"format": ["uniform"]}, "not a format: .*allowed are .*uniform"),
         ({"format": None}, "'None' is not a format: .*allowed are .*uniform"),
     ],
     ids=str,
