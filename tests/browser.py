@@ -1,4 +1,4 @@
-"""Chromium without a window: what it makes of a page, and what a page asks the network for."""
+"""Opens pages in headless Chromium, and records what they request from the network."""
 
 import json
 import re
@@ -12,16 +12,16 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
-PHONE = 390  # points, the width of most
+PHONE = 390  # points, the width of most phones
 
-# It is alone in the world: no name resolves, whoever asks.
+# No host name resolves, so the browser cannot reach the network.
 OPTIONS = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-extensions --hide-scrollbars "
     "--allow-file-access-from-files --virtual-time-budget=5000"
 ).split()
 SILENT = "--host-resolver-rules=MAP * ~NOTFOUND"
-BY_ITSELF = "not an origin"  # who asks, where no page does
+OWN_INITIATOR = "not an origin"  # initiator of the browser's own requests
 DARK = "--blink-settings=preferredColorScheme=0"
 
 # A page may not run scripts itself: the one around it looks inside.
@@ -44,14 +44,18 @@ frame.src = {address};
 
 @dataclass(frozen=True)
 class Seen:
-    """found: what the page looks like from outside. asked: addresses that the page asked for."""
+    """What a page did.
+
+    found: measurements of the page, such as the count of each selector.
+    asked: addresses that the page requested.
+    """
 
     found: dict[str, Any]
     asked: list[str]
 
 
 def look(page: Path, *selectors: str, width: int = PHONE, dark: bool = False) -> Seen:
-    """Opens a page; `selectors` are counted."""
+    """Opens a page, and counts the elements of each selector."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         frame, log = folder / "frame.html", folder / "log.json"
@@ -67,8 +71,8 @@ def look(page: Path, *selectors: str, width: int = PHONE, dark: bool = False) ->
 
 
 def asked(log: str) -> list[str]:
-    """Requests that a page began; not those of the browser itself."""
-    if log.rstrip().endswith(","):  # the browser ended while it wrote
+    """Returns the requests of the page, without those of the browser itself."""
+    if log.rstrip().endswith(","):  # the browser ended before the log was complete
         log = log.rstrip().rstrip(",") + "]}"
     events = [event.get("params", {}) for event in json.loads(log)["events"]]
-    return [e["url"] for e in events if e.get("initiator", BY_ITSELF) != BY_ITSELF]
+    return [e["url"] for e in events if e.get("initiator", OWN_INITIATOR) != OWN_INITIATOR]

@@ -1,7 +1,8 @@
-"""Kill a run at its N-th change to the disk, without touching its code.
+"""Kills a run at its N-th change to the disk, without a change to its code.
 
-CPython reports every file that is opened for writing, renamed, made or removed to audit hooks, and
-a hook may refuse. From then on every other change is refused too: a dead process makes none.
+CPython reports each file that is opened for writing, renamed, made or removed to audit hooks, and a
+hook may raise an error. After the first error all further changes fail too, since a dead process
+makes none.
 """
 
 import os
@@ -25,14 +26,14 @@ CHANGES = {
 
 
 class Killed(BaseException):
-    """No Exception: nothing may catch it."""
+    """Not a subclass of Exception, so that no code catches it."""
 
 
 class Disk:
-    """Counts the changes below `folder` and refuses all from number `last` on with `error`.
+    """Counts the changes below `folder`; from number `last` on, each of them raises `error`.
 
-    What stands aside when its renaming is refused is cut in half, as if its bytes had not all
-    reached the disk.
+    If the renaming of a temporary file fails, the file is cut in half, as if not all of its bytes
+    had reached the disk.
     """
 
     def __init__(

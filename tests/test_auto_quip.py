@@ -1,4 +1,4 @@
-"""The original's interface: the same names, and what it does with them."""
+"""The interface of AutoQuIP: the same names with the same effects."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Configuration classes: strict about names, and readable when something is wrong."""
+"""Options classes: unknown names are errors, and messages are readable."""
 
 import inspect
 import pydoc
@@ -52,7 +52,7 @@ def test_frozen():
 
 
 def configurations(above: type[Config] = Config) -> Iterator[type[Config]]:
-    """All that lowbit defines, but what stands in config.json for a layer."""
+    """All options classes of lowbit, except the entries of layers in config.json."""
     for found in above.__subclasses__():
         if found.__module__.startswith("lowbit.") and ".formats." not in found.__module__:
             yield found

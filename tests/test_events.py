@@ -1,4 +1,4 @@
-"""Every event as a line of events.jsonl, and back."""
+"""Writes each event as a line of events.jsonl, and reads it again."""
 
 import json
 from dataclasses import fields

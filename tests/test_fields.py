@@ -1,4 +1,4 @@
-"""Types, limits and defaults in words."""
+"""Descriptions of types, limits and defaults."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -1,4 +1,4 @@
-"""The public names: what the commands do is a function of the package."""
+"""The public names: each command is also a function of the package."""
 
 import inspect
 import sys
@@ -45,7 +45,7 @@ def test_folders_are_texts_or_paths(tmp_path: Path) -> None:
 
 
 def test_importing_it_leaves_slow_libraries_alone() -> None:
-    """Each takes seconds, and not everybody has them installed."""
+    """These libraries take seconds to import, and are optional."""
     script = "import sys, lowbit; print({'lm_eval', 'peft', 'datasets'} & {*sys.modules})"
     assert quantized.python(script).stdout == "set()\n"
 

@@ -1,4 +1,4 @@
-"""How quantities read."""
+"""Formatting of quantities."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Recipes, against the table of the OmniQuant scripts that they follow."""
+"""Compares recipes with the settings of the OmniQuant scripts."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a budget allows, and how it is refused."""
+"""The bytes that a budget allows, and the messages for impossible ones."""
 
 import pytest
 

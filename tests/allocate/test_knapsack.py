@@ -1,4 +1,4 @@
-"""The knapsack against all choices there are."""
+"""Compares the knapsack with the best of all possible choices."""
 
 import random
 from itertools import product

@@ -1,4 +1,4 @@
-"""A plan keeps its budget, improves with it, and is what load, slice and eval take."""
+"""A plan stays within its budget, is better for a larger one, and works in load, slice and eval."""
 
 import errno
 import os

@@ -7,7 +7,7 @@ from lowbit.allocate.units import Layout, Unit
 
 
 def layout(blocks: int, outside: bool = False) -> Layout:
-    """Two units a block, one three times the other; at w bits they take w and 3 * w bytes."""
+    """Two units per block, which take w and 3 * w bytes at w bits."""
     units = [
         Unit((f"{block}.{part}",), block, (), {w: part * w for w in (2, 3, 4, 6, 8)})
         for block in range(blocks)

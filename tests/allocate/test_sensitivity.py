@@ -1,4 +1,4 @@
-"""What a unit costs is the divergence of the model in which it alone is sliced."""
+"""The loss of a unit is the divergence of the model in which only that unit is sliced."""
 
 import pytest
 import quantized

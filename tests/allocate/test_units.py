@@ -1,4 +1,4 @@
-"""Which layers share a width, over families; and what each width takes."""
+"""The layers that share a width, in several families, and their bytes at each width."""
 
 from pathlib import Path
 

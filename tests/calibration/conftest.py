@@ -1,4 +1,4 @@
-"""Fixtures: a tokenizer, files and a hub that is not there."""
+"""Fixtures: a tokenizer, files, and a replacement for the hub."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """The hub: "rows" by data set id, and the "calls" that were made."""
+    """Replaces the hub: "rows" by data set id, and the "calls" that were made."""
     state: dict = {"rows": {}, "calls": []}
 
     def load_dataset(path: str, name: str | None = None, **options) -> datasets.Dataset:

@@ -1,4 +1,4 @@
-"""What perplexity is measured on."""
+"""The text that perplexity is measured on."""
 
 import random
 from collections.abc import Callable

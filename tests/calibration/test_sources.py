@@ -1,4 +1,4 @@
-"""Named data sets and files, to documents."""
+"""Reading documents from named data sets and from files."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Windows that come as token ids: every way to write them, and what is refused."""
+"""Calibration windows as token ids: all allowed forms, and mistakes."""
 
 from typing import Any
 

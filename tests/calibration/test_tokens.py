@@ -1,4 +1,4 @@
-"""Documents to tokens, and the digest of all that shaped them."""
+"""Tokenizing documents, and the hash of everything that the tokens depend on."""
 
 import json
 import logging

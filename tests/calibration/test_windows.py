@@ -1,4 +1,4 @@
-"""Documents to windows: how many, how long, which, and the cache."""
+"""Number, length and choice of calibration windows, and their cache."""
 
 import random
 from collections.abc import Callable

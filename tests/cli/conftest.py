@@ -1,4 +1,4 @@
-"""The commands, called in this process, on the carried Llama; each folder is quantized once."""
+"""Calls commands in this process on the example Llama; each folder is quantized once."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ STORY = "Once upon a time there was a little fox who lived in the wood. She had 
 
 @pytest.fixture(scope="session", autouse=True)
 def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Token windows are cached below the home folder."""
+    """Moves the home folder, in which token windows are cached."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         yield
@@ -28,7 +28,7 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @contextmanager
 def _loud_again() -> Iterator[None]:
-    """The commands quieten libraries for good; other tests of this process want their warnings."""
+    """Restores the warnings that commands turn off, since other tests need them."""
     transformers_level, hub_level = (
         transformers_logging.get_verbosity(),
         hub_logging.get_verbosity(),
@@ -44,7 +44,7 @@ def _loud_again() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def lowbit() -> Callable[..., Any]:
-    """lowbit("inspect", folder) -> the result, with exit_code, stdout and stderr; no traceback."""
+    """lowbit("inspect", folder) returns exit_code, stdout and stderr, and checks for tracebacks."""
 
     def call(*arguments: object, code: int = 0) -> Any:
         with _loud_again():
@@ -65,7 +65,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def learning(story: Path) -> tuple[object, ...]:
-    """Options under which omniquant takes a second."""
+    """Options with which OmniQuant takes one second."""
     brief = ("--samples", 2, "--seqlen", 64, "--set", "epochs=1")
     return ("--recipe", "omniquant-w2a16-g64", "--calibration", story, *brief)
 

@@ -1,4 +1,4 @@
-"""What all commands share: mistakes are one sentence, pipes may close, output can be anything."""
+"""All commands: mistakes are one sentence, pipes may close, and output may be any text."""
 
 import io
 import os
@@ -48,7 +48,7 @@ def test_version_and_help(lowbit):
 
 
 def only_command(function):
-    """The command of a program that has no other."""
+    """Returns the click command of a program with a single command."""
     made = typer.Typer(add_completion=False)
     made.command()(function)
     return typer.main.get_command(made)
@@ -60,7 +60,7 @@ PARAMETERS = {f"{name} {p.name}": p for name, c in COMMANDS.items() for p in c.p
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_every_parameter_says_what_it_is_and_its_default(name):
-    """A default that is a value is shown by typer itself; that of a flag is to leave it out."""
+    """typer shows defaults that are values; help texts must state all others."""
     parameter = PARAMETERS[name]
     text = parameter.help or ""
     assert text[:1].isupper() and text.endswith(".") and len(text) >= 16
@@ -70,7 +70,7 @@ def test_every_parameter_says_what_it_is_and_its_default(name):
 
 @pytest.mark.parametrize("name", COMMANDS.keys() - {"auto_quip"})
 def test_every_command_fits_into_the_list_of_commands(name):
-    """With its first sentence, of which click shows what a line of 80 columns holds."""
+    """click cuts the first sentence of a help text if it is too long for 80 columns."""
     text = COMMANDS[name].get_short_help_str(80 - len("  preprocess  ") - 1)
     assert text and not text.endswith("...")
 
@@ -114,7 +114,7 @@ def test_the_script_ends_with_one_line(tmp_path):
 
 
 def test_a_closed_pipe_is_quiet():
-    """As `lowbit recipes | head -0`."""
+    """The reader closes the pipe, as in `lowbit recipes | head -0`."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "lowbit", "recipes"]

@@ -1,4 +1,4 @@
-"""What the tables of lowbit eval show, and where they break."""
+"""Contents of the tables of lowbit eval, and their width."""
 
 import io
 from dataclasses import replace

@@ -42,7 +42,7 @@ def undigested(folder):
 
 
 def escape(folder):
-    """A hostile name leads out of the folder."""
+    """A malicious file name leads out of the folder."""
 
     def rename(config):
         files = config["quantization_config"]["files"]
@@ -80,7 +80,7 @@ def test_names_that_lead_elsewhere(lowbit, copy):
 
 
 def test_files_that_do_not_fit_together(lowbit, copy):
-    """Each as its hash says, and yet not a model."""
+    """Files that match their hashes, but do not fit together."""
 
     def drop(config):
         modules = config["quantization_config"]["modules"]

@@ -1,4 +1,4 @@
-"""What quantize and plan are told alike."""
+"""The options that quantize, plan and preprocess share."""
 
 import inspect
 from dataclasses import fields

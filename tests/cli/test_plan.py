@@ -11,7 +11,7 @@ MODEL = MODELS / "llama-mini"
 
 
 def rows(text: str) -> dict[str, str]:
-    """The table below its title, by the first column."""
+    """The rows of the table, by their first column."""
     lines = text.splitlines()[1:]
     return {line[:17].strip(): line[17:].strip() for line in lines}
 

@@ -1,4 +1,4 @@
-"""lowbit preprocess, and what quantize and eval make of its folder."""
+"""lowbit preprocess, and quantize and eval with the folder that it writes."""
 
 import json
 from pathlib import Path

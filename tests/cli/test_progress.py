@@ -1,4 +1,4 @@
-"""The events of a run, drawn."""
+"""Drawing the events of a run."""
 
 import io
 from collections.abc import Callable
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 class Flushed(io.StringIO):
-    """Remembers what could be read when it was flushed."""
+    """Keeps the text that was readable at each flush."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ def test_a_recipe_of_the_users_own(lowbit, tmp_path):
 
 
 def widths(text):
-    """Name and bits of each line of the table."""
+    """Returns name and bits of each line of the table."""
     table, _, _ = text.partition("\n\n")
     return [(line.split()[0], float(line.split()[1].rstrip("*"))) for line in table.splitlines()]
 

@@ -1,4 +1,4 @@
-"""Where commands write."""
+"""The console that commands write to."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The divergence against a direct computation with both models whole in memory."""
+"""Compares the divergence with a direct computation, with both models whole in memory."""
 
 import math
 from pathlib import Path

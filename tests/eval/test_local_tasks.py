@@ -1,4 +1,4 @@
-"""Rows of every local task, as files have them and as lm-eval is given them."""
+"""Rows of each local task, as in files and as lm-eval gets them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Perplexity against a direct computation on a model whose answers are known."""
+"""Compares perplexity with a direct computation, on a model whose logits are known."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Scores against likelihoods summed by hand, on the carried Llama."""
+"""Compares scores with sums of likelihoods, on the example Llama."""
 
 import json
 import logging
@@ -74,7 +74,7 @@ def llama() -> tuple[Any, Any]:
 
 
 def likelihood(llama: tuple[Any, Any], before: str, behind: str) -> tuple[float, bool]:
-    """Of `behind` after `before`, and whether it is what the model itself would say."""
+    """Log-likelihood of `behind` after `before`, and whether greedy decoding gives `behind`."""
     model, tokenizer = llama
     start = len(tokenizer(before)["input_ids"])
     ids = torch.tensor(tokenizer(before + behind)["input_ids"])
@@ -162,7 +162,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 @pytest.fixture
 def library(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small library instead of lm-eval's, whose 14,000 files take 20 seconds to look through."""
+    """A small library of tasks; searching the 14,000 files of lm-eval's takes 20 seconds."""
     names = {"NAME": "", "PATH": "json", "FILE": folder / "hellaswag" / "validation.jsonl"}
     names["CACHE"] = tmp_path / "cache"
     library = tmp_path / "library"

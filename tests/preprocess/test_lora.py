@@ -52,7 +52,7 @@ def test_the_loss_before_and_after_is_that_of_the_held_out_windows(tmp_path: Pat
 
 
 def test_a_state_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
-    """By a process that was killed meanwhile; whole ones are taken by their steps."""
+    """A killed process may leave a partial state; the newest complete one is used."""
     wanted = run(tmp_path / "whole", steps=4, batch=1, save_every=2)
     run(tmp_path, steps=4, batch=1, save_every=2)
     state = tmp_path / "state"

@@ -1,4 +1,4 @@
-"""Windows of the text: none has a token of another, and documents are told apart."""
+"""Windows do not overlap, and an EOS separates documents."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ END = 93
 
 
 class Ending:
-    """A tokenizer that knows an end of text."""
+    """A tokenizer that has an EOS."""
 
     eos_token_id = END
 
@@ -28,7 +28,7 @@ class Ending:
 
 @pytest.fixture
 def row(tmp_path: Path) -> tuple[str, Tensor]:
-    """A text without two equal stretches of eight tokens."""
+    """A text in which no sequence of eight tokens occurs twice."""
     path = tmp_path / "row.txt"
     text = "".join(chr(33 + i) + chr(33 + (i * j) % 90) for j in range(1, 4) for i in range(90))
     path.write_text(text)

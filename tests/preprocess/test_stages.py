@@ -1,4 +1,4 @@
-"""Folder to folder: what comes out, what it says of itself, and a run that is stopped."""
+"""The float folder that preprocessing writes, its config.json, and a stopped run."""
 
 import json
 from pathlib import Path

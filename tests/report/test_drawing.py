@@ -1,4 +1,4 @@
-"""Where numbers end up on the page."""
+"""Coordinates of the drawings."""
 
 import math
 from typing import Any

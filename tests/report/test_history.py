@@ -1,4 +1,4 @@
-"""What events tell of each block: the last try counts, and time that was lost counts too."""
+"""The history of each block: only the last attempt counts, but the time of all of them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Linears by name: those that a number tells apart are one layer."""
+"""Linears whose names differ only in a number form one layer."""
 
 import math
 from typing import Any

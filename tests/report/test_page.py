@@ -1,4 +1,4 @@
-"""The page, as text and in a browser: complete, closed to the world, safe from what is in it."""
+"""The page as text and in a browser: it is complete, loads nothing, and escapes all names."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def page_of(folder: Path, results: Any = None) -> str:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with markup in every text that somebody else may have written."""
+    """A folder with markup in each text that may come from an untrusted file."""
     out = tmp_path_factory.mktemp("hostile") / "out"
     folder = Path(shutil.copytree(quantized.folder("llama", "omniquant"), out))
 
@@ -227,6 +227,6 @@ def test_a_hostile_folder_in_a_browser(hostile: Path, tmp_path: Path) -> None:
 
 
 def brightness(color: str) -> float:
-    """0 to 255, of rgb(r, g, b)."""
+    """Brightness from 0 to 255 of a color rgb(r, g, b)."""
     parts = [int(number) for number in re.findall(r"\d+", color)[:3]]
     return sum(parts) / 3

@@ -1,4 +1,4 @@
-"""Files that are absent, half there, or edited by somebody."""
+"""Reads files that are missing, incomplete or edited."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whatever was measured has a column; the first model is what the others are compared with."""
+"""Each measurement has a column, and all models are compared with the first."""
 
 from pathlib import Path
 from typing import Any

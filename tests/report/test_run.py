@@ -1,4 +1,4 @@
-"""Real folders: every linear is found in its block, with what is known of it."""
+"""Each linear of real folders is in its block, with everything that is known about it."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def test_a_run_with_its_history() -> None:
 
 
 def test_without_report_and_events(tmp_path: Path) -> None:
-    """As a folder that was sliced or converted: only what is stored can be said."""
+    """A sliced or converted folder has no report; only what is stored is shown."""
     folder = Path(shutil.copytree(quantized.folder(), tmp_path / "bare"))
     for name in ("report.json", "events.jsonl"):
         (folder / name).unlink()

@@ -1,4 +1,4 @@
-"""The page as a file."""
+"""Writing the page to a file."""
 
 from pathlib import Path
 
