@@ -16,7 +16,7 @@ from torch import Tensor
 # tile from further away, up to a third of the time. Elsewhere 64 MiB, because each tile costs a
 # dozen kernel launches.
 WEIGHTS_ON_CPU = 2**18
-MANY, TIMES = 64, 4
+MANY, TIMES = 16, 4
 WEIGHTS_ELSEWHERE = 2**24
 ALIGNMENT = 16  # matrix products like tiles whose rows are a multiple of it
 
