@@ -43,7 +43,7 @@ def check(folder: Path, out: Path, layers: dict[str, Parts], codebook: str, rati
     assert len(layers) == 7
     for name, parts in layers.items():
         linear = model.get_submodule(name)
-        for tokens in (2, 100):  # rotated, and multiplied by the restored weight
+        for tokens in (2, 100):
             x = torch.randn(tokens, linear.in_features, generator=torch.Generator().manual_seed(1))
             assert zoo.error(linear(x), run(parts, codebook, x, ratio)) < 1e-5
     assert torch.isfinite(model(zoo.tokens()).logits).all()

@@ -1,7 +1,7 @@
 """What every stored format has in common."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self, final
 
@@ -187,7 +187,7 @@ class QuantizedLinear(nn.Module):
 
     def shared_tensors(self) -> list[Tensor]:
         """The tensors that `prepare` reads."""
-        return [tensor for tensor in self._own() if tensor is not None]
+        return self.own_tensors()
 
     def is_offloaded(self) -> bool:
         """Whether accelerate has put away what `prepare` reads, until the layer is called."""
@@ -220,7 +220,7 @@ class QuantizedLinear(nn.Module):
             prepared = self.prepared(x)
             rows = prepared.reshape(-1, prepared.shape[-1])
             gradients = torch.is_grad_enabled() and (
-                rows.requires_grad or any(p is not None and p.requires_grad for p in self._own())
+                rows.requires_grad or any(tensor.requires_grad for tensor in self.own_tensors())
             )
             backend = choose(self, x.device, x.dtype, len(rows), gradients)
             with torch.set_grad_enabled(gradients):
@@ -243,17 +243,16 @@ class QuantizedLinear(nn.Module):
         device: None: where the layer is. A layer on the meta device can be asked for another one.
         gradients: whether the result must have a gradient.
         """
-        here = next(p.device for p in self._own() if p is not None)
-        return choose(
-            self, here if device is None else torch.device(device), dtype, tokens, gradients
-        )
+        there = self.own_tensors()[0].device if device is None else torch.device(device)
+        return choose(self, there, dtype, tokens, gradients)
 
     def repack(self, tokens: int, dtype: torch.dtype = torch.float32) -> None:
         """Makes now what the backend for so many tokens would make in its first forward."""
         self._repacked.of(self, self.backend_for(tokens, dtype=dtype))
 
-    def _own(self) -> Iterable[Tensor | None]:
-        return self._parameters.values()
+    def own_tensors(self) -> list[Tensor]:
+        """The layer's parameters, without those of the owner."""
+        return [tensor for tensor in self._parameters.values() if tensor is not None]
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -63,17 +63,13 @@ def _keep(layer: "QuantizedLinear", sources: Sources, made: dict[str, Tensor]) -
     for device in {tensor.device for tensor in made.values() if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()  # any stream may use them from now on
     held = [made]
-    watched = [weakref.ref(tensor, lambda _: held.clear()) for tensor in _tensors_of(layer)]
+    watched = [weakref.ref(tensor, lambda _: held.clear()) for tensor in layer.own_tensors()]
     return _Kept(layer.spec, sources, held, watched)
-
-
-def _tensors_of(layer: "QuantizedLinear") -> list[Tensor]:
-    return [tensor for tensor in layer._parameters.values() if tensor is not None]
 
 
 def _sources(layer: "QuantizedLinear") -> Sources | None:
     """What tells that the layer's tensors are still the same; None where that cannot be told."""
-    tensors = _tensors_of(layer)
+    tensors = layer.own_tensors()
     if any(tensor.is_inference() or tensor.requires_grad for tensor in tensors):
         return None
     if any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing():
