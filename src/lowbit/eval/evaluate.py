@@ -87,7 +87,10 @@ class Evaluation:
 
 
 def labelled(model: str, bits: int | str | None) -> str:
-    """Names a model and the width at which it runs: "models/nested at 4 bits"."""
+    """Returns a label for a model at a width, such as "models/nested at 4 bits".
+
+    bits: the width, or the path of a file of widths; None: the label is just the model.
+    """
     if bits is None:
         return model
     return f"{model} at {bits} bits" if isinstance(bits, int) else f"{model} by {bits}"
@@ -113,7 +116,7 @@ def evaluate(  # noqa: PLR0913 (the fields of EvalOptions)
     models are then streamed block by block.
 
     models: folders or hub ids, float or quantized.
-    on_progress: called with what is measured, the number of steps done, and of all steps.
+    on_progress: called as on_progress(what is measured, done, total), in steps.
     The other arguments are the fields of `lowbit.EvalOptions`, where each of them is explained.
 
     Returns one row for each model; for a folder of MatQuant, one for each of `bits`.
