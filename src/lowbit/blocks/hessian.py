@@ -101,8 +101,8 @@ class _Sum:
 def input_hessians(block: nn.Module, groups: Sequence[LinearGroup], stream: Stream) -> Hessians:
     """Returns the Hessian of the input of each `LinearGroup`, by the group's name.
 
-    A sum takes 8 n^2 bytes for an input with n channels. If all sums need more than a quarter of the
-    memory, they are kept in unnamed files, in the folder of the stream if that is on disk.
+    A sum takes 8 n^2 bytes for an input with n channels. If all sums need more than a quarter of
+    the memory, they are kept in unnamed files, in the folder of the stream if that is on disk.
     """
     first = {group.linears[0]: group.name for group in groups}
     widths = {name: _in_features(block, name) for name in first}

@@ -67,7 +67,7 @@ class QuantizedFolder:
     def layer(self, name: str) -> QuantizedLinear:
         """Returns a quantized layer with its tensors, linked to the layer whose tensors it shares.
 
-        name: on disk.
+        name: the layer's name on disk.
 
         Raises ValueError for a layer that is not quantized, and for a tensor that is missing or has
         another shape or dtype than the layer's entry states.

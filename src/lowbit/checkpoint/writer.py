@@ -136,7 +136,7 @@ class CheckpointWriter:
         """Writes one shard and then its record.
 
         index: the index of the shard; 0 is the shard of everything outside the blocks.
-        tensors: by name on disk.
+        tensors: the tensors of the shard, by name on disk.
         learned: the learned parameters of the block, written to OUT/learned; None: no file.
         data: what the record holds apart from the file's name, size and hash.
         """

@@ -61,7 +61,8 @@ class _Cutting:
     """The state of slicing one folder.
 
     widths: the width of every layer that is sliced, by name on disk.
-    entries: the entries of all layers, by name on disk; a layer's entry is replaced when its slice is cut.
+    entries: the entries of all layers, by name on disk; the entry of a layer is replaced when its
+        slice is cut.
     """
 
     def __init__(self, quantized: QuantizedFolder, widths: dict[str, int], nested: bool) -> None:

@@ -44,7 +44,7 @@ class Evaluation:
 
     model: folder or hub id, as it was given.
     method: the recipe or method that quantized it; "float" for a float model.
-    perplexity: by text; infinite or NaN for a broken model.
+    perplexity: the perplexity by text; infinite or NaN for a broken model.
     bits_per_weight: real bits, scales included, of the "linears" and of the whole "model".
     size_bytes: size of all weight files.
     seqlen: tokens in a window.
@@ -52,8 +52,8 @@ class Evaluation:
     per_document: whether each document was scored alone.
     seconds: how long the measurement took.
     reference: the float model that divergence was measured from; None: it was not measured.
-    divergence: by text. If it is measured, the model runs block by block in float32.
-    tasks: by name; tasks from local files are called local_NAME.
+    divergence: the divergence by text. If it is measured, the model runs block by block in float32.
+    tasks: the scores by name of the task; tasks from local files are called local_NAME.
     bits: the width at which the model ran, or the path of a file of widths; None: as stored.
     trained: share of the nested weights that were optimized for that width; the others are
         interpolated between optimized widths. None: the model ran as stored.

@@ -97,7 +97,7 @@ class StreamedModel:
         folder: Path | None = None,
         embed_on: torch.device | str = "cpu",
     ) -> Stream:
-        """Returns the stream with the inputs of the first block.
+        """Returns the stream of hidden states with the inputs of the first block.
 
         batches: (batch, tokens) int64 each, of any lengths.
         device: where the stream's batches are moved when they are read.
@@ -116,7 +116,7 @@ class StreamedModel:
     ) -> None:
         """Loads the blocks one after another and calls `visit` with each; the only such loop.
 
-        streams: with the inputs of the first of these blocks.
+        streams: the streams with the inputs of the first of these blocks, by name.
         visit: called with each block; it runs the streams through the block with `Step.advance`.
             When it returns, the block is freed, and the next one is loaded.
         device: where blocks are loaded.

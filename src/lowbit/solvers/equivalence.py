@@ -43,7 +43,7 @@ def smooth_scale(
 
     tensors: the block's tensors by name.
     statistics: the statistics of the readers' inputs; without any, a is 1.
-    alpha: from 0 (only weights count) to 1 (only inputs count).
+    alpha: the exponent, from 0 (only weights count) to 1 (only inputs count).
     shift: (fold.size,), subtracted from the input.
 
     Source: SmoothQuant (arXiv 2211.10438), equation 4.

@@ -88,7 +88,8 @@ def _gated(task: BlockTask) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]
 
     Permuting the rows of both producers permutes the input and changes nothing else. A fold of kind
     "gated" names the up projection; the gate is the only other linear that reads the same input.
-    Values (v_proj) cannot be permuted like this, since their heads belong to the heads of the queries.
+    Values (v_proj) cannot be permuted like this, since each of their heads
+    belongs to heads of the queries.
     """
     by_linear = {name: group.linears for group in task.groups for name in group.linears}
     for fold in task.folds:
