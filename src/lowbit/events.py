@@ -128,7 +128,7 @@ class EpochFinished(BlockEvent):
     """A training epoch of a block is finished.
 
     epoch: the number of the epoch, from 1.
-    loss: the mean loss over all batches.
+    loss: the method's loss on the block's output after the epoch, mean over all batches.
     """
 
     kind: ClassVar[str] = "epoch"
@@ -148,9 +148,8 @@ class BlockResumed(BlockEvent):
 class BlockFinished(BlockEvent):
     """A block is quantized and written.
 
-    loss_rtn: the loss of rounding to nearest.
-    loss_after: the loss of the block that was written.
-    proxy_loss: the largest proxy loss of its linears.
+    loss_rtn, loss_after: as in `lowbit.run_report.BlockReport`.
+    proxy_loss: the largest `proxy_loss` of its linears; see `lowbit.run_report.LinearReport`.
     seconds: the time since BlockStarted.
     memory: the peak memory of the process in bytes, without mapped files.
     device_memory: the peak memory that torch allocated on a CUDA device, in bytes.
@@ -226,7 +225,7 @@ class TrainingStep(Event):
 
     step: the number of steps so far.
     of: the number of steps in all.
-    loss: the mean loss since the last of these events.
+    loss: the mean next-token loss since the last of these events.
     """
 
     kind: ClassVar[str] = "step"
@@ -267,7 +266,7 @@ class BlockLog:
         """Emits that an epoch is finished.
 
         number: the number of the epoch, from 1.
-        loss: the mean loss over all batches.
+        loss: as in `EpochFinished`.
         """
         self.emit(
             EpochFinished(block=self.block, index=self.index, of=self.of, epoch=number, loss=loss)

@@ -100,13 +100,18 @@ class TrainingReport(_Report):
 class BlockReport(_Report):
     """The report of one block.
 
-    linears: by name, relative to the block. The names are those of the model in memory while the
-        method works, and those of the checkpoint in report.json.
+    All losses are the method's loss between the outputs of the float and of the quantized block;
+    None: not measured.
+
+    linears: the reports of the linears by name, relative to the block. While the method works these
+        are names of the model in memory; in report.json they are names of the checkpoint.
     training: None if nothing was trained.
-    loss_rtn: the loss of rounding to nearest.
-    loss_before: the loss before training.
+    loss_rtn: the loss if nothing is learned: all linears are rounded to nearest (PTQ1.61:
+        binarised by row means).
+    loss_before: the loss before training, at the initial values.
     loss_after: the loss of the block that was written.
-    fallback: like that of `LinearReport`, for the whole block.
+    fallback: one sentence that says why and how the whole block was quantized more simply than
+        asked for; None: it was not.
     """
 
     linears: dict[Name, LinearReport] = {}
@@ -136,7 +141,7 @@ class BlockReport(_Report):
 
 
 class RunReport(_Report):
-    """The report of a whole run, as report.json has it; names are those of the checkpoint.
+    """The report of a whole run, as report.json has it; all names are names of the checkpoint.
 
     fallbacks: the fallback sentences of linears and blocks, by full name.
     left_float: the full names of the matrices that were not quantized.

@@ -35,7 +35,11 @@ class Budget:
     rest: int
 
     def allowed(self) -> int:
-        """Returns the bytes that all slices may take together."""
+        """Returns the bytes that remain for all slices, after everything of fixed size.
+
+        It is negative if what has a fixed size exceeds the limit. A limit in bits per weight counts
+        only quantized linears, so `rest` is then not subtracted.
+        """
         amount, unit = _parsed(self.given)
         if unit is None:
             return math.floor(amount * self.weights / 8) - self.linears

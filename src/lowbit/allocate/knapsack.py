@@ -18,8 +18,8 @@ def solve(
     limit is then still kept, and the result is at least as good as the best one for a limit that
     is lower by one unit per item. A higher limit never makes the result worse.
 
-    costs: of every option of every item, such as bytes.
-    losses: of every option of every item.
+    costs: the cost of every option of every item, such as bytes.
+    losses: the loss of every option of every item.
     limit: most that the chosen options may cost together.
 
     Returns the index of the chosen option of each item.

@@ -36,7 +36,7 @@ class Mix:
     plan: width by name or pattern; `load`, `slice_folder` and `evaluate` take it as bits.
     layers: number of layers at each width.
     linears: bits per weight of the quantized linears, with scales and zeros.
-    bytes: of all shards of the model.
+    bytes: size of all shards of the model.
     predicted: estimate of KL(8-bit master || this) in nats per token, the sum of the losses of
         all units, each measured alone; None: nothing was measured.
     """
@@ -78,7 +78,7 @@ def mix(  # noqa: PLR0913 (the options of a command)
     calibration: the text to measure on; default: 4 windows. Here a seqlen of None is 512 tokens.
     device_map: where the model is loaded, as transformers takes it; None: on the CPU.
     trust_remote_code: whether Python code that comes with the model may be run.
-    on_progress: called with the number of runs of the model that are done, and of all runs.
+    on_progress: called as on_progress(done, total), in runs of the model.
 
     Raises ValueError, before anything is measured, for a budget below the smallest possible, which
     the message states.

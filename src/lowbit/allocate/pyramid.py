@@ -10,18 +10,19 @@ from lowbit.allocate.units import Layout
 
 
 def pyramid(layout: Layout, widths: Sequence[int], limit: int) -> list[int]:
-    """Chooses the pyramid that takes the most bytes within a limit.
+    """Chooses widths that rise from the first and last block to the middle, within a size limit.
 
-    Widths rise from both ends to the middle, so a block and its mirror image have the same width.
-    The ends have the lowest width. Of several pyramids of that size, the flattest is chosen. A unit
-    that is in no block gets the width of the middle.
+    Block i and block n - 1 - i get the same width, and the outermost blocks get the lowest width.
+    Among the shapes within the limit the largest is chosen; among equally large ones, the one with
+    the smallest sum of squared widths over these pairs of blocks. A unit (linears that share a
+    width) outside all blocks gets the width of the middle.
 
-    layout: the units and the number of blocks.
-    widths: the allowed widths.
-    limit: most bytes of all units together.
+    layout: the units, and the number of blocks n.
+    widths: the allowed bits per weight.
+    limit: the largest allowed sum of the sizes of all units, in bytes.
 
-    Returns the width of each unit.
-    Raises ValueError if even the lowest width everywhere exceeds the limit.
+    Returns one width per unit, in the order of layout.units.
+    Raises ValueError if the limit is too small even for the lowest width everywhere.
     """
     rising = sorted(widths)
     ring_of = [

@@ -24,7 +24,7 @@ def sensitivity(
     units: the layers of each unit.
     widths: the widths to measure.
     windows: (tokens,) int64 each.
-    progress: called with the number of runs of the model that are done, and of all runs.
+    progress: called as progress(done, total), in runs of the model.
 
     Returns (units, widths) float64: the mean KL(all layers at 8 bits || one unit at that width)
     over all predicted tokens, in nats; 0 at 8 bits.

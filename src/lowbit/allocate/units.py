@@ -48,7 +48,7 @@ def layout_of(
     Linears that read the same input form a unit (queries, keys and values; gate and up), and so do
     all experts of a block.
 
-    folder: made by matquant.
+    folder: a folder made by matquant.
     widths: the widths whose sizes are computed.
     trust_remote_code: whether Python code that comes with the model may run.
 

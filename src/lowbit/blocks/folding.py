@@ -60,7 +60,7 @@ def apply_folds(
 
     Each fold leaves the block's output unchanged, so their order does not matter.
 
-    folds: by name.
+    folds: the folds by name.
     scales: the scale of each fold to apply, by the fold's name.
     shifts: the shifts of some of these folds, by the fold's name.
     """

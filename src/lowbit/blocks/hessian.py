@@ -1,4 +1,4 @@
-"""Hessians E[x x^T] of the inputs of linears, computed in one pass over a stream."""
+"""Hessians E[x x^T] of the inputs of linears, computed in one pass over a `Stream`."""
 
 import os
 import tempfile
@@ -29,7 +29,7 @@ class Hessian:
 
 
 class Hessians(Mapping[str, Hessian]):
-    """The Hessians of all groups, by the group's name.
+    """The Hessian of the input of each `LinearGroup`, by the group's name.
 
     Only the float64 sums are stored: each access computes the float32 mean.
     """
@@ -40,11 +40,11 @@ class Hessians(Mapping[str, Hessian]):
         self._together: dict[tuple[str, ...], Hessian] = {}
 
     def tokens(self, group: str) -> int:
-        """Returns the number of tokens that a group saw."""
+        """Returns the number of tokens that the linears of a `LinearGroup` saw."""
         return self._sums[group].tokens
 
     def together(self, groups: tuple[str, ...]) -> Hessian:
-        """Returns the Hessian over the tokens of several groups: experts that read the same norm.
+        """Returns one Hessian over the tokens of several groups: experts that read the same norm.
 
         It is computed once and then kept.
         """
@@ -99,10 +99,10 @@ class _Sum:
 
 
 def input_hessians(block: nn.Module, groups: Sequence[LinearGroup], stream: Stream) -> Hessians:
-    """Returns the Hessian of every group's input, by the group's name.
+    """Returns the Hessian of the input of each `LinearGroup`, by the group's name.
 
-    A sum takes 8 n^2 bytes for a group with n channels. If all sums need more than a quarter of the
-    memory, they are kept in unnamed files, in the folder of the stream if that is on disk.
+    A sum takes 8 n^2 bytes for an input with n channels. If all sums need more than a quarter of
+    the memory, they are kept in unnamed files, in the folder of the stream if that is on disk.
     """
     first = {group.linears[0]: group.name for group in groups}
     widths = {name: _in_features(block, name) for name in first}

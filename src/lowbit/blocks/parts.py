@@ -14,7 +14,7 @@ def sum_of_parts(
     shared: the tensors that all parts depend on, by name; gradients flow through them.
     parts: a generator of scalar losses. It is called with detached copies of `shared`.
 
-    Returns a scalar whose gradient is that of the whole sum, and in torch.no_grad() the plain sum.
+    Returns a scalar that has the gradient of the whole sum; in torch.no_grad() the plain sum.
     """
     if not torch.is_grad_enabled():
         return torch.stack(list(parts(shared))).sum()

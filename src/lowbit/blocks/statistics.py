@@ -1,4 +1,4 @@
-"""Statistics of the inputs of linears, per channel, from one pass over a stream, in float32."""
+"""Statistics of the inputs of linears, per channel, from one pass over a `Stream`, in float32."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,17 @@ from lowbit.blocks.capture import observe_inputs
 
 @dataclass(kw_only=True)
 class ChannelStatistics:
-    """Statistics of a group's input x over all tokens, for each channel.
+    """Statistics of the input x that a `LinearGroup` reads, for each channel.
+
+    They are taken over all calibration tokens that the group's linears saw.
 
     absmax: (channels,) float32, the maximum of |x|.
     absmean: (channels,) float32, the mean of |x|.
     square: (channels,) float32, the mean of x^2.
     low, high: (channels,) float32, the minimum and maximum of x.
-    position: (channels,) int64, the index in its sequence of the first token that has the maximum
-        of |x| (for an expert: its index among the tokens of one call).
+    position: (channels,) int64, the index in its sequence of the token with the largest |x|. An
+        expert sees only the tokens routed to it, so there it is the index among the rows of one
+        call.
     tokens: the number of tokens; with 0 tokens all statistics are 0.
     """
 
@@ -83,7 +86,7 @@ class ChannelStatistics:
 def input_statistics(
     block: nn.Module, groups: Sequence[LinearGroup], stream: Stream
 ) -> dict[str, ChannelStatistics]:
-    """Returns the statistics of every group's input, by the group's name."""
+    """Returns the statistics of the input of each `LinearGroup`, by the group's name."""
     first = {group.linears[0]: group.name for group in groups}
     gathered: dict[str, ChannelStatistics] = {}
     for linear, group in first.items():
@@ -99,6 +102,6 @@ def tokens_by_linear(
 ) -> dict[str, int]:
     """Returns the number of tokens that each linear saw, by the linear's name.
 
-    statistics: by the group's name.
+    statistics: the statistics of each group's input, by the group's name.
     """
     return {name: statistics[group.name].tokens for group in groups for name in group.linears}

@@ -83,7 +83,7 @@ HUB_SOURCES = {
 class Corpus:
     """The documents of one source.
 
-    name: of the source.
+    name: the name of the source.
     documents: all texts or all chats, in memory or read on access.
     separator: joins texts.
     windows_in_rows: as in `HubSource`.

@@ -32,7 +32,7 @@ def encode(tokenizer: Tokenizer, document: Document, name: str) -> Tensor:
     """Tokenizes one document: (tokens,) int64, with the special tokens that the tokenizer adds.
 
     document: a text, or the messages of a chat, which are written with the chat template.
-    name: of the source, for the message.
+    name: the name of the source, for error messages.
 
     Raises ValueError for a chat if the tokenizer has no chat template.
     """

@@ -61,7 +61,7 @@ class TokenWindows:
     tokens: (samples, seqlen) int64, source after source.
     digest: sha256, in hex, of everything that the tokens depend on.
     seqlen: tokens in a window.
-    sources: of each source its name, the number of windows, and how many tokens and documents
+    sources: for each source, its name, the number of windows, and how many tokens and documents
         they were drawn from.
     """
 

@@ -19,9 +19,9 @@ def layers_from(
 
     entries: the entries of these layers by name on disk, as in config.json; the layer whose tensors
         another one shares must be among them.
-    tensors: by name on disk; more than those of these layers are allowed.
+    tensors: tensors by name on disk; tensors of other layers are allowed too.
 
-    Raises ValueError, with the name of the tensor, where tensors do not fit the entries.
+    Raises ValueError, with the name of the tensor, if tensors do not fit the entries.
     """
     layers: dict[str, QuantizedLinear] = {}
     for name, entry in entries.items():

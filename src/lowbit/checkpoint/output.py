@@ -20,7 +20,7 @@ def final_config(
     """Returns config.json of the source with a quantization_config.
 
     source: the folder of the float model.
-    records: of all shards, in order.
+    records: the records of all shards, in order.
     made_by: how the folder was made: method, calibration, versions.
 
     Raises ValueError if no layer was quantized.
@@ -49,7 +49,7 @@ class Size:
     """The size of a model folder, from the bytes on disk.
 
     linears: bits per weight of the quantized linears, scales and zero points included, biases not;
-        for a float model: of the whole model.
+        for a float model: bits per weight of the whole model.
     model: bits per parameter of the whole model.
     bytes: size of all shards, their headers included.
     """

@@ -67,7 +67,7 @@ class QuantizedFolder:
     def layer(self, name: str) -> QuantizedLinear:
         """Returns a quantized layer with its tensors, linked to the layer whose tensors it shares.
 
-        name: on disk.
+        name: the layer's name on disk.
 
         Raises ValueError for a layer that is not quantized, and for a tensor that is missing or has
         another shape or dtype than the layer's entry states.
@@ -113,7 +113,7 @@ class QuantizedFolder:
 
         convert: a function of a layer's name on disk and the layer, which returns the tensors to
             store for it, named relative to the layer.
-        progress: called with the number of shards done, and of all shards.
+        progress: called as progress(done, total), in shards.
         """
         shards = self.shards()
         progress(0, len(shards))
@@ -131,7 +131,7 @@ class QuantizedFolder:
             return [f"{name}.{key}" for key in build(self.entries[name]).state_dict()]
 
     def verify(self, hashes: bool = True) -> None:
-        """Checks that the folder is as it was written. Raises ValueError where it is not.
+        """Checks that the folder is as it was written. Raises ValueError if it is not.
 
         It checks config.json, the sizes of the shards, and that the tensors of every quantized
         layer are there with the right shape and dtype.

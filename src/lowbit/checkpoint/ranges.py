@@ -21,7 +21,7 @@ MOST_NAMES = 1_000_000  # so that a malicious range cannot fill the memory
 def collapse(entries: dict[str, Any]) -> dict[str, Any]:
     """Joins equal entries of layers whose names differ only in numbers that fill whole ranges.
 
-    entries: by name of the layer.
+    entries: the entries by name of the layer.
 
     Returns the entries by name; joined ones by a name with ranges such as "{0-31}".
     """

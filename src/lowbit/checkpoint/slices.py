@@ -1,6 +1,7 @@
 """Slices of a MatQuant folder: which widths its layers have, and the size of a slice on disk.
 
-A master is a layer with 8-bit codes; a slice of it keeps the upper bits of these codes.
+A MatQuant layer is a layer in format `nested`. A master is such a layer with 8-bit codes; a slice
+of it keeps the upper bits of these codes.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from lowbit.formats.widths import (
 
 
 def entries_with_widths(folder: QuantizedFolder) -> dict[str, dict[str, Any]]:
-    """Returns the entries of all layers that can run at chosen widths, by name on disk."""
+    """Returns the entries of all MatQuant layers, by name on disk."""
     return {name: entry for name, entry in folder.entries.items() if entry_widths(entry)}
 
 
@@ -37,7 +38,7 @@ def has_masters(folder: Path) -> bool:
 
 
 def widths_of(folder: QuantizedFolder, bits: WidthPlan) -> dict[str, int]:
-    """Returns the chosen width of every layer that has widths, by name on disk.
+    """Returns the chosen width of every MatQuant layer, by name on disk.
 
     bits: one width for all layers, widths by name or pattern, or the path of a YAML file of that;
         see `choose_widths`.
@@ -98,11 +99,11 @@ def linear_weights(folder: QuantizedFolder) -> int:
 
 
 def trained_share(folder: QuantizedFolder, widths: Mapping[str, int]) -> float:
-    """Returns the fraction of weights, from 0 to 1, whose width MatQuant was trained for.
+    """Returns the share of weights, from 0 to 1, that run at a width MatQuant optimized.
 
-    The other widths lie between trained ones.
+    The rest run at widths that it did not optimize, such as 3 if it optimized 2 and 4.
 
-    widths: the width of every layer that has widths, by name on disk.
+    widths: the chosen width of every MatQuant layer, by name on disk.
     """
     weights = {True: 0, False: 0}  # by whether their width was trained
     for name, entry in entries_with_widths(folder).items():

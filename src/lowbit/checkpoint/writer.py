@@ -34,15 +34,15 @@ RUN, SIGNATURE, EVENTS = "run", "signature.json", "events.jsonl"
 
 
 class CheckpointWriter:
-    """Writes the folder OUT of a run; a context manager that locks OUT.
+    """Context manager that writes the folder of a run, OUT, and locks it against other processes.
 
-    folder: OUT.
-    signature: what the result depends on, as JSON values. A run in OUT continues only if its
-        signature is equal.
+    folder: the output folder, OUT.
+    signature: everything that the result depends on, as JSON values. An unfinished run in OUT is
+        continued only if its signature is equal.
     shards: number of shards: one per block, and one for everything outside the blocks.
     restart: whether an earlier run in OUT is deleted.
-    before: called before a new run starts, not before one continues. If it raises an error, OUT
-        stays unchanged.
+    before: callback that is called before a new run, but not before a continued one. If it raises
+        an error, the earlier content of OUT stays unchanged.
 
     On entry, raises ValueError if OUT holds a run with another signature (the message lists the
     differences), if OUT was not made by lowbit, or if another process is writing it.
@@ -111,7 +111,12 @@ class CheckpointWriter:
         return f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
 
     def record(self, index: int) -> dict[str, Any] | None:
-        """Returns the record of a finished shard; None if the shard is not finished."""
+        """Returns what `write_shard` stored about a shard; None if the shard is not finished.
+
+        These are its file, size, hash and tensors, and the `data` that `write_shard` was given.
+
+        index: the index of the shard.
+        """
         path = self._record_path(index)
         if not path.exists():
             return None
@@ -130,8 +135,8 @@ class CheckpointWriter:
     ) -> None:
         """Writes one shard and then its record.
 
-        index: of the shard; 0 is the one for everything outside the blocks.
-        tensors: by name on disk.
+        index: the index of the shard; 0 is the shard of everything outside the blocks.
+        tensors: the tensors of the shard, by name on disk.
         learned: the learned parameters of the block, written to OUT/learned; None: no file.
         data: what the record holds apart from the file's name, size and hash.
         """

@@ -67,7 +67,8 @@ class Section(BaseModel):
     def residual_scale(self) -> float | None:
         """The factor of the second stage of a residual codebook; None for other codebooks.
 
-        A stored value above 1 is the reciprocal of the factor.
+        If `opt_resid_scale` is above 1, it is the reciprocal of the factor; if it is None, the
+        factor is the codebook's own.
         """
         if self.codebook not in RESIDUAL_SCALES:
             return None
@@ -81,7 +82,7 @@ class Section(BaseModel):
 class Layer:
     """One layer of a QuIP checkpoint, as the headers describe it.
 
-    name: of the layer, on disk.
+    name: the layer's name on disk.
     rows, columns: shape of the weight matrix.
     parts: the layer's tensors, by name within the layer ("Qidxs", "Wscale", ...).
     """

@@ -1,10 +1,10 @@
-"""Translates the codes of QuIP-for-all and AutoQuIP to those of the format `lattice`.
+"""Translates the codes of QuIP-for-all and AutoQuIP to codes of the format `lattice`.
 
 | codebook   | dtype | content of one stored number                                               |
 | ---------- | ----- | -------------------------------------------------------------------------- |
 | E8P12      | int16 | one code                                                                   |
 | E8P12RVQ3B | int32 | 4 of 12 bytes with 4 codes: each 1 byte E8, then 2 E8P12, low byte first   |
-| E8P12RVQ4B | int32 | low half: the residual's code of E8P12; high half: that of the first stage |
+| E8P12RVQ4B | int32 | low half: the residual's code of E8P12; high half: the first stage's code  |
 | D4         | uint8 | one code                                                                   |
 | HI         | int32 | eight codes; element NIBBLES[i] in bits 4 i to 4 i + 3                     |
 
@@ -54,7 +54,7 @@ LAYOUTS = {
 
 
 def our_codes(codebook: str, stored: Tensor) -> Tensor:
-    """Translates stored codes to those of the format `lattice`.
+    """Translates stored codes to codes of the format `lattice`.
 
     codebook: a key of LAYOUTS.
     stored: (out, numbers), of the codebook's dtype in LAYOUTS.

@@ -39,7 +39,7 @@ def slice_folder(
         `extra_precision`.
     verify: whether files are checked against their hashes first.
     trust_remote_code: whether Python code in the model's folder is copied.
-    on_progress: called with the number of shards that are written, and of all shards.
+    on_progress: called as on_progress(done, total), in shards.
 
     Raises ValueError, before anything is written, if the folder is damaged, if `out` exists, and
     for a layer that format `uniform` cannot hold.
@@ -61,7 +61,8 @@ class _Cutting:
     """The state of slicing one folder.
 
     widths: the width of every layer that is sliced, by name on disk.
-    entries: of all layers by name on disk; a layer's entry is replaced when its slice is cut.
+    entries: the entries of all layers, by name on disk; the entry of a layer is replaced when its
+        slice is cut.
     """
 
     def __init__(self, quantized: QuantizedFolder, widths: dict[str, int], nested: bool) -> None:

@@ -1,4 +1,4 @@
-"""KL divergence: measures how far a model's predictions are from those of the float model.
+"""KL divergence: measures how far a model's predictions are from the float model's.
 
 Perplexity only says whether the right token stayed likely. The Kullback-Leibler divergence compares
 the whole distribution of each token, so it is more precise if little changed. Both models are
@@ -24,7 +24,7 @@ LOGITS = 2**25  # most logits of one model at a time (128 MiB); tokens are compa
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a model's predictions are from those of a reference.
+    """How far a model's predictions are from the predictions of a reference.
 
     kl: mean KL(reference || model) over the predicted tokens, in nats.
     agreement: share of the predicted tokens for which both models have the same most likely token.
@@ -37,18 +37,19 @@ class Divergence:
 
 
 class StreamedLogits:
-    """Logits of a model on given rows, which are computed when they are asked for.
+    """Computes the logits of a model on given rows, a part at a time.
 
-    All blocks run over all rows when the object is made. Then only the hidden states behind the
-    last block are kept, in memory or, if they are large, in temporary files. Quantized layers run
-    their reference backend, so that a score does not depend on a compiler or an instruction set.
+    The constructor runs all blocks over all rows, and keeps the outputs of the last block: in
+    memory, or in temporary files if they are large. Quantized layers run their reference backend,
+    so that a score does not depend on a compiler or an instruction set.
 
-    folder: the model.
-    rows: (tokens,) int64 each, of any lengths.
+    folder: the folder of the model.
+    rows: token ids, one (tokens,) int64 tensor per row; lengths may differ.
     device: where blocks run; default: the CPU.
     trust_remote_code: whether Python code that comes with the model may run.
-    progress: called with what is done, the number of blocks done, and of all blocks.
-    bits: widths at which a folder made by matquant runs; None: as stored.
+    progress: called as progress(text, done, total); each row in each block is one step.
+    bits: the width at which a MatQuant folder runs, or the path of a file of widths; None: the
+        stored widths.
     """
 
     @use_backend("reference")
@@ -95,7 +96,7 @@ def divergence(
 
     reference, model: logits on the same rows.
     rows: indices of the rows to compare.
-    progress: called with the number of rows done, and of all rows.
+    progress: called as progress(done, total), in rows.
 
     Returns the divergence, and the model's losses: (tokens - 1,) float32 on the CPU, for each row.
     Raises ValueError if the two vocabularies differ.

@@ -44,7 +44,7 @@ class Evaluation:
 
     model: folder or hub id, as it was given.
     method: the recipe or method that quantized it; "float" for a float model.
-    perplexity: by text; infinite or NaN for a broken model.
+    perplexity: the perplexity by text; infinite or NaN for a broken model.
     bits_per_weight: real bits, scales included, of the "linears" and of the whole "model".
     size_bytes: size of all weight files.
     seqlen: tokens in a window.
@@ -52,8 +52,8 @@ class Evaluation:
     per_document: whether each document was scored alone.
     seconds: how long the measurement took.
     reference: the float model that divergence was measured from; None: it was not measured.
-    divergence: by text. If it is measured, the model runs block by block in float32.
-    tasks: by name; tasks from local files are called local_NAME.
+    divergence: the divergence by text. If it is measured, the model runs block by block in float32.
+    tasks: the scores by name of the task; tasks from local files are called local_NAME.
     bits: the width at which the model ran, or the path of a file of widths; None: as stored.
     trained: share of the nested weights that were optimized for that width; the others are
         interpolated between optimized widths. None: the model ran as stored.
@@ -87,7 +87,10 @@ class Evaluation:
 
 
 def labelled(model: str, bits: int | str | None) -> str:
-    """Names a model and the width at which it runs: "models/nested at 4 bits"."""
+    """Returns a label for a model at a width, such as "models/nested at 4 bits".
+
+    bits: the width, or the path of a file of widths; None: the label is just the model.
+    """
     if bits is None:
         return model
     return f"{model} at {bits} bits" if isinstance(bits, int) else f"{model} by {bits}"
@@ -113,7 +116,7 @@ def evaluate(  # noqa: PLR0913 (the fields of EvalOptions)
     models are then streamed block by block.
 
     models: folders or hub ids, float or quantized.
-    on_progress: called with what is measured, the number of steps done, and of all steps.
+    on_progress: called as on_progress(what is measured, done, total), in steps.
     The other arguments are the fields of `lowbit.EvalOptions`, where each of them is explained.
 
     Returns one row for each model; for a folder of MatQuant, one for each of `bits`.

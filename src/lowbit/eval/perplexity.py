@@ -44,7 +44,7 @@ def perplexity(
     tokens: (count,) int64; a remainder shorter than a window is dropped.
     seqlen: tokens in a window.
     limit: most windows to measure; None: all.
-    progress: called with the number of windows done, and of all windows.
+    progress: called as progress(done, total), in windows.
 
     Raises ValueError if the text is shorter than a window.
     """
@@ -67,7 +67,7 @@ def perplexity_per_document(
     documents: (count,) int64 each.
     seqlen: most tokens of a document; the rest is dropped.
     limit: most documents to measure; None: all.
-    progress: called with the number of documents done, and of all documents.
+    progress: called as progress(done, total), in documents.
     """
     rows = beginnings_of(documents, seqlen, limit)
     return over_documents(losses_of(model, rows, progress), seqlen)

@@ -37,8 +37,8 @@ def load(
 
     model: a folder, or a hub id.
     device_map: as in transformers; None: everything on the CPU.
-    dtype: of everything that is not quantized; None: float32 on the CPU (where half precision is
-        hundreds of times slower), otherwise the dtype of the checkpoint.
+    dtype: the dtype of everything that is not quantized; None: float32 on the CPU (where half
+        precision is hundreds of times slower), otherwise the dtype of the checkpoint.
     verify: whether the hashes of all files are checked; False: only names, shapes and sizes are.
     trust_remote_code: whether Python code in the model's folder may be run.
     bits: for a MatQuant folder: keep only slices of these widths, which are cut while the folder is
@@ -110,9 +110,12 @@ def set_widths(model: PreTrainedModel, folder: Path, bits: WidthPlan) -> None:
 def stream(
     folder: Path, trust_remote_code: bool = False, bits: WidthPlan | None = None
 ) -> StreamedModel:
-    """Returns the model of a float or quantized folder, which runs block by block in float32.
+    """Returns a model that is read from its folder and runs one block at a time, in float32.
 
-    bits: the widths at which a MatQuant folder runs; see `load`.
+    folder: a float or quantized folder.
+    trust_remote_code: whether Python code in the folder may be run.
+    bits: for a MatQuant folder: one width, or widths by layer, as in `load`; None: the stored
+        widths.
 
     Raises ValueError, with the name of the file or tensor, if the folder is damaged.
     """

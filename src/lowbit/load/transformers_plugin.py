@@ -215,7 +215,7 @@ def check_complete(
 
     transformers would only warn, and initialise a missing tensor at random.
 
-    model: on the meta device, with quantized layers.
+    model: the model on the meta device, with quantized layers.
     sliced: names on disk of the layers whose tensors are cut from the folder's 8-bit codes.
 
     Raises ValueError for a tensor that is missing or has the wrong shape or kind of dtype.

@@ -59,9 +59,10 @@ class Method(Config):
         return self._with(fields) if fields else self
 
     def streams(self) -> tuple[str, ...]:
-        """Returns the names of the streams that the method needs; none: no calibration text.
+        """Returns the names of the streams of hidden states that the method needs.
 
-        "float" is the stream through the float blocks, all others pass through quantized blocks.
+        The stream "float" passes through the float blocks, all others through quantized blocks. A
+        method without streams needs no calibration text.
         """
         return ()
 

@@ -46,7 +46,10 @@ def family_of(config: Any, model: nn.Module) -> Family:
 
 
 def family_name(folder: Path) -> str:
-    """Returns the name of the family of a folder, from its config.json; else "discovered"."""
+    """Returns the name of the family of a folder, from the architecture in its config.json.
+
+    It is "discovered" if no table has that architecture: then `discover` finds the structure.
+    """
     config = read_json(folder / "config.json")
     architectures = config.get("architectures") if isinstance(config, dict) else None
     for architecture in architectures if isinstance(architectures, list) else []:

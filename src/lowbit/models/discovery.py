@@ -28,7 +28,7 @@ TOKENS = 8  # length of the text of the forward pass
 def discover(model: nn.Module) -> Family:
     """Returns a `Family` for a model whose architecture has no table.
 
-    model: on the meta device, with unfused experts.
+    model: the model on the meta device, with unfused experts.
 
     Raises ValueError if its blocks cannot be found, or do not run on the meta device.
     """

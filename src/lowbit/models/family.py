@@ -29,7 +29,7 @@ class Heads:
     """The heads of an attention.
 
     queries: number of query heads.
-    keys: number of key heads, which is also that of value heads.
+    keys: number of key heads, and of value heads.
     width: channels of one head.
     rotary: channels of a head that RoPE rotates, in pairs (i, i + rotary / 2); 0: none.
     """
@@ -41,7 +41,10 @@ class Heads:
 
 
 def heads_of(config: Any) -> Heads:
-    """Returns the heads from a config with Llama's field names, which most families use."""
+    """Returns the numbers and the width of attention heads, from a config.
+
+    config: has Llama's field names, which most families use.
+    """
     queries = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // queries
     partial = getattr(config, "partial_rotary_factor", None) or 1.0
@@ -80,7 +83,7 @@ class FoldRule:
 class Family:
     """The table of one model family.
 
-    name: of the family.
+    name: the name of the family.
     architectures: the values of `architectures` in config.json for which it is used.
     blocks: path of the list of blocks in the model.
     groups, folds: functions of the config; `always` makes one that does not depend on it.

@@ -42,8 +42,8 @@ def generate(
     It ends with a token that ends the text, after `max_new_tokens`, or when the context is full.
 
     prompt: token ids, from `prompt_tokens`.
-    temperature: of sampling; 0: always the most probable token.
-    seed: of the random numbers for sampling.
+    temperature: the temperature of sampling; 0: always the most probable token.
+    seed: the seed of the random numbers for sampling.
 
     Raises ValueError if the prompt leaves no room in the context for another token.
     """

@@ -12,12 +12,17 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def as_folder(model: str | Path | nn.Module, tokenizer: Any, beside: Path) -> Iterator[str | Path]:
-    """Gives a folder or hub id unchanged, and for a model in memory a temporary folder with it.
+    """Context manager that yields a path or hub id from which the model can be read.
 
-    tokenizer: the tokenizer of a model in memory; None: the folder gets none.
+    A folder or hub id is yielded unchanged. A model in memory is saved to a temporary folder, which
+    is deleted at the end.
+
+    model: a folder, a hub id, or a transformers model in memory.
+    tokenizer: saved with a model in memory; None: no tokenizer is saved.
     beside: the temporary folder is made next to this path.
 
-    Raises ValueError if a tokenizer is given for a folder or hub id, and where `saved_beside` does.
+    Raises ValueError if a tokenizer is given with a folder or hub id, and if the model in memory is
+    no transformers model, is quantized, is on the meta device, or cannot be saved.
     """
     if isinstance(model, str | Path):
         if tokenizer is not None:
@@ -33,13 +38,15 @@ def as_folder(model: str | Path | nn.Module, tokenizer: Any, beside: Path) -> It
 
 @contextmanager
 def saved_beside(model: nn.Module, tokenizer: Any, out: Path) -> Iterator[Path]:
-    """Saves a float model to a temporary folder next to `out`, and removes the folder on exit.
+    """Context manager that saves a float model to a temporary folder, and deletes it at the end.
 
-    tokenizer: is saved with the model; None: the folder gets none.
-    out: the folder that the run writes. The system's folder for temporary files is not used,
-        because it may be too small.
+    model: a transformers model in memory.
+    tokenizer: saved with the model; None: no tokenizer is saved.
+    out: the folder that the run writes; the temporary folder is made next to it. The system's
+        folder for temporary files is not used, because it may be too small.
 
-    Raises ValueError for a model that is quantized, or not completely in memory.
+    Raises ValueError if the model is no transformers model, is quantized, is on the meta device, or
+    cannot be saved.
     """
     checked = _check(model)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +65,7 @@ def saved_beside(model: nn.Module, tokenizer: Any, out: Path) -> Iterator[Path]:
 
 
 def name_of(model: PreTrainedModel) -> str:
-    """Returns the name of a model: the last part of its path or hub id, else that of its class."""
+    """Returns the name of a model: the last part of its path or hub id, else its class."""
     name = Path(str(getattr(model.config, "name_or_path", "") or "")).name
     return name or type(model).__name__
 

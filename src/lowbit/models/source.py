@@ -14,7 +14,7 @@ from lowbit.patterns import matches_any
 class SourceModel(StreamedModel):
     """A streamed float model with the linear groups, folds and attentions of its blocks.
 
-    folder: of the float model.
+    folder: the folder of the float model.
     allow_float: patterns of matrices (names in memory) that may stay in float although they are in
         no group.
     left_float: attribute, full names of the matrices that stay in float.

@@ -24,8 +24,8 @@ Progress = Callable[[int, int], None]  # number of steps done, number of all ste
 class StreamedModel:
     """A model that is read from a folder and run block by block, in float32.
 
-    folder: of a float or a quantized model.
-    config: of this folder, from `load_config`.
+    folder: the folder of a float or quantized model.
+    config: the config of this folder, from `load_config`.
     prepare: called with the model while its parameters are on the meta device, to replace linears
         by quantized layers. Quantized layers keep the dtypes of their tensors (their `_apply`
         ignores conversions); everything else becomes float32.
@@ -97,7 +97,7 @@ class StreamedModel:
         folder: Path | None = None,
         embed_on: torch.device | str = "cpu",
     ) -> Stream:
-        """Returns the stream with the inputs of the first block.
+        """Returns the stream of hidden states with the inputs of the first block.
 
         batches: (batch, tokens) int64 each, of any lengths.
         device: where the stream's batches are moved when they are read.
@@ -116,7 +116,7 @@ class StreamedModel:
     ) -> None:
         """Loads the blocks one after another and calls `visit` with each; the only such loop.
 
-        streams: with the inputs of the first of these blocks.
+        streams: the streams with the inputs of the first of these blocks, by name.
         visit: called with each block; it runs the streams through the block with `Step.advance`.
             When it returns, the block is freed, and the next one is loaded.
         device: where blocks are loaded.
@@ -142,7 +142,7 @@ class StreamedModel:
         batches: (batch, tokens) int64 each, of any lengths.
         device: where blocks, embeddings and masks are computed.
         folder: where hidden states are kept on disk; None: in memory.
-        progress: called after each batch in each block.
+        progress: called as progress(done, total); each batch in each block is one step.
         """
         stream = self.first_stream(batches, device, folder, embed_on=device)
         steps = count(1)
@@ -231,7 +231,11 @@ class ModelWithoutBlocks:
 
 
 class LastBlockStub(BlockStub):
-    """The stub of the last block: returns `hidden` if that is set, otherwise its input."""
+    """Stands for the last block when only the parts outside the blocks run.
+
+    hidden: attribute, (batch, tokens, channels), the real output of the last block, which the stub
+        returns; None: it returns its input.
+    """
 
     hidden: Tensor | None = None
 

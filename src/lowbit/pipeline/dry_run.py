@@ -342,7 +342,7 @@ class _TracedStream(Stream):
 
 
 def _check_read_back(job: Job, writer: CheckpointWriter, index: int, result: BlockResult) -> None:
-    """Raises ValueError where the written block differs from the result of the method."""
+    """Raises ValueError if the written block differs from the result of the method."""
     record = writer.record(index + 1)
     assert record is not None
     read = result_of(writer.read_shard(index + 1), record, job.source)

@@ -44,7 +44,7 @@ MOST_OF_MEMORY = 0.25  # streams that need a larger share of the machine's memor
 class Job:
     """A model with the method, the calibration and the options to quantize it, checked together.
 
-    Raises ValueError where they do not fit each other.
+    Raises ValueError if they do not fit each other.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Job:
         }
 
     def stream_bytes(self, tokens: Tensor) -> int:
-        """Returns the bytes of the hidden states of one stream. tokens: (windows, seqlen)"""
+        """Returns the bytes of one stream of hidden states. tokens: (windows, seqlen)"""
         channels: int = self.source.config.hidden_size
         return tokens.numel() * channels * torch.float32.itemsize
 

@@ -47,8 +47,8 @@ class Estimate:
     learned: bytes of OUT/learned, which is not needed to run the model.
     memory: peak bytes of the process, without memory-mapped files.
     device_memory: peak bytes of the CUDA device; None on the CPU.
-    seconds: of the whole run.
-    seconds_per_block: the mean.
+    seconds: seconds of the whole run.
+    seconds_per_block: mean seconds of a block.
     basis: what the dry run measured: which blocks, how many batches, on which device.
     """
 
@@ -88,9 +88,11 @@ def plan(  # noqa: PLR0913 (the options of a run)
 ) -> Estimate:
     """Estimates size, memory and time of `quantize` from a dry run of one block; writes no model.
 
-    The arguments are those of `lowbit.quantize`, except `out` and `on_event`.
+    The arguments are those of `lowbit.quantize`, except `out` and `on_event`. `restart` and
+    `dry_run_block` have no effect here: there is no OUT, and the dry run is always made.
 
-    Raises ValueError, or runs out of memory, where `quantize` would.
+    Raises the errors that `quantize` would raise up to the end of its dry run. If the memory does
+    not suffice, that is torch.OutOfMemoryError.
     """
     options = RunOptions.of(locals())
     started = time.perf_counter()
@@ -160,7 +162,7 @@ def longest(job: Job, windows: TokenWindows | None) -> float:
 def _most_similar(measured: DryRun, index: int) -> tuple[DryRunBlock, float]:
     """Returns the measured block most similar to a block, and the ratio of their sizes.
 
-    index: of the block that is estimated. The ratio is above 1 where it is the larger one.
+    index: the index of the block that is estimated. The ratio is above 1 if that block is larger.
     """
     kinds = measured.kinds[index]
 

@@ -120,8 +120,8 @@ def result_of(
 ) -> BlockResult:
     """Returns the result of a block from its shard: the inverse of `shard_of`, without the report.
 
-    tensors: of the shard, by name on disk.
-    record: of the shard.
+    tensors: the tensors of the shard, by name on disk.
+    record: the record of the shard.
     """
     block = record["block"]
     memory = {disk: name for name, disk in source.disk_names.items()}

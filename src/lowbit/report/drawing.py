@@ -19,8 +19,8 @@ class Scale:
 
     least: smallest range of values that all shades cover, so that small differences look small.
     sign: 1 if the largest value has the strongest shade, -1 if the smallest has it.
-    unit: of the values.
-    digits: decimals that are shown.
+    unit: the unit of the values.
+    digits: number of decimals that are shown.
     """
 
     least: float
@@ -41,8 +41,8 @@ BITS = Scale(1.0, 1, "bits", 2)
 class Cell:
     """One layer of one block.
 
-    shade: from 0 to 1.
-    text: the value.
+    shade: how dark the cell is, from 0 to 1.
+    text: the value, as shown.
     title: name, value and bits, shown when the mouse is over the cell.
     flagged: whether a fallback was used for the layer or its block.
     """
@@ -62,7 +62,7 @@ class Cell:
 class GridRow:
     """One layer in all blocks.
 
-    name: of the layer.
+    name: the name of the layer.
     cells: one for each block; None: this block has no such layer.
     span: lowest and highest value of the row.
     """
@@ -160,8 +160,8 @@ def _grid(
 ) -> Grid | None:
     """Returns a grid; None if no layer has a finite value.
 
-    value: of a layer; None: unknown.
-    title: of a layer's cell.
+    value: a function that returns the value of a layer; None: unknown.
+    title: a function that returns the title of a layer's cell.
     scale: how values are shaded.
     """
     placed = [{NUMBER.sub("*", layer.name): layer for layer in block.layers} for block in blocks]

@@ -21,9 +21,9 @@ UNSHOWN = re.compile(
 class Linear:
     """A quantized linear.
 
-    name: on disk, relative to its block.
-    entry: of config.json.
-    bytes: size without the bias.
+    name: its name on disk, relative to its block.
+    entry: its entry in config.json.
+    bytes: its size in bytes, without the bias.
     report: what the run reported; None: unknown.
     fallback: why and how it was quantized in a simpler way than requested; None: no fallback.
     """
@@ -52,8 +52,8 @@ class Linear:
 class Layer:
     """One linear of a block, or several (of experts) whose names differ only in a number.
 
-    name: of the linear; with * for the number if there are several.
-    linears: all of them.
+    name: the name of the linear; with * for the number if there are several.
+    linears: the linear, or all of them.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Layer:
 def settings(entry: dict[str, Any]) -> str:
     """Describes the format of a linear, as in "uniform, 2 bits, groups of 64".
 
-    entry: of the linear in config.json.
+    entry: the linear's entry in config.json.
     """
     parts = [entry["format"]]
     if "bits" in entry:

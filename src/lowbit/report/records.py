@@ -80,8 +80,8 @@ class MadeBy(Record):
 class DivergenceRecord(Record):
     """The divergence from the reference.
 
-    kl: in nats per token.
-    agreement: share of tokens for which both models have the same most likely token.
+    kl: mean KL(reference || model) in nats per token.
+    agreement: share of tokens, from 0 to 1, for which both models have the same most likely token.
     """
 
     kl: float | None = None
@@ -136,7 +136,7 @@ class _Line(Record):
 
 
 def parse(record: type[Read], value: Any, where: Path | str) -> Read:
-    """Converts a JSON value to a class.
+    """Converts a JSON value to an instance of a class.
 
     record: the class.
     value: the JSON value.

@@ -24,8 +24,8 @@ BLOCK = re.compile(r"(?:.*?\.)?(\d+)(?=\.|$)")  # a name up to the block's numbe
 class Block:
     """One transformer block.
 
-    name: on disk.
-    number: from 0.
+    name: the name of the block on disk.
+    number: the index of the block, from 0.
     layers: its quantized linears.
     report: what the run reported.
     history: its events.
@@ -62,8 +62,8 @@ class Block:
     def loss_saved(self) -> float | None:
         """The relative reduction of the loss by learning; None if it is unknown.
 
-        It is relative to rounding to nearest (rtn), or to the loss before learning if that of rtn
-        was not measured.
+        It is relative to the loss of the block rounded to nearest, or to the loss before learning
+        if the former was not measured.
         """
         before, after = self.report.loss_rtn, self.report.loss_after
         before = self.report.loss_before if before is None else before
@@ -111,13 +111,16 @@ class Run:
 
     @property
     def times_smaller(self) -> float:
-        """Bits per weight of the float model, divided by those of this model."""
+        """Bits per weight of the float model, divided by this model's."""
         bits = sum(8 * dtype.itemsize * count for dtype, count in self._float_weights.items())
         return bits / self._float_weights.total() / self.size.model
 
     @property
     def loss_reference(self) -> str:
-        """What `Block.loss_saved` is relative to: "rtn" or "start"."""
+        """Which loss `Block.loss_saved` is relative to.
+
+        "rtn": the loss of the block rounded to nearest. "start": the loss before learning.
+        """
         return "rtn" if any(b.report.loss_rtn is not None for b in self.blocks) else "start"
 
     @property

@@ -20,7 +20,7 @@ from lowbit.solvers.clipping import LearnedClipping, search_clipping
 from lowbit.solvers.equivalence import middle_shift, searched_scale, smooth_scale
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, minmax_grid
 
-Statistics = Mapping[str, ChannelStatistics]  # by the name of a group or of a linear
+Statistics = Mapping[str, ChannelStatistics]  # by the name of a LinearGroup or linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class BlockLearner:
     """The learned parameters of one block; computes its folded tensors and its grids from them.
 
     task: the block, with what an earlier run learned.
-    statistics: of the groups' inputs, by the group's name.
+    statistics: the statistics of the input of each `LinearGroup`, by the group's name.
     unclipped: linears whose whole range is kept, unless an earlier run has clipped them.
     learning: the settings.
     shapes: the settings of the grid of every linear that is quantized, by name.

@@ -40,9 +40,10 @@ class LearnedClipping(nn.Module):
 
     @classmethod
     def from_ratios(cls, low: Tensor, high: Tensor) -> "LearnedClipping":
-        """Returns the clipping that keeps given shares of both ends.
+        """Returns the clipping whose initial range is [low * min, high * max] in every group.
 
-        low, high: (out, groups), in (0, 1].
+        low, high: (out, groups) float32, in (0, 1]. Values are clamped to [0.002, 0.998], because
+            the sigmoid has no gradient at 0 and 1.
         """
         ratios = (r.clamp(1 - WIDEST, WIDEST) for r in (low, high))
         return cls(*(torch.logit(r) for r in ratios))
@@ -68,8 +69,8 @@ def search_clipping(
     symmetric.
 
     weight: (out, in).
-    importance: (in,), the mean square of each input channel. The weighted error is then that of the
-        output, if channels are uncorrelated.
+    importance: (in,), the mean square of each input channel. The weighted error is then the error
+        of the output, if channels are uncorrelated.
     shape: the settings of the grid.
     ratios: the shares to try.
     rounded: rounds a weight to a grid.

@@ -19,7 +19,7 @@ def middle_shift(fold: Fold, statistics: Statistics, device: torch.device) -> Te
     The shifted inputs have a range that is centred at 0. For a channel whose values have one sign,
     the largest |input| is then at most half of what it was.
 
-    statistics: of the readers' inputs; without any the shift is 0.
+    statistics: the statistics of the readers' inputs; without any, the shift is 0.
     """
     inputs = [statistics[reader] for reader in fold.readers if reader in statistics]
     if not inputs:
@@ -42,8 +42,8 @@ def smooth_scale(
     looks at one reader, and at the input before the shift.) A rotary fold has the scale 1.
 
     tensors: the block's tensors by name.
-    statistics: of the readers' inputs; without any, a is 1.
-    alpha: from 0 (only weights count) to 1 (only inputs count).
+    statistics: the statistics of the readers' inputs; without any, a is 1.
+    alpha: the exponent, from 0 (only weights count) to 1 (only inputs count).
     shift: (fold.size,), subtracted from the input.
 
     Source: SmoothQuant (arXiv 2211.10438), equation 4.
@@ -76,7 +76,7 @@ def searched_scale(
     the mean square of each input channel. A rotary fold has the scale 1.
 
     tensors: the block's tensors by name.
-    statistics: of the readers' inputs; readers without any are left out.
+    statistics: the statistics of the readers' inputs; readers without any are left out.
     quantize: rounds the weight of the named reader.
 
     Source: AWQ (Lin et al., arXiv 2306.00978), section 3.2.

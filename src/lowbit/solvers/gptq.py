@@ -44,7 +44,7 @@ def gptq_codes(weight: Tensor, grid: Grid, hessian: OrderedFactor) -> tuple[Tens
 
     weight: (out, in).
     grid: the grid, with scales rounded to the dtype in which they are stored.
-    hessian: from `ordered_factor`.
+    hessian: the factored Hessian, from `ordered_factor`.
 
     Returns the codes, (out, in) uint8, and the proxy loss.
     """

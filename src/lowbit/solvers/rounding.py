@@ -57,8 +57,10 @@ class Grid:
 def grouped(weight: Tensor, group_size: int | None) -> Tensor:
     """Splits rows into groups: (out, in) -> (out, groups, group_size).
 
-    A shorter last group is padded with the row's last value, which changes neither its minimum nor
-    its maximum.
+    If the row's length is not a multiple of group_size, the last group is padded with the row's
+    last value, which changes neither its minimum nor its maximum.
+
+    group_size: consecutive inputs per group; None, or more than a row has: one group per row.
     """
     rows, columns = weight.shape
     size = min(group_size or columns, columns)

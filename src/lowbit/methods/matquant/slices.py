@@ -44,7 +44,7 @@ def fake_slice(
     in LSQ.
 
     weight: (out, in).
-    codes: from `master_codes`.
+    codes: the codes that `master_codes` returns.
     """
     clamped = codes.clamp(0, TOP)
     whole = slice_codes(clamped.to(torch.uint8), bits, extra_precision=True)
@@ -96,7 +96,7 @@ def joint_codes(
 
     weight: (out, in).
     grid: the 8-bit grid, with scales rounded to the dtype in which they are stored.
-    hessian: from `ordered_factor`.
+    hessian: the factored Hessian, from `ordered_factor`.
     weights: the weight of each width's squared error.
     extra_precision: whether slices have one more level.
 

@@ -18,11 +18,12 @@ from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 
 @dataclass(frozen=True)
 class SplitHessian:
-    """A Hessian split into rounded and float inputs.
+    """A Hessian split into rounded and unrounded inputs.
 
     hessian: (in, in), the rounded inputs first.
     factor: the factored Hessian for the rounded inputs.
-    transfer: (float, rounded), C^-1 B^T: maps errors of rounded columns to changes of float ones.
+    transfer: (unrounded, rounded), C^-1 B^T: maps the error of rounded columns to the change of
+        unrounded ones.
     """
 
     hessian: Tensor
@@ -30,10 +31,10 @@ class SplitHessian:
     transfer: Tensor
 
     def absorbed(self, stays: Tensor, error: Tensor) -> Tensor:
-        """Returns the float columns, changed to absorb the error of the rounded columns.
+        """Returns the unrounded columns, changed to compensate the error of the rounded columns.
 
-        stays: (out, float), the float columns.
-        error: (out, rounded), the error of the rounded columns.
+        stays: (out, unrounded) float32, the columns that are not rounded.
+        error: (out, rounded) float32, the original minus the rounded columns.
         """
         return stays + error @ self.transfer.T
 

@@ -15,13 +15,13 @@ from lowbit.methods.mixedquant.ordering import is_identity
 
 @dataclass(kw_only=True)
 class OrderedGroup:
-    """A group of linears with the order of its input channels.
+    """A `LinearGroup` with the order of its input channels.
 
-    group: the group.
+    group: the linears.
     columns: (in,) int64, the input channel at each position of the order.
     order: the order as the layers store it; without a permutation if the order was folded into the
         linears that produce the input.
-    statistics: of the input after smoothing, in its original order.
+    statistics: the statistics of the input after smoothing, in its original order.
     scale: (in,), the scale by which smoothing divides the input; None: no smoothing.
     fallback: the fallback sentence of its linears, if there is one.
     """
@@ -53,7 +53,7 @@ class OrderedGroup:
 def input_scale(
     group: LinearGroup, folds: Mapping[str, Fold], scales: Mapping[str, Tensor]
 ) -> Tensor | None:
-    """Returns the scale by which smoothing divides a group's input: (in,), or None."""
+    """Returns the scale by which smoothing divides the input of a `LinearGroup`: (in,), or None."""
     product = None
     for name, fold in folds.items():
         if group.linears[0] in fold.readers:
@@ -88,7 +88,8 @@ def _gated(task: BlockTask) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]
 
     Permuting the rows of both producers permutes the input and changes nothing else. A fold of kind
     "gated" names the up projection; the gate is the only other linear that reads the same input.
-    Values (v_proj) cannot be permuted like this, since their heads belong to those of the queries.
+    Values (v_proj) cannot be permuted like this, since each of their heads
+    belongs to heads of the queries.
     """
     by_linear = {name: group.linears for group in task.groups for name in group.linears}
     for fold in task.folds:

@@ -189,7 +189,7 @@ class MixedQuant(Method):
         return result
 
     def _common(self, task: BlockTask, group: LinearGroup) -> Self:
-        """Returns the settings that all linears of a group have in common.
+        """Returns the settings that all linears of a `LinearGroup` have in common.
 
         Raises ValueError if overrides give these linears different values of `OF_THE_INPUT`.
         """
@@ -229,9 +229,9 @@ class MixedQuant(Method):
         statistics: ChannelStatistics,
         scale: Tensor | None = None,
     ) -> OrderedGroup:
-        """Chooses the salient inputs of a group and the order of the others.
+        """Chooses the salient inputs of a `LinearGroup` and the order of the others.
 
-        statistics: of the input before smoothing.
+        statistics: the statistics of the input before smoothing.
         scale: the scale by which smoothing divides the input.
         """
         here = self._common(task, group)
@@ -270,7 +270,7 @@ class MixedQuant(Method):
         return input_hessians(task.block, task.groups, task.streams["quantized"])
 
     def _split(self, ordered: OrderedGroup, hessians: Hessians) -> SplitHessian | None:
-        """Returns the group's split Hessian in its order; None if not positive definite."""
+        """Returns the split Hessian of an input in its order; None if not positive definite."""
         matrix = hessians[ordered.group.name].matrix
         if ordered.scale is not None:
             matrix = matrix / ordered.scale / ordered.scale.unsqueeze(1)

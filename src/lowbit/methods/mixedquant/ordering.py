@@ -36,7 +36,7 @@ def importance(
 
     salience: "absmean" (as in AWQ and the original code), "absmax", or "weighted": absmean times
         the norm of the input's weights.
-    statistics: of the input.
+    statistics: the statistics of the input.
     weights: (out, in) each, of all linears that read the input.
     """
     if salience == "absmax":
@@ -52,7 +52,7 @@ def sort_key(sort: Sort, statistics: ChannelStatistics, weights: Sequence[Tensor
     sort: "max": the maximum of |x|; "mean3std": its mean and 3 standard deviations; "argmax": the
         position in its sequence of the token with the largest |x|; "weight_max": the maximum of
         |weight|; "none": all keys are equal.
-    statistics: of the input.
+    statistics: the statistics of the input.
     weights: (out, in) each, of all linears that read the input.
     """
     if sort == "max":

@@ -3,8 +3,9 @@
 For each block, two sets of parameters are learned by gradient descent through the rounding:
 learnable weight clipping (LWC, section 3.2) clips the range of each group, and learnable equivalent
 transformation (LET, section 3.3) scales channels between a layer and the one before it. The loss is
-the mean squared error between the output of the float block on the float stream and that of the
-quantized block on the quantized stream (equation 1). Nothing learned remains at run time: scales
+the mean squared error between two outputs (equation 1): the float block's for inputs that came
+through float blocks, and the quantized block's for inputs that came through quantized blocks.
+Nothing learned remains at run time: scales
 are folded into norms and linears, and ranges are part of the stored grid.
 
 With `activation_bits`, each quantized linear rounds its input, and attention its queries, keys and
@@ -222,7 +223,10 @@ class _Learner(BlockLearner):
 
 
 def _targets(task: BlockTask, aug_loss: bool) -> list[Stream]:
-    """Returns the float block's outputs on the float stream, with aug_loss also on the other."""
+    """Returns the float block's outputs for the "float" stream of hidden states.
+
+    With aug_loss also its outputs for the "quantized" stream.
+    """
     streams = ["float", "quantized"] if aug_loss else ["float"]
     return [task.streams[name].map(lambda batch: call_block(task.block, batch)) for name in streams]
 

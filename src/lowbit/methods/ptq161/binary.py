@@ -33,7 +33,7 @@ class Binary:
     negative: Tensor
 
     def signs(self) -> Tensor:
-        """Returns sigma: (out, plain) float32 of 1 and -1."""
+        """Returns the sign of each plain weight, sigma: (out, plain) float32, 1 or -1."""
         return 1 - 2 * self.negative.float()
 
     def weight(self) -> Tensor:
@@ -45,14 +45,15 @@ class Binary:
 
 
 def salient_count(channels: int, ratio: float, alignment: int) -> int:
-    """Returns the number of salient channels, aligned because kernels need it.
+    """Returns how many input channels are salient (kept at 4 bits).
 
-    At least one channel is salient unless the ratio is 0, and at least one is plain.
+    The count is a multiple of `alignment`, since packed kernels need that. If this moves it by more
+    than 10 % from ratio * channels, or makes all channels salient, a smaller power of two is used.
+    At least one channel is salient unless the ratio is 0, and at least one is not.
 
     channels: the number of all channels.
-    ratio: the wanted share of salient channels.
-    alignment: a power of two that divides the number. It is halved until the number is within a
-        tenth of ratio * channels.
+    ratio: the wanted share of salient channels, from 0 to 1.
+    alignment: the power of two that the count should be a multiple of.
     """
     wanted = ratio * channels
     if wanted == 0:
@@ -97,8 +98,8 @@ def alternated(weight: Tensor, importance: Tensor, with_mean: bool, rounds: int 
     No step makes the weighted squared error larger.
 
     weight: (out, plain) float32.
-    importance: (plain,), the mean square of each input. The weighted error is then that of the
-        output, if channels are uncorrelated.
+    importance: (plain,), the mean square of each input. The weighted error is then the error
+        of the output, if channels are uncorrelated.
     with_mean: whether rows have a mean.
     rounds: how often columns, signs and rows are improved.
     """

@@ -2,10 +2,11 @@
 
 A fifth of the input channels, those with the largest activations (equation 4), keeps four bits. The
 others keep one bit, a sign, with scales for rows and columns that are learned block by block
-(equation 9). The loss compares the block's output with two targets: the float block's outputs on
-the float stream and on the quantized stream. For each it has the squared error and -log(cosine).
+(equation 9). The loss compares the block's output with two targets: the float block's outputs for
+hidden states that came through float blocks, and for those that came through quantized blocks. For
+each target it has the squared error and -log(cosine).
 
-The reference code differs: the range of the four bits is that of the whole row, a weight that
+The reference code differs: the range of the four bits is the range of the whole row, a weight that
 equals its row's mean has a third level, mean |W| scales weights that were centred by their mean,
 and the cosine's absolute value rewards opposite outputs. Here scales are learned as logarithms, so
 that a learning rate is relative to the scale.

@@ -3,8 +3,8 @@
 Weights and Hessians are rotated by random signs and a Hadamard transform on both sides (section 3).
 Blocks of columns are rounded with error feedback to words of E8P or another codebook (section 4),
 and improved by greedy passes, which never increase the loss. Then signs, scales, norms and biases
-of the block can be trained (section 5; only the stage inside a block, not that of the whole model).
-Hessians are those of the float model, as in the paper.
+of the block can be trained (section 5; only the stage inside a block, not the stage of the
+whole model). Hessians are computed from the float model, as in the paper.
 """
 
 from collections.abc import Mapping
@@ -145,7 +145,13 @@ class QuIP(Method):
         return self.batch
 
     def weight_bytes(self, rows: int, columns: int) -> int:
-        """Returns the bytes of a linear on disk; row_scale "auto" counts as a single scale."""
+        """Returns the bytes that the weight of a linear takes on disk, without its bias.
+
+        With row_scale="auto" the run decides later whether the rows of a linear get scales of their
+        own. Here one scale per linear is assumed, so the file may be larger.
+
+        rows, columns: the number of outputs and inputs of the linear.
+        """
         scale = ("row", "float16") if self.row_scale == "always" else ("tensor", "float32")
         signs = "float16" if self.finetune_epochs else "seed"
         return tensor_bytes((rows, columns), self.codebook, *scale, signs, None)
@@ -193,10 +199,10 @@ class QuIP(Method):
     def _hessian(
         self, task: BlockTask, group: LinearGroup, hessians: Hessians
     ) -> tuple[Tensor | None, str | None]:
-        """Returns the Hessian of a group's input, and the fallback sentence if it is another one.
+        """Returns the Hessian for a `LinearGroup`, and a fallback sentence if it is not its own.
 
-        A group that saw too few tokens gets the Hessian of all groups that read the same norm, or
-        None if they saw too few as well.
+        A group whose linears saw too few tokens gets the Hessian of all groups that read the same
+        norm, or None if they saw too few as well.
         """
         tokens = hessians.tokens(group.name)
         if tokens >= self.min_tokens:
@@ -210,7 +216,7 @@ class QuIP(Method):
     def _inputs(
         self, task: BlockTask, group: LinearGroup, merged: Merged, hessians: Hessians
     ) -> "_Inputs":
-        """Returns the rotated Hessian of a group's input, and what else its linears share."""
+        """Returns what the linears of a `LinearGroup` share, such as the rotated Hessian."""
         hessian, fallback = self._hessian(task, group, hessians)
         columns = merged.tensors[f"{group.linears[0]}.weight"].shape[1]
         signs = merged.columns.get(group.linears[0])
@@ -283,7 +289,7 @@ class _Inputs:
     side: the rotation of their input.
     hessian: the rotated Hessian; None after too few calibration tokens.
     tokens: how many calibration tokens the linears saw.
-    fallback: the fallback sentence if the Hessian is None or that of all experts.
+    fallback: the fallback sentence if the Hessian is None or the Hessian of all experts.
     owner: the name of the first linear, whose layer stores the signs; None before it is made.
     """
 
@@ -310,7 +316,7 @@ class _Inputs:
 
 
 def _groups_of_same_norm(task: BlockTask, group: LinearGroup) -> tuple[str, ...]:
-    """Returns the names of all groups that read the norm which this group reads."""
+    """Returns the names of all `LinearGroup`s that read the same norm as this one."""
     for fold in task.folds:
         if fold.kind == "norm" and group.linears[0] in fold.readers:
             return tuple(g.name for g in task.groups if g.linears[0] in fold.readers)
