@@ -63,7 +63,10 @@ class QuipQuantizer(Config):
         description="Tokens in a window; None: 2,048, or the model's context if that is shorter.",
     )
     quip_tune_iters: int = Field(
-        10, ge=0, description="Passes after rounding that improve one group at a time."
+        10,
+        ge=0,
+        description="Passes after rounding that improve one group of weights at a time: four or "
+        "eight in a row, as many as a point of the codebook has.",
     )
     sigma_reg: float = Field(
         0.01,

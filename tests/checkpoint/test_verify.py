@@ -112,7 +112,7 @@ WRONG: dict[str, tuple[Damage, str]] = {
         config(lambda s: s["modules"].update({"lm_head": s["modules"][PATTERN]})),
         "tensor lm_head.packed is missing",
     ),
-    "no files": (config(drop("files")), "files must map shards to size and hash"),
+    "no files": (config(drop("files")), "files must give size and sha256 of each shard"),
     "files is a list": (config(lambda s: s.update(files=SHARDS)), "files must map"),
     "a file less": (config(lambda s: s["files"].pop(SHARDS[0])), "but config.json lists"),
     "a file more": (config(lambda s: s["files"].update(x={})), "but config.json lists"),

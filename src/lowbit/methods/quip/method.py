@@ -91,7 +91,10 @@ class QuIP(Method):
         "by at least 6 dB for each bit per weight that the scales cost.",
     )
     tune_iters: int = Field(
-        2, ge=0, description="Passes after rounding that improve one group at a time."
+        2,
+        ge=0,
+        description="Passes after rounding that improve one group of weights at a time: four or "
+        "eight in a row, as many as a point of the codebook has.",
     )
     damping: float = Field(
         0.01,
