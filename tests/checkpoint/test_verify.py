@@ -113,7 +113,7 @@ WRONG: dict[str, tuple[Damage, str]] = {
         "tensor lm_head.packed is missing",
     ),
     "no files": (config(drop("files")), "files must give size and sha256 of each shard"),
-    "files is a list": (config(lambda s: s.update(files=SHARDS)), "files must map"),
+    "files is a list": (config(lambda s: s.update(files=SHARDS)), "files must give"),
     "a file less": (config(lambda s: s["files"].pop(SHARDS[0])), "but config.json lists"),
     "a file more": (config(lambda s: s["files"].update(x={})), "but config.json lists"),
     "no placeholder": (config(drop("marker")), "marker must be the weight .* not None"),

@@ -45,7 +45,7 @@ def test_every_reader_is_named(lowbit):
 
 
 MISTAKES = {
-    "/bin has: --from bin or --from quip": [],
+    "/pickled has: --from bin or --from quip": [],
     "did you mean 'bin'": ["--from", "bim"],
     "--from and --from-bin both name the layout: give one": ["--from", "bin", "--from-bin"],
 }

@@ -94,7 +94,7 @@ def evaluate(  # noqa: PLR0913 (a command's options)
     ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Compare models: perplexity, KL divergence, tasks, bits per weight.
+    """Compare models by perplexity, KL divergence, tasks and size.
 
     Bits per weight are counted from the stored tensors, scales included.
 

@@ -57,8 +57,8 @@ def inspect(
         origin = _provenance(quantized.quantization.get("made_by") or {})
     except (KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"{folder}: made_by in config.json cannot be used. It was edited or damaged, or another "
-            "version of lowbit wrote it: restore config.json"
+            f"{folder}: made_by in config.json cannot be used. It was edited or damaged, or "
+            "another version of lowbit wrote it: restore config.json"
         ) from None
     linears = {
         f"{block}.{name}": linear

@@ -57,7 +57,7 @@ def mix(  # noqa: PLR0913 (a command's options)
     device: Devices = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Choose a bit width for each layer so that the model fits a budget.
+    """Choose each layer's bit width so that the model fits a budget.
 
     MODEL is a MatQuant model. The widths are written to a YAML plan, which the option --bits of
     lowbit eval and lowbit slice takes.
@@ -99,7 +99,7 @@ def _lines(found: Mix, out: Path) -> list[str]:
     ]
     if found.predicted is not None:
         lines.append(
-            f"predicted loss: {found.predicted:.4g} nats per token (KL from the model at 8 bits, the "
-            "sum over layers that were measured one by one)"
+            f"predicted loss: {found.predicted:.4g} nats per token (KL from the model at 8 bits, "
+            "the sum over layers that were measured one by one)"
         )
     return lines
