@@ -65,8 +65,8 @@ class QuipQuantizer(Config):
     quip_tune_iters: int = Field(
         10,
         ge=0,
-        description="Passes after rounding that improve one group of weights at a time: four or "
-        "eight in a row, as many as a point of the codebook has.",
+        description="Passes after rounding that improve one group of weights at a time: eight in a "
+        "row with codebook E8P12, E8P12RVQ3B or E8P12RVQ4B, four with D4, one with HI.",
     )
     sigma_reg: float = Field(
         0.01,
