@@ -63,7 +63,10 @@ class QuipQuantizer(Config):
         description="Tokens in a window; None: 2,048, or the model's context if that is shorter.",
     )
     quip_tune_iters: int = Field(
-        10, ge=0, description="Passes after rounding that improve one group at a time."
+        10,
+        ge=0,
+        description="Passes after rounding that improve one group of weights at a time: eight in a "
+        "row with codebook E8P12, E8P12RVQ3B or E8P12RVQ4B, four with D4, one with HI.",
     )
     sigma_reg: float = Field(
         0.01,

@@ -63,7 +63,7 @@ def test_bytes_are_those_of_the_slices(extra_precision: bool, tmp_path: Path) ->
 
 
 def test_what_has_no_masters_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no layer is nested: only matquant"):
+    with pytest.raises(ValueError, match="has no layers with several widths: name a folder"):
         layout_of(QuantizedFolder(quantized.folder()), WIDTHS)
     folder = master("llama", tmp_path / "out").folder
     nested = slice_folder(folder, tmp_path / "slice", 4, nested=True)

@@ -122,7 +122,7 @@ def test_a_folder_of_an_earlier_run_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_lengths_must_agree() -> None:
-    with pytest.raises(ValueError, match="3 batches, but keyword arguments for 2: both"):
+    with pytest.raises(ValueError, match="of 3 batches and keyword arguments of 2: the num"):
         Stream(hidden(), BlockArguments.of_one_block([{}, {}]))
 
 

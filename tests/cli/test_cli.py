@@ -68,6 +68,16 @@ def test_every_parameter_says_what_it_is_and_its_default(name):
     assert shown or "default: " in text.lower()
 
 
+DEVICES = {name.split()[0]: p.help for name, p in PARAMETERS.items() if name.endswith(" device")}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_command_says_how_many_gpus_it_uses(name):
+    whole = {"eval", "generate", "mix"}  # they load the model with a device_map
+    assert DEVICES.keys() == whole | {"plan", "preprocess", "quantize"}
+    assert ("all GPUs" if name in whole else "on the first GPU,") in DEVICES[name]
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"auto_quip"}))
 def test_every_command_fits_into_the_list_of_commands(name):
     """click cuts the first sentence of a help text if it is too long for 80 columns."""

@@ -45,9 +45,9 @@ def test_every_reader_is_named(lowbit):
 
 
 MISTAKES = {
-    "name the layout": [],
+    "/pickled has: --from bin or --from quip": [],
     "did you mean 'bin'": ["--from", "bim"],
-    "name the layout of": ["--from", "bin", "--from-bin"],
+    "--from and --from-bin both name the layout: give one": ["--from", "bin", "--from-bin"],
 }
 
 

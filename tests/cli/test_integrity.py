@@ -97,3 +97,16 @@ def test_folders_without_hashes(lowbit, rtn, copy):
     del config["quantization_config"]
     (copy / "config.json").write_text(json.dumps(config))
     assert "was not quantized by lowbit" in lowbit("inspect", copy, "--verify", code=1).stderr
+
+
+@pytest.mark.parametrize(("files", "came"), [(None, "missing"), ({}, "empty"), ([1], "not an obj")])
+def test_a_config_that_lists_no_files(files, came, lowbit, copy):
+    def change(config):
+        section = config["quantization_config"]
+        del section["files"]
+        if files is not None:
+            section["files"] = files
+
+    edit_json(copy / "config.json", change)
+    error = lowbit("inspect", copy, "--verify", code=1).stderr
+    assert f"quantization_config.files is {came}" in error and "Copy config.json from" in error

@@ -92,7 +92,7 @@ def test_what_fell_back_is_named(lowbit, learning, tmp_path):
     few = ("--set", "min_tokens=1000", "--set", "epochs=0")
     text = lowbit("quantize", MODEL, out, *learning, *few).stdout
     names = "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj, "
-    assert f"fell back: 42 layers, see {out}/report.json: {names}" in text
+    assert f"quantized more simply: 42 layers, see {out}/report.json: {names}" in text
     assert "and 39 more" in text
 
 
@@ -131,8 +131,8 @@ def test_a_recipe_of_the_users_own(lowbit, story, tmp_path):
 RTN_METHOD = ("--method", "rtn")
 LEARN = ("--method", "omniquant", "--calibration", "STORY")
 MISTAKES = [
-    ((), "name a --recipe (see lowbit recipes) or a --method (see lowbit methods)"),
-    (("--recipe", "rtn-w4a16", *RTN_METHOD), "name a --recipe"),
+    ((), "give a --recipe (see lowbit recipes) or a --method (see lowbit methods)"),
+    (("--recipe", "rtn-w4a16", *RTN_METHOD), "give --recipe or --method, not both"),
     (("--recipe", "rtn-w4a61"), "'rtn-w4a61' is not a recipe: did you mean 'rtn-w4a16'?"),
     (("--recipe", "none.yaml"), "there is no recipe file none.yaml"),
     (("--method", "omniqant"), "'omniqant' is not a method: did you mean 'omniquant'?"),

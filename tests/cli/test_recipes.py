@@ -83,7 +83,7 @@ def test_real_widths_of_recipes(lowbit):
     [
         (
             ["--for", 7],
-            "no recipe has 7 bits per weight, or is within 0.5 of that: the nearest is",
+            "no recipe is within 0.5 bits of 7 bits per weight; the nearest is",
         ),
         (["rtn-w4a61"], "'rtn-w4a61' is not a recipe: did you mean 'rtn-w4a16'?"),
         (["rtn"], "'rtn' is not a recipe: did you mean 'rtn-w"),

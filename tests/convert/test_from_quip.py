@@ -180,18 +180,28 @@ def changed(name: str, parts: Parts, **changes: Tensor | None) -> None:
 
 LAYERS: list[tuple[dict[str, Tensor | None], str]] = [
     ({"had_left": None}, "had_left, a matrix of order 3, is missing: without use_rand"),
-    ({"had_left": torch.eye(12)}, r"had_left is \[12, 12\]: .* it must be \[3, 3\]"),
-    ({"had_left": 2 * torch.eye(3)}, "had_left is not orthogonal"),
-    ({"had_right": -torch.ones(1, 1)}, "had_right is not orthogonal"),
-    ({"SU": torch.ones(80)}, r"SU is \[80\]: .* must be \[96\]; a padded layer cannot"),
-    ({"bias": torch.ones(20)}, r"bias is \[20\]"),
+    (
+        {"had_left": torch.eye(12)},
+        r"had_left has shape \[12, 12\], allowed are \[3, 3\] .*weights\)$",
+    ),
+    ({"had_left": 2 * torch.eye(3)}, "had_left is not orthogonal: .* by up to 3, allowed is 0.02;"),
+    ({"had_right": -torch.ones(1, 1)}, r"had_right is \[\[-1\]\]: a 1 x 1 transform must be 1"),
+    ({"had_right": 2 * torch.ones(1, 1)}, r"had_right is \[\[2\]\]: a 1 x 1 transform must be 1"),
+    ({"SU": torch.ones(80)}, r"SU has shape \[80\], allowed are \[96\] .* a padded layer cannot"),
+    ({"SU": torch.ones(100)}, r"SU has shape \[100\], allowed are \[96\] .*weights\)$"),
+    (
+        {"Wscale": torch.ones(20)},
+        r"Wscale has shape \[20\], allowed are \[\] or \[1\] or \[32\] or \[32, 1\] "
+        r"\(Qidxs holds 32 x 96 weights\)$",
+    ),
+    ({"bias": torch.ones(20)}, r"bias has shape \[20\]"),
     ({"SV": torch.full((32,), torch.nan)}, "SV has values that are not finite"),
-    ({"Wscale": None}, "Wscale is missing"),
+    ({"Wscale": None}, "the tensor Wscale is missing, .*: copy the checkpoint"),
     (
         {"Qidxs": torch.zeros(32, 3, dtype=torch.int64)},
         r"Qidxs is torch.int64 \[32, 3\]: E8P12 nee",
     ),
-    ({"weight": torch.zeros(32, 96)}, r"weight is \[32, 96\]"),
+    ({"weight": torch.zeros(32, 96)}, r"weight has shape \[32, 96\], allowed are \[\] or \[0\]"),
     (
         {"codebook_id": torch.zeros(())},
         "codebook_id is not a tensor of this layout: allowed are Qidxs",
@@ -200,7 +210,9 @@ LAYERS: list[tuple[dict[str, Tensor | None], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), LAYERS, ids=[next(iter(changes)) for changes, _ in LAYERS]
+    ("changes", "message"),
+    LAYERS,
+    ids=[f"{i} {next(iter(changes))}" for i, (changes, _) in enumerate(LAYERS)],
 )
 def test_layers_are_refused_by_name(
     changes: dict[str, Tensor | None], message: str, tmp_path: Path

@@ -115,7 +115,7 @@ def test_a_row_for_each_width_is_that_of_the_slice(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("bits", "models", "message"),
     [
-        ((4,), ["rtn"], "bits only applies to 8-bit masters .*: none of these models is one"),
+        ((4,), ["rtn"], "bits only applies to models that hold several widths, .*: none of"),
         ((4, 9), ["rtn", "matquant"], "allowed are 2 to 8"),
     ],
 )

@@ -105,7 +105,9 @@ def test_examples_are_other_rows_than_the_one_asked(tmp_path: Path) -> None:
     write(tmp_path / "piqa" / "validation.jsonl", PIQA, PIQA)
     [found] = find_rows(tmp_path, [])
     found.check(few_shot=1)
-    with pytest.raises(ValueError, match="piqa has 1 examples: --few-shot 2 needs more"):
+    with pytest.raises(
+        ValueError, match="--few-shot 2 needs 2 examples, but piqa has only 1: lower"
+    ):
         found.check(few_shot=2)
 
 
@@ -125,22 +127,29 @@ def test_names_with_and_without_prefix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "row"),
+    ("name", "row", "reason"),
     [
-        ("piqa", {"goal": "x"}),
-        ("piqa", PIQA | {"label": 2}),
-        ("piqa", PIQA | {"sol1": ""}),
-        ("piqa", ["x"]),
-        ("arc_easy", ARC | {"answerKey": "D"}),
-        ("boolq", BOOLQ | {"answer": "maybe"}),
-        ("winogrande", WINOGRANDE | {"answer": "3"}),
-        ("hellaswag", {"query": "x", "choices": [], "gold": 0}),
-        ("lambada_openai", {"context": "", "continuation": "x"}),
+        ("piqa", {"goal": "x"}, "sol1 is missing"),
+        (
+            "piqa",
+            PIQA | {"label": 2},
+            "the right answer is 2, but there are only 2 choices, numbered from 0",
+        ),
+        ("piqa", PIQA | {"sol1": ""}, "the question or a choice is '', which is no text"),
+        ("piqa", ["x"], "a value is of the wrong kind: "),
+        ("arc_easy", ARC | {"answerKey": "D"}, "answerKey is 'D', allowed are 'A', "),
+        ("boolq", BOOLQ | {"answer": "maybe"}, "answer is 'maybe', allowed are False, True"),
+        ("winogrande", WINOGRANDE | {"answer": "3"}, "answer is '3', allowed are '1', '2'"),
+        ("hellaswag", {"query": "x", "choices": [], "gold": 0}, "there are no choices"),
+        ("lambada_openai", {"context": "", "continuation": "x"}, "context is empty"),
     ],
 )
-def test_a_wrong_row_is_named_by_file_and_line(name: str, row: object, tmp_path: Path) -> None:
+def test_a_wrong_row_is_named_by_file_and_line(
+    name: str, row: object, reason: str, tmp_path: Path
+) -> None:
     file = write(tmp_path / name / "test.jsonl", ROWS[name][0][0], row)
-    with pytest.raises(ValueError, match=f"{file}, line 2 is not a row of {name}: it must be an o"):
+    message = f"{file}, line 2 is not a row of {name}: it must be an object with .*, but {reason}"
+    with pytest.raises(ValueError, match=message):
         find_rows(tmp_path, [])
 
 

@@ -84,7 +84,8 @@ MISFITS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a layer that is a norm": (
         add_layer("model.norm"),
-        "lists model.norm as quantized, but it is a LlamaRMSNorm, not a linear",
+        "lists model.norm as quantized, but in this model it is a LlamaRMSNorm, not an nn.Linear: "
+        "config.json and the model do not belong together",
     ),
     "a layer with another shape": (
         add_layer("lm_head"),

@@ -28,8 +28,14 @@ def test_unknown_keys_are_passed_over(tmp_path: Path) -> None:
 
 
 EDITED = {
-    "report.json": ('{"blocks": [1]}', "report.json was edited: blocks: should be a valid dict"),
-    "events.jsonl": ('{"kind": "x", "time": 1}\n{"kind"', "events.jsonl, line 2, cannot be read"),
+    "report.json": (
+        '{"blocks": [1]}',
+        "report.json cannot be used: blocks: should be a valid dict.*: restore the file, or delete",
+    ),
+    "events.jsonl": (
+        '{"kind": "x", "time": 1}\n{"kind"',
+        "events.jsonl, line 2, is not valid JSON: restore the file, or delete it",
+    ),
 }
 
 
@@ -54,7 +60,7 @@ LINES = {
 @pytest.mark.parametrize("line", LINES)
 def test_a_line_that_is_no_event(line: str, tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text(f"{line}\n")
-    with pytest.raises(ValueError, match=f"events.jsonl, line 1, was edited: .*{LINES[line]}"):
+    with pytest.raises(ValueError, match=f"events.jsonl, line 1, cannot be used: .*{LINES[line]}"):
         read_events(tmp_path)
 
 

@@ -87,5 +87,7 @@ def test_what_is_no_run(tmp_path: Path) -> None:
 
     quantized.edit_json(folder / "config.json", forge)
     quantized.seal(folder)
-    with pytest.raises(ValueError, match="made_by in .*config.json was edited: method"):
+    with pytest.raises(
+        ValueError, match="made_by in .*config.json cannot be used: method.*: restore"
+    ):
         read_run(folder)

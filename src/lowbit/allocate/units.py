@@ -57,7 +57,10 @@ def layout_of(
     """
     entries = entries_with_widths(folder)
     if not entries:
-        raise ValueError(f"{folder.folder}: no layer is nested: only matquant makes such layers")
+        raise ValueError(
+            f"{folder.folder} has no layers with several widths: name a folder made with a "
+            "matquant recipe"
+        )
     sizes = {name: _sizes(folder, name, widths) for name in entries}
     groups, blocks = _grouped(folder.folder, set(entries), trust_remote_code)
     grouped = {name for _, _, names in groups for name in names}

@@ -57,8 +57,8 @@ class Stream:
         self._hidden = [self._keep(i, h) for i, h in enumerate(hidden)]
         if len(self._hidden) != len(arguments):
             raise ValueError(
-                f"there are {len(self._hidden)} batches, but keyword arguments for "
-                f"{len(arguments)}: both must be the same"
+                f"got hidden states of {len(self._hidden)} batches and keyword arguments of "
+                f"{len(arguments)}: the numbers must be equal"
             )
 
     @classmethod

@@ -31,7 +31,10 @@ def layers_from(
         stored = {key: tensors[f"{name}.{key}"] for key in expected if f"{name}.{key}" in tensors}
         for key, tensor in expected.items():
             if key not in stored:
-                raise ValueError(f"tensor {name}.{key} is missing")
+                raise ValueError(
+                    f"tensor {name}.{key} is missing: layer {name} needs it. Copy the folder from "
+                    "its source again, or, in an unfinished run, start over with --restart"
+                )
             check_tensor(f"{name}.{key}", tuple(stored[key].shape), stored[key].dtype, tensor)
         layers[name].load_state_dict(stored, assign=True)
     link(layers)

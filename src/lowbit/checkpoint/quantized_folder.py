@@ -164,7 +164,10 @@ class QuantizedFolder:
         for key, tensor in expected.items():
             info = self.reader.tensors.get(f"{name}.{key}")
             if info is None:
-                raise ValueError(f"{self.folder}: tensor {name}.{key} is missing")
+                raise ValueError(
+                    f"{self.folder}: tensor {name}.{key} is missing: config.json asks for it. Copy "
+                    "the folder from its source again"
+                )
             try:
                 check_tensor(f"{name}.{key}", info.shape, info.dtype, tensor)
             except ValueError as error:
@@ -183,8 +186,8 @@ class QuantizedFolder:
         stated = self.quantization.get("files")
         if not isinstance(stated, dict):
             raise ValueError(
-                f"{self.folder}/config.json: quantization_config.files must map shards to size and "
-                "hash"
+                f"{self.folder}/config.json: quantization_config.files must give size and sha256 "
+                "of each shard. Copy config.json from its source again"
             )
         if sorted(stated) != self.reader.files:
             raise ValueError(

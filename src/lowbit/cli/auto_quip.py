@@ -47,8 +47,8 @@ def auto_quip(
         bool,
         Option(
             "--merge_suv",
-            help="Multiply signs into norms and neighbouring linears, where the output of a block "
-            "stays the same.",
+            help="Merge sign vectors into norms and neighbouring linears where the block's output "
+            "does not change.",
         ),
     ] = False,
 ) -> None:

@@ -21,8 +21,8 @@ def convert(
         Option(
             "--from",
             metavar="NAME",
-            help="Layout of MODEL: bin, which is pytorch_model.bin, or quip, which QuIP-for-all "
-            "and AutoQuIP write. Default: none, it must be named.",
+            help="Layout of MODEL: bin, which is pytorch_model.bin or its shards, or quip, which "
+            "QuIP-for-all and AutoQuIP write. Required, unless --from-bin is given. Default: none.",
         ),
     ] = None,
     from_bin: Annotated[
@@ -32,8 +32,11 @@ def convert(
     trust_remote_code: CopyCode = False,
 ) -> None:
     """Convert a checkpoint of another layout to one that lowbit reads."""
-    if from_bin == (layout is not None):
-        raise ValueError(f"name the layout of {model} once: --from {' | '.join(READERS)}")
+    if from_bin and layout is not None:
+        raise ValueError("--from and --from-bin both name the layout: give one")
+    if not from_bin and layout is None:
+        options = " or ".join(f"--from {name}" for name in READERS)
+        raise ValueError(f"say which layout {model} has: {options}")
     convert_folder(model, out, layout or "bin", trust_remote_code)
     print_changes(console(), model, out)
 

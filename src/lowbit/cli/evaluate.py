@@ -8,7 +8,7 @@ from typer import Argument, Option
 from lowbit.checkpoint.writer import write_json
 from lowbit.cli.device import device_map
 from lowbit.cli.eval_tables import show_tasks, show_texts
-from lowbit.cli.parameters import Device, JsonFile, TrustRemoteCode, check_writable, meaning
+from lowbit.cli.parameters import DEVICES, JsonFile, TrustRemoteCode, check_writable, meaning
 from lowbit.cli.screen import console, counting_bar
 from lowbit.cli.slice import parse_bits
 from lowbit.eval import EvalOptions, Evaluation, TaskOptions
@@ -17,18 +17,22 @@ from lowbit.eval import evaluate as measure
 
 def evaluate(  # noqa: PLR0913 (a command's options)
     model: Annotated[
-        str, Argument(metavar="MODEL", help="Folder of a model, or its hub id: the first row.")
+        str,
+        Argument(
+            metavar="MODEL",
+            help="Folder of the baseline, or its hub id: shown first, others are compared with it.",
+        ),
     ],
     others: Annotated[
         list[str] | None,
-        Argument(metavar="MODEL", help="Models to compare with it. Default: none."),
+        Argument(metavar="MODEL", help="Models to compare with the first. Default: none."),
     ] = None,
     text: Annotated[
         list[str] | None,
         Option(
             metavar="NAME|FILE",
-            help="Text for perplexity: wikitext2, c4, ptb or a text file; repeatable; none: "
-            "perplexity is not measured. Default: wikitext2.",
+            help="Text for perplexity: wikitext2, c4, ptb or a text file; repeatable. Pass `--text "
+            "none` to skip perplexity. Default: wikitext2.",
         ),
     ] = None,
     seqlen: Annotated[int | None, Option(help=meaning(EvalOptions, "seqlen"))] = None,
@@ -40,7 +44,14 @@ def evaluate(  # noqa: PLR0913 (a command's options)
             "over all of them.",
         ),
     ] = False,
-    limit: Annotated[int | None, Option(help=meaning(EvalOptions, "limit"))] = None,
+    limit: Annotated[
+        int | None,
+        Option(
+            metavar="N",
+            help="Score only the first N windows (documents with --per-document) of each text. "
+            "Default: all.",
+        ),
+    ] = None,
     reference: Annotated[
         str | None, Option(metavar="MODEL", help=meaning(EvalOptions, "reference"))
     ] = None,
@@ -68,15 +79,24 @@ def evaluate(  # noqa: PLR0913 (a command's options)
         str | None,
         Option(
             metavar="8,4,PLAN,...",
-            help="Widths, or YAML files of lowbit mix, at each of which a model made by matquant "
-            "is measured. Default: as it is stored.",
+            help="Measure a MatQuant model once at each of these widths (or YAML plans of lowbit "
+            "mix). Default: as it is stored.",
         ),
     ] = None,
     json: JsonFile = None,
-    device: Device = "auto",
+    device: Annotated[
+        str,
+        Option(
+            metavar=DEVICES,
+            help="Where to compute; auto: spread over all GPUs (with --reference on the first, "
+            "except for tasks), or the CPU without one.",
+        ),
+    ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Compare models: perplexity, KL divergence, tasks, real bits.
+    """Compare models by perplexity, KL divergence, tasks and size.
+
+    Bits per weight are counted from the stored tensors, scales included.
 
     Example: lowbit eval MODEL OUT --text wikitext2
     """

@@ -6,7 +6,7 @@ import typer
 from typer import Argument, Option
 
 from lowbit.cli.device import device_map
-from lowbit.cli.parameters import Device, Model, TrustRemoteCode
+from lowbit.cli.parameters import Devices, Model, TrustRemoteCode
 from lowbit.load import load_model, locate, need_tokenizer
 from lowbit.models import generation
 
@@ -14,12 +14,14 @@ from lowbit.models import generation
 def generate(  # noqa: PLR0913 (a command's options)
     model: Model,
     prompt: Annotated[str, Argument(metavar="PROMPT", help="Text to continue or to answer.")],
-    max_new_tokens: Annotated[int, Option(min=1, help="Most tokens to generate.")] = 128,
+    max_new_tokens: Annotated[
+        int, Option(min=1, help="Largest number of tokens to generate.")
+    ] = 128,
     temperature: Annotated[
         float, Option(min=0, help="Temperature of sampling; 0: always the most likely token.")
     ] = 0.0,
     seed: Annotated[int, Option(min=0, help="Seed of sampling, for a temperature above 0.")] = 0,
-    device: Device = "auto",
+    device: Devices = "auto",
     raw: Annotated[
         bool, Option("--raw", help="Continue PROMPT as it is, without the chat template.")
     ] = False,

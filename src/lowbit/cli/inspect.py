@@ -31,7 +31,7 @@ def inspect(
         bool, Option("--brief", help="Show equal layers of several blocks as one line.")
     ] = False,
     verify: Annotated[
-        bool, Option("--verify", help="Only check each file against its hash.")
+        bool, Option("--verify", help="Check files against their hashes and show nothing else.")
     ] = False,
 ) -> None:
     """Show format, bits, size and error of each layer.
@@ -56,7 +56,10 @@ def inspect(
     try:
         origin = _provenance(quantized.quantization.get("made_by") or {})
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{folder}: made_by in config.json was edited") from None
+        raise ValueError(
+            f"{folder}: made_by in config.json cannot be used. It was edited or damaged, or "
+            "another version of lowbit wrote it: restore config.json"
+        ) from None
     linears = {
         f"{block}.{name}": linear
         for block, found in report.blocks.items()
@@ -71,7 +74,7 @@ def inspect(
         f"{len(quantized.reader.files)} files",
         "attention": _attention(quantized),
         **origin,
-        "fell back": _named(report.fallbacks),
+        "quantized more simply": _named(report.fallbacks),
         "in float": _named(report.left_float),
     }
     meaning = "backend: for one token and for many, on the CPU"
@@ -79,10 +82,11 @@ def inspect(
     if any(layer.proxies for layer in layers):
         meaning += "; proxy: share of the output's energy that is lost, measured with the Hessian"
     screen.print(f"{meaning}\n", style="dim", soft_wrap=True)
-    for name, fact in facts.items():
-        if fact:
-            line = Text.assemble((f"{name:<13}", "bold"), fact)
-            screen.print(line, soft_wrap=not screen.is_terminal)
+    shown = {name: fact for name, fact in facts.items() if fact}
+    width = max(map(len, shown)) + 2
+    for name, fact in shown.items():
+        line = Text.assemble((f"{name:<{width}}", "bold"), fact)
+        screen.print(line, soft_wrap=not screen.is_terminal)
 
 
 @dataclass(frozen=True)

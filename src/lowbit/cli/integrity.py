@@ -18,7 +18,11 @@ def check_files(folder: Path, screen: Console) -> None:
     section = quantization_section(config, folder)
     stated = section.get("files")
     if not isinstance(stated, dict) or not stated:
-        raise ValueError(f"{folder}/config.json: 'files' must map shards to size and hash")
+        came = "missing" if "files" not in section else "empty" if not stated else "not an object"
+        raise ValueError(
+            f"{folder}/config.json: quantization_config.files is {came}; it must give size and "
+            "sha256 of each shard. Copy config.json from its source again"
+        )
     wrong = 0 if _passes(screen, "config.json", _config_problem(config, section)) else 1
     for name, facts in sorted(stated.items()):
         wrong += not _passes(screen, name, _problem(folder, name, facts))

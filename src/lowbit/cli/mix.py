@@ -10,7 +10,7 @@ from lowbit.allocate import mix as allocate
 from lowbit.calibration import Calibration
 from lowbit.cli.device import device_map
 from lowbit.cli.parameters import (
-    Device,
+    Devices,
     MatQuantModel,
     TrustRemoteCode,
     calibration_option,
@@ -35,8 +35,8 @@ def mix(  # noqa: PLR0913 (a command's options)
         str,
         Option(
             metavar="|".join(STRATEGIES),
-            help="How widths are chosen: by sensitivity, which is measured on the calibration "
-            "text, or as a pyramid, with more bits for layers in the middle.",
+            help="How widths are chosen. sensitivity: measure on text how much each layer "
+            "suffers; pyramid: more bits in the middle, nothing measured.",
         ),
     ] = "sensitivity",
     widths: Annotated[
@@ -54,13 +54,13 @@ def mix(  # noqa: PLR0913 (a command's options)
         Option(help="Tokens in a window. Default: 512, or the model's context if it is shorter."),
     ] = None,
     seed: Annotated[int, Option(help="Seed of the choice of windows.")] = 0,
-    device: Device = "auto",
+    device: Devices = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Choose a width for each layer of a MatQuant model.
+    """Choose each layer's bit width so that the model fits a budget.
 
-    All layers together fit a budget. The option --bits of lowbit eval and lowbit slice takes the
-    file that is written.
+    MODEL is a MatQuant model. The widths are written to a YAML plan, which the option --bits of
+    lowbit eval and lowbit slice takes.
     """
     check_writable("-o", out)
     sources = {"sources": tuple(calibration)} if calibration else {}
@@ -99,7 +99,7 @@ def _lines(found: Mix, out: Path) -> list[str]:
     ]
     if found.predicted is not None:
         lines.append(
-            f"predicted loss: {found.predicted:.4g} nats per token (KL from the 8-bit master, the "
-            "sum over layers that were measured one by one)"
+            f"predicted loss: {found.predicted:.4g} nats per token (KL from the model at 8 bits, "
+            "the sum over layers that were measured one by one)"
         )
     return lines

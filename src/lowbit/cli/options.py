@@ -13,7 +13,7 @@ from rich.console import Console
 from typer import Option
 
 from lowbit.calibration import Calibration
-from lowbit.cli.parameters import Device, TrustRemoteCode, calibration_option, meaning
+from lowbit.cli.parameters import Device, RunAndCopyCode, calibration_option, meaning
 from lowbit.config import explain, unknown_name
 from lowbit.methods import METHODS, Method
 from lowbit.models import FAMILIES, family_name
@@ -30,7 +30,7 @@ class JobOptions:
         Option(
             metavar="NAME|FILE",
             help="Recipe with a method and its settings: a name (see lowbit recipes) or a .yaml "
-            "file. Default: none, --method is needed.",
+            "file. Give this or --method. Default: none.",
         ),
     ] = None
     method: Annotated[
@@ -38,7 +38,7 @@ class JobOptions:
         Option(
             metavar="NAME",
             help=f"Method with its default settings (see lowbit methods): {', '.join(METHODS)}. "
-            "Default: the method of the recipe.",
+            "Give this or --recipe. Default: none.",
         ),
     ] = None
     settings: Annotated[
@@ -88,7 +88,7 @@ class JobOptions:
             help=f"{meaning(RunOptions, 'allow_float')} Repeatable. Default: none.",
         ),
     ] = None
-    trust_remote_code: TrustRemoteCode = False
+    trust_remote_code: RunAndCopyCode = False
 
     def chosen(self, source: Path, preprocessing: bool = False, **more: Any) -> "Chosen":
         """Returns the method, the calibration and the options of a run.
@@ -191,8 +191,10 @@ def choose_method(
         if method not in METHODS:
             raise ValueError(unknown_name(method, METHODS, "method"))
         return METHODS[method](**settings), {}, None
-    if not recipe or method:
-        raise ValueError("name a --recipe (see lowbit recipes) or a --method (see lowbit methods)")
+    if not recipe:
+        raise ValueError("give a --recipe (see lowbit recipes) or a --method (see lowbit methods)")
+    if method:
+        raise ValueError("give --recipe or --method, not both (change fields with --set)")
     loaded = load_recipe(recipe)
     chosen = method_of(recipe, loaded, family_name(source), settings)
     changed = ", ".join(f"{field}={value}" for field, value in settings.items())

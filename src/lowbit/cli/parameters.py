@@ -31,18 +31,42 @@ QuantizedModel = Annotated[
 MatQuantModel = Annotated[
     str, Argument(metavar="MODEL", help="Folder of a model made by matquant, or its hub id.")
 ]
-Out = Annotated[Path, Argument(metavar="OUT", help="Folder to write.")]
+Out = Annotated[
+    Path,
+    Argument(metavar="OUT", help="Output folder: new, empty, or of the run to continue."),
+]
 NewOut = Annotated[Path, Argument(metavar="OUT", help="Folder to write, which must not exist.")]
-Device = Annotated[
+DEVICES = "cpu|cuda:N|auto"
+Device = Annotated[  # of commands that run block by block, on one device
     str,
-    Option(metavar="cpu|cuda:N|auto", help="Where to compute; auto: on a GPU if there is one."),
+    Option(
+        metavar=DEVICES, help="Where to compute; auto: on the first GPU, or the CPU without one."
+    ),
+]
+Devices = Annotated[  # of commands that load the whole model, see device.py
+    str,
+    Option(
+        metavar=DEVICES,
+        help="Where to compute; auto: spread over all GPUs, or the CPU without one.",
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool, Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")
 ]
+RunAndCopyCode = Annotated[
+    bool,
+    Option(
+        "--trust-remote-code",
+        help="Allow Python code that comes with the model to run; a command with OUT also copies "
+        "it there.",
+    ),
+]
 CopyCode = Annotated[
     bool,
-    Option("--trust-remote-code", help="Copy Python code that comes with the model. Default: no."),
+    Option(
+        "--trust-remote-code",
+        help="Copy Python code that comes with the model to OUT; it is not run.",
+    ),
 ]
 JsonFile = Annotated[
     Path | None,

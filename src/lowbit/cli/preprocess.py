@@ -32,9 +32,9 @@ def preprocess(
 ) -> None:
     """Train MODEL so that it loses less when it is quantized.
 
-    MODEL is quantized once, adapters (LoRA) are trained on the result and merged, and OUT gets the
-    float model, which lowbit quantize takes. The whole model is in memory. This is training, not
-    calibration: say so with every result.
+    MODEL is quantized once, adapters (LoRA) are trained on the result and merged. The whole model
+    is in memory. OUT is a float model: quantize it with lowbit quantize. Since this trains, label
+    results "after LoRA".
 
     --calibration is the text of the first quantization. --set changes fields of its method, and of
     the training: lora.sources (the text), lora.steps, lora.learning_rate, lora.rank ...

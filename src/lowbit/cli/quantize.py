@@ -30,11 +30,12 @@ def quantize(
         bool | None,
         Option(
             help="Quantize one block as a dry run first, so that problems show early. Default: "
-            "only if the run may take more than an hour.",
+            "only if the run may take more than an hour, by a rough upper estimate from the sizes "
+            "of model and text.",
         ),
     ] = None,
 ) -> None:
-    """Quantize MODEL into the folder OUT. If it is stopped, the same command continues.
+    """Quantize MODEL into the folder OUT. If it is interrupted, run the same command again.
 
     Example: lowbit quantize meta-llama/Llama-3.2-1B out --recipe omniquant-w4a16-g128
     """
@@ -65,7 +66,10 @@ def _summary(screen: Console, model: str, source: Path, out: Path) -> None:
         least, most = min(ratios), max(ratios)
         shown = f"{least:.1%}" + (f" to {most:.1%}" if most > least else "")
         screen.print(f"salient: {shown} of the inputs of a linear", soft_wrap=True)
-    for what, names in (("fell back", report.fallbacks), ("in float", report.left_float)):
+    for what, names in (
+        ("quantized more simply", report.fallbacks),
+        ("in float", report.left_float),
+    ):
         if names:
             line = f"{what}: {len(names)} layers, see {out / 'report.json'}: "
             screen.print(line + shortened(list(names)), style="yellow", soft_wrap=True)

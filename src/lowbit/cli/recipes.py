@@ -101,8 +101,8 @@ def _list_about(wanted: float) -> None:
     if not near:
         _, name, width = nearest[0]
         raise ValueError(
-            f"no recipe has {wanted:g} bits per weight, or is within {TOLERANCE} of that: "
-            f"the nearest is {name} with {width.bits:.2f}"
+            f"no recipe is within {TOLERANCE} bits of {wanted:g} bits per weight; the nearest is "
+            f"{name} with {width.bits:.2f}"
         )
     screen = console()
     table = _table()

@@ -29,12 +29,13 @@ def cut(
         bool,
         Option(
             "--nested",
-            help="Keep the nested format; a model made with extra_precision needs this.",
+            help="Keep the layout in which several widths share codes; required if the model was "
+            "made with extra_precision and the slice uses it.",
         ),
     ] = False,
     trust_remote_code: CopyCode = False,
 ) -> None:
-    """Cut a MatQuant model to one width, and write it to a folder."""
+    """Write a MatQuant model as a plain folder of lower bit width."""
     folder, screen = locate(model, trust_remote_code), console()
     with screen.status("cutting") as status:
 

@@ -50,14 +50,18 @@ def _files(folder: Path) -> list[str]:
         )
     if (folder / BIN_SINGLE).exists():
         return [BIN_SINGLE]
-    raise ValueError(f"{folder} has neither {BIN_SINGLE} nor {BIN_INDEX}")
+    raise ValueError(
+        f"{folder} has neither {BIN_SINGLE} nor {BIN_INDEX}: name the folder that holds one of them"
+    )
 
 
 def _shards(folder: Path, files: list[str]) -> Iterator[dict[str, Tensor]]:
     for file in files:
         path = folder / file
         if not path.is_file():
-            raise ValueError(f"{folder}: shard {file} is missing")
+            raise ValueError(
+                f"{folder}: shard {file} is missing: copy it from the source of the checkpoint"
+            )
         try:
             zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

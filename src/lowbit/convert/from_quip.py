@@ -194,7 +194,10 @@ def _layer(
             f"{unknown[0]} is not a tensor of this layout: allowed are {', '.join(PARTS)}"
         )
     if "Wscale" not in parts:
-        raise ValueError("Wscale is missing")
+        raise ValueError(
+            "the tensor Wscale is missing, which every layer with Qidxs needs: copy the checkpoint "
+            "from its source again"
+        )
     allowed: dict[str, list[tuple[int, ...]]] = {
         "Wscale": [(), (1,), (rows,), (rows, 1)],
         "SU": [(columns,)],
@@ -205,10 +208,14 @@ def _layer(
         **{side: [(order, order)] for side, order in layer.factors.items()},
     }
     for part, shapes in allowed.items():
-        if part in parts and parts[part].shape not in shapes:
+        if part in parts and (came := parts[part].shape) not in shapes:
+            padded = len(came) == len(shapes[0]) == 1 and came < shapes[0]
             raise ValueError(
-                f"{part} is {list(parts[part].shape)}: Qidxs holds {rows} x {columns} weights, for "
-                f"which it must be {list(shapes[-1])}; a padded layer cannot be converted"
+                f"{part} has shape {list(came)}, allowed are "
+                f"{' or '.join(str(list(shape)) for shape in shapes)} (Qidxs holds {rows} x "
+                f"{columns} weights)"
+                + "; the layer seems to be padded, and a padded layer cannot be converted"
+                * padded
             )
     _check_transforms(layer, section, config)
     return layer
@@ -357,9 +364,12 @@ def _factors(layer: Layer, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         factor = finite(side, stored[side].reshape(layer.factors.get(side, 1), -1))
         error = float((factor @ factor.T - torch.eye(len(factor))).abs().max())
-        if error > ORTHOGONAL or (side not in layer.factors and factor.item() < 0):
+        if side not in layer.factors and (error > ORTHOGONAL or factor.item() < 0):
+            raise ValueError(f"{side} is [[{factor.item():g}]]: a 1 x 1 transform must be 1")
+        if error > ORTHOGONAL:
             raise ValueError(
-                f"{side} is not orthogonal: {side} @ {side}.T differs from I by {error:.3g}"
+                f"{side} is not orthogonal: {side} @ {side}.T differs from I by up to {error:.3g}, "
+                f"allowed is {ORTHOGONAL:g}; the file is damaged or of another layout"
             )
         if side in layer.factors:
             factors[name] = factor.half() if stored[side].dtype == torch.float16 else factor

@@ -164,7 +164,8 @@ class _Session:
         """Raises ValueError for models that cannot be compared, before any of them is measured."""
         if self.options.bits and not any([self.widths(name) != (None,) for name in names]):
             raise ValueError(
-                "bits only applies to 8-bit masters made by matquant: none of these models is one"
+                "bits only applies to models that hold several widths, made with a matquant "
+                "recipe: none of these models does"
             )
         for name in names:
             self._tokenizer(name)
@@ -301,8 +302,8 @@ class _Session:
         expected = self.reference.rows
         if len(tokens) != len(expected) or not all(map(torch.equal, tokens, expected)):
             raise ValueError(
-                f"{name} and {asked} read the text as different tokens: a divergence needs models "
-                "with the same tokenizer and the same context"
+                f"{name} and {asked} read the text as different tokens: use models with the same "
+                "tokenizer, or leave out --reference"
             )
         return self.reference
 

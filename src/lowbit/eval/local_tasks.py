@@ -9,7 +9,7 @@ examples come from train*.jsonl, or else validation*.jsonl, or else from the sco
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -52,7 +52,11 @@ class LocalRows:
         """Raises ValueError if there are fewer examples than `few_shot`."""
         others = len(self.examples) - (self.examples is self.scored)
         if few_shot > others:
-            raise ValueError(f"{self.task} has {others} examples: --few-shot {few_shot} needs more")
+            raise ValueError(
+                f"--few-shot {few_shot} needs {few_shot} examples, but {self.task} has only "
+                f"{others}: lower --few-shot, or put {few_shot} or more rows into "
+                f"{self.task}/train.jsonl"
+            )
 
 
 def task_config(name: str) -> dict[str, Any]:
@@ -115,35 +119,59 @@ def _read(name: str, files: Iterable[Path]) -> list[Row]:
                 continue
             try:
                 rows.append(task.read(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise ValueError(
                     f"{file}, line {number} is not a row of {name}: it must be an object with "
-                    + task.fields
+                    f"{task.fields}, but {_reason(error)}"
                 ) from None
     if not rows:
         raise ValueError(f"{name} has no rows in {', '.join(str(file) for file in files)}")
     return rows
 
 
+def _reason(error: Exception) -> str:
+    """Says why a row cannot be read, in the words of the `ValueError` if it is one of ours."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"the line is not valid JSON: {error}"
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"a value is of the wrong kind: {error}"
+
+
+def _index(field: str, answer: Any, allowed: Sequence[Any]) -> int:
+    """Returns the index of the right answer. field: in which it is named, for the message."""
+    if answer not in allowed:
+        raise ValueError(f"{field} is {answer!r}, allowed are {', '.join(map(repr, allowed))}")
+    return allowed.index(answer)
+
+
 def _question(query: str, choices: list[str], gold: int) -> Row:
     """Returns a row with a question, its answers, and the index of the right one."""
-    if not choices or not all(isinstance(text, str) and text for text in (query, *choices)):
-        raise ValueError("empty")
+    if not choices:
+        raise ValueError("there are no choices")
+    for text in (query, *choices):
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"the question or a choice is {text!r}, which is no text")
     if gold not in range(len(choices)):
-        raise ValueError("no such choice")
+        raise ValueError(
+            f"the right answer is {gold!r}, but there are only {len(choices)} choices, numbered "
+            "from 0"
+        )
     return {"query": query, "choices": choices, "gold": int(gold)}
 
 
 def _arc(row: Row) -> Row:
     if "query" in row:
         return _question(row["query"], row["choices"], row["gold"])
-    gold = row["choices"]["label"].index(row["answerKey"])
+    gold = _index("answerKey", row["answerKey"], row["choices"]["label"])
     return _question(f"Question: {row['question']}\nAnswer:", row["choices"]["text"], gold)
 
 
 def _boolq(row: Row) -> Row:
     query = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
-    return _question(query, ["no", "yes"], (False, True).index(row["answer"]))
+    return _question(query, ["no", "yes"], _index("answer", row["answer"], (False, True)))
 
 
 def _hellaswag(row: Row) -> Row:
@@ -159,13 +187,15 @@ def _winogrande(row: Row) -> Row:
     """Returns a row with one end of a sentence and two beginnings to choose from."""
     before, _, behind = row["sentence"].partition("_")
     beginnings = [before + row["option1"], before + row["option2"]]
-    made = _question(behind.strip(), beginnings, ("1", "2").index(row["answer"]))
+    gold = _index("answer", row["answer"], ("1", "2"))
+    made = _question(behind.strip(), beginnings, gold)
     return {"choices": made["choices"], "gold": made["gold"], "continuation": made["query"]}
 
 
 def _lambada(row: Row) -> Row:
-    if not row["context"].strip() or not row["continuation"].strip():
-        raise ValueError("empty")
+    for field in ("context", "continuation"):
+        if not row[field].strip():
+            raise ValueError(f"{field} is empty")
     return {"context": row["context"], "continuation": f" {row['continuation'].strip()}"}
 
 

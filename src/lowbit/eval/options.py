@@ -32,8 +32,8 @@ class EvalOptions(Config):
     )
     reference: str | None = Field(
         None,
-        description="Float model, a folder or hub id, from whose predictions the KL divergence of "
-        "all models is measured; None: it is not measured.",
+        description="Float model, a folder or hub id, to compare predictions with: KL(reference || "
+        "model) is measured for every model; None: it is not measured.",
     )
     tasks: TaskOptions | None = Field(None, description="Tasks to score; None: no tasks.")
     bits: tuple[int | str, ...] = Field(

@@ -93,7 +93,10 @@ def load_model(
         )
         model, report = loaded
         if report["missing_keys"]:  # transformers has initialised them at random
-            raise ValueError(f"tensor {min(report['missing_keys'])} is missing")
+            raise ValueError(
+                f"tensor {min(report['missing_keys'])} is missing: the model that config.json "
+                "describes needs it. Copy the folder from its source again"
+            )
     return model
 
 

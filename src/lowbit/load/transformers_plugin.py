@@ -40,6 +40,11 @@ from lowbit.models.skeleton import memory_names, unfuse_experts
 
 logger = logging.getLogger(__name__)
 
+MISFIT = (
+    "config.json and the model do not belong together (it was edited, or another version of "
+    "transformers builds the model)"
+)
+
 
 class VerifiedSection(dict[str, Any]):
     """A quantization_config whose folder `load_model` has already verified.
@@ -154,7 +159,7 @@ def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) 
             old = model.get_submodule(name)
         except AttributeError:
             raise ValueError(
-                f"config.json lists {name} as quantized, but this model has no such layer"
+                f"config.json lists {name} as quantized, but this model has no such layer: {MISFIT}"
             ) from None
         with torch.device("meta"):
             new = build(entry)
@@ -186,14 +191,15 @@ def mark_attentions(model: PreTrainedModel, attention: dict[str, dict[str, Any]]
 def _check_fits(name: str, old: nn.Module, new: QuantizedLinear) -> None:
     if not isinstance(old, nn.Linear):
         raise ValueError(
-            f"config.json lists {name} as quantized, but it is a {type(old).__name__}, not a linear"
+            f"config.json lists {name} as quantized, but in this model it is a "
+            f"{type(old).__name__}, not an nn.Linear: {MISFIT}"
         )
     needed = (old.out_features, old.in_features, old.bias is not None)
     stated = (new.out_features, new.in_features, new.bias is not None)
     if needed != stated:
         raise ValueError(
             f"layer {name} needs (out, in, bias) {needed} in this model, but config.json states "
-            f"{stated}"
+            f"{stated}: {MISFIT}"
         )
 
 
@@ -232,7 +238,10 @@ def check_complete(
         first = tied.get(name, name)
         same = {first, *(other for other, source in tied.items() if source == first)}
         if name not in present and not same & present.keys():
-            raise ValueError(f"{folder.folder}: tensor {name} is missing")
+            raise ValueError(
+                f"{folder.folder}: tensor {name} is missing: the model that config.json describes "
+                "needs it. Copy the folder from its source again"
+            )
         info = present.get(name)
         if info is not None and info.shape != tuple(tensor.shape):
             raise ValueError(

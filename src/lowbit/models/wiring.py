@@ -80,8 +80,12 @@ def _applies(rule: FoldRule, modules: dict[str, nn.Module], family: Family) -> b
 
 
 def _incomplete(patterns: tuple[str, ...], matching: list[list[str]], family: Family) -> str:
-    counts = ", ".join(f"{p}: {len(names)}" for p, names in zip(patterns, matching, strict=True))
-    return f"family {family.name}: some modules of this rule are missing in the block: {counts}"
+    pairs = zip(patterns, matching, strict=True)
+    counts = ", ".join(f"{pattern}: {len(names)} found" for pattern, names in pairs)
+    return (
+        f"the table of family {family.name} does not fit this model: a block lacks modules that it "
+        f"names ({counts}). Please report this architecture"
+    )
 
 
 def _fold(

@@ -25,13 +25,14 @@ class RunOptions(Config):
     )
     streams: Place = option(
         "auto",
-        'Where hidden states are kept; "auto": in memory, or on disk if they would take more than '
-        "a quarter of the memory.",
+        'Where the hidden states between blocks are kept; "auto": in RAM, or on disk if they need '
+        "more than a quarter of it.",
         shapes_result=False,
     )
     allow_float: tuple[str, ...] = option(
         (),
-        "Patterns of matrices that may stay in float although they are in no group of linears.",
+        "Patterns of weight matrices that lowbit does not recognise and may leave in float; "
+        "otherwise the run stops at them.",
         shapes_result=True,
     )
     skip: tuple[str, ...] = option(
@@ -54,14 +55,14 @@ class RunOptions(Config):
     )
     start_from: Path | None = option(
         None,
-        "Folder of an earlier run whose learned parameters this run starts from; if the method has "
-        "epochs=0, they are applied without further training.",
+        "Output folder of an earlier run; learning starts from its parameters (with epochs=0 they "
+        "are only applied).",
         shapes_result=True,
     )
     dry_run_block: bool | None = option(
         None,
         "Whether one block is quantized before the run to find errors early; None: only if the run "
-        "may take more than an hour.",
+        "may take more than an hour, by a rough upper estimate from the sizes of model and text.",
         shapes_result=False,
     )
     trust_remote_code: bool = option(

@@ -128,6 +128,11 @@ class ResultRecord(Record):
         return self.model_extra or {}
 
 
+# What to do if a file cannot be used; the report needs neither of them.
+NO_REPORT = "restore the file, or delete it (the errors of the layers are then unknown)"
+NO_EVENTS = "restore the file, or delete it (the report then has no course of the run)"
+
+
 class _Line(Record):
     """The keys that all lines of events.jsonl have."""
 
@@ -135,25 +140,35 @@ class _Line(Record):
     kind: str
 
 
-def parse(record: type[Read], value: Any, where: Path | str) -> Read:
+def parse(record: type[Read], value: Any, where: Path | str, remedy: str) -> Read:
     """Converts a JSON value to an instance of a class.
 
     record: the class.
     value: the JSON value.
     where: file and line, for the message.
+    remedy: what to do if the value does not fit, for the message.
 
     Raises ValueError that names `where` if the value does not fit the class.
     """
     try:
         return TypeAdapter(record).validate_python(value)
     except ValidationError as error:
-        raise ValueError(f"{where} was edited: {explain(error)}") from None
+        raise ValueError(
+            f"{where} cannot be used: {explain(error)}. It was edited or damaged, or another "
+            f"version of lowbit wrote it: {remedy}"
+        ) from None
 
 
 def read_report(folder: Path) -> RunReport:
     """Reads report.json; the report is empty if there is no file, as in a converted folder."""
     path = folder / "report.json"
-    return parse(RunReport, read_json(path), path) if path.exists() else RunReport()
+    if not path.exists():
+        return RunReport()
+    try:
+        value = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {NO_REPORT}") from None
+    return parse(RunReport, value, path, NO_REPORT)
 
 
 def read_events(folder: Path) -> list[LoggedEvent]:
@@ -167,10 +182,10 @@ def read_events(folder: Path) -> list[LoggedEvent]:
         try:
             value = finite(json.loads(text))
         except (ValueError, RecursionError):
-            raise ValueError(f"{where} cannot be read as JSON") from None
-        line = parse(_Line, value, where)
+            raise ValueError(f"{where} is not valid JSON: {NO_EVENTS}") from None
+        line = parse(_Line, value, where, NO_EVENTS)
         kind = KINDS.get(line.kind)
-        event = None if kind is None else parse(kind, value, where)
+        event = None if kind is None else parse(kind, value, where, NO_EVENTS)
         events.append(LoggedEvent(line.time, event))
     return events
 

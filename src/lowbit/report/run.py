@@ -14,7 +14,7 @@ from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import Size, size_of
 from lowbit.report.history import BlockHistory, History, history_of
 from lowbit.report.layers import Layer, layers_of, linear_of
-from lowbit.report.records import MadeBy, parse, read_events, read_report
+from lowbit.report.records import NO_EVENTS, MadeBy, parse, read_events, read_report
 from lowbit.run_report import BlockReport, RunReport
 
 BLOCK = re.compile(r"(?:.*?\.)?(\d+)(?=\.|$)")  # a name up to the block's number
@@ -132,7 +132,8 @@ class Run:
             return datetime.fromtimestamp(self.history.date, UTC).strftime("%Y-%m-%d")
         except (OverflowError, OSError, ValueError):
             raise ValueError(
-                f"{self.folder}/events.jsonl was edited: it has an impossible time"
+                f"{self.folder}/events.jsonl has an impossible time, {self.history.date:g}: "
+                + NO_EVENTS
             ) from None
 
     @property
@@ -184,7 +185,8 @@ def read_run(folder: Path) -> Run:
     quantized = QuantizedFolder(folder)
     quantized.verify(hashes=False)
     config = folder / "config.json"
-    made_by = parse(MadeBy, quantized.quantization.get("made_by") or {}, f"made_by in {config}")
+    stated = quantized.quantization.get("made_by") or {}
+    made_by = parse(MadeBy, stated, f"made_by in {config}", "restore config.json")
     report, history = read_report(folder), history_of(read_events(folder))
     names: dict[str, list[str]] = {name: [] for name in report.blocks}
     for name in quantized.entries:

@@ -91,7 +91,10 @@ class QuIP(Method):
         "by at least 6 dB for each bit per weight that the scales cost.",
     )
     tune_iters: int = Field(
-        2, ge=0, description="Passes after rounding that improve one group at a time."
+        2,
+        ge=0,
+        description="Passes after rounding that improve one group of weights at a time: eight in a "
+        "row with codebook E8P12, E8P12RVQ3B or E8P12RVQ4B, four with D4, one with HI.",
     )
     damping: float = Field(
         0.01,
