@@ -66,7 +66,7 @@ def test_it_says_where_it_comes_from(tmp_path: Path) -> None:
     ("options", "bits", "message"),
     [
         ({"extra_precision": True}, 2, r"layer model\.layers\.0\..* code 4 .*\(--nested\)"),
-        ({}, {"q_prj": 4}, "'q_prj' means no nested layer"),
+        ({}, {"q_prj": 4}, "'q_prj' matches no nested layer"),
         ({}, 9, "allowed are 2 to 8"),
     ],
     ids=str,
