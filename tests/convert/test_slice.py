@@ -87,7 +87,7 @@ def test_a_slice_is_cut_from_the_master_only(tmp_path: Path) -> None:
     assert torch.equal(*(quantized.logits(lowbit.load(path)[0]) for path in (nested, same)))
     with pytest.raises(ValueError, match="exists already"):
         slice_folder(quantized.master(), nested, 4)
-    with pytest.raises(ValueError, match="only what matquant has quantized"):
+    with pytest.raises(ValueError, match="only layers made by matquant"):
         slice_folder(quantized.folder(), tmp_path / "rtn", 4)
 
 

@@ -106,7 +106,7 @@ def test_slices_that_cannot_be(bits: Any, options: dict[str, Any], message: str)
 
 
 def test_other_folders_have_no_widths() -> None:
-    with pytest.raises(ValueError, match="only what matquant has quantized has widths"):
+    with pytest.raises(ValueError, match="only layers made by matquant have several widths"):
         lowbit.load(quantized.folder(), bits=4)
     with pytest.raises(ValueError, match="is a float model: bits is for"):
         lowbit.load(quantized.source(), bits=4)
