@@ -32,7 +32,7 @@ def test_layers_hold_their_tensors_and_are_linked() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     entries, tensors = stored(Q, K)
-    with pytest.raises(ValueError, match=f"layer {K}: '{Q}', which it shares with, is not there"):
+    with pytest.raises(ValueError, match=f"layer {K}: it shares with '{Q}', which does not exist"):
         layers_from({K: entries[K]}, tensors)
     packed = f"{Q}.packed"
     for damaged, message in (

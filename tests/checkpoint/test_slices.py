@@ -43,5 +43,5 @@ def test_sizes_fall_by_the_codes_alone() -> None:
 def test_which_folders_have_masters(tmp_path: Path) -> None:
     assert has_masters(folder().folder)
     assert not has_masters(quantized.folder()) and not has_masters(quantized.source())
-    with pytest.raises(ValueError, match="only what matquant has quantized has widths"):
+    with pytest.raises(ValueError, match="only layers made by matquant have several widths"):
         widths_of(QuantizedFolder(quantized.folder()), 4)

@@ -34,7 +34,7 @@ def test_mistakes(lowbit, nested, rtn, tmp_path):
     for folder, bits, sentence in (
         (nested, "four", "--bits 'four' is neither a width from 2 to 8 nor a file"),
         (nested, "1", "bits for '*' is 1: allowed are 2 to 8"),
-        (rtn, "4", "only what matquant has quantized has widths"),
+        (rtn, "4", "only layers made by matquant have several widths"),
     ):
         result = lowbit("slice", folder, "--bits", bits, "-o", tmp_path / "out", code=1)
         assert sentence in result.stderr and not list(tmp_path.iterdir())

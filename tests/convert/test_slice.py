@@ -66,7 +66,7 @@ def test_it_says_where_it_comes_from(tmp_path: Path) -> None:
     ("options", "bits", "message"),
     [
         ({"extra_precision": True}, 2, r"layer model\.layers\.0\..* code 4 .*\(--nested\)"),
-        ({}, {"q_prj": 4}, "'q_prj' means no nested layer"),
+        ({}, {"q_prj": 4}, "'q_prj' matches no nested layer"),
         ({}, 9, "allowed are 2 to 8"),
     ],
     ids=str,
@@ -87,7 +87,7 @@ def test_a_slice_is_cut_from_the_master_only(tmp_path: Path) -> None:
     assert torch.equal(*(quantized.logits(lowbit.load(path)[0]) for path in (nested, same)))
     with pytest.raises(ValueError, match="exists already"):
         slice_folder(quantized.master(), nested, 4)
-    with pytest.raises(ValueError, match="only what matquant has quantized"):
+    with pytest.raises(ValueError, match="only layers made by matquant"):
         slice_folder(quantized.folder(), tmp_path / "rtn", 4)
 
 

@@ -95,7 +95,7 @@ def test_only_the_slice_stays_in_memory() -> None:
     ("bits", "options", "message"),
     [
         (9, {}, r"bits for '\*' is 9: allowed are 2 to 8"),
-        ({"q_prj": 4}, {}, "'q_prj' means no nested layer"),
+        ({"q_prj": 4}, {}, "'q_prj' matches no nested layer"),
         (4, {"device_map": {"": "disk"}}, "slices are cut in memory"),
     ],
     ids=str,
@@ -106,7 +106,7 @@ def test_slices_that_cannot_be(bits: Any, options: dict[str, Any], message: str)
 
 
 def test_other_folders_have_no_widths() -> None:
-    with pytest.raises(ValueError, match="only what matquant has quantized has widths"):
+    with pytest.raises(ValueError, match="only layers made by matquant have several widths"):
         lowbit.load(quantized.folder(), bits=4)
     with pytest.raises(ValueError, match="is a float model: bits is for"):
         lowbit.load(quantized.source(), bits=4)

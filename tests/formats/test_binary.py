@@ -120,7 +120,7 @@ def test_both_ways_to_multiply_agree(layer: BinaryLinear, tokens: int) -> None:
     means = layer.ordered().abs().amax() * x.abs().sum(1, keepdim=True)  # they cancel
     for backend in ("lookup", "reference"):
         with pytest.MonkeyPatch.context() as patch, use_backend(backend):
-            patch.setattr(lookup, "MOST_LOOKED_UP", 99)
+            patch.setattr(lookup, "MOST_TOKENS", 99)
             found = layer(x)
         assert ((found - wanted).abs() <= 1e-5 * (size + means)).all()
 
@@ -139,7 +139,7 @@ def test_any_number_of_tokens_in_any_dtype(tokens: int, dtype: torch.dtype) -> N
 
 def test_few_tokens_are_looked_up_and_many_are_not() -> None:
     layer = made(4, 16, 4)
-    names = [layer.backend_for(n).name for n in (1, lookup.MOST_LOOKED_UP, 5)]
+    names = [layer.backend_for(n).name for n in (1, lookup.MOST_TOKENS, 5)]
     assert names == ["lookup", "lookup", "reference"]
     assert layer.backend_for(1, dtype=torch.float64).name == "reference"
 
@@ -202,9 +202,9 @@ def test_a_mask_is_stored_once_and_the_input_ordered_once(monkeypatch: pytest.Mo
 def test_what_cannot_share_is_refused() -> None:
     with pytest.raises(ValueError, match="layer k: salient is 6, but 5 in q, with which it shares"):
         link({"q": made(6, 20, 5), "k": made(4, 20, 6, shares="q")})
-    with pytest.raises(ValueError, match="shares what q holds and was not linked"):
+    with pytest.raises(ValueError, match="uses tensors of q but was not linked"):
         made(4, 20, 5, shares="q").dequantize()
-    with pytest.raises(ValueError, match="layer k: it is binary with 20 inputs"):
+    with pytest.raises(ValueError, match="layer k: it is a binary layer of 20 inputs"):
         link({"q": made(6, 24, 5), "k": made(4, 20, 5, shares="q")})
 
 
@@ -269,7 +269,7 @@ def test_bits_of_llama_7b() -> None:
     [
         ({"salient": 40}, "salient is 40: allowed with 40 inputs are 0 to 39"),
         ({"salient": -1}, "salient"),
-        ({"salient": 0, "shares": "q"}, "shares is 'q': without salient channels it is null"),
+        ({"salient": 0, "shares": "q"}, "shares is 'q': it must be null without salient"),
         ({"shares": ""}, "shares"),
         ({"scale_dtype": "bfloat16"}, "scale_dtype"),
         ({"row_mean": 1}, "row_mean"),
@@ -300,7 +300,7 @@ def test_entries_that_cannot_be(change: dict[str, Any], message: str) -> None:
                     torch.zeros(2, dtype=torch.uint8),
                 )
             },
-            "salient channels are 2, of which 1 differ: these codes take 2",
+            "there are 2 salient channels, 1 without duplicates: allowed is 2",
         ),
     ],
     ids=["shape", "nan", "columns", "means", "channels"],

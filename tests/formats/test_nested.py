@@ -120,7 +120,9 @@ def test_in_the_uniform_format_to_the_last_bit(
     layer.master[0, 0] = 255
     if extra_precision:
         if bits < 8:
-            message = rf"weights have the code {2**bits} .* holds 0 to {2**bits - 1} at {bits}"
+            message = (
+                rf"weights have the code {2**bits} .* holds codes of 0 to {2**bits - 1} at {bits}"
+            )
             with pytest.raises(ValueError, match=message):
                 to_uniform(layer, bits)
         layer.master.clamp_(max=255 - 2 ** (8 - bits))  # nothing is above then
@@ -155,12 +157,12 @@ def test_the_nearest_codes_are_counted_from_the_stored_scale() -> None:
     assert (error <= steps[inside] / 2 * 1.0001).all() and inside.float().mean() > 0.9
 
 
-def test_a_twin_shares_the_tensors_and_not_the_width() -> None:
+def test_another_width_shares_the_tensors() -> None:
     layer = master(bias=torch.ones(9))
-    twin = layer.at(4)
-    assert twin.master is layer.master and (twin.bits, layer.bits) == (4, 8)
+    narrow = layer.at(4)
+    assert narrow.master is layer.master and (narrow.bits, layer.bits) == (4, 8)
     x = torch.randn(2, 37)
-    assert torch.equal(twin(x), layer.slice(4)(x)) and not torch.equal(twin(x), layer(x))
+    assert torch.equal(narrow(x), layer.slice(4)(x)) and not torch.equal(narrow(x), layer(x))
 
 
 def test_slices_stand_for_the_same_weight() -> None:
@@ -200,8 +202,8 @@ SLICE = {"resident": "slice", "extra_precision": True, "bits": 2}
         ({"bits": 9}, "bits"),
         ({"resident": "both"}, "resident"),
         ({"trained": [9]}, "trained"),
-        ({"top_codes": 3}, "top_codes is 3: .*null to all else"),
-        (SLICE, "top_codes is None: a number belongs to slices below 8 bits"),
+        ({"top_codes": 3}, "top_codes is 3: .*null otherwise"),
+        (SLICE, "top_codes is None: it must be a number for slices below 8 bits"),
         (SLICE | {"top_codes": -1}, "top_codes"),
         (SLICE | {"top_codes": 10**6}, "top_codes is 1000000: there are 333 codes"),
         ({"shape": [2**31 - 1, 2**31 - 1], "group_size": 1}, "allowed are layers below"),
@@ -219,10 +221,10 @@ def test_entries_that_cannot_be_are_refused(changes: dict[str, Any], message: st
     [
         (lambda: master().set_bits(9), "bits is 9: allowed are 2 to 8"),
         (lambda: master().slice(4).set_bits(2), "holds a slice of 4 bits: allowed is 4; .*2 bits"),
-        (lambda: master().slice(4).slice(2), "slice of 4 bits: another, of 2 bits"),
+        (lambda: master().slice(4).slice(2), "slice of 4 bits: a slice of 2 bits"),
         (
             lambda: sliced_entry(entry(extra_precision=True), 4),
-            "cannot be described without the codes",
+            "needs the master's codes",
         ),
         (
             lambda: NestedLinear.from_codes(

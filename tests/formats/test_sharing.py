@@ -196,19 +196,19 @@ def test_linking_again_replaces() -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ({"k": Scaled(1, "q")}, "layer k: 'q', which it shares with, is not there"),
-        ({"k": Scaled(1, "k")}, "layer k: k, which it shares with, itself shares k"),
+        ({"k": Scaled(1, "q")}, "layer k: it shares with 'q', which does not exist"),
+        ({"k": Scaled(1, "k")}, "layer k: it shares with k, which itself shares with k"),
         (
             {"a": Scaled(), "b": Scaled(1, "a"), "c": Scaled(1, "b")},
-            "layer c: b, which it shares with, itself shares a",
+            "layer c: it shares with b, which itself shares with a",
         ),
         (
             {"q": Scaled(width=5), "k": Scaled(1, "q")},
-            "layer k: it is scaled with 6 inputs, but q, which it shares with, is scaled with 5",
+            "6 inputs, but it shares with q, a scaled layer of 5 inputs",
         ),
         (
             {"q": DenseLinear.from_weight(torch.eye(IN), None), "k": Scaled(1, "q")},
-            "layer k: it is scaled with 6 inputs",
+            "layer k: it is a scaled layer of 6 inputs",
         ),
     ],
     ids=["absent", "itself", "chain", "width", "format"],
@@ -219,5 +219,5 @@ def test_links_that_cannot_be(layers: dict[str, QuantizedLinear], message: str) 
 
 
 def test_a_member_that_was_not_linked_says_so() -> None:
-    with pytest.raises(ValueError, match="shares what q holds and was not linked to it"):
+    with pytest.raises(ValueError, match="uses tensors of q but was not linked to it"):
         Scaled(1, "q")(torch.ones(1, IN))

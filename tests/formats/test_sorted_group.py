@@ -289,7 +289,7 @@ def test_too_many_inputs_are_refused() -> None:
 
 
 def test_a_member_needs_its_owner() -> None:
-    with pytest.raises(ValueError, match="shares what q holds and was not linked"):
+    with pytest.raises(ValueError, match="uses tensors of q but was not linked"):
         members()["k"](inputs())
 
 
@@ -363,11 +363,11 @@ def test_many_inputs_have_wide_numbers() -> None:
 
 def test_the_order_must_be_a_permutation() -> None:
     layout = SortedGroupLayout(InputOrder(torch.tensor([0, 1, 1, 3]), 0, 4, 4), 4)
-    with pytest.raises(ValueError, match="permutation is none of the 4 inputs"):
+    with pytest.raises(ValueError, match="permutation is not a permutation of the 4 inputs"):
         SortedGroupLinear.from_grid(torch.ones(2, 4), torch.ones(2, 1), layout)
     made = layer()
     made.permutation[3] = made.permutation[4]
-    with pytest.raises(ValueError, match="permutation is none of the 45 inputs"):
+    with pytest.raises(ValueError, match="permutation is not a permutation of the 45 inputs"):
         made.dequantize()
 
 

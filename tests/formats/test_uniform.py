@@ -217,7 +217,7 @@ def made(**changes: Any) -> UniformLinear:
         ({"scale": torch.ones(6, 2)}, r"scale is \(6, 2\): this layer takes \(6, 3\)"),
         ({"scale": torch.full((6, 3), torch.nan)}, "scale has values that are not finite"),
         ({"zero": torch.zeros(3, 6, dtype=torch.int32)}, r"zero is \(3, 6\): this layer takes"),
-        ({"zero": torch.zeros(6, 3)}, "zero is torch.float32: allowed are integers"),
+        ({"zero": torch.zeros(6, 3)}, "zero is torch.float32: allowed are integer dtypes"),
         (
             {"zero": torch.full((6, 3), -1)},
             "zero goes from -1 to -1: allowed at 4 bits are 0 to 15",

@@ -89,5 +89,5 @@ def test_wrong_dtype_and_width() -> None:
     with pytest.raises(ValueError, match=r"packed is torch.int8: allowed is torch.uint8"):
         unpack(BYTES.to(torch.int8), 4, 8)
     for count in (-8, 6, 9):
-        with pytest.raises(ValueError, match=f"packed has 4 bytes a row: {count} codes of 4 bits"):
+        with pytest.raises(ValueError, match=f"packed has 4 bytes per row: {count} codes of 4"):
             unpack(BYTES, 4, count)

@@ -250,10 +250,13 @@ def test_entries_of_all_blocks_are_one() -> None:
     [
         (
             "model.layers.{}.self_attn.x_proj",
-            "layers.0.self_attn.k_proj: .*x_proj', .* is not there",
+            "layers.0.self_attn.k_proj: .*x_proj', which does not exist",
         ),
         ("model.layers.{}.self_attn.v_proj", "k_proj: .*v_proj, .* itself shares .*q_proj"),
-        ("model.layers.{}.mlp.down_proj", "k_proj: it is lattice with 48 inputs, but .* with 80"),
+        (
+            "model.layers.{}.mlp.down_proj",
+            "k_proj: it is a lattice layer of 48 inputs, but .* of 80",
+        ),
         ("model.layers.{}.{}.q_proj", "has 1 numbers, but shares"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The stored formats by name, a layer from its entry in config.json, and how layers multiply."""
+"""The stored formats by name; building, linking and repacking layers; forcing a backend."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,11 +26,14 @@ FORMATS: dict[str, type[QuantizedLinear]] = {
     "uniform": UniformLinear,
 }
 
-MANY_TOKENS = 128  # a prompt, where the backend may be another one than for one token
+MANY_TOKENS = 128  # a prompt; its backend may differ from that of one token
 
 
 def build(entry: dict[str, Any]) -> QuantizedLinear:
-    """The empty layer that an entry describes. Raises ValueError for an entry that cannot be."""
+    """Builds the empty layer that an entry of config.json describes.
+
+    Raises ValueError for an invalid entry.
+    """
     if not isinstance(entry, dict):
         raise ValueError(f"entry is {entry!r:.80}: allowed is a dict that names its format")
     name = entry.get("format", "")
@@ -40,16 +43,18 @@ def build(entry: dict[str, Any]) -> QuantizedLinear:
 
 
 def link(layers: Mapping[str, QuantizedLinear]) -> None:
-    """Gives every layer whose entry says "shares" the layer of that name. Call it after building.
+    """Links every layer whose entry has "shares" to the layer of that name. Call it after building.
 
-    layers: by name, as the entries name them. Raises ValueError, by the name of the layer, for one
-    that is not there, that itself shares, or that does not fit.
+    layers: by name, as the entries name them.
+
+    Raises ValueError that names the layer, if the layer that it shares with does not exist, itself
+    shares with another one, or does not fit.
     """
     for name, layer in layers.items():
         if layer.shares is None:
             continue
         if layer.shares not in layers:
-            raise ValueError(f"layer {name}: {layer.shares!r}, which it shares with, is not there")
+            raise ValueError(f"layer {name}: it shares with {layer.shares!r}, which does not exist")
         try:
             layer.link(layers[layer.shares])
         except ValueError as error:
@@ -58,29 +63,30 @@ def link(layers: Mapping[str, QuantizedLinear]) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces all layers to multiply by one backend, as in `with lowbit.backend("reference"):`.
+    """Forces all layers to use one backend, as in `with lowbit.backend("reference"):`.
 
-    It holds in this thread until the block is left, and can also decorate a function. Every format
-    has a "reference"; `lowbit inspect` shows the others. A layer that was compiled keeps the one
-    that it was compiled with.
+    It applies to this thread until the end of the `with` block. It can also decorate a function. A
+    compiled layer keeps the backend with which it was compiled.
 
-    name: of the backend. Raises ValueError for a name that no format has. A layer whose format has
-    no such backend, or where it does not support the call, raises ValueError when it is run.
+    name: name of the backend. Every format has "reference"; `lowbit inspect` shows the others.
+
+    Raises ValueError for a backend that no format has. The forward of a layer raises ValueError if
+    its format does not have this backend or the backend does not support the call.
     """
-    known = {known.name for format_class in FORMATS.values() for known in format_class.backends}
-    if name not in known:
-        raise ValueError(unknown_name(str(name), known, "backend"))
+    names = {backend.name for format_class in FORMATS.values() for backend in format_class.backends}
+    if name not in names:
+        raise ValueError(unknown_name(str(name), names, "backend"))
     with force(name):
         yield
 
 
 def repack(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Makes ahead of time what the backends of a model's layers derive from their tensors.
+    """Repacks the tensors of a model's layers for their backends, which the first forward would do.
 
-    Call it after loading; otherwise the first forward does it.
+    Call it after loading, and before torch.compile.
 
-    model: its layers on the meta device are left alone.
-    dtype: of the inputs that will come.
+    model: a model with quantized layers; those on the meta device are skipped.
+    dtype: dtype of the inputs of later forwards.
     """
     for layer in model.modules():
         if isinstance(layer, QuantizedLinear) and not any(p.is_meta for p in layer.parameters()):

@@ -1,4 +1,4 @@
-"""How a layer rounds what it reads, when it runs: part of an entry in config.json."""
+"""How a layer rounds its input in a forward: a part of its entry in config.json."""
 
 from typing import Annotated
 
@@ -10,9 +10,12 @@ from lowbit.kernels.tokens import round_tokens
 
 
 class Activation(Config):
-    """{"bits": 3..8, "symmetric": bool}: each token on its own grid; see `round_tokens`.
+    """Rounds each token on a grid of its own, as `round_tokens` does.
 
-    An attention rounds so each token and head of its queries, keys and values.
+    An attention rounds each token and head of its queries, keys and values in this way.
+
+    bits: width of the rounded values, 3 to 8.
+    symmetric: whether the grid is symmetric.
     """
 
     model_config = ConfigDict(strict=True)
@@ -21,5 +24,5 @@ class Activation(Config):
     symmetric: bool
 
     def round(self, x: Tensor) -> Tensor:
-        """x: (..., channels) -> the same shape and dtype."""
+        """Rounds x: (..., channels); returns the same shape and dtype."""
         return round_tokens(x, self.bits, self.symmetric)

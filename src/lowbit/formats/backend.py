@@ -1,7 +1,8 @@
-"""How layers multiply by their weight: the seam at which kernels are added.
+"""Backends: the ways in which layers multiply by their weight. New kernels are added as backends.
 
-A format lists its backends in order of preference, one class in one file each, and the reference
-last. A forward runs the first that supports the call, unless `lowbit.backend` forces one by name.
+A format lists its backends in order of preference, with the reference last. Each backend is one
+class in one file. A forward runs the first backend that supports the call, unless `lowbit.backend`
+forces one by name.
 """
 
 from abc import ABC, abstractmethod
@@ -20,39 +21,40 @@ Layer = TypeVar("Layer", bound="QuantizedLinear")
 
 
 class Backend(ABC, Generic[Layer]):
-    """One way to multiply by the weight of a format's layers. It has no state of its own."""
+    """One way to multiply by the weight of a format's layers. A backend has no state."""
 
     name: ClassVar[str]  # what `lowbit.backend` and `lowbit inspect` call it
 
     def supports(
         self, layer: Layer, device: torch.device, dtype: torch.dtype, tokens: int, gradients: bool
     ) -> bool:
-        """Whether this backend can run a forward of the layer; a reference can run all.
+        """Whether this backend can run a forward of the layer; a reference can run every forward.
 
         It must not read the layer's tensors, which may be on the meta device.
 
-        device: where input and layer are.
-        dtype: of the input.
-        tokens: how many rows the input has.
+        device: device of the input and the layer.
+        dtype: dtype of the input.
+        tokens: rows of the input.
         gradients: whether the result must have a gradient.
         """
         return True
 
     def repack(self, layer: Layer) -> dict[str, Tensor]:
-        """Tensors that `multiply` needs and that follow from the layer's own tensors and entry.
+        """Derives tensors that `multiply` needs from the layer's own tensors and entry.
 
-        They are kept with the layer, but not in its state dict, and made anew when the layer's
-        tensors or its entry change; see `lowbit.formats.repacked`.
+        They are cached in the layer, but are not part of its state dict. They are derived again
+        when the layer's tensors or its entry change; see `lowbit.formats.repacked`.
         """
         return {}
 
     @abstractmethod
     def multiply(self, layer: Layer, packed: dict[str, Tensor], prepared: Tensor) -> Tensor:
-        """The product with the layer's weight, without the bias.
+        """Multiplies by the layer's weight, without the bias.
 
-        packed: what `repack` made.
-        prepared: (tokens, width), what the layer's `prepare` made of the input; at least one token.
-        Returns (tokens, out_features) of any float dtype, which is then cast to that of the input.
+        packed: the result of `repack`.
+        prepared: (tokens, width), the input after the layer's `prepare`; at least one token.
+
+        Returns (tokens, out_features) of any float dtype; `forward` casts it to the input's dtype.
         """
 
 
@@ -61,7 +63,7 @@ _forced: ContextVar[str | None] = ContextVar("lowbit_backend", default=None)
 
 @torch.compiler.assume_constant_result  # the compiler cannot trace a context variable
 def forced() -> str | None:
-    """The name of the backend that every layer must run, if there is one."""
+    """Returns the name of the backend that `force` has set; None: layers choose their own."""
     return _forced.get()
 
 
@@ -82,7 +84,10 @@ def choose(
     tokens: int,
     gradients: bool,
 ) -> Backend[Any]:
-    """The backend that runs such a forward. Raises ValueError where a forced one cannot."""
+    """Returns the backend that runs a forward; the arguments are those of `Backend.supports`.
+
+    Raises ValueError if a backend is forced and cannot run it.
+    """
     name = forced()
     for backend in layer.backends:
         if name in (None, backend.name) and backend.supports(

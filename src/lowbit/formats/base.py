@@ -1,4 +1,4 @@
-"""What every stored format has in common."""
+"""The base class of the layers of all stored formats."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -19,26 +19,26 @@ from lowbit.formats.sharing import LastInput
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight is stored in few bits.
 
-    Its state dict is what stands in the checkpoint: frozen parameters only, because accelerate
-    does not offload buffers to disk. None of them is called `weight`, which transformers would
-    convert. `entry()` is what config.json says about the layer and `from_entry` builds an empty
-    layer from it alone, so that a checkpoint can be checked without any model.
+    The state dict of a layer is what the checkpoint stores. It holds frozen parameters only,
+    because accelerate does not offload buffers to disk. None of them is named `weight`, because
+    transformers would convert a tensor of that name. `entry()` returns the layer's entry in
+    config.json. `from_entry` builds an empty layer from the entry alone, so that a checkpoint can
+    be checked without a model.
 
-    `forward` is the same for all formats: it prepares the input, has a backend multiply by the
-    weight, and adds the bias. `backends` lists those of a format in order of preference; the last
-    one is the reference.
+    `forward` is the same for all formats: it prepares the input, lets a backend multiply by the
+    weight, and adds the bias. `backends` lists the backends of a format in order of preference; the
+    last one is the reference.
 
-    Linears that read the same input may share what that input meets first (a rotation, a
-    permutation, a mask). The first of them, the owner, holds its tensors; an entry of the others
-    has its name as "shares", and `lowbit.formats.link` finds it. A format that shares overrides
-    `shares`, `prepare` and `shared_tensors`.
+    Linears that read the same input can share the first step on it (a rotation, a permutation, a
+    mask). One of them, the owner, holds the tensors of that step. The entries of the others name
+    the owner as "shares", and `lowbit.formats.link` connects them to it. A format that shares
+    overrides `shares`, `prepare` and `shared_tensors`.
 
-    Where a format supports it, `activation` says how `forward` rounds its input first.
+    A layer of most formats runs at one bit width. If it can run at several, `widths` lists them,
+    and `at` and `set_bits` choose one. `lowbit.formats.widths` does this for whole models.
 
-    A layer of most formats runs at one width. Where it can run at several, `widths` names them, and
-    `at` and `set_bits` choose one; `lowbit.formats.widths` has what concerns whole models.
-
-    stored_as: the layer's name in the folder that it was loaded from; None: it comes from none.
+    activation: how `forward` rounds its input; None: it does not, or `prepare` does.
+    stored_as: the layer's name in the folder that it was loaded from; None: it was not loaded.
     bias: (out_features,) in the checkpoint's dtype, or None.
     """
 
@@ -54,27 +54,27 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.spec = spec
         self.out_features, self.in_features = spec.shape
-        self._owner: tuple[QuantizedLinear, ...] = ()  # a tuple, so that it is no submodule
+        self._owner: tuple[QuantizedLinear, ...] = ()  # in a tuple, so that it is not a submodule
         self._last_input = LastInput()
         self._repacked = Repacked()
         self.add_frozen("bias", (self.out_features,), spec.bias)
 
     def add_frozen(self, name: str, shape: tuple[int, ...], dtype: str | None) -> None:
-        """Registers a frozen parameter of zeros; None: this layer has no such tensor."""
+        """Registers a frozen parameter of zeros, or None as the parameter if dtype is None."""
         data = None if dtype is None else torch.zeros(shape, dtype=getattr(torch, dtype))
         parameter = None if data is None else nn.Parameter(data, requires_grad=False)
         self.register_parameter(name, parameter)
 
     def entry(self) -> dict[str, Any]:
-        """What config.json says about this layer; JSON values only.
+        """Returns the layer's entry in config.json, which holds JSON values only.
 
-        What may be absent (the fields that have a default) is left out where it is.
+        Fields that have their default value are left out.
         """
         return self.spec.model_dump(exclude_defaults=True)
 
     @classmethod
     def from_entry(cls, entry: dict[str, Any]) -> Self:
-        """An empty layer of the right shapes. Raises ValueError for an entry that cannot be."""
+        """Returns a layer of zeros of the right shapes. Raises ValueError for an invalid entry."""
         return cls(cls.Entry.model_validate(entry))
 
     @classmethod
@@ -86,14 +86,15 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         **facts: Any,
     ) -> Self:
-        """A layer without values.
+        """Returns a layer of zeros.
 
-        bias: a bias like the one that it will have.
-        dtype: of the float weight that the layer stands for; None: not known.
-        facts: what else its entry says.
+        shape: (out_features, in_features).
+        bias: a tensor with the dtype of the layer's bias; None: the layer has no bias.
+        dtype: dtype of the original float weight; None: unknown.
+        facts: the other fields of the entry.
         """
-        kind = None if bias is None else dtype_name(bias.dtype)
-        entry = {"format": cls.format, "shape": list(shape), "bias": kind, **facts}
+        bias_dtype = None if bias is None else dtype_name(bias.dtype)
+        entry = {"format": cls.format, "shape": list(shape), "bias": bias_dtype, **facts}
         with device:
             return cls.from_entry(entry | ({} if dtype is None else {"dtype": dtype_name(dtype)}))
 
@@ -105,21 +106,30 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         **facts: Any,
     ) -> Self:
-        """A layer of these tensors, "bias" among them; dtype and facts as `empty` takes them."""
+        """Returns a layer that holds copies of these tensors.
+
+        shape, dtype, facts: as for `empty`.
+        tensors: the layer's tensors by name, including "bias"; None: the layer has no such tensor.
+        """
         device = next(tensor.device for tensor in tensors.values() if tensor is not None)
         layer = cls.empty(shape, tensors["bias"], device, dtype, **facts)
         layer.store(tensors)
         return layer
 
     def with_dtypes(self, weight: torch.dtype, bias: torch.dtype | None) -> Self:
-        """The same layer for a float linear of these dtypes; it is not linked.
+        """Returns this layer as if it had been made from a float linear of other dtypes.
 
-        weight: of the float weight that the layer stands for, which its entry then names.
-        bias: what the bias is cast to; None where the layer has none.
+        The new layer is not linked to an owner.
+
+        weight: dtype of the original float weight, written to the entry.
+        bias: dtype to which the bias is cast; None for a layer without a bias.
+
+        Raises ValueError if bias is None for a layer with a bias, or the other way round.
         """
         state = self.state_dict()
         if (self.bias is None) != (bias is None):
-            raise ValueError(f"bias is {bias}, which does not fit {self.entry()}")
+            allowed = "None" if self.bias is None else "a dtype"
+            raise ValueError(f"bias is {bias}: allowed is {allowed} for the layer {self.entry()}")
         if self.bias is not None:
             state["bias"] = self.bias.detach().to(bias)
         entry = self.entry() | {"dtype": dtype_name(weight)}
@@ -130,71 +140,79 @@ class QuantizedLinear(nn.Module):
         return made
 
     def store(self, tensors: Mapping[str, Tensor | None]) -> None:
-        """Copies tensors into those that this layer has. Raises ValueError where they differ."""
+        """Copies tensors into the layer's own tensors.
+
+        Raises ValueError for a missing tensor, a surplus one, and a wrong shape or dtype.
+        """
         for name, tensor in (dict.fromkeys(self.state_dict()) | dict(tensors)).items():
-            place: Tensor | None = getattr(self, name)
-            if (place is None) != (tensor is None):
-                given = "missing" if tensor is None else "given"
-                raise ValueError(f"{name} is {given}, which does not fit {self.entry()}")
-            if place is not None and tensor is not None:
-                check_shape(name, tensor, place.shape)
-                if tensor.is_floating_point() != place.is_floating_point():
-                    raise ValueError(f"{name} is {tensor.dtype}: allowed is {place.dtype}")
-                place.copy_(tensor.detach())
+            own: Tensor | None = getattr(self, name)
+            if (own is None) != (tensor is None):
+                problem = (
+                    "missing: it is needed" if tensor is None else "given: there is no such tensor"
+                )
+                raise ValueError(f"{name} is {problem} in the layer {self.entry()}")
+            if own is not None and tensor is not None:
+                check_shape(name, tensor, own.shape)
+                if tensor.is_floating_point() != own.is_floating_point():
+                    raise ValueError(f"{name} is {tensor.dtype}: allowed is {own.dtype}")
+                own.copy_(tensor.detach())
 
     @abstractmethod
     def dequantize(self) -> Tensor:
-        """The weight that `forward` multiplies by: (out_features, in_features) float32."""
+        """Returns the weight that `forward` multiplies by: (out_features, in_features) float32."""
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """What `forward` multiplies the weight by: x, unless this layer rounds what it reads."""
+        """Returns x, rounded if the layer rounds inputs; `forward` multiplies it by the weight."""
         return x if self.activation is None else self.activation.round(x)
 
     @property
     def shares(self) -> str | None:
-        """The name of the layer that holds what this one shares with it; None: this one does."""
+        """Name of the owner, whose tensors this layer uses; None: this layer is its own owner."""
         return None
 
     @property
     def owner(self) -> "QuantizedLinear":
-        """The layer that `shares` names, or this one. Raises ValueError if it is not linked."""
+        """The layer that `shares` names, or this one. Raises ValueError if it is not linked yet."""
         if self.shares is None:
             return self
         if not self._owner:
             raise ValueError(
-                f"this layer shares what {self.shares} holds and was not linked to it: call "
-                "lowbit.formats.link with both"
+                f"this layer uses tensors of {self.shares} but was not linked to it: call "
+                "lowbit.formats.link with both layers"
             )
         return self._owner[0]
 
     def link(self, owner: "QuantizedLinear") -> None:
-        """Makes `owner` the layer that `shares` names. Raises ValueError if it cannot be."""
+        """Sets the owner, the layer that `shares` names. Raises ValueError if it does not fit."""
         if owner.shares is not None:
-            raise ValueError(f"{self.shares}, which it shares with, itself shares {owner.shares}")
+            raise ValueError(
+                f"it shares with {self.shares}, which itself shares with {owner.shares}: name the "
+                "layer that holds the tensors"
+            )
         if (self.format, self.in_features) != (owner.format, owner.in_features):
             raise ValueError(
-                f"it is {self.format} with {self.in_features} inputs, but {self.shares}, which it "
-                f"shares with, is {owner.format} with {owner.in_features}"
+                f"it is a {self.format} layer of {self.in_features} inputs, but it shares with "
+                f"{self.shares}, a {owner.format} layer of {owner.in_features} inputs"
             )
         self._owner = (owner,)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """What the backends get of an input: (..., in_features) -> (..., any width).
+        """Returns the input as the backends read it: (..., in_features) -> (..., any width).
 
-        It is the same for all who share it, and done by their owner.
+        Layers that share get the same result, which their owner computes.
         """
         return self.quantized_input(x)
 
     def shared_tensors(self) -> list[Tensor]:
-        """The tensors that `prepare` reads."""
+        """Returns the tensors that `prepare` reads."""
         return self.own_tensors()
 
     def is_offloaded(self) -> bool:
-        """Whether accelerate has put away what `prepare` reads, until the layer is called."""
+        """Whether accelerate has offloaded tensors that `prepare` reads."""
         return any(tensor.is_meta for tensor in self.shared_tensors())
 
     def prepared(self, x: Tensor) -> Tensor:
-        """What the owner's `prepare` makes of x, once for all who share it; never write to it."""
+        """Returns the owner's `prepare(x)`, computed once for all layers; do not modify it."""
         owner = self.owner
         if owner.is_offloaded():
             result: Tensor = owner(x, prepare_only=True)
@@ -203,13 +221,14 @@ class QuantizedLinear(nn.Module):
 
     @final  # type: ignore[misc]  # nn.Module declares it as an attribute
     def forward(self, x: Tensor, prepare_only: bool = False) -> Tensor:
-        """The product with the weight, plus the bias, in the dtype of x; autocast has no effect.
+        """Multiplies x by the weight and adds the bias. Autocast has no effect.
 
         x: (..., in_features) of a float dtype.
-        prepare_only: stop after `prepare`. accelerate brings the tensors of an offloaded layer back
-            for calls of the layer alone, so that `prepared` calls the owner with this.
-        Returns (..., out_features). Raises ValueError for another number of features, and where a
-        backend that was forced cannot run.
+        prepare_only: returns `prepare(x)` only. `prepared` calls an offloaded owner so, because
+            accelerate brings offloaded tensors back only while the layer itself is called.
+
+        Returns (..., out_features) in the dtype of x. Raises ValueError for another number of
+        features, and if a forced backend cannot run.
         """
         if prepare_only:
             return self.prepare(x)
@@ -236,18 +255,19 @@ class QuantizedLinear(nn.Module):
         device: torch.device | str | None = None,
         gradients: bool = False,
     ) -> Backend[Any]:
-        """The backend that would run a forward.
+        """Returns the backend that would run a forward.
 
         tokens: rows of the input, at least 1.
-        dtype: of the input.
-        device: None: where the layer is. A layer on the meta device can be asked for another one.
+        dtype: dtype of the input.
+        device: device of the input; None: that of the layer. It may be another one than the
+            layer's if the layer is on the meta device.
         gradients: whether the result must have a gradient.
         """
         there = self.own_tensors()[0].device if device is None else torch.device(device)
         return choose(self, there, dtype, tokens, gradients)
 
     def repack(self, tokens: int, dtype: torch.dtype = torch.float32) -> None:
-        """Makes now what the backend for so many tokens would make in its first forward."""
+        """Repacks the tensors now, instead of in the first forward with this number of tokens."""
         self._repacked.of(self, self.backend_for(tokens, dtype=dtype))
 
     def own_tensors(self) -> list[Tensor]:
@@ -256,31 +276,31 @@ class QuantizedLinear(nn.Module):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The widths in bits at which this layer can run; empty where there is none to choose."""
+        """The bit widths that `set_bits` can choose; empty if the layer has one width only."""
         return ()
 
     @property
     def bits(self) -> int | None:
-        """Which of its widths it runs at; None where there is none to choose."""
+        """The bit width at which the layer runs; None if it has one width only."""
         return None
 
     def at(self, bits: int) -> "QuantizedLinear":
-        """The same layer, its tensors too, at a width of its own. ValueError where it cannot be."""
+        """Returns this layer at another width, with the same tensors. May raise ValueError."""
         raise ValueError(self._one_width(bits))
 
     def set_bits(self, bits: int) -> None:
-        """Runs at another width from now on. ValueError where it cannot."""
+        """Sets the bit width of later forwards. Raises ValueError if the layer cannot run at it."""
         raise ValueError(self._one_width(bits))
 
     def _one_width(self, bits: int) -> str:
-        return f"it is {self.format}, which runs at one width only, and not at {bits} bits"
+        return f"it is a {self.format} layer, which has one width only: it cannot use {bits} bits"
 
     def weight_bytes(self) -> int:
-        """Bytes that stand for the weight: all tensors but the bias."""
+        """Returns the bytes that store the weight: those of all tensors except the bias."""
         return sum(p.numel() * p.element_size() for n, p in self.named_parameters() if n != "bias")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves between devices, but never changes a dtype: scales are part of the format."""
+        """Moves to another device, but never changes a dtype: the format fixes the dtypes."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -289,7 +309,7 @@ class QuantizedLinear(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles begin without what was made for this layer."""
+        """Leaves cached tensors out of copies and pickles."""
         return {**self.__dict__, "_last_input": LastInput(), "_repacked": Repacked()}
 
     def extra_repr(self) -> str:
@@ -297,7 +317,7 @@ class QuantizedLinear(nn.Module):
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast would round the products that a format needs exact."""
+    """Returns a context without autocast, which would round products that must be exact."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

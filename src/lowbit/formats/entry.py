@@ -1,4 +1,4 @@
-"""What config.json says about every layer, whatever its format."""
+"""The base class of the entries of layers in config.json."""
 
 from typing import Annotated, Literal
 
@@ -13,14 +13,14 @@ ScaleName = Literal["float16", "float32"]
 
 
 class LayerEntry(Config):
-    """A layer's entry; it may come from an untrusted file.
+    """The entry of a layer in config.json; it may come from an untrusted file.
 
-    format: the name of its format.
+    format: name of the layer's format.
     shape: [out_features, in_features].
-    bias: the dtype of the bias, "float32", "float16" or "bfloat16"; None (null in JSON): there is
-        no bias.
-    dtype: the dtype of the float weight that the layer stands for, one of the same three; the key
-        is absent where it is not known, as in folders of version 1.
+    bias: dtype of the bias, "float32", "float16" or "bfloat16"; None (null in JSON): there is no
+        bias.
+    dtype: dtype of the original float weight, one of the same three. The key is absent if it is
+        unknown, as in folders of version 1.
     """
 
     model_config = ConfigDict(strict=True)
@@ -32,10 +32,13 @@ class LayerEntry(Config):
 
     @property
     def weight_dtype(self) -> torch.dtype | None:
-        """`dtype` as torch has it."""
+        """`dtype` as a torch.dtype; None if it is unknown."""
         return None if self.dtype is None else getattr(torch, self.dtype)
 
     def check_bytes(self, stored: int) -> None:
-        """torch counts the bytes of a tensor, a meta tensor too, in an int64."""
+        """Raises ValueError for 2**63 bytes and more.
+
+        torch counts the bytes of every tensor, also on the meta device, in an int64.
+        """
         if stored >= 2**63:
             raise ValueError(f"shape is {self.shape}: allowed are layers below 2**63 bytes")

@@ -1,4 +1,4 @@
-"""Tensors that backends derive from a layer's own, kept as long as these stay what they were."""
+"""A cache of the tensors that backends derive from a layer's tensors, valid until these change."""
 
 import weakref
 from dataclasses import dataclass
@@ -18,29 +18,31 @@ Sources = tuple[tuple[Any, ...], ...]
 
 @dataclass
 class _Kept:
-    """made: in a list that is empty once one of the layer's tensors has gone."""
+    """One cached result of `Backend.repack`, and the state of the layer that it belongs to."""
 
     entry: "LayerEntry"
     sources: Sources
-    made: list[dict[str, Tensor]]
+    made: list[dict[str, Tensor]]  # one item; none once a tensor of the layer has been freed
     watched: list[weakref.ref[Tensor]]
 
 
 class Repacked:
-    """What the backends of one layer made in `Backend.repack`, by the backend's name.
+    """Caches the results of `Backend.repack` for one layer, by the backend's name.
 
-    It is made anew when a tensor of the layer is replaced, written to or moved, or the layer's
-    entry changes, and let go when one of the tensors goes. Nothing is kept of tensors that need a
-    gradient or were made in inference mode (they have no version that would tell of a change), nor
-    while a CUDA graph is recorded. A compiled layer uses what was kept when it was compiled and
-    checks the entry alone: call `lowbit.formats.repack` before compiling.
+    A result is computed again when a tensor of the layer is replaced, modified or moved, or when
+    the layer's entry changes. It is freed when one of the layer's tensors is freed. Nothing is
+    cached if a tensor needs a gradient or was created in inference mode (such a tensor has no
+    version number that would reveal a change), or while a CUDA graph is recorded.
+
+    A compiled layer uses the result that was cached when it was compiled, and checks the entry
+    only. Therefore call `lowbit.formats.repack` before compiling.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, _Kept] = {}
 
     def of(self, layer: "QuantizedLinear", backend: Backend[Any]) -> dict[str, Tensor]:
-        """backend.repack(layer), or what it gave before."""
+        """Returns backend.repack(layer), from the cache if it is still valid."""
         if type(backend).repack is Backend.repack:
             return {}
         kept = self._kept.get(backend.name)
@@ -68,7 +70,7 @@ def _keep(layer: "QuantizedLinear", sources: Sources, made: dict[str, Tensor]) -
 
 
 def _sources(layer: "QuantizedLinear") -> Sources | None:
-    """What tells that the layer's tensors are still the same; None where that cannot be told."""
+    """Returns identity, version and place of the layer's tensors; None: they cannot be tracked."""
     tensors = layer.own_tensors()
     if any(tensor.is_inference() or tensor.requires_grad for tensor in tensors):
         return None

@@ -1,4 +1,4 @@
-"""The work on an input that several linears read, done once for all of them."""
+"""A cache of the prepared input, for several linears that read the same input."""
 
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -11,20 +11,24 @@ if TYPE_CHECKING:
 
 
 class LastInput:
-    """What the owner of a group made of its last input, for the other members of the group.
+    """Caches what the owner's `prepare` returned for its last input, for the layers that share it.
 
-    The input is known again by its identity and version, and held weakly: when it goes, so does
-    what was made of it. Nothing is kept that needs a gradient, nor where the next member could not
-    be sure that the input is unchanged (tensors of inference mode have no version) or that the work
-    would be part of what is being recorded (CUDA graphs, torch.compile): it is then done again.
-    Threads may replace each other's, which costs time but is never wrong.
+    The input is recognized by its identity and version number and held by a weak reference: when it
+    is freed, the cached result is freed too. Nothing is cached, and every layer computes the result
+    again, if
+
+    - the result needs a gradient;
+    - a change of the input could not be noticed: tensors of inference mode have no version number;
+    - a CUDA graph or torch.compile is recording, because the computation must then be recorded.
+
+    Threads may overwrite each other's cached result. That costs time but is never wrong.
     """
 
     def __init__(self) -> None:
         self._kept: tuple[weakref.ref[Tensor], tuple[Any, ...], list[Tensor]] | None = None
 
     def prepared(self, x: Tensor, owner: "QuantizedLinear") -> Tensor:
-        """owner.prepare(x), or what it gave before."""
+        """Returns owner.prepare(x), from the cache if x is the same input as in the last call."""
         state = _state(x, owner)
         if state is None:
             return owner.prepare(x)
@@ -39,7 +43,7 @@ class LastInput:
 
 
 def _state(x: Tensor, owner: "QuantizedLinear") -> tuple[Any, ...] | None:
-    """All that the result depends on beside the identity of x; None if that cannot be told."""
+    """Returns all that the result depends on besides the identity of x; None: do not cache it."""
     parameters = owner.shared_tensors()
     if torch.compiler.is_compiling() or any(t.is_inference() for t in (x, *parameters)):
         return None

@@ -1,8 +1,9 @@
-"""Products with a weight that is made from its codes a few rows at a time.
+"""Multiplies by a weight that is dequantized a few rows at a time (a tile).
 
-A weight of more than 32 MiB is mapped by the operating system and page-faulted anew on each
-forward; a tile of it stays in a processor's cache until it is multiplied. 2048 x 5632 weights of 4
-bits and one token take 28 to 48 ms whole and 9 ms in tiles (one CPU thread).
+The operating system maps a weight of more than 32 MiB anew on every forward, which costs page
+faults. A tile stays in the processor's cache until it is multiplied. With 2048 x 5632 weights of 4
+bits and one token, a forward takes 28 to 48 ms with the whole weight and 9 ms with tiles (one CPU
+thread).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,14 +12,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-# Weights in a tile: on a CPU 1 MiB of float32, half of a second-level cache. From MANY tokens on,
-# TIMES as many (4 MiB): reading the tokens again for each tile then takes longer than fetching the
-# tile from further away, up to a third of the time. Elsewhere 64 MiB, because each tile costs a
-# dozen kernel launches.
+# Weights in a tile. On a CPU a tile takes 1 MiB of float32, half of a second-level cache. From
+# MANY_TOKENS on, it has LARGER times as many weights (4 MiB): every tile reads all tokens again,
+# and that then takes longer than a slower cache for the tile (up to a third of the time). On other
+# devices a tile takes 64 MiB, because each tile costs a dozen kernel launches.
 WEIGHTS_ON_CPU = 2**18
-MANY, TIMES = 16, 4
+MANY_TOKENS, LARGER = 16, 4
 WEIGHTS_ELSEWHERE = 2**24
-ALIGNMENT = 16  # matrix products like tiles whose rows are a multiple of it
+ALIGNMENT = 16  # matrix products are faster with tiles whose rows are a multiple of it
 
 
 def by_rows(
@@ -28,19 +29,22 @@ def by_rows(
     sources: Sequence[Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The products of x with all rows of a weight, some rows at a time: (tokens, rows).
+    """Multiplies x by all rows of a weight, one tile of rows at a time.
 
-    x: (tokens, ...), which `product` reads; it says how many tokens there are and on which device.
+    x: (tokens, ...), the tensor that `product` reads. Only its length and device are used here.
     shape: rows and columns of the weight.
-    product: takes an uninitialised tensor (some rows, columns), into which it writes this part of
-        the weight, and the same rows of each source; returns (tokens, these rows).
-    sources: tensors with a row for each row of the weight.
-    dtype: of the part of the weight.
+    product: a function of an uninitialised tensor (rows of the tile, columns) and of the tile's
+        rows of each source. It writes the tile's weights into the first, and returns the products
+        (tokens, rows of the tile).
+    sources: tensors with one row for each row of the weight.
+    dtype: dtype of the tile's weights.
 
-    Where no gradients are recorded, all parts have the same memory (freshly allocated ones are
-    page-faulted as the allocator pleases, which takes up to three times as long) and run in
-    inference mode (the bookkeeping of views takes a quarter of the time). While torch.compile
-    traces, all rows come at once: it would unroll the tiles, dozens for each layer.
+    Returns (tokens, rows).
+
+    If no gradients are recorded, all tiles use the same memory, because freshly allocated memory
+    can cost page faults and up to three times as long. They then also run in inference mode,
+    because the bookkeeping of views takes a quarter of the time. While torch.compile traces, one
+    tile holds all rows: the compiler would unroll dozens of tiles for each layer.
     """
     rows, columns = shape
     compiling = torch.compiler.is_compiling()
@@ -56,18 +60,20 @@ def by_rows(
         for tile in zip(*(source.split(at_once) for source in sources), strict=True):
             weight = memory() if shared is None else shared
             parts.append(product(weight[: len(tile[0])], *tile))
-    return torch.cat(parts, 1)  # outside of inference mode: an ordinary tensor
+    return torch.cat(parts, 1)  # outside of inference mode, for an ordinary tensor
 
 
 def _rows_at_once(columns: int, tokens: int, device: torch.device) -> int:
     weights = WEIGHTS_ELSEWHERE
     if device.type == "cpu":
-        weights = WEIGHTS_ON_CPU * (TIMES if tokens >= MANY else 1)
+        weights = WEIGHTS_ON_CPU * (LARGER if tokens >= MANY_TOKENS else 1)
     count = max(1, weights // columns)
     return count - count % ALIGNMENT if count > ALIGNMENT else count
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to multiply x in: that of x, but float32 for half precision on a CPU, where it is
-    faster."""
+    """Returns the dtype in which to multiply x: its own, but float32 for half precision on a CPU.
+
+    There float32 is faster.
+    """
     return torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype

@@ -1,7 +1,8 @@
-"""Layers that can run at several widths: which one each of them takes, and what a slice holds.
+"""Layers that can run at several bit widths: choosing the width of each, and cutting slices.
 
-matquant makes them, in the format `nested`; no other format has widths. Whoever runs, cuts or
-counts slices asks this module and `QuantizedLinear.widths`, and need not know which format it is.
+Such layers are made by matquant, in the format `nested`; no other format has them. Code that runs,
+cuts or sizes slices uses this module and `QuantizedLinear.widths`, so that it does not depend on
+the format.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,30 +23,31 @@ from lowbit.formats.nested import (
 )
 from lowbit.patterns import matches
 
-# One width for all layers, {name or pattern: width}, or the path of a YAML file of that.
+# One width for all layers, {name or pattern: width}, or the path of a YAML file of this mapping.
 WidthPlan = int | Mapping[str, int] | str | Path
 
-CODES = "master"  # the tensor that a slice is cut from
-SLICE_TENSORS = ("packed", "overflow")  # those that take its place
+CODES = "master"  # name of the tensor from which a slice is cut
+SLICE_TENSORS = ("packed", "overflow")  # tensors that a slice has instead
 
 
 def layers_with_widths(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The layers of a model that have widths, by their names on disk.
+    """Returns the layers of a model that have several widths, by their names on disk.
 
-    A layer that comes from no folder has its name in memory, which differs for some experts.
+    A layer that was not loaded from a folder is listed by its name in memory, which differs from
+    the name on disk for some experts.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     return {layer.stored_as or name: layer for name, layer in layers.items() if layer.widths}
 
 
 def set_bits(model: nn.Module, bits: WidthPlan) -> None:
-    """Runs the layers of a model that have widths at other ones from now on.
+    """Sets the widths at which the layers of a model run.
 
-    bits: one width for all layers, {name on disk or pattern: width}, or the path of a YAML file of
-        that; see `choose_widths`.
+    bits: one width for all layers, {name on disk or pattern: width}, or the path of a YAML file
+        with such a mapping; see `choose_widths`.
 
-    Raises ValueError, by the name of the layer, for one that holds a slice of another width; then
-    no layer has changed.
+    Raises ValueError that names the layer, if a layer holds a slice of another width; no layer is
+    changed then.
     """
     layers = layers_with_widths(model)
     widths = choose_widths({n: layer.bits for n, layer in layers.items() if layer.bits}, bits)
@@ -59,27 +61,28 @@ def set_bits(model: nn.Module, bits: WidthPlan) -> None:
 
 
 def entry_widths(entry: dict[str, Any]) -> tuple[int, ...]:
-    """The widths of the layer that an entry describes, as `QuantizedLinear.widths` has them."""
+    """Returns `QuantizedLinear.widths` of the layer that an entry describes."""
     if entry["format"] != NestedLinear.format:
         return ()
     return NestedEntry.model_validate(entry).widths
 
 
 def entry_bytes(entry: dict[str, Any]) -> int:
-    """Bytes that stand for the weight of a layer with widths: `QuantizedLinear.weight_bytes`."""
+    """Returns `QuantizedLinear.weight_bytes` of the layer with widths that an entry describes."""
     return tensor_bytes(**entry)
 
 
 def needs_codes(entry: dict[str, Any]) -> bool:
-    """Whether the size of a slice of this layer depends on its codes: with extra precision."""
+    """Whether the size of a slice depends on the codes, as it does with extra precision."""
     return bool(entry["extra_precision"])
 
 
 def slice_entry(entry: dict[str, Any], bits: int, codes: Tensor | None = None) -> dict[str, Any]:
-    """The entry of a slice of a layer with widths.
+    """Returns the entry of a slice.
 
-    bits: the width of the slice.
-    codes: the layer's tensor CODES, (out, in) uint8; only used where `needs_codes`.
+    entry: the entry of the layer from which the slice is cut.
+    bits: width of the slice.
+    codes: (out, in) uint8, the layer's tensor CODES; only needed if `needs_codes(entry)`.
 
     Raises ValueError for a layer that is itself a slice.
     """
@@ -87,19 +90,24 @@ def slice_entry(entry: dict[str, Any], bits: int, codes: Tensor | None = None) -
 
 
 def cut_tensors(layer: QuantizedLinear, codes: Tensor) -> dict[str, Tensor]:
-    """What takes the place of a layer's codes, in an empty layer that holds a slice of them.
+    """Returns the tensors that a slice stores instead of the codes, by the names in SLICE_TENSORS.
 
-    codes: the tensor CODES, (out, in) uint8  ->  the tensors named in SLICE_TENSORS
+    layer: an empty layer that `slice_entry` describes.
+    codes: (out, in) uint8, the tensor CODES of the layer from which the slice is cut.
     """
     assert isinstance(layer, NestedLinear)
     return slice_tensors(layer.spec, codes)
 
 
 def slice_layer(layer: QuantizedLinear, bits: int, keep_format: bool) -> QuantizedLinear:
-    """A layer that holds one width of a layer alone, in its own bits.
+    """Returns a layer that stores a slice only, in `bits` bits per weight.
 
-    keep_format: a slice in the layer's own format. Else a layer of the uniform format, whose weight
-        is the same to the last bit; ValueError where that format cannot hold it.
+    layer: a layer with widths.
+    bits: width of the slice.
+    keep_format: True: the result has the layer's format. False: it has the uniform format; its
+        weight is the same to the last bit.
+
+    Raises ValueError if the uniform format cannot hold the slice.
     """
     assert isinstance(layer, NestedLinear)
     if not keep_format:
@@ -110,18 +118,18 @@ def slice_layer(layer: QuantizedLinear, bits: int, keep_format: bool) -> Quantiz
 def sliced_entries(
     entries: Mapping[str, dict[str, Any]], bits: WidthPlan, read_codes: Callable[[str], Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """The entries of the slices that take the place of a folder's layers, by name on disk.
+    """Returns the entries of the slices that replace the layers of a folder, by name on disk.
 
-    entries: of all layers of the folder; those without widths are left out.
-    bits: as `choose_widths` takes it; what it does not name keeps the width of its entry.
-    read_codes: gives the tensor CODES of a layer; called where `needs_codes`.
+    entries: the entries of all layers of the folder; layers without widths are skipped.
+    bits: as for `choose_widths`; a layer that it does not name keeps the width of its entry.
+    read_codes: returns the tensor CODES of a layer; called for layers with `needs_codes`.
 
-    Raises ValueError, by the name of the layer, for one that is a slice of another width.
+    Raises ValueError that names the layer, if a layer is a slice of another width.
     """
-    found = {name: entry for name, entry in entries.items() if entry_widths(entry)}
-    widths = choose_widths({name: entry["bits"] for name, entry in found.items()}, bits)
+    nested = {name: entry for name, entry in entries.items() if entry_widths(entry)}
+    widths = choose_widths({name: entry["bits"] for name, entry in nested.items()}, bits)
     sliced = {}
-    for name, entry in found.items():
+    for name, entry in nested.items():
         if entry_widths(entry) == (widths[name],):
             continue
         codes = read_codes(name) if needs_codes(entry) else None
@@ -133,33 +141,37 @@ def sliced_entries(
 
 
 def choose_widths(current: Mapping[str, int], bits: WidthPlan) -> dict[str, int]:
-    """The width of every layer, by its name.
+    """Returns the width of every layer by name.
 
-    current: the widths of all layers that have some; they stay where a plan says nothing.
-    bits: one width for all; or {name or pattern: width}, where the last match wins and a pattern
-        such as "mlp.*" may also match the last parts of a name; or the path of a YAML file of that.
+    current: present widths of the layers with widths, by name. A layer that `bits` does not name
+        keeps its present width.
+    bits: one width for all layers, {name or pattern: width}, or the path of a YAML file with such a
+        mapping. The last match wins. A pattern such as "mlp.*" may also match the last parts of a
+        name.
 
-    Raises ValueError for a width that is none, and for a pattern that matches no layer.
+    Raises ValueError for an invalid width, and for a pattern that matches no layer.
     """
     if not current:
-        raise ValueError("no layer here is nested: only what matquant has quantized has widths")
+        raise ValueError("no layer is nested: only layers made by matquant have several widths")
     if not isinstance(bits, int | str | Path | Mapping):
         raise ValueError(
             f"bits is {bits!r}: allowed are 2 to 8, {{name or pattern: width}}, or the path of a "
-            "YAML file of that"
+            "YAML file with such a mapping"
         )
     plan: Any = {"*": bits} if isinstance(bits, int) else bits
     plan = plan if isinstance(plan, Mapping) else _read(Path(plan))
     if not all(isinstance(pattern, str) for pattern in plan):
-        raise ValueError(f"bits is {dict(plan)!r:.80}: it must map patterns of layers to widths")
+        raise ValueError(f"bits is {dict(plan)!r:.80}: it must map names or patterns to widths")
     chosen = dict(current)
     for pattern, width in plan.items():
         if type(width) is not int or width not in range(2, 9):
             raise ValueError(f"bits for {pattern!r} is {width!r}: allowed are 2 to 8")
-        named = [name for name in current if matches(name, pattern)]
-        if not named:
-            raise ValueError(f"{pattern!r} means no nested layer; there are {_shown(current)}")
-        chosen |= dict.fromkeys(named, width)
+        matched = [name for name in current if matches(name, pattern)]
+        if not matched:
+            raise ValueError(
+                f"{pattern!r} matches no nested layer: the nested layers are {_shown(current)}"
+            )
+        chosen |= dict.fromkeys(matched, width)
     return chosen
 
 
@@ -175,5 +187,5 @@ def _read(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ValueError(f"plan {path} cannot be read: {reason}") from None
     if not isinstance(plan, dict) or not all(isinstance(pattern, str) for pattern in plan):
-        raise ValueError(f"plan {path} must map patterns of layers to widths")
+        raise ValueError(f"plan {path} must map names or patterns to widths")
     return plan

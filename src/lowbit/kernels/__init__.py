@@ -1,1 +1,1 @@
-"""What formats and solvers share: packed bits and their slices, rounding, transforms."""
+"""Tensor operations that formats and solvers share: bit packing, slicing, rounding, transforms."""

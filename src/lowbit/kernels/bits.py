@@ -1,8 +1,8 @@
-"""Codes of 1 to 8 bits in bytes.
+"""Packs codes of 1 to 8 bits into bytes, and unpacks them.
 
-Each row is a little-endian bit stream of its own: code j occupies bits [j * bits, (j + 1) * bits),
+Each row is a separate little-endian bit stream: code j occupies bits [j * bits, (j + 1) * bits),
 low bits first, and bit i of the row is bit i % 8 of its byte i // 8. A row of `count` codes takes
-ceil(count * bits / 8) bytes; the bits left over in its last byte are zero.
+ceil(count * bits / 8) bytes; the unused bits of its last byte are zero.
 """
 
 import torch
@@ -11,14 +11,20 @@ from torch.nn import functional
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes of a row of `count` codes."""
+    """Returns the bytes of a row of `count` codes. Raises ValueError unless bits is 1 to 8."""
     if bits not in range(1, 9):
         raise ValueError(f"bits is {bits}: allowed are 1 to 8")
     return (count * bits + 7) // 8
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """codes: (..., count) uint8 below 2**bits  ->  (..., packed_bytes(count, bits)) uint8"""
+    """Packs the codes of each row.
+
+    codes: (..., count) uint8, below 2**bits.
+
+    Returns (..., packed_bytes(count, bits)) uint8. Raises ValueError for another dtype and for
+    larger codes.
+    """
     count = codes.shape[-1]
     width = packed_bytes(count, bits)
     _check_uint8("codes", codes)
@@ -37,24 +43,30 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """packed: (..., packed_bytes(count, bits)) uint8  ->  codes (..., count) uint8, a new tensor"""
+    """Unpacks the codes of each row.
+
+    packed: (..., packed_bytes(count, bits)) uint8.
+
+    Returns codes (..., count) uint8, a new tensor. Raises ValueError for another dtype or width.
+    """
     width = packed_bytes(count, bits)
     _check_uint8("packed", packed)
     if packed.shape[-1] != width:
         raise ValueError(
-            f"packed has {packed.shape[-1]} bytes a row: {count} codes of {bits} bits take {width}"
+            f"packed has {packed.shape[-1]} bytes per row: {count} codes of {bits} bits need "
+            f"{width}"
         )
     codes = _gather(packed, bits, count) if bits in (3, 5, 6, 7) else _spread(packed, bits)
     return codes if codes.shape[-1] == count else codes[..., :count].contiguous()
 
 
 def _spread(packed: Tensor, bits: int) -> Tensor:
-    """Codes that straddle no byte: every byte is cut in halves until each holds one code.
+    """Unpacks codes of 1, 2, 4 and 8 bits: halves every byte until each byte holds one code.
 
-    To move the upper half of a byte, u = v * 2**half, into the byte above takes adding
-    v * (2**8 - 2**half) = u * (2**(8 - half) - 1). Words of two bytes do this in two thirds of the
-    time that shifting and masking takes (2048 x 2048, 1 to 4 bits, one CPU thread). Words are
-    little-endian, as on every machine that torch runs on.
+    Adding v * (2**8 - 2**half) to a word moves the upper half of its lower byte, u = v * 2**half,
+    into the upper byte. Words of two bytes take two thirds of the time of shifting and masking
+    (2048 x 2048, 1 to 4 bits, one CPU thread). Words are little-endian, as on every machine that
+    torch supports.
     """
     if bits == 8:
         return packed.clone(memory_format=torch.contiguous_format)
@@ -69,9 +81,10 @@ def _spread(packed: Tensor, bits: int) -> Tensor:
 
 
 def _gather(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Eight codes lie in `bits` bytes; each slot is cut from at most two of them, in uint8.
+    """Unpacks codes of 3, 5, 6 and 7 bits: eight codes at a time, which take `bits` bytes.
 
-    Four times as fast as through one int64 word for the eight (4096 x 4096, one CPU thread).
+    Each code is cut from one or two bytes, in uint8. That is four times as fast as with one int64
+    word for the eight codes (4096 x 4096, one CPU thread).
     """
     planes = [plane.contiguous() for plane in _groups(packed, count, bits).unbind(-1)]
     codes = packed.new_empty(*planes[0].shape, 8)
@@ -85,7 +98,14 @@ def _gather(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _groups(row: Tensor, count: int, size: int) -> Tensor:
-    """(..., n)  ->  (..., ceil(count / 8), size): what stands for eight codes, zeros at the end"""
+    """Splits rows into one group for each eight codes, padded with zeros.
+
+    row: (..., n).
+    count: codes of a row.
+    size: values of a group: 8 for codes, `bits` for bytes.
+
+    Returns (..., ceil(count / 8), size).
+    """
     groups = (count + 7) // 8
     return functional.pad(row, (0, groups * size - row.shape[-1])).unflatten(-1, (groups, size))
 

@@ -1,4 +1,4 @@
-"""Rounding that gradients pass through, as training through a grid needs it."""
+"""Rounding with a straight-through gradient, for training through quantization."""
 
 import torch
 from torch import Tensor
@@ -15,6 +15,6 @@ class _RoundStraightThrough(torch.autograd.Function):
 
 
 def round_ste(x: Tensor) -> Tensor:
-    """torch.round with the gradient of the identity."""
+    """Returns torch.round(x), with the gradient of the identity (straight-through estimator)."""
     result: Tensor = _RoundStraightThrough.apply(x)
     return result

@@ -1,8 +1,9 @@
-"""Round activations token by token, each on a grid of its own that is found when it comes.
+"""Rounds activations token by token, each on a grid that is computed from this token.
 
-The one place where this is done: training, the stored formats and attention call it, so that what
-was learned is what runs. OmniQuant (arXiv 2308.13137), section 4.1, has it as "per-token"; here the
-range always includes 0, so that zero points are codes, and no absolute floor coarsens small tokens.
+Training, the stored formats and attention all call this code, so that a layer rounds in a forward
+as it did in training. OmniQuant (arXiv 2308.13137), section 4.1, calls it "per-token". There are
+two differences: the range always includes 0, so that every zero point is a code, and the scale has
+no absolute lower limit, which would make the grid of small tokens coarser.
 """
 
 import torch
@@ -12,11 +13,16 @@ from lowbit.kernels.straight_through import round_ste
 
 
 def round_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
-    """Every row of x on the 2^bits values that span its range and 0.
+    """Rounds every row of x to 2^bits equidistant values that span its range and 0.
 
-    x: (..., channels) of any float dtype -> the same shape and dtype, computed in float32. With
-    `symmetric` 0 stands at code 2^(bits - 1), in steps of 2 absmax / (2^bits - 1). A row of zeros
-    stays so. Gradients pass through the rounding to x, and through the range to its extremes.
+    Computes in float32. A row of zeros stays zero. Gradients pass through the rounding to x, and
+    through the range to the smallest and largest value of the row.
+
+    x: (..., channels) of any float dtype.
+    bits: width of the codes.
+    symmetric: whether 0 is always code 2^(bits - 1), with steps of 2 absmax / (2^bits - 1).
+
+    Returns the same shape and dtype.
     """
     values, top = x.float(), 2**bits - 1
     low = values.amin(-1, keepdim=True).clamp(max=0)

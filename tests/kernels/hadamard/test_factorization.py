@@ -53,7 +53,7 @@ def test_hartley_elsewhere(odd: int) -> None:
     for n in HARTLEY[odd]:
         plan = choose(n, "auto", 0)
         assert (plan.kind, plan.orders, plan.power) == ("hartley", (odd,), n // odd)
-        with pytest.raises(ValueError, match=f"n is {n}: no Hadamard matrix is known here"):
+        with pytest.raises(ValueError, match=f"n is {n}: no Hadamard matrix of this width"):
             choose(n, "hadamard", 0)
 
 
@@ -70,7 +70,7 @@ def test_what_is_missed() -> None:
 
 
 def test_describe() -> None:
-    said = {
+    descriptions = {
         1: "1",
         4096: "4096",
         172: "172 Williamson",
@@ -79,7 +79,7 @@ def test_describe() -> None:
         29568: "44 Paley I x 28 Paley I x 12 Paley I x 2",
         13696: "107 Hartley x 128",
     }
-    assert {n: orthogonal(n).describe() for n in said} == said
+    assert {n: orthogonal(n).describe() for n in descriptions} == descriptions
     assert orthogonal(24, "random", 5).describe() == "3 random (seed 5) x 8"
 
 

@@ -1,12 +1,12 @@
-"""One sign bit for most input channels, and four bits for a few salient ones (PTQ1.61).
+"""The binary format: one bit per weight for most input channels, four bits for salient ones.
 
     plain channel:    weight = column_scale * (row_mean + row_scale)   where the bit is 0
                       weight = column_scale * (row_mean - row_scale)   where the bit is 1
     salient channel:  weight = salient_scale * (code - zero)
 
-A mask has one bit for each input channel. It is set for the `salient` channels; the others are
-plain, and there are plain = in - salient of them. Channels of one kind stay in their order. The
-tensors, row-major:
+The method is PTQ1.61. A mask has one bit for each input channel. The bit is 1 for the `salient`
+channels; the others are plain, and there are plain = in - salient of them. Plain channels stay in
+their order, and so do salient ones. The tensors are stored row-major:
 
 | name            | dtype            | shape                    | holds                        |
 | --------------- | ---------------- | ------------------------ | ---------------------------- |
@@ -21,20 +21,20 @@ tensors, row-major:
 | `bias`          | as `bias`        | (out,)                   | absent if `bias` is null     |
 
 An absent row mean is 0, absent column scales are 1. `salient`, `salient_scale`, `salient_zero` and
-`mask` are absent where there are 0 salient channels. Bits and codes stand in little-endian bit
+`mask` are absent if there are 0 salient channels. Bits and codes are stored as little-endian bit
 streams: number j of a row is in the bits [j * width, (j + 1) * width) of that row, low bits first,
-where bit i is bit i % 8 of byte i // 8; each row (zeros and mask are one row each) starts on a
-byte, and its last byte is filled up with zero bits. Float numbers are little-endian. They are
-float16, or all of a layer's are float32 where a scale would lose range in float16 (a non-zero
-magnitude below 2**-14 or above 65504) or a mean would be infinite. The entry in config.json:
+where bit i is bit i % 8 of byte i // 8. Each row starts at a byte, and its last byte is filled up
+with zero bits; the zeros are one row, and so is the mask. Float numbers are little-endian. They are
+float16. All of a layer's are float32 if a scale would lose range in float16 (a non-zero magnitude
+below 2**-14 or above 65504) or a mean would be infinite. The entry in config.json:
 
     {"format": "binary", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
      "salient": n, "row_mean": bool, "column_scale": bool, "scale_dtype": "float16" | "float32",
      "shares": NAME | null}
 
 `shares` names another layer of this format that reads the same input and has as many salient
-channels; the mask is then stored there alone. An entry may also have the `dtype` of
-`formats/entry.py`.
+channels; the mask is then stored in that layer only. An entry may also have the key `dtype`, which
+`formats/entry.py` describes.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ from lowbit.kernels.bits import pack, packed_bytes, unpack
 
 
 class BinaryEntry(LayerEntry):
-    """The entry of a layer; the module's docstring explains it."""
+    """The entry of a layer in config.json; the module's docstring explains it."""
 
     format: Literal["binary"]
     salient: Annotated[int, Field(ge=0)]
@@ -71,7 +71,7 @@ class BinaryEntry(LayerEntry):
                 f"{self.shape[1] - 1}"
             )
         if self.shares is not None and not self.salient:
-            raise ValueError(f"shares is {self.shares!r}: without salient channels it is null")
+            raise ValueError(f"shares is {self.shares!r}: it must be null without salient channels")
         return self
 
 
@@ -84,14 +84,16 @@ def tensor_bytes(
     shares: str | None,
     **free: Any,
 ) -> int:
-    """Bytes that stand for the weight, those of `BinaryLinear.weight_bytes()`:
+    """Returns `BinaryLinear.weight_bytes()` of the layer that an entry describes:
 
     out * (ceil(plain / 8) + ceil(salient / 2)) + (2 or 4) * scales + ceil(out / 2) + ceil(in / 8)
 
-    that is bits and codes; the scales (2 for float16), of which there are out, and out for the
-    means, plain for the columns, out for the salient channels; their zeros; and the mask. Without
-    salient channels the last three are missing, and the mask is where another layer has it. free:
-    what else an entry says takes no bytes.
+    These are the bits and codes; the scales (2 for float16): out for the rows, out for the means,
+    plain for the columns, out for the salient channels; the zeros of the salient channels; and the
+    mask. There are no salient scales, no zeros and no mask without salient channels, and no mask if
+    another layer stores it.
+
+    free: the other fields of the entry, which take no bytes.
     """
     rows, columns = shape
     plain = columns - salient
@@ -104,8 +106,13 @@ def tensor_bytes(
 
 @dataclass(frozen=True)
 class Salient:
-    """channels: (salient,) int64, ascending  codes: (out, salient) uint8, below 16
-    scale: (out,)  zero: (out,) of an integer dtype, 0 to 15"""
+    """The weights of the salient channels.
+
+    channels: (salient,) int64, ascending.
+    codes: (out, salient) uint8, below 16.
+    scale: (out,).
+    zero: (out,) of an integer dtype, 0 to 15.
+    """
 
     channels: Tensor
     codes: Tensor
@@ -114,9 +121,12 @@ class Salient:
 
     @classmethod
     def nearest(cls, channels: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Self:
-        """The nearest codes to a float weight, counted from the scale as it will be stored.
+        """Rounds a float weight to the nearest codes, given the scale as it will be stored.
 
-        weight: (out, salient), of the salient channels alone; zero: rounded and clamped to a code
+        channels: (salient,) int64, ascending.
+        weight: (out, salient), the columns of the salient channels only.
+        scale: (out,).
+        zero: (out,), rounded and clamped to 0 to 15.
         """
         scale = storable(scale)
         zero = finite("salient zero", zero).round().clamp(0, 15).to(torch.uint8)
@@ -124,7 +134,7 @@ class Salient:
         return cls(channels, codes, scale, zero)
 
     def packed(self, rows: int) -> dict[str, Tensor]:
-        """As they are stored."""
+        """Returns `salient` and `salient_zero` as they are stored, for a layer of `rows` rows."""
         check_shape("salient zero", self.zero, torch.Size((rows,)))
         return {
             "salient": pack(self.codes, 4),
@@ -132,23 +142,23 @@ class Salient:
         }
 
     def mask(self, columns: int) -> Tensor:
-        """A bit for every input, packed."""
+        """Returns `mask` as it is stored: one bit for each of `columns` inputs."""
         mask = torch.zeros(columns, dtype=torch.uint8, device=self.zero.device)
         mask[self.channels] = 1
         if int(mask.sum()) != self.codes.shape[1]:
             raise ValueError(
-                f"salient channels are {len(self.channels)}, of which {int(mask.sum())} differ: "
-                f"these codes take {self.codes.shape[1]}"
+                f"there are {len(self.channels)} salient channels, {int(mask.sum())} without "
+                f"duplicates: allowed is {self.codes.shape[1]}, as many as the codes have"
             )
         return pack(mask, 1)
 
     def dequantize(self) -> Tensor:
-        """(out, salient) float32"""
+        """Returns the weight of the salient channels: (out, salient) float32."""
         return reference.salient_weight(self.codes, self.scale, self.zero)
 
 
 class BinaryLinear(QuantizedLinear):
-    """A linear layer of signs and some codes of 4 bits; the module's docstring gives its bytes."""
+    """A linear layer in the binary format; the module's docstring gives its byte layout."""
 
     format = "binary"
     Entry = BinaryEntry
@@ -193,21 +203,23 @@ class BinaryLinear(QuantizedLinear):
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """A layer of these signs and scales.
+        """Returns a layer with these signs and scales.
 
-        negative: (out, plain) bool  row_scale, row_mean: (out,)  column_scale: (plain,)
-        salient: None: all channels are plain.
-        shares: the name of the layer that holds the mask, where `lowbit.formats.link` must find it;
-            None: this one does.
+        negative: (out, plain) bool, True where `row_scale` is subtracted.
+        row_scale, row_mean: (out,).
+        column_scale: (plain,).
+        salient: the salient channels; None: all channels are plain.
+        shares: name of the layer that stores the mask, as `lowbit.formats.link` will look it up;
+            None: this layer stores it.
         bias: (out,), kept in its dtype.
-        dtype: of the float weight that the layer stands for; None: not known.
+        dtype: dtype of the original float weight; None: unknown.
         """
         scales = {"row_scale": row_scale, "column_scale": column_scale}
         scales["salient_scale"] = None if salient is None else salient.scale
         given = [finite(n, t).flatten() for n, t in scales.items() if t is not None]
         means = [] if row_mean is None else [finite("row_mean", row_mean).flatten()]
         kept = storable(torch.cat(given)).dtype
-        # A mean need not keep its range: what it loses is nothing beside the row's scale.
+        # A small mean may lose range: what it loses is negligible compared with the row's scale.
         if means and float(means[0].abs().max()) > torch.finfo(torch.float16).max:
             kept = torch.float32
         count = 0 if salient is None else salient.codes.shape[1]
@@ -239,11 +251,11 @@ class BinaryLinear(QuantizedLinear):
             self._owner = ()
             raise ValueError(
                 f"salient is {self.spec.salient}, but {owner.spec.salient} in {self.shares}, with "
-                "which it shares"
+                "which it shares the mask"
             )
 
     def order(self) -> Tensor | None:
-        """The plain channels, then the salient ones: (in,) int64; None: all are plain."""
+        """Returns the plain channels, then the salient ones: (in,) int64; None: all are plain."""
         if not self.spec.salient:
             return None
         owner = self.owner
@@ -263,7 +275,7 @@ class BinaryLinear(QuantizedLinear):
         return torch.empty_like(ordered).index_copy_(1, order, ordered)
 
     def ordered(self) -> Tensor:
-        """The weight with its plain channels first: (out, in) float32"""
+        """Returns the weight with the plain channels first: (out, in) float32."""
         plain = reference.plain_weight(
             self.sign, self.row_scale, self.row_mean, self.column_scale, self.plain
         )
@@ -275,7 +287,7 @@ class BinaryLinear(QuantizedLinear):
         return torch.cat([plain, salient], 1)
 
     def zeros(self) -> Tensor:
-        """Of the salient codes, where there are any: (out,) uint8"""
+        """Returns the zero points of the salient codes, if there are any: (out,) uint8."""
         assert self.salient_zero is not None
         return unpack(self.salient_zero, 4, self.out_features)
 
@@ -283,6 +295,6 @@ class BinaryLinear(QuantizedLinear):
         return [] if self.mask is None else [self.mask]
 
     def prepare(self, x: Tensor) -> Tensor:
-        """x with its plain channels first: (..., in), same dtype"""
+        """Returns x with the plain channels first: (..., in), same dtype."""
         order = self.order()
         return x if order is None else x.index_select(-1, order)

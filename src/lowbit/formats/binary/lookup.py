@@ -1,7 +1,8 @@
-"""Products with packed bits without unpacking them: the sums that a byte can stand for are tabled.
+"""Multiplies by packed bits without unpacking them, with look-up tables (T-MAC, arXiv 2407.00088).
 
-For every byte of a row there are 256 possible sums of the inputs that it meets; a table of all of
-them takes as long as a few rows, and then each byte costs one look-up (T-MAC, arXiv 2407.00088).
+A byte of a row is multiplied by 8 inputs (2 for codes of 4 bits). As a byte has 256 values, there
+are 256 possible results. A table of all of them takes as long to compute as a few rows; then each
+byte costs one look-up.
 """
 
 from functools import lru_cache
@@ -17,14 +18,14 @@ from lowbit.kernels.bits import unpack
 if TYPE_CHECKING:
     from lowbit.formats.binary import BinaryLinear
 
-# For more tokens, bits are unpacked once. On one thread of a CPU looking up takes, for each token,
-# 0.15 (4096 x 4096), 0.3 (2048 x 2048) or all (1024 x 1024) of the time of unpacking, which hardly
-# grows up to 8.
-MOST_LOOKED_UP = 4
+# Above this number of tokens, unpacking the bits is faster. On one thread of a CPU, the look-ups of
+# one token take 0.15 times as long as unpacking (4096 x 4096), 0.3 times (2048 x 2048) or as long
+# (1024 x 1024). The time for unpacking hardly grows up to 8 tokens.
+MOST_TOKENS = 4
 
 
 class Lookup(Reference):
-    """Looks the sums up instead of unpacking the bits, for a few tokens."""
+    """Looks up the sums in tables instead of unpacking the bits, for a few tokens."""
 
     name = "lookup"
 
@@ -36,7 +37,7 @@ class Lookup(Reference):
         tokens: int,
         gradients: bool,
     ) -> bool:
-        return tokens <= MOST_LOOKED_UP and dtype != torch.float64
+        return tokens <= MOST_TOKENS and dtype != torch.float64
 
     def signed_sums(self, packed: Tensor, x: Tensor) -> Tensor:
         return signed_sums(packed, x)
@@ -46,24 +47,29 @@ class Lookup(Reference):
 
 
 def signed_sums(packed: Tensor, x: Tensor) -> Tensor:
-    """Sums of inputs, those minus whose bit is set.
+    """Adds the inputs whose bit is 0 and subtracts those whose bit is 1.
 
-    packed: (out, ceil(n / 8)) uint8, a bit for each input  x: (tokens, n) float32
-    -> (tokens, out) float32
+    packed: (out, ceil(n / 8)) uint8, one bit for each input.
+    x: (tokens, n) float32.
+
+    Returns (tokens, out) float32.
     """
     return _sums(packed, x, 1)
 
 
 def weighted_sums(packed: Tensor, x: Tensor) -> Tensor:
-    """Sums of inputs times their codes of 4 bits.
+    """Sums inputs times codes of 4 bits.
 
-    packed: (out, ceil(n / 2)) uint8  x: (tokens, n) float32  ->  (tokens, out) float32
+    packed: (out, ceil(n / 2)) uint8, one code for each input.
+    x: (tokens, n) float32.
+
+    Returns (tokens, out) float32.
     """
     return _sums(packed, x, 4)
 
 
 def _sums(packed: Tensor, x: Tensor, bits: int) -> Tensor:
-    # Called by itself, an op costs 0.2 ms.
+    # A call of the custom op costs 0.2 ms outside of a compiled graph.
     compiling = torch.compiler.is_compiling()
     values = byte_values(bits, x.device) if compiling else _byte_values(bits, x.device)
     count, rows = packed.shape[1], packed.shape[0]
@@ -71,8 +77,8 @@ def _sums(packed: Tensor, x: Tensor, bits: int) -> Tensor:
     tables = (x.unflatten(1, (count, len(values))) @ values).flatten(1)
     index = packed.int().add_(256 * torch.arange(count, dtype=torch.int32, device=x.device))
     index = index.flatten()
-    found = [table.index_select(0, index).view(rows, count).sum(1) for table in tables]
-    return torch.stack(found)
+    sums = [table.index_select(0, index).view(rows, count).sum(1) for table in tables]
+    return torch.stack(sums)
 
 
 @lru_cache
@@ -83,10 +89,10 @@ def _byte_values(bits: int, device: torch.device) -> Tensor:
         return (1 - 2 * codes if bits == 1 else codes).contiguous().to(device)
 
 
-# An op, so that torch.compile need not look inside and trace how the table is made.
+# A custom op, so that torch.compile does not trace how the table is computed.
 @torch.library.custom_op("lowbit::byte_values", mutates_args=())
 def byte_values(bits: int, device: torch.device) -> Tensor:
-    """What each of the 256 bytes stands for, 1 and -1 or codes: (8 / bits, 256) float32"""
+    """Returns the values in each of the 256 bytes, signs or codes: (8 / bits, 256) float32."""
     return _byte_values(bits, device).clone()
 
 

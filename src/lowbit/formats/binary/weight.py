@@ -1,4 +1,4 @@
-"""Products with the dequantized weight, for half precision on a GPU."""
+"""Multiplies by the dequantized weight, for half precision on a GPU."""
 
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Weight(Backend["BinaryLinear"]):
-    """Dequantizes the weight, in the order of the prepared input.
+    """Dequantizes the weight, in the order of the prepared input, and multiplies by it.
 
-    The sums that the reference takes are larger than the result, and may be too large for half
-    precision; on a GPU, float32 takes many times as long.
+    The reference computes sums that are larger than the result. They can exceed the range of half
+    precision, and on a GPU float32 takes many times as long.
     """
 
     name = "weight"

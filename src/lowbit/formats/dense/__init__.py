@@ -1,7 +1,7 @@
-"""A float weight under another name, for a float linear beside packed ones.
+"""The dense format: a float weight, stored under another name than `weight`.
 
-transformers joins the experts of a layer into one tensor where it finds their `weight` on disk.
-Some of an expert's matrices may be packed while others stay float; the float ones are therefore
+transformers joins the experts of a layer into one tensor if it finds tensors named `weight` on
+disk. Some matrices of an expert may be packed while others stay float. The float ones are therefore
 stored as:
 
 | name     | dtype           | shape     | holds              |
@@ -9,7 +9,7 @@ stored as:
 | `values` | as `dtype` says | (out, in) | the weight         |
 | `bias`   | as `bias` says  | (out,)    | absent where null  |
 
-The entry in config.json, whose size is out * in * (2 or 4) bytes:
+The weight takes out * in * (2 or 4) bytes. The entry in config.json:
 
     {"format": "dense", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
      "dtype": "float32" | "float16" | "bfloat16"}
@@ -27,7 +27,7 @@ from lowbit.formats.entry import FloatName, LayerEntry
 
 
 class DenseEntry(LayerEntry):
-    """The entry of a layer; the module's docstring explains it."""
+    """The entry of a layer in config.json; the module's docstring explains it."""
 
     format: Literal["dense"]
     dtype: FloatName
@@ -39,12 +39,12 @@ class DenseEntry(LayerEntry):
 
 
 def tensor_bytes(shape: list[int] | tuple[int, int], dtype: FloatName) -> int:
-    """Bytes that stand for the weight, those of `DenseLinear.weight_bytes()`: out * in * (2, 4)."""
+    """Returns `DenseLinear.weight_bytes()` of an entry: out * in * (2 or 4)."""
     return shape[0] * shape[1] * getattr(torch, dtype).itemsize
 
 
 class DenseLinear(QuantizedLinear):
-    """A linear layer whose weight is not quantized; the module's docstring gives its bytes."""
+    """A linear layer whose weight is not quantized; the module's docstring has its byte layout."""
 
     format = "dense"
     Entry = DenseEntry
@@ -59,13 +59,14 @@ class DenseLinear(QuantizedLinear):
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        """weight: (out, in) and bias: (out,), kept in their dtypes."""
+        """Returns a layer with weight (out, in) and bias (out,), which keep their dtypes."""
         return cls.from_tensors(weight.shape, {"values": weight, "bias": bias}, weight.dtype)
 
     def with_dtypes(self, weight: torch.dtype, bias: torch.dtype | None) -> Self:
-        """The same layer with weight and bias cast to these dtypes."""
+        """Returns a layer with weight and bias cast to these dtypes."""
         if (self.bias is None) != (bias is None):
-            raise ValueError(f"bias is {bias}, which does not fit {self.entry()}")
+            allowed = "None" if self.bias is None else "a dtype"
+            raise ValueError(f"bias is {bias}: allowed is {allowed} for the layer {self.entry()}")
         cast = None if self.bias is None else self.bias.to(bias)
         return self.from_weight(self.values.to(weight), cast)
 

@@ -1,4 +1,4 @@
-"""The definition of the dense format's arithmetic, in torch."""
+"""The reference of the dense format: its arithmetic in plain torch."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Reference(Backend["DenseLinear"]):
-    """Multiplies by the stored values, cast some rows at a time where their dtype is another."""
+    """Multiplies by the stored values, which are cast a few rows at a time if necessary."""
 
     name = "reference"
 

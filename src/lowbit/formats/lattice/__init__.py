@@ -1,10 +1,10 @@
-"""Words of a codebook for eight, four or one weights at a time, in a rotated basis.
+"""The lattice format: codes of 8, 4 or 1 weights each, which a codebook maps to words, rotated.
 
     weight = S_out B_out (scale * words) B_in.T S_in        bits per weight: 2, 3 or 4
 
 S are diagonal matrices of signs and B orthogonal transforms (`incoherence.py`, `kernels/hadamard`);
-as a rule neither is stored. A row has `blocks` = ceil(in / dim) words of `dim` weights; the weights
-of the last word that lie beyond `in` are left out. The tensors, row-major:
+usually neither is stored. A word is a vector of `dim` weights. A row has `blocks` = ceil(in / dim)
+words; the weights of the last word beyond `in` are ignored. The tensors are stored row-major:
 
 | name         | dtype              | shape          | holds                                    |
 | ------------ | ------------------ | -------------- | ---------------------------------------- |
@@ -16,8 +16,8 @@ of the last word that lie beyond `in` are left out. The tensors, row-major:
 | `factor_out` | as `transform_out` | (K, K)         | M of B_out; see below when absent        |
 | `bias`       | as `bias`          | (out,)         | absent where `bias` is null              |
 
-bytes = ceil(blocks * bits of a code / 8). What stands in a code and what it means is said in
-`codebooks.py` and `e8p.py`. Numbers are little-endian. The entry in config.json:
+bytes = ceil(blocks * bits of a code / 8). `codebooks.py` and `e8p.py` describe the bits of a code
+and the word that it means. Numbers are little-endian. The entry in config.json:
 
     {"format": "lattice", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
      "codebook": "E8P12" | "E8P12RVQ3B" | "E8P12RVQ4B" | "D4" | "HI", "residual_scale": x | null,
@@ -25,17 +25,18 @@ bytes = ceil(blocks * bits of a code / 8). What stands in a code and what it mea
      "seed_in": n | null, "seed_out": n | null, "transform_in": KIND, "transform_out": KIND,
      "signs": "seed" | "float16" | "float32", "shares": NAME | null}
 
-KIND is "hadamard", "hartley" or "random"; or, in layers that another program made, the dtype
-"float16" or "float32" of a stored matrix M. Then B = (M (x) I_p)(I_K (x) H_p), where K is the odd
-part of the width, above 1, p the rest and H_p the Sylvester matrix over sqrt(p).
+KIND is "hadamard", "hartley" or "random". In layers that another program made, it can also be the
+dtype "float16" or "float32" of a stored matrix M. Then B = (M (x) I_p)(I_K (x) H_p), where K is the
+odd part of the width, above 1, p = width / K, and H_p the Sylvester matrix over sqrt(p).
 
-With signs "seed" the two vectors of signs are not stored. They are drawn from `seed_in` and
-`seed_out` as `incoherence.py` says; a seed of null means that there are no signs, because they are
-part of the model's other tensors. Otherwise the signs were trained and are stored in that dtype;
-the seeds are then used for random transforms only, for which null is 0. `shares` names another
-layer of this format that reads the same input through the same S_in and B_in; `sign_in` and
-`factor_in` are then stored in that layer alone. `residual_scale` is from -1 to 1 and not 0, and
-null where the codebook has one stage. An entry may also have the `dtype` of `formats/entry.py`.
+With signs "seed", the two vectors of signs are not stored. They are drawn from `seed_in` and
+`seed_out` as `incoherence.py` describes. A seed of null then means that there are no signs, because
+they are part of the model's other tensors. With another value of `signs`, the signs were trained
+and are stored in that dtype; the seeds are then used for random transforms only, where null means
+0. `shares` names another layer of this format that reads the same input through the same S_in and
+B_in; `sign_in` and `factor_in` are then stored in that layer only. `residual_scale` is from -1 to 1
+and not 0; it is null if the codebook has one stage. An entry may also have the key `dtype`, which
+`formats/entry.py` describes.
 """
 
 from dataclasses import dataclass
@@ -55,17 +56,17 @@ from lowbit.formats.lattice.incoherence import Rotation, Stored, restore_weight,
 from lowbit.formats.tiles import product_dtype
 from lowbit.kernels.hadamard import Kind
 
-Seed = Annotated[int, Field(ge=0, lt=2**53)]  # what every reader of JSON holds exactly
+Seed = Annotated[int, Field(ge=0, lt=2**53)]  # every JSON reader represents these integers exactly
 
 
 @dataclass(frozen=True)
 class LatticeLayout:
     """How a layer is stored.
 
-    codebook: of its words.
-    rotation_in, rotation_out: of its two sides.
-    shares: the name of the layer that has the input side, where `lowbit.formats.link` must find it;
-        None: this one has it.
+    codebook: the codebook of its codes.
+    rotation_in, rotation_out: signs and transform of the inputs and of the outputs.
+    shares: name of the layer that stores the tensors of the input side, as `lowbit.formats.link`
+        will look it up; None: this layer stores them.
     """
 
     codebook: Codebook
@@ -75,7 +76,7 @@ class LatticeLayout:
 
 
 class LatticeEntry(LayerEntry):
-    """The entry of a layer; the module's docstring explains it."""
+    """The entry of a layer in config.json; the module's docstring explains it."""
 
     format: Literal["lattice"]
     codebook: str
@@ -106,9 +107,12 @@ class LatticeEntry(LayerEntry):
         if (self.book.residual_scale is None) != (self.residual_scale is None):
             raise ValueError(f"residual_scale is missing: {self.codebook} has two stages")
         if self.residual_scale == 0:
-            raise ValueError("residual_scale is 0: allowed is -1 to 1 without 0")
+            raise ValueError("residual_scale is 0: allowed are -1 to 1, except 0")
         if self.scale == "tensor" and self.scale_dtype != "float32":
-            raise ValueError(f"scale_dtype is {self.scale_dtype}: a tensor's scale is float32")
+            raise ValueError(
+                f"scale_dtype is {self.scale_dtype}: allowed for one scale of the whole tensor is "
+                "float32"
+            )
         for side in ("in", "out"):
             try:
                 getattr(self, f"rotation_{side}")
@@ -128,13 +132,14 @@ def tensor_bytes(
     transform_out: str = "hadamard",
     **free: Any,
 ) -> int:
-    """Bytes that stand for the weight, those of `LatticeLinear.weight_bytes()`:
+    """Returns `LatticeLinear.weight_bytes()` of the layer that an entry describes:
 
     out * ceil(ceil(in / dim) * bits of a code / 8) + (1 or out) * (2 or 4)
 
-    that is codes and scales; (in + out) * (2 or 4) for signs that are stored; and K**2 * (2 or 4)
-    for each factor that is stored; without those of `in` where another layer has them. free: what
-    else an entry holds takes no bytes.
+    These are the codes and the scales. Stored signs add (in + out) * (2 or 4), and each stored
+    factor adds K**2 * (2 or 4); those of the input side do not count if another layer stores them.
+
+    free: the other fields of the entry, which take no bytes.
     """
     rows, columns = shape
     scales = (rows if scale == "row" else 1) * getattr(torch, scale_dtype).itemsize
@@ -150,7 +155,7 @@ def tensor_bytes(
 
 
 class LatticeLinear(QuantizedLinear):
-    """A linear layer of words from a codebook; the module's docstring gives its bytes."""
+    """A linear layer in the lattice format; the module's docstring gives its byte layout."""
 
     format = "lattice"
     Entry = LatticeEntry
@@ -190,15 +195,17 @@ class LatticeLinear(QuantizedLinear):
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """The nearest words to a rotated weight, counted from the scale as it is stored.
+        """Rounds a rotated weight to the nearest words, given the scale as it will be stored.
 
-        rotated: (out, in), what `incoherence.rotate_weight` gives; the others as `from_codes` takes
-        them. Rounds block by block without feedback.
+        Each word is rounded independently, without feedback of errors.
+
+        rotated: (out, in), the result of `incoherence.rotate_weight`.
+        scale, layout, signs, bias, dtype: as for `from_codes`.
         """
         book, columns = layout.codebook, layout.rotation_in.size
         check_shape("rotated", rotated, torch.Size((layout.rotation_out.size, columns)))
         step = stored_scale(scale).float().to(rotated.device).unsqueeze(-1)
-        # A division by infinity is the 0 that a row without a scale should get, and never NaN.
+        # A row whose scale is 0 is divided by infinity, because a division by 0 could give NaN.
         x = finite("rotated", rotated) / step.masked_fill(step == 0, torch.inf)
         blocks = book.blocks(columns)
         x = functional.pad(x, (0, blocks * book.dim - columns))
@@ -216,13 +223,14 @@ class LatticeLinear(QuantizedLinear):
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """A layer of these codes.
+        """Returns a layer with these codes.
 
-        codes: (out, blocks) of the codebook's code_dtype  scale: (1,) or (out,)
-        signs: (in,) and (out,), both float16 or both float32, where they were trained; the first
-            one is None in a layer that shares.
+        codes: (out, blocks) of the codebook's code_dtype.
+        scale: (1,) or (out,).
+        signs: trained signs (in,) and (out,), both float16 or both float32; the first is None in a
+            layer that shares. None: the signs are drawn from the seeds.
         bias: (out,), kept in its dtype.
-        dtype: of the float weight that the layer stands for; None: not known.
+        dtype: dtype of the original float weight; None: unknown.
         """
         book, inner, outer = layout.codebook, layout.rotation_in, layout.rotation_out
         scale = stored_scale(scale)
@@ -247,9 +255,11 @@ class LatticeLinear(QuantizedLinear):
         )
 
     def with_signs(self, dtype: torch.dtype) -> "LatticeLinear":
-        """The same layer with its signs stored, as they are or as the seeds draw them; not linked.
+        """Returns the same layer with stored signs; it draws them from the seeds if necessary.
 
-        dtype: float16 or float32.
+        The new layer is not linked to an owner.
+
+        dtype: dtype of the signs, float16 or float32.
         """
         inner, outer = self.sign_in, self.sign_out
         if outer is None:
@@ -268,7 +278,7 @@ class LatticeLinear(QuantizedLinear):
 
     @property
     def owner(self) -> QuantizedLinear:
-        """Itself where it is not linked but could make all that the owner holds."""
+        """The linked owner; else the layer itself, if it can compute all that the owner holds."""
         if self._owner:
             return self._owner[0]
         if self.shares is None or (self.spec.signs == "seed" and self.rotation_in.stored is None):
@@ -283,15 +293,15 @@ class LatticeLinear(QuantizedLinear):
             if here != there:
                 self._owner = ()
                 raise ValueError(
-                    f"{key} is {here}, but {there} in {self.shares}, with which it shares"
+                    f"{key} is {here}, but {there} in {self.shares}, with which it shares tensors"
                 )
 
     def codes(self) -> Tensor:
-        """(out, blocks) of the codebook's code_dtype"""
+        """Returns the codes: (out, blocks) of the codebook's code_dtype."""
         return self.codebook.unpack(self.packed, self.codebook.blocks(self.in_features))
 
     def rotated(self) -> Tensor:
-        """The weight before the transforms, scale * words: (out, in) float32"""
+        """Returns the weight before the transforms, scale * words: (out, in) float32."""
         words = self.codebook.decode(self.codes()).flatten(1)[:, : self.in_features]
         return words * self.scale.float().unsqueeze(1)
 
@@ -308,9 +318,11 @@ class LatticeLinear(QuantizedLinear):
         return weight.contiguous()
 
     def prepare(self, x: Tensor) -> Tensor:
-        """B_in.T S_in x for each token.
+        """Computes B_in.T S_in x for each token.
 
-        x: (..., in)  ->  (..., in) in float32 on a CPU, float64 if x is; elsewhere in its dtype
+        x: (..., in).
+
+        Returns (..., in): in float64 if x is, else in float32 on a CPU, else in the dtype of x.
         """
         values = x if x.dtype == torch.float64 else x.float()
         rotated = self.rotation_in.apply(values, self.sign_in, self.factor_in)
@@ -321,7 +333,11 @@ class LatticeLinear(QuantizedLinear):
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """One scale in float32, or one for each row in float16 where that loses no range."""
+    """Returns scales in the dtype in which they are stored.
+
+    One scale is stored in float32; one scale for each row in float16, or in float32 if float16
+    would lose range. Raises ValueError if the scale is not (1,) or (out,).
+    """
     if scale.dim() != 1:
         raise ValueError(f"scale is {tuple(scale.shape)}: allowed are (1,) and (out,)")
     return finite("scale", scale) if len(scale) == 1 else storable(scale)

@@ -1,4 +1,4 @@
-"""The codebooks: what a code stands for, and which code stands best for some weights.
+"""The codebooks: they map codes to words (vectors of weights) and find the nearest word.
 
 | name       | bits | a code holds                        | bytes of a code                       |
 | ---------- | ---- | ----------------------------------- | ------------------------------------- |
@@ -10,18 +10,18 @@
 
 - E8P12: the words of `e8p.py`.
 - E8P12RVQ3B, E8P12RVQ4B: a word of E8P12 plus `residual_scale` (in float32) times a word of E8 or
-  of E8P12. The residual's code stands above the other: code = first + 2**16 * residual.
+  of E8P12. The residual's code is in the upper bits: code = first + 2**16 * residual.
 - E8: 256 points of the lattice E8: 0; (+-1, +-1, 0, ...) in every order; (+-1/2, ...) with an even
-  sum; and +-2 at one place, without -2 at the last.
+  sum; and +-2 in one coordinate with 0 in the others, except for -2 in the last coordinate.
 - D4: the 256 vectors of four odd multiples of 1/2 whose sum is even and whose squared norm is at
   most 9.
 - HI: code - 7.5, for codes of 0 to 15.
 
-The words of E8 and D4 are in the order of their squared norms, and among equal norms in
-lexicographic order. QuIP# (arXiv 2402.04396), section 4; all orders are ours.
+The words of E8 and D4 are sorted by their squared norms, and those of equal norm in lexicographic
+order. The codebooks are those of QuIP# (arXiv 2402.04396), section 4; the orders are our own.
 
 `scale` is the root mean square that weights should have when they are rounded. For a unit Gaussian
-times `scale` the squared error per weight is, over scale**2: E8P12 0.0915, E8P12RVQ3B 0.0295,
+times `scale`, the squared error per weight divided by scale**2 is: E8P12 0.0915, E8P12RVQ3B 0.0295,
 E8P12RVQ4B 0.0079, D4 0.1025, HI 0.0115.
 """
 
@@ -36,21 +36,26 @@ from lowbit.formats.lattice import reference, search
 from lowbit.formats.lattice.tables import look_up, table
 from lowbit.kernels import bits
 
-_WORDS = {16: torch.int16, 32: torch.int32}  # little-endian, as on all that torch runs on
+_WORDS = {16: torch.int16, 32: torch.int32}  # little-endian, as all machines of torch
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """dim: weights that a code stands for. code_bits: bits of a code. scale: see above.
+    """A codebook.
 
-    unit: words are written as multiples of it, which are small integers where there is one stage.
+    name: its name in an entry.
+    dim: number of weights in a word, which one code means.
+    code_bits: bits of a code.
+    scale: root mean square for which the codebook is best; see the module's docstring.
+    residual_scale: factor of the second stage's words; None: there is one stage.
+    unit: `write` writes words as multiples of it; with one stage they are small integers.
     """
 
     name: str
     dim: int
     code_bits: int
     scale: float
-    residual_scale: float | None = None  # None: there is one stage
+    residual_scale: float | None = None
     unit: float = 0.25
 
     @property
@@ -60,34 +65,44 @@ class Codebook:
 
     @property
     def code_dtype(self) -> torch.dtype:
-        """The type of codes in memory, the smallest of three that holds them as numbers."""
+        """The dtype of codes in memory: the smallest of uint8, int32 and int64 that holds them."""
         if self.code_bits <= 8:
             return torch.uint8
         return torch.int32 if self.code_bits < 32 else torch.int64
 
     @abstractmethod
     def write(self, codes: Tensor, into: Tensor) -> None:
-        """Writes the words over `unit`.  codes: (...) code_dtype  into: (..., dim) float32"""
+        """Writes the words of codes, divided by `unit`.
+
+        codes: (...) code_dtype.
+        into: (..., dim) float32.
+        """
 
     def decode(self, codes: Tensor) -> Tensor:
-        """codes: (...) code_dtype  ->  (..., dim) float32"""
+        """Returns the words of codes. codes: (...) code_dtype -> (..., dim) float32"""
         words = torch.empty(*codes.shape, self.dim, device=codes.device)
         self.write(codes, words)
         return words.mul_(self.unit)
 
     @abstractmethod
     def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (..., dim)  ->  codes (...) code_dtype, and what they stand for (..., dim) float32"""
+        """Finds the nearest word of each vector.
+
+        x: (..., dim).
+
+        Returns the codes (...) code_dtype, and their words (..., dim) float32.
+        """
 
     def blocks(self, in_features: int) -> int:
-        """Codes of a row; the last one may reach beyond it."""
+        """Returns the number of codes of a row; the last word may extend beyond the row."""
         return -(-in_features // self.dim)
 
     def row_bytes(self, in_features: int) -> int:
+        """Returns the bytes of the packed codes of a row."""
         return (self.blocks(in_features) * self.code_bits + 7) // 8
 
     def pack(self, codes: Tensor) -> Tensor:
-        """codes: (..., blocks) code_dtype  ->  (..., bytes) uint8"""
+        """Packs codes. codes: (..., blocks) code_dtype -> (..., bytes) uint8"""
         if self.code_bits <= 8:
             return bits.pack(codes, self.code_bits)
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**self.code_bits):
@@ -99,13 +114,13 @@ class Codebook:
         return (codes.unsqueeze(-1) >> shifts & 255).to(torch.uint8).flatten(-2)
 
     def unpack(self, packed: Tensor, blocks: int) -> Tensor:
-        """packed: (..., bytes) uint8  ->  (..., blocks) code_dtype"""
+        """Unpacks codes. packed: (..., bytes) uint8 -> (..., blocks) code_dtype"""
         if self.code_bits <= 8:
             return bits.unpack(packed, self.code_bits, blocks)
         if self.code_bits in _WORDS:
-            aligned = packed.reshape(-1).clone()  # a part of a file may begin at any byte
+            aligned = packed.reshape(-1).clone()  # a tensor in a file may begin at any byte
             codes = aligned.view(_WORDS[self.code_bits]).to(self.code_dtype)
-            codes.bitwise_and_(2**self.code_bits - 1)  # they are unsigned
+            codes.bitwise_and_(2**self.code_bits - 1)  # codes are unsigned
             return codes.view(*packed.shape[:-1], blocks)
         parts = packed.unflatten(-1, (blocks, self.code_bits // 8)).to(self.code_dtype)
         codes = parts[..., 0].clone()
@@ -116,7 +131,7 @@ class Codebook:
 
 @dataclass(frozen=True)
 class Listed(Codebook):
-    """All words in a table; the nearest one by trying all."""
+    """A codebook with a table of all words; the nearest word is found by trying all."""
 
     def write(self, codes: Tensor, into: Tensor) -> None:
         into.copy_(look_up(codes, self.name))
@@ -128,20 +143,20 @@ class Listed(Codebook):
 
 @dataclass(frozen=True)
 class E8P(Listed):
-    """All words in a table; the nearest one by `search`."""
+    """A codebook with a table of all words; the nearest word is found by `search`."""
 
     def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         codes = search.nearest(x)
         return codes, self.decode(codes)
 
     def candidates(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Two near words, one of which is the nearest."""
+        """Returns two near words of each vector, as (codes, words); one of them is the nearest."""
         return [(codes, self.decode(codes)) for codes in search.nearest_of_each_shift(x)]
 
 
 @dataclass(frozen=True)
 class HalfInteger(Codebook):
-    """The odd multiples of 1/2 from -15/2 to 15/2; ties go up."""
+    """The odd multiples of 1/2 from -15/2 to 15/2; ties are rounded up."""
 
     unit: float = 0.5
 
@@ -161,10 +176,11 @@ E8P12 = E8P("E8P12", 8, 16, scale=1.03)
 
 @dataclass(frozen=True)
 class Residual(Codebook):
-    """A word of E8P12 and a scaled word of another codebook for what is left.
+    """Two stages: a word of E8P12, plus a scaled word of another codebook for the residual.
 
-    two_tries: the residuals of two first words are rounded, not only of the nearest; for E8P12RVQ4B
-    that takes 5 % off the squared error, for E8P12RVQ3B less than 0.5 %.
+    second: codebook of the residual.
+    two_tries: whether `nearest` tries two words of E8P12 instead of the nearest one only. This
+        lowers the squared error by 5 % for E8P12RVQ4B, and by less than 0.5 % for E8P12RVQ3B.
     """
 
     residual_scale: float = 1.0
@@ -177,12 +193,15 @@ class Residual(Codebook):
         into.mul_(self.residual_scale).add_(first.float())
 
     def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearly so: the nearest word of E8P12 (or of two tries), then the nearest residual."""
+        """Finds a word near each vector, which need not be the nearest.
+
+        The first stage is rounded first, and then the residual.
+        """
         x = x.detach().float()
         tries = E8P12.candidates(x) if self.two_tries else [E8P12.nearest(x)]
-        found = [self._second(x, *first) for first in tries]
-        codes, values = found[0]
-        for other, other_values in found[1:]:
+        sums = [self._second(x, *first) for first in tries]
+        codes, values = sums[0]
+        for other, other_values in sums[1:]:
             closer = (other_values - x).square().sum(-1) < (values - x).square().sum(-1)
             codes = torch.where(closer, other, codes)
             values = torch.where(closer.unsqueeze(-1), other_values, values)
@@ -209,7 +228,12 @@ CODEBOOKS: dict[str, Codebook] = {
 
 
 def codebook(name: str, residual_scale: float | None = None) -> Codebook:
-    """A codebook by name, with its own residual scale or another. Raises ValueError."""
+    """Returns the codebook of a name.
+
+    residual_scale: replaces that of the codebook; None: keep it.
+
+    Raises ValueError for an unknown name, and for a residual scale of a codebook with one stage.
+    """
     if name not in CODEBOOKS:
         raise ValueError(f"codebook: {unknown_name(name, CODEBOOKS, 'codebook')}")
     book = CODEBOOKS[name]
@@ -217,6 +241,6 @@ def codebook(name: str, residual_scale: float | None = None) -> Codebook:
         return book
     if book.residual_scale is None:
         raise ValueError(
-            f"residual_scale is {residual_scale}: {name} has one stage, so it has none"
+            f"residual_scale is {residual_scale}: {name} has one stage and takes no residual scale"
         )
     return replace(book, residual_scale=residual_scale)

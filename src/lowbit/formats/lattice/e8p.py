@@ -1,16 +1,17 @@
-"""The 65536 words of E8P12: QuIP# (arXiv 2402.04396), section 4; the order of the codes is ours.
+"""The 65536 words of the codebook E8P12 of QuIP# (arXiv 2402.04396), section 4.
 
 A word has eight coordinates. Their magnitudes, before a shift, are one of 256 patterns of 1/2, 3/2
-and 5/2: the 227 whose squared norm is at most 10, and those 29 of squared norm 12 whose three
-halves stand at TRIPLES. Patterns are numbered from 0, in lexicographic order of their magnitudes.
-The number of minus signs is even where the magnitudes sum up to an even number, and odd where they
-sum up to an odd one. Last, 1/4 is added to all eight coordinates or taken from them. The 16 bits of
-a code:
+and 5/2: the 227 patterns whose squared norm is at most 10, and 29 patterns of squared norm 12,
+which have 1/2 at three coordinates that TRIPLES lists, and 3/2 at the others. Patterns are numbered
+from 0, in lexicographic order of their magnitudes. The number of minus signs is even if the
+magnitudes sum up to an even number, and odd if they sum up to an odd one. Finally, 1/4 is either
+added to all eight coordinates or subtracted from all of them. The order of the codes is our own.
+The 16 bits of a code:
 
 | bits    | hold                                                                               |
 | ------- | ---------------------------------------------------------------------------------- |
-| 0 to 6  | bit i is 1 where coordinate i has a minus sign; that of coordinate 7 follows        |
-| 7       | 0 where 1/4 is added, 1 where it is taken away                                     |
+| 0 to 6  | bit i is 1 if coordinate i has a minus sign; the parity gives that of coordinate 7 |
+| 7       | 0 if 1/4 is added, 1 if it is subtracted                                           |
 | 8 to 15 | the number of the pattern                                                          |
 
 So code 0 is (1/2, ..., 1/2) + 1/4: all words lie in the lattice E8 shifted by 1/4.
@@ -24,8 +25,8 @@ from torch import Tensor
 DIM = 8
 SHIFT = 0.25
 
-# Where the three halves stand; the other five magnitudes are 3/2. Any 29 of the 56 such patterns
-# are as good; these are QuIP#'s, so that its checkpoints can be converted.
+# The three coordinates with magnitude 1/2; the other five have 3/2. Any 29 of the 56 such patterns
+# would do. These are QuIP#'s, so that its checkpoints can be converted.
 TRIPLES = tuple(
     tuple(int(place) for place in triple)
     for triple in (
@@ -36,7 +37,7 @@ TRIPLES = tuple(
 
 
 def patterns() -> Tensor:
-    """The 256 patterns of magnitudes in their order, less 1/2: (256, 8) uint8 of 0, 1 and 2."""
+    """Returns the 256 patterns of magnitudes minus 1/2, in order: (256, 8) uint8 of 0, 1 and 2."""
     triples = {tuple(int(i not in triple) for i in range(DIM)) for triple in TRIPLES}
     # Four times the squared norm: 1, 9 and 25 for the magnitudes 1/2, 3/2 and 5/2.
     ball = {p for p in product(range(3), repeat=DIM) if sum((1, 9, 25)[k] for k in p) <= 40}
@@ -44,11 +45,11 @@ def patterns() -> Tensor:
 
 
 def words() -> Tensor:
-    """What each code stands for: (65536, 8) float32"""
+    """Returns the words of all codes in order: (65536, 8) float32."""
     code = torch.arange(2**16)
     levels = patterns()[code >> 8]
     minus = code.unsqueeze(-1) >> torch.arange(DIM - 1) & 1
-    last = (minus.sum(-1) + levels.sum(-1)) % 2  # eight halves sum up to 4, an even number
+    last = (minus.sum(-1) + levels.sum(-1)) % 2  # eight times 1/2 is 4, which is even
     signs = 1 - 2 * torch.cat([minus, last.unsqueeze(-1)], -1)
     shift = SHIFT * (1 - 2 * (code >> 7 & 1))
     return (levels + 0.5) * signs + shift.unsqueeze(-1)

@@ -3,13 +3,14 @@
     W' = B_out.T S_out W S_in B_in        H' = B_in.T S_in H S_in B_in
     W  = S_out B_out W' B_in.T S_in       W x = S_out B_out W' (B_in.T S_in x)
 
-with W: (out, in) a weight, H: (in, in) the Hessian of its inputs and S the diagonal matrix of
-signs, so that tr(W H W.T) = tr(W' H' W'.T). The entries of W' look as if they were drawn from one
-Gaussian. QuIP# (arXiv 2402.04396), section 3.
+W: (out, in) is a weight, H: (in, in) the Hessian of its inputs, S a diagonal matrix of signs and B
+orthogonal, so that tr(W H W.T) = tr(W' H' W'.T). The entries of W' look as if they were drawn from
+one Gaussian. Source: QuIP# (arXiv 2402.04396), section 3.
 
-Signs come from a seed, the same ones everywhere, or there are none (a neighbour in the model has
-them in its weight). Sign i is 1 - 2 * bit i of the SHAKE-256 (FIPS 202) of "lowbit signs SEED" in
-ASCII, SEED in decimal; bit i of the digest is bit i % 8 of byte i // 8, low bits first.
+Signs are drawn from a seed, the same ones on every machine. A side can also be without signs, if
+they are multiplied into another weight of the model. Sign i is 1 - 2 * bit i of the SHAKE-256
+(FIPS 202) of "lowbit signs SEED" in ASCII, with SEED in decimal. Bit i of the digest is bit i % 8
+of byte i // 8, low bits first.
 """
 
 import hashlib
@@ -29,11 +30,15 @@ LARGEST_FACTOR = 2**14  # 1 GiB in float32
 
 @dataclass(frozen=True)
 class Rotation:
-    """One side of a weight, made by `rotation`: B, and the seed of the signs; None: no signs.
+    """Signs S and transform B of one side of a weight; made by `rotation`.
 
-    Where the signs were trained they are passed in, and `apply` and `undo` need not be inverse.
-    Where `stored` is a dtype, `transform` is H_p alone and M, the (order, order) factor of
-    B = (M (x) I_p)(I_K (x) H_p), is passed in as well.
+    Trained signs are passed to `apply` and `undo`, which then need not be inverse to each other. If
+    `stored` is a dtype, the factor M of B = (M (x) I_p)(I_K (x) H_p) is passed to them too.
+
+    transform: B, or H_p only if `stored` is a dtype.
+    seed: seed of the signs; None: no signs.
+    stored: dtype of M; None: B has no stored factor.
+    order: rows and columns of M.
     """
 
     transform: hadamard.Transform
@@ -50,14 +55,21 @@ class Rotation:
         return self.stored or self.transform.kind
 
     def apply(self, x: Tensor, signs: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
-        """B.T S x for every vector x.  x: (..., size)  signs: (size,)  ->  (..., size)"""
+        """Computes B.T S x for every vector x.
+
+        x: (..., size).
+        signs: trained signs, (size,); None: those of the seed.
+        factor: M, (order, order); only for a rotation with `stored`.
+
+        Returns (..., size).
+        """
         signed = self._signed(x, signs)
         if self.stored is None:
             return self.transform.inverse(signed)
         return self._factored(self.transform.inverse(self._split(signed)), factor, inverse=True)
 
     def undo(self, x: Tensor, signs: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
-        """S B x for every vector x.  x: (..., size)  signs: (size,)  ->  (..., size)"""
+        """Computes S B x for every vector x; arguments and result as for `apply`."""
         if self.stored is None:
             return self._signed(self.transform(x), signs)
         made = self._factored(self.transform(self._split(x)), factor, inverse=False)
@@ -67,12 +79,12 @@ class Rotation:
         return x.unflatten(-1, (self.order, self.transform.n))
 
     def _factored(self, x: Tensor, factor: Tensor | None, inverse: bool) -> Tensor:
-        """M or M.T along the last dimension but one.  x: (..., order, p)  ->  (..., size)"""
+        """Multiplies by M or M.T along the dimension `order`. (..., order, p) -> (..., size)"""
         assert factor is not None
         return torch.matmul((factor.T if inverse else factor).to(x), x).flatten(-2)
 
     def signs(self, device: torch.device | str = "cpu") -> Tensor:
-        """The diagonal of S, drawn from the seed: (size,) float32"""
+        """Returns the diagonal of S, drawn from the seed: (size,) float32."""
         if self.seed is None:
             return torch.ones(self.size, device=device)
         return draw_signs(self.size, self.seed, torch.device(device))
@@ -82,31 +94,35 @@ class Rotation:
             return x
         if signs is None and torch.compiler.is_compiling():
             signs = self.signs(x.device)
-        elif signs is None:  # without a copy, and without the 0.2 ms that calling an op costs
+        elif signs is None:  # saves a copy, and the 0.2 ms of calling the custom op
             assert self.seed is not None
             signs = _signs(self.size, self.seed, x.device)
         return x * signs.to(x)
 
 
 def rotation(size: int, seed: int | None, kind: str = "auto") -> Rotation:
-    """One side of a weight, `size` wide. The seed is also that of a random transform, None is 0.
+    """Returns signs and transform of one side of a weight.
 
-    kind: auto, hadamard, hartley or random, as `lowbit.kernels.hadamard.orthogonal` takes it; or
-    the dtype of a stored factor for the odd part of size, which must not be 1.
+    size: features of that side.
+    seed: seed of the signs, and of a random transform; None: no signs, and 0 for the transform.
+    kind: auto, hadamard, hartley or random, as for `lowbit.kernels.hadamard.orthogonal`; or
+        "float16" or "float32", the dtype of a stored factor M for the odd part of size.
+
+    Raises ValueError for a stored factor if the odd part of size is 1 or above LARGEST_FACTOR.
     """
     if kind in get_args(Stored):
         power = size & -size
         if not 1 < size // power <= LARGEST_FACTOR:
             raise ValueError(
-                f"the odd part of {size} is {size // power}: a factor is stored for those above 1 "
-                f"and up to {LARGEST_FACTOR}"
+                f"the odd part of {size} is {size // power}: a factor can only be stored for odd "
+                f"parts above 1 and up to {LARGEST_FACTOR}"
             )
         return Rotation(hadamard.orthogonal(power), seed, cast(Stored, kind), size // power)
     return Rotation(hadamard.orthogonal(size, kind, seed or 0), seed)
 
 
 def rotate_weight(weight: Tensor, rotation_in: Rotation, rotation_out: Rotation) -> Tensor:
-    """W to W'.  weight: (out, in)  ->  (out, in), same dtype"""
+    """Returns W' of a weight W: (out, in) -> (out, in), same dtype."""
     return rotation_out.apply(rotation_in.apply(weight).T).T
 
 
@@ -117,17 +133,20 @@ def restore_weight(
     signs: tuple[Tensor | None, Tensor | None] = (None, None),
     factors: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """W' to W, the inverse of `rotate_weight`; signs: of both sides, where they were trained, and
-    factors, where they are stored.
+    """Returns W of a rotated weight W'; undoes `rotate_weight`.
 
-    rotated: (out, in)  ->  (out, in), same dtype
+    rotated: (out, in).
+    signs: trained signs of the input and the output side; None: those of the seed.
+    factors: stored factors of the input and the output side.
+
+    Returns (out, in), same dtype.
     """
     half = rotation_in.undo(rotated, signs[0], factors[0])
     return rotation_out.undo(half.T, signs[1], factors[1]).T
 
 
 def rotate_hessian(hessian: Tensor, rotation_in: Rotation) -> Tensor:
-    """H to H'.  hessian: (in, in)  ->  (in, in), same dtype"""
+    """Returns H' of a Hessian H: (in, in) -> (in, in), same dtype."""
     return rotation_in.apply(rotation_in.apply(hessian).T).T
 
 
@@ -139,10 +158,10 @@ def _signs(size: int, seed: int, device: torch.device) -> Tensor:
         return (1 - 2 * drawn.float()).to(device)
 
 
-# An op, so that torch.compile need not look inside and trace a hash.
+# A custom op, so that torch.compile does not trace the hash function.
 @torch.library.custom_op("lowbit::draw_signs", mutates_args=())
 def draw_signs(size: int, seed: int, device: torch.device) -> Tensor:
-    """(size,) float32 of 1 and -1"""
+    """Draws signs from a seed: (size,) float32 of 1 and -1."""
     return _signs(size, seed, device).clone()
 
 

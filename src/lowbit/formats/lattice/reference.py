@@ -1,4 +1,4 @@
-"""The definitions of the lattice format's arithmetic, in torch."""
+"""The reference of the lattice format: its arithmetic in plain torch."""
 
 from typing import TYPE_CHECKING
 
@@ -12,18 +12,18 @@ from lowbit.formats.tiles import by_rows
 if TYPE_CHECKING:
     from lowbit.formats.lattice import LatticeLinear
 
-# Words at a time, and products at a time: on a CPU 1 MiB, which stays in the second-level cache;
-# elsewhere 1 GiB.
+# Limits of a step of `nearest`: words of the codebook, and products of vectors with words. On a CPU
+# the products take 1 MiB, which stays in the second-level cache; on other devices 1 GiB.
 TILE = 2**10
 PRODUCTS_ON_CPU = 2**18
 PRODUCTS_ELSEWHERE = 2**28
 
 
 class Reference(Backend["LatticeLinear"]):
-    """Multiplies the rotated input by the words of some rows at a time, and rotates the result.
+    """Multiplies the rotated input by the words of a few rows at a time, and rotates the result.
 
-    The words are multiplied by the scale, not the product, so that half precision has to hold
-    nothing larger than the result.
+    The scale is multiplied into the words and not into the product, so that half precision does not
+    have to hold numbers larger than the result.
     """
 
     name = "reference"
@@ -47,31 +47,34 @@ class Reference(Backend["LatticeLinear"]):
 
 
 def nearest(x: Tensor, words: Tensor) -> Tensor:
-    """The row of the nearest word, by trying all; of several equally near ones the first.
+    """Returns the index of the nearest word of each vector by trying all; of equal ones the first.
 
-    x: (..., dim)  words: (count, dim) float32  ->  (...) int64
+    x: (..., dim).
+    words: (count, dim) float32.
+
+    Returns (...) int64.
     """
     flat = x.detach().float().reshape(-1, words.shape[1])
     products = PRODUCTS_ON_CPU if x.device.type == "cpu" else PRODUCTS_ELSEWHERE
     parts = flat.split(products // min(TILE, len(words)))
-    found = [_nearest(part.T, words) for part in parts]
-    return torch.cat(found).view(x.shape[:-1])
+    indices = [_nearest(part.T, words) for part in parts]
+    return torch.cat(indices).view(x.shape[:-1])
 
 
 def _nearest(x: Tensor, words: Tensor) -> Tensor:
-    """x: (dim, n)  ->  (n,) int64"""
+    """Finds the nearest words of transposed vectors. x: (dim, n) -> (n,) int64"""
     best = x.new_full((x.shape[1],), -torch.inf)
-    found = torch.zeros_like(best, dtype=torch.int64)
+    index = torch.zeros_like(best, dtype=torch.int64)
     for start in range(0, len(words), TILE):
         tile = words[start : start + TILE]
         # |x - word|^2 is least where 2 word.x - |word|^2 is largest.
         score = torch.addmm(-tile.square().sum(1, keepdim=True), tile, x, alpha=2)
         most = score.amax(0)
-        # The first row where nothing is missing; with floats alone, it is found in a fifth of the
-        # time that torch.argmax or a comparison takes on a CPU (1024 x 256, one thread).
+        # The smallest row number among those with the highest score. Floats alone find it in a
+        # fifth of the time of torch.argmax or a comparison on a CPU (1024 x 256, one thread).
         numbers = torch.arange(len(tile), dtype=torch.float32, device=x.device)
-        missing = (most - score).sign_().mul_(len(tile)).add_(numbers[:, None])
-        place = missing.amin(0).long().clamp(0, len(tile) - 1)
-        found = torch.where(most > best, start + place, found)
+        candidates = (most - score).sign_().mul_(len(tile)).add_(numbers[:, None])
+        row = candidates.amin(0).long().clamp(0, len(tile) - 1)
+        index = torch.where(most > best, start + row, index)
         best = torch.maximum(best, most)
-    return found
+    return index

@@ -1,16 +1,19 @@
-"""The nearest words of E8P12, exactly: 36 candidates for each of the two shifts, not 65536.
+"""Finds the exact nearest words of E8P12 with 36 candidates per shift, instead of 65536 words.
 
-For a shift t let y = x - t. Of the words that have magnitudes a before the shift, the nearest takes
-the signs of y, and is the better the larger its score 2 |y|.a - |a|^2 is. Where the number of minus
-signs has not the parity of sum(a), one sign must flip, which costs 4 min(|y[i]| a[i]).
+For a shift t, let y = x - t. Among the words with magnitudes a before the shift, the nearest has
+the signs of y. Its score is 2 |y|.a - |a|^2; the highest score of all magnitudes is the nearest
+word. If the number of minus signs does not have the parity of sum(a), one sign must be flipped,
+which lowers the score by 4 min(|y[i]| a[i]).
 
-- The flip is always at a magnitude of 1/2: a larger one, moved by 2 towards y, would keep the
-  parity, be nearer, and make a pattern whose squared norm is less by at least 2, which is a word.
-- The 227 patterns of squared norm up to 10 are all the permutations of 7 shapes. The best of a
-  shape has its large magnitudes where |y| is large; and the flip is then at the smallest |y|.
-- The 29 others are tried one by one, where the best of all 56 such patterns would beat what was
-  found so far: for one Gaussian vector in thirteen. Here too the flip is at the smallest |y|: if
-  that had 3/2, then with 1/2 in its place no sign would have to flip, and the score be more by 2.
+- The flipped coordinate always has magnitude 1/2. A larger one could be moved by 2 towards y
+  instead. That keeps the parity and is nearer, and the pattern is a word, because its squared norm
+  is lower by at least 2.
+- The 227 patterns of squared norm up to 10 are all permutations of 7 shapes. The best permutation
+  of a shape has its large magnitudes where |y| is large; the flip is then at the smallest |y|.
+- The 29 other patterns are tried one by one, but only if the best of all 56 patterns of their shape
+  would beat the best word so far, as happens for one Gaussian vector in thirteen. Here too the flip
+  is at the smallest |y|: if that coordinate had magnitude 3/2, then 1/2 instead would need no flip
+  and raise the score by 2.
 """
 
 from dataclasses import dataclass
@@ -21,17 +24,18 @@ from torch import Tensor
 
 from lowbit.formats.lattice.e8p import DIM, SHIFT, TRIPLES, patterns
 
-# Vectors at a time. On a CPU the temporary rows of 32 Ki numbers stay in the second-level cache. On
-# other devices a launch costs as much as many thousand vectors; 1 Mi vectors take about 500 MB.
+# Vectors per step. On a CPU, temporary rows of 32 Ki numbers stay in the second-level cache. On
+# other devices a kernel launch costs as much as thousands of vectors; 1 Mi vectors take about 500
+# MB.
 CHUNK_ON_CPU = 2**15
 CHUNK_ELSEWHERE = 2**20
 
-# The shapes: how many of the largest |y| get 3/2 or more, how many get 5/2, and sum(a) mod 2.
+# The 7 shapes: number of magnitudes of 3/2 or more, number of 5/2, and parity of their sum.
 RAISED = (0, 1, 2, 3, 4, 1, 2)
 TWICE = (0, 0, 0, 0, 0, 1, 1)
 PARITY = (0, 1, 0, 1, 0, 0, 1)
 
-# Sorts eight numbers, the largest first, in 19 comparisons.
+# A sorting network: sorts eight numbers, the largest first, in 19 comparisons.
 NETWORK = (
     *((0, 2), (1, 3), (4, 6), (5, 7), (0, 4), (1, 5), (2, 6), (3, 7), (0, 1), (2, 3)),
     *((4, 5), (6, 7), (2, 4), (3, 5), (1, 4), (3, 6), (1, 2), (3, 4), (5, 6)),
@@ -39,15 +43,15 @@ NETWORK = (
 
 
 def nearest(x: Tensor) -> Tensor:
-    """The code of the nearest word, in float32 arithmetic.  x: (..., 8)  ->  (...) int32"""
+    """Returns the code of the nearest word, in float32 arithmetic. x: (..., 8) -> (...) int32"""
     (codes,) = _in_chunks(x, each_shift=False)
     return codes
 
 
 def nearest_of_each_shift(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest of the words to which 1/4 was added, and of those from which it was taken.
+    """Returns the codes of the nearest word with +1/4 and of the nearest word with -1/4.
 
-    One of the two is the nearest of all.  x: (..., 8)  ->  (...) int32, (...) int32
+    One of the two is the nearest of all words. x: (..., 8) -> (...) int32, (...) int32
     """
     plus, minus = _in_chunks(x, each_shift=True)
     return plus, minus
@@ -61,7 +65,7 @@ def _in_chunks(x: Tensor, each_shift: bool) -> list[Tensor]:
 
 
 def _codes(x: Tensor, each_shift: bool) -> list[Tensor]:
-    """x: (8, n) float32  ->  (n,) int32, once or for each of the two shifts"""
+    """Returns the nearest codes, of all words or of each shift. x: (8, n) float32 -> (n,) int32"""
     plus, minus = _Shifted(x, SHIFT), _Shifted(x, -SHIFT)
     if each_shift:
         for side in (plus, minus):
@@ -70,16 +74,17 @@ def _codes(x: Tensor, each_shift: bool) -> list[Tensor]:
         return [_code(plus.y, plus.choice, lower), _code(minus.y, minus.choice, lower + 1)]
     for side in (plus, minus):
         side.try_triples(torch.maximum(plus.score, minus.score))
-    taken = minus.score > plus.score
-    y = torch.where(taken, minus.y, plus.y)
-    return [_code(y, torch.where(taken, minus.choice, plus.choice), taken)]
+    lower = minus.score > plus.score
+    y = torch.where(lower, minus.y, plus.y)
+    return [_code(y, torch.where(lower, minus.choice, plus.choice), lower)]
 
 
 class _Shifted:
     """The best pattern for y = x - shift.
 
-    y: (8, n)  score: (n,), what the best one scores, plus |x|^2 - |y|^2 so that shifts compare
-    choice: (n,) uint8, the number of a shape, or 7 + that of a triple
+    y: (8, n).
+    score: (n,), the best score, plus |x|^2 - |y|^2 so that the two shifts can be compared.
+    choice: (n,) uint8, the number of the best shape, or 7 + the number of the best triple.
     """
 
     def __init__(self, x: Tensor, shift: float) -> None:
@@ -101,10 +106,15 @@ class _Shifted:
     def _try_shapes(
         self, start: Tensor, ordered: list[Tensor], cost: tuple[Tensor, Tensor]
     ) -> None:
-        """start: the score of eight halves, plus their norm  ordered: |y|, the largest first"""
+        """Sets score and choice to those of the best shape.
+
+        start: (n,), the score of eight magnitudes of 1/2, plus their squared norm 2.
+        ordered: |y|, the largest first.
+        cost: loss of score by a flipped sign, for an even and an odd sum of magnitudes.
+        """
         self.score = torch.full_like(start, -torch.inf)
         self.choice = torch.zeros_like(start, dtype=torch.uint8)
-        # One more magnitude of 3/2 in place of 1/2 adds 2 to the norm, one of 5/2 adds 6.
+        # A magnitude of 3/2 instead of 1/2 adds 2 to the squared norm, one of 5/2 adds 6.
         scores = [start - 2]
         for size in ordered[:4]:
             scores.append(scores[-1] + 2 * size - 2)
@@ -112,13 +122,13 @@ class _Shifted:
         scores.append(scores[-1] + 2 * ordered[1] - 2)
         for number, unflipped in enumerate(scores):
             score = unflipped - cost[PARITY[number]]
-            # Numbers go up, so that a maximum replaces; a masked fill takes four times as long.
+            # As numbers increase, a maximum replaces; a masked fill takes four times as long.
             better = (score > self.score).to(torch.uint8)
             self.choice = torch.maximum(self.choice, better * number)
             self.score = torch.maximum(self.score, score)
 
     def try_triples(self, best: Tensor) -> None:
-        """Takes one of the 29 patterns where it beats the choice.  best: (n,), what is to beat"""
+        """Chooses one of the 29 patterns if it is better. best: (n,), the score to be exceeded"""
         where = (self.triple_bound > best).nonzero().squeeze(1)
         if not where.numel():
             return
@@ -132,9 +142,12 @@ class _Shifted:
 
 
 def _code(y: Tensor, choice: Tensor, lower: Tensor) -> Tensor:
-    """The code of the chosen pattern for y.
+    """Returns the code of the chosen pattern for y.
 
-    y, choice: as in `_Shifted`  lower: (n,), 1 where 1/4 is taken away  ->  (n,) int32
+    y, choice: as in `_Shifted`.
+    lower: (n,), 1 where 1/4 is subtracted.
+
+    Returns (n,) int32.
     """
     tables = _tables(y.device)
     rank = _ranks(y.abs())
@@ -155,7 +168,7 @@ def _code(y: Tensor, choice: Tensor, lower: Tensor) -> Tensor:
 
 
 def _is_odd(flags: Tensor) -> Tensor:
-    """Whether an odd number of them is set.  flags: (8, n) bool  ->  (n,) bool"""
+    """Whether an odd number of flags is set. flags: (8, n) bool -> (n,) bool"""
     odd = flags[0].clone()
     for flag in flags[1:]:
         odd ^= flag
@@ -163,7 +176,7 @@ def _is_odd(flags: Tensor) -> Tensor:
 
 
 def _ranks(size: Tensor) -> Tensor:
-    """The place of each number, 0 for the largest of its eight.  size: (8, n)  ->  (8, n) int8"""
+    """Returns the rank of each number, 0 for the largest of its eight. (8, n) -> (8, n) int8"""
     place = torch.arange(DIM, dtype=torch.int8, device=size.device)
     rank = place.unsqueeze(1).repeat(1, size.shape[1])
     for step in range(1, DIM):
@@ -175,9 +188,13 @@ def _ranks(size: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Tables:
-    """raised, twice: (36,) int8, as RAISED and TWICE; 0 for triples  triples: 3 x (29,) int64
-    triple_levels: (8, 29) int8, magnitudes less 1/2
-    number: (6561,) int32, the place of a pattern by its levels, read as digits to the base 3
+    """Tables of the search, on one device.
+
+    raised, twice: (36,) int8, RAISED and TWICE by choice; 0 for triples.
+    triples: 3 tensors (29,) int64, the coordinates of TRIPLES.
+    triple_levels: (8, 29) int8, magnitudes minus 1/2.
+    number: (6561,) int32, the number of a pattern. The index is the magnitudes minus 1/2, read as
+        digits to the base 3.
     """
 
     raised: Tensor

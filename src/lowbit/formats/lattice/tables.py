@@ -11,7 +11,7 @@ from lowbit.formats.lattice import e8p
 
 
 def e8_words() -> Tensor:
-    """(256, 8) float32"""
+    """Returns the words of E8: (256, 8) float32."""
     whole = [p for p in product((-1, 0, 1), repeat=8) if sum(map(abs, p)) in (0, 2)]
     halves = [p for p in product((-0.5, 0.5), repeat=8) if sum(p) % 2 == 0]
     twos = [tuple(sign * (i == j) for j in range(8)) for i in range(8) for sign in (2, -2)]
@@ -19,7 +19,7 @@ def e8_words() -> Tensor:
 
 
 def d4_words() -> Tensor:
-    """(256, 4) float32"""
+    """Returns the words of D4: (256, 4) float32."""
     grid = product((-2.5, -1.5, -0.5, 0.5, 1.5, 2.5), repeat=4)
     return _by_norm([p for p in grid if sum(p) % 2 == 0 and sum(v * v for v in p) <= 9])
 
@@ -37,7 +37,7 @@ WORDS: dict[str, tuple[Callable[[], Tensor], int]] = {
 
 @lru_cache
 def table(name: str, device: torch.device) -> Tensor:
-    """All words of a codebook, on a device: (2**code_bits, dim) float32; never write to it."""
+    """Returns all words of a codebook: (2**code_bits, dim) float32; do not modify the result."""
     words, _ = WORDS[name]
     with torch.inference_mode(False), torch.device("cpu"):
         return words().to(device)
@@ -45,26 +45,29 @@ def table(name: str, device: torch.device) -> Tensor:
 
 @lru_cache
 def _quarters(name: str, device: torch.device) -> Tensor:
-    """Each word as one integer, whose bytes are four times its coordinates: (2**code_bits,)"""
+    """Returns each word as one integer, whose bytes are four times the coordinates."""
     whole = (4 * table(name, torch.device("cpu"))).to(torch.int8)
     return whole.view({8: torch.int64, 4: torch.int32}[whole.shape[1]]).flatten().to(device)
 
 
 def look_up(codes: Tensor, name: str) -> Tensor:
-    """Four times the words, which are integers.
+    """Returns four times the words of codes, which are integers.
 
-    Gathering one integer for a word takes a third of the time of gathering its floats.
-    codes: (...) uint8, int32 or int64  ->  (..., dim) int8
+    Gathering one integer for each word takes a third of the time of gathering its floats.
+
+    codes: (...) uint8, int32 or int64.
+
+    Returns (..., dim) int8.
     """
-    # An op for torch.compile, which need not look inside and trace how a table is made; called
-    # by itself it costs 0.2 ms.
+    # The custom op keeps torch.compile from tracing how a table is made. A call of it costs 0.2 ms
+    # outside of a compiled graph.
     return _op(codes, name) if torch.compiler.is_compiling() else _look_up(codes, name)
 
 
 def _look_up(codes: Tensor, name: str) -> Tensor:
     index = (codes.int() if codes.dtype == torch.uint8 else codes).reshape(-1)
-    found = _quarters(name, codes.device).index_select(0, index)
-    return found.view(torch.int8).view(*codes.shape, WORDS[name][1])
+    words = _quarters(name, codes.device).index_select(0, index)
+    return words.view(torch.int8).view(*codes.shape, WORDS[name][1])
 
 
 _op = torch.library.custom_op("lowbit::look_up", _look_up, mutates_args=())

@@ -1,12 +1,12 @@
-"""8-bit codes whose upper bits are good models of 2 to 7 bits (MatQuant, arXiv 2502.06786).
+"""The nested format: 8-bit codes whose upper bits are also usable as codes of 2 to 7 bits.
 
     weight = scale * (slice(code, bits) - zero),   slice(code, bits) = step * sliced,
     step = 2**(8 - bits),   sliced = floor(code / step + 1/2), at most 2**bits - 1
 
-`scale` and `zero` are the same at every width: a slice keeps those of the 8-bit codes. With
-`extra_precision`, `sliced` is at most 2**bits, one code more. A row of the weight is cut into
-groups as in the uniform format: groups = ceil(in / group_size), or 1 when `group_size` is null. The
-tensors, row-major:
+The method is MatQuant (arXiv 2502.06786). `scale` and `zero` are the same at every width: a slice
+keeps those of the 8-bit codes. With `extra_precision`, `sliced` is at most 2**bits, so that there
+is one code more. A row of the weight is cut into groups as in the uniform format:
+groups = ceil(in / group_size), or 1 if `group_size` is null. The tensors are stored row-major:
 
 | name       | dtype              | shape                      | holds                             |
 | ---------- | ------------------ | -------------------------- | --------------------------------- |
@@ -17,22 +17,22 @@ tensors, row-major:
 | `zero`     | uint8              | (groups, out)              | absent where symmetric: all 128   |
 | `bias`     | as `bias` says     | (out,)                     | absent where `bias` is null       |
 
-A folder holds the 8-bit codes (the master), which run at any width, or one slice in its own bits.
-`packed` holds min(sliced, 2**bits - 1), in a little-endian bit stream for each row as in the
-uniform format. A slice with extra precision below 8 bits has `overflow` too: for each code of
-2**bits - 1, in row-major order, one bit that is 1 where `sliced` is 2**bits; low bits come first.
-There are `top_codes` such codes.
+A layer stores either the 8-bit codes (the master), which can run at every width, or one slice with
+`bits` bits per code. `packed` holds min(sliced, 2**bits - 1), in a little-endian bit stream for
+each row as in the uniform format. A slice with extra precision below 8 bits also has `overflow`. It
+has one bit for each code of 2**bits - 1, in row-major order, low bits first; the bit is 1 where
+`sliced` is 2**bits. There are `top_codes` such codes.
 
-The scales of a layer are float16, or all of them float32 where one would lose range in float16. In
-the entry in config.json, `bits` is the width at which the layer runs, and `trained` lists the
-widths that it was made for:
+The scales of a layer are float16. They are all float32 if one of them would lose range in float16.
+In the entry in config.json, `bits` is the width at which the layer runs, and `trained` lists the
+widths for which it was trained:
 
     {"format": "nested", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
      "bits": 2..8, "group_size": int | null, "symmetric": bool, "extra_precision": bool,
      "trained": [2..8, ...], "resident": "master" | "slice", "top_codes": int | null,
      "scale_dtype": "float16" | "float32"}
 
-An entry may also have the `dtype` of `formats/entry.py`.
+An entry may also have the key `dtype`, which `formats/entry.py` describes.
 """
 
 from copy import copy
@@ -52,13 +52,13 @@ from lowbit.formats.uniform.reference import group_count, quantize
 from lowbit.kernels.bits import pack, packed_bytes
 from lowbit.kernels.slicing import MASTER_BITS, slice_codes, step
 
-WIDTHS = tuple(range(2, MASTER_BITS + 1))  # of a master
+WIDTHS = tuple(range(2, MASTER_BITS + 1))  # at which a master can run
 Width = Annotated[int, Field(ge=WIDTHS[0], le=WIDTHS[-1])]
-SYMMETRIC_ZERO = 128  # a multiple of every step: a zero of the master is one of each slice
+SYMMETRIC_ZERO = 128  # a multiple of every step, so that it is a zero point at every width
 
 
 class NestedEntry(LayerEntry):
-    """The entry of a layer; the module's docstring explains it."""
+    """The entry of a layer in config.json; the module's docstring explains it."""
 
     format: Literal["nested"]
     bits: Width
@@ -75,8 +75,8 @@ class NestedEntry(LayerEntry):
         overflows = self.resident == "slice" and self.extra_precision and self.bits < MASTER_BITS
         if (self.top_codes is not None) != overflows:
             raise ValueError(
-                f"top_codes is {self.top_codes}: a number belongs to slices below 8 bits with "
-                "extra precision, null to all else"
+                f"top_codes is {self.top_codes}: it must be a number for slices below 8 bits with "
+                "extra precision, and null otherwise"
             )
         rows, columns = self.shape
         if (self.top_codes or 0) > rows * columns:
@@ -86,17 +86,17 @@ class NestedEntry(LayerEntry):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """All of a master; the one of a slice."""
+        """The widths at which the layer can run: all for a master, one for a slice."""
         return WIDTHS if self.resident == "master" else (self.bits,)
 
 
 @dataclass(frozen=True)
 class NestedLayout:
-    """How a master is made.
+    """The grid of a master.
 
-    group_size: inputs that share a scale and a zero point; None: a whole row.
+    group_size: number of inputs that share a scale and a zero point; None: a whole row.
     extra_precision: whether slices have one code more.
-    trained: the widths that it is made for.
+    trained: the widths for which the codes were trained.
     """
 
     group_size: int | None
@@ -114,12 +114,14 @@ def tensor_bytes(
     scale_dtype: str,
     **free: Any,
 ) -> int:
-    """Bytes that stand for the weight, those of `NestedLinear.weight_bytes()`:
+    """Returns `NestedLinear.weight_bytes()` of the layer that an entry describes:
 
     out * ceil(in * b / 8) + ceil(top_codes / 8) + out * groups * (2 or 4) + groups * out
 
-    that is codes (b = 8 for a master, else bits), the overflow where there is one, scales (2 for
-    float16) and, unless symmetric, zeros. free: what else an entry holds takes no bytes.
+    These are the codes (b = 8 for a master, else bits), the overflow if there is one, the scales (2
+    for float16) and, unless symmetric, the zeros.
+
+    free: the other fields of the entry, which take no bytes.
     """
     rows, columns = shape
     groups = group_count(columns, group_size)
@@ -130,7 +132,7 @@ def tensor_bytes(
 
 
 class NestedLinear(QuantizedLinear):
-    """A linear layer that runs at one of several widths; the module's docstring gives its bytes."""
+    """A linear layer in the nested format; the module's docstring gives its byte layout."""
 
     format = "nested"
     Entry = NestedEntry
@@ -166,11 +168,14 @@ class NestedLinear(QuantizedLinear):
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """The nearest codes of a master to a float weight, counted from the scale as it is stored.
+        """Rounds a float weight to the nearest codes, given the scale as it will be stored.
 
-        weight: (out, in)  scale: (out, groups)
-        zero: (out, groups), rounded and clamped to 0 to 255; None when symmetric
-        bias, dtype: as `from_codes` takes them.
+        weight: (out, in).
+        scale: (out, groups).
+        zero: (out, groups), rounded and clamped to 0 to 255; None: the layer is symmetric.
+        bias, dtype: as for `from_codes`.
+
+        Returns a master.
         """
         scale = storable(scale)
         if zero is None:
@@ -193,12 +198,13 @@ class NestedLinear(QuantizedLinear):
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """A master that runs at 8 bits.
+        """Returns a master with these codes, which runs at 8 bits.
 
-        codes: (out, in) uint8  scale: (out, groups)
-        zero: (out, groups) uint8; None makes it symmetric, with all zeros at 128
+        codes: (out, in) uint8.
+        scale: (out, groups).
+        zero: (out, groups) uint8; None: symmetric, all zero points are 128.
         bias: (out,), kept in its dtype.
-        dtype: of the float weight that the layer stands for; None: not known.
+        dtype: dtype of the original float weight; None: unknown.
         """
         scale = storable(scale)
         if zero is not None:
@@ -220,7 +226,7 @@ class NestedLinear(QuantizedLinear):
 
     @property
     def bits(self) -> int:
-        """The width at which it runs."""
+        """The bit width at which the layer runs."""
         return self.spec.bits
 
     @property
@@ -228,7 +234,7 @@ class NestedLinear(QuantizedLinear):
         return self.spec.widths
 
     def set_bits(self, bits: int) -> None:
-        """Runs at another width from now on. ValueError for a slice, which has one width only."""
+        """Sets the width of the next forwards. Raises ValueError for a slice of another width."""
         step(bits)
         if bits not in self.widths:
             raise ValueError(
@@ -238,14 +244,14 @@ class NestedLinear(QuantizedLinear):
         self.spec = self.spec.model_copy(update={"bits": bits})
 
     def at(self, bits: int) -> "NestedLinear":
-        """The same layer, its tensors too, at a width of its own."""
+        """Returns this layer at another width; the two layers share their tensors."""
         other = copy(self)
         other._parameters = dict(self._parameters)
         other.set_bits(bits)
         return other
 
     def slice(self, bits: int) -> "NestedLinear":
-        """A layer that holds this slice of a master alone, in its own bits."""
+        """Returns a layer that stores one slice of this master only, with `bits` bits per code."""
         entry = sliced_entry(self.entry(), bits, getattr(self, "master", None))
         with torch.device("meta"):
             made = NestedLinear.from_entry(entry)
@@ -255,7 +261,7 @@ class NestedLinear(QuantizedLinear):
         return made
 
     def codes(self) -> Tensor:
-        """(out, in) uint8, in units of `step(bits)`, up to 2**bits with extra precision"""
+        """Returns `sliced` at the present width: (out, in) uint8, in units of `step(bits)`."""
         spec = self.spec
         if spec.resident == "master":
             return slice_codes(self.master, spec.bits, spec.extra_precision)
@@ -264,7 +270,7 @@ class NestedLinear(QuantizedLinear):
         return reference.unpack_slice(self.packed, tops, spec.bits, self.in_features)
 
     def zeros(self) -> Tensor:
-        """(out, groups) uint8, in units of the master's codes"""
+        """Returns the zero points in units of the 8-bit codes: (out, groups) uint8."""
         if self.zero is None:
             return torch.full_like(self.scale, SYMMETRIC_ZERO, dtype=torch.uint8)
         return self.zero.T.contiguous()
@@ -279,26 +285,30 @@ class NestedLinear(QuantizedLinear):
 
 
 def sliced_entry(entry: dict[str, Any], bits: int, master: Tensor | None = None) -> dict[str, Any]:
-    """The entry of a master, as that of its slice. ValueError for what is no master.
+    """Returns the entry of a slice.
 
-    master: its codes, (out, in) uint8; needed where the slice has extra precision.
+    entry: the entry of the master.
+    bits: width of the slice.
+    master: (out, in) uint8, the master's codes; only needed with extra precision.
+
+    Raises ValueError if the entry is that of a slice.
     """
     spec = NestedEntry.model_validate(entry)
     if spec.resident != "master":
         raise ValueError(
-            f"it is a slice of {spec.bits} bits: another, of {bits} bits, can only be cut from the "
+            f"it is a slice of {spec.bits} bits: a slice of {bits} bits can only be cut from the "
             "master"
         )
     top_codes = None
     if spec.extra_precision and step(bits) > 1:
         if master is None:
-            raise ValueError("a slice with extra precision cannot be described without the codes")
+            raise ValueError("the entry of a slice with extra precision needs the master's codes")
         top_codes = reference.count_top_codes(master, bits)
     return {**entry, "bits": bits, "resident": "slice", "top_codes": top_codes}
 
 
 def slice_tensors(spec: NestedEntry, master: Tensor) -> dict[str, Tensor]:
-    """What takes the place of `master` in the slice that `spec` describes."""
+    """Returns the tensors that the slice `spec` has instead of `master`, cut from `master`."""
     packed, overflow = reference.pack_slice(master, spec.bits, spec.extra_precision)
     return (
         {"packed": packed} if spec.top_codes is None else {"packed": packed, "overflow": overflow}
@@ -306,10 +316,12 @@ def slice_tensors(spec: NestedEntry, master: Tensor) -> dict[str, Tensor]:
 
 
 def to_uniform(layer: NestedLinear, bits: int) -> UniformLinear:
-    """The slice in the uniform format, whose weight is the same to the last bit.
+    """Converts a slice to the uniform format; the weight stays the same to the last bit.
 
-    Its zero points are those of the master, in units of its own code's 2**-(8 - bits). Raises
-    ValueError for a slice that uses its extra code, which a code of `bits` bits cannot hold.
+    The zero points are those of the master, which are multiples of 2**-(8 - bits) codes of the
+    slice.
+
+    Raises ValueError for a slice that uses its extra code, because `bits` bits cannot hold it.
     """
     layer = layer.at(bits)
     codes, spec = layer.codes(), layer.spec
@@ -317,9 +329,9 @@ def to_uniform(layer: NestedLinear, bits: int) -> UniformLinear:
     if above:
         raise ValueError(
             f"{above} weights have the code {2**bits} that extra precision adds: the uniform "
-            f"format holds 0 to {2**bits - 1} at {bits} bits"
+            f"format holds codes of 0 to {2**bits - 1} at {bits} bits"
         )
-    # float32 scales stay so: float16 would round them, where it could hold their range.
+    # float32 scales stay float32, even within the range of float16, because float16 rounds them.
     scale = layer.scale.float() * step(bits)
     half = (
         spec.scale_dtype == "float16" and float(scale.abs().max()) <= torch.finfo(torch.float16).max

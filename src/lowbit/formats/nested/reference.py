@@ -1,4 +1,4 @@
-"""The definition of the nested format's arithmetic, in torch."""
+"""The reference of the nested format: its arithmetic in plain torch."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,17 +16,19 @@ from lowbit.kernels.slicing import rounded_codes, slice_codes, step
 if TYPE_CHECKING:
     from lowbit.formats.nested import NestedLinear
 
-CODES_AT_ONCE = 2**20  # while slicing: what is needed besides stays at a few megabytes
+CODES_AT_ONCE = 2**20  # codes sliced at a time, so that temporary tensors take a few megabytes
 
 
 class Reference(Backend["NestedLinear"]):
-    """Slices and dequantizes some rows of the weight at a time and multiplies by them."""
+    """Slices and dequantizes a few rows of the weight at a time and multiplies by them."""
 
     name = "reference"
 
     def repack(self, layer: "NestedLinear") -> dict[str, Tensor]:
-        """`before`: (out,) int64 on the CPU, how many top codes the rows before have; only where
-        there is an overflow, which has a bit for each of them."""
+        """Finds where the bits of each row begin in the overflow, if there is one.
+
+        Returns `before`: (out,) int64 on the CPU, the number of top codes in all earlier rows.
+        """
         spec = layer.spec
         if layer.overflow is None:
             return {}
@@ -51,7 +53,7 @@ class Reference(Backend["NestedLinear"]):
     def _codes(
         self, layer: "NestedLinear", packed: dict[str, Tensor]
     ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-        """What makes some rows of codes, in units of the master's, and of what rows it does."""
+        """Returns a function that makes rows of 8-bit codes, and the tensors that it reads."""
         spec, columns = layer.spec, layer.in_features
         if spec.resident == "master":
             extra = spec.extra_precision
@@ -71,10 +73,11 @@ class Reference(Backend["NestedLinear"]):
 def write_weight(
     into: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, group_size: int | None
 ) -> None:
-    """scale * (code - zero) in float32, where only the product is rounded.
+    """Writes scale * (code - zero) in float32; the difference is exact.
 
-    into: (out, in) float32  codes: (out, in) uint8 or int16, in units of the master's
-    scale, zero: (out, groups) float32, the master's
+    into: (out, in) float32.
+    codes: (out, in) uint8 or int16, in units of the 8-bit codes.
+    scale, zero: (out, groups) float32, those of the master.
     """
     into.copy_(codes)
     for group, point, unit in groups_of(into, group_size, zero, scale):
@@ -82,10 +85,12 @@ def write_weight(
 
 
 def pack_slice(codes: Tensor, bits: int, extra_precision: bool) -> tuple[Tensor, Tensor]:
-    """A slice in its own bits, and which of its top codes stand for one more.
+    """Cuts a slice and packs it.
 
-    codes: (out, in) uint8, the master's
-    -> packed (out, ceil(in * bits / 8)) uint8, overflow (ceil(top codes / 8),) uint8
+    codes: (out, in) uint8, those of the master.
+
+    Returns packed (out, ceil(in * bits / 8)) uint8 and overflow (ceil(top codes / 8),) uint8, which
+    marks the top codes that mean 2**bits.
     """
     rows, columns = codes.shape
     packed = codes.new_empty(rows, packed_bytes(columns, bits))
@@ -101,19 +106,22 @@ def pack_slice(codes: Tensor, bits: int, extra_precision: bool) -> tuple[Tensor,
 
 
 def top_codes(overflow: Tensor, bits: int, count: int) -> Tensor:
-    """What the codes of 2**bits - 1 in `packed` stand for: that, or 2**bits.  ->  (count,) uint8"""
+    """Returns what each code 2**bits - 1 in `packed` means, that or 2**bits: (count,) uint8."""
     return unpack(overflow, 1, count).add_(2**bits - 1)
 
 
 def unpack_slice(packed: Tensor, tops: Tensor | None, bits: int, in_features: int) -> Tensor:
-    """The inverse of `pack_slice`, for some rows: (out, in) uint8, up to 2**bits with `tops`.
+    """Undoes `pack_slice` for a few rows.
 
-    tops: from `top_codes`, beginning at these rows; None: there is no overflow.
+    packed: (rows, ceil(in * bits / 8)) uint8.
+    tops: the result of `top_codes`, from the first of these rows on; None: there is no overflow.
+
+    Returns (rows, in) uint8, at most 2**bits with `tops` and 2**bits - 1 without.
     """
     sliced = unpack(packed, bits, in_features)
     return sliced if tops is None else sliced.masked_scatter_(sliced == 2**bits - 1, tops)
 
 
 def count_top_codes(codes: Tensor, bits: int) -> int:
-    """How many of the master's codes have a slice at or above the top code."""
+    """Returns how many of the master's codes have a slice of 2**bits - 1 or more."""
     return int((slice_codes(codes, bits) == 2**bits - 1).sum())

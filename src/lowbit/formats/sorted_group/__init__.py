@@ -1,16 +1,16 @@
-"""Integer groups over sorted inputs, beside salient columns that stay float; inputs are rounded.
+"""The sorted_group format: integer codes for groups of sorted inputs, float for salient inputs.
 
-The inputs of a layer have a fixed order: first `kept` = in - salient ordinary ones, cut into groups
-of `group_size` (the last one may be shorter; null: one group), then the salient ones. With
-x' = x[permutation], or x where there is no permutation, c the code of a weight and q that of an
-input,
+Inputs are rounded too. The inputs of a layer have a fixed order: first `kept` = in - salient
+ordinary ones, cut into groups of `group_size` (the last group may be shorter; null: one group),
+then the salient ones. With x' = x[permutation], or x if there is no permutation, c the code of a
+weight and q the code of an input,
 
     y = sum over groups of scale_x * scale * (sum over the group of q * (c - 2**(bits - 1)))
         + sum over salient inputs of x' * salient + bias
 
-scale_x is found anew for every token and every group, from that token alone: the largest |x'| of
-the group / (2**(b - 1) - 1), and q = round(x' / scale_x), with b the bits of `activation`. Where
-`activation` is null, inputs are not rounded. The tensors, row-major:
+scale_x is computed for every token and group in each forward: it is the largest |x'| of the group
+divided by 2**(b - 1) - 1, with b the bits of `activation`, and q = round(x' / scale_x). If
+`activation` is null, inputs are not rounded. The tensors are stored row-major:
 
 | name            | dtype              | shape                        | holds                      |
 | --------------- | ------------------ | ---------------------------- | -------------------------- |
@@ -21,11 +21,11 @@ the group / (2**(b - 1) - 1), and q = round(x' / scale_x), with b the bits of `a
 | `permutation`   | int16 or int32     | (in,)                        | see below                  |
 | `bias`          | as `bias` says     | (out,)                       | absent if `bias` is null   |
 
-groups = ceil(kept / group_size), or 1. Codes are unsigned, in little-endian bit streams as
-`kernels/bits.py` says: at 4 bits, byte j of a row holds code 2j in its low and code 2j + 1 in its
-high half. Without salient inputs there is no `salient` and no `salient_scale`; with int8, a salient
-weight is salient_scale * code. Place i of the order holds input permutation[i]; int32 where
-in > 32768. Numbers are little-endian. The entry in config.json:
+groups = ceil(kept / group_size), or 1. Codes are unsigned and stored as little-endian bit streams
+as in `kernels/bits.py`: at 4 bits, byte j of a row holds code 2j in its low half and code 2j + 1 in
+its high half. Without salient inputs there is no `salient` and no `salient_scale`. With int8, a
+salient weight is salient_scale * code. Position i of the order is input permutation[i]; the
+permutation is int32 if in > 32768. Numbers are little-endian. The entry in config.json:
 
     {"format": "sorted_group", "shape": [out, in],
      "bias": "float32" | "float16" | "bfloat16" | null,
@@ -34,10 +34,11 @@ in > 32768. Numbers are little-endian. The entry in config.json:
      "activation": {"bits": 2..8, "symmetric": true, "group": n | null} | null,
      "permutation": "stored" | null, "shares": NAME | null}
 
-A null `permutation` means the model's own order, because what makes the input was permuted instead.
-`shares` names another layer of this format that reads the same input and agrees in `group_size`,
-`salient`, `activation` and `permutation`; the permutation is then stored in that layer alone. The
-group of `activation` is `group_size`. An entry may also have the `dtype` of `formats/entry.py`.
+A null `permutation` means that the input already comes in this order, because the layers that
+produce it were permuted instead. `shares` names another layer of this format that reads the same
+input and has the same `group_size`, `salient`, `activation` and `permutation`; the permutation is
+then stored in that layer only. The group of `activation` is `group_size`. An entry may also have
+the key `dtype`, which `formats/entry.py` describes.
 """
 
 from typing import Self
@@ -67,11 +68,11 @@ __all__ = [
 ]
 
 INT8_TOP = 127  # the largest code of a salient weight
-SHARED = ("group_size", "salient", "activation", "permutation")
+SHARED = ("group_size", "salient", "activation", "permutation")  # equal in layers that share
 
 
 class SortedGroupLinear(QuantizedLinear):
-    """A linear layer of integer groups and salient columns; see the module for its bytes."""
+    """A linear layer in the sorted_group format; the module's docstring gives its byte layout."""
 
     format = "sorted_group"
     Entry = SortedGroupEntry
@@ -107,9 +108,10 @@ class SortedGroupLinear(QuantizedLinear):
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """The nearest codes to a float weight, counted from the scale as it is stored.
+        """Rounds a float weight to the nearest codes, given the scale as it will be stored.
 
-        weight: (out, in), its columns in the order; the rest as `from_codes` takes it.
+        weight: (out, in), with its columns in the layer's order.
+        scale, layout, bias, dtype: as for `from_codes`.
         """
         weight, bits = finite("weight", weight), layout.bits
         kept = weight.shape[1] - layout.order.salient
@@ -129,12 +131,13 @@ class SortedGroupLinear(QuantizedLinear):
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """A layer of these codes.
+        """Returns a layer with these codes.
 
-        codes: (out, kept) uint8  scale: (out, groups)
-        salient: (out, salient), the weights that stay float
+        codes: (out, kept) uint8.
+        scale: (out, groups).
+        salient: (out, salient), the weights of the salient inputs, which stay float.
         bias: (out,), kept in its dtype.
-        dtype: of the float weight that the layer stands for; None: not known.
+        dtype: dtype of the original float weight; None: unknown.
         """
         order, shares = layout.order, layout.shares
         rows, columns = len(codes), codes.shape[1] + order.salient
@@ -169,7 +172,7 @@ class SortedGroupLinear(QuantizedLinear):
 
     @property
     def owner(self) -> QuantizedLinear:
-        """Itself where it is not linked and needs nothing that the owner holds."""
+        """The linked owner; else the layer itself, if it needs no tensor of the owner."""
         if self._owner:
             return self._owner[0]
         if self.shares is None or self.spec.permutation is None:
@@ -184,22 +187,22 @@ class SortedGroupLinear(QuantizedLinear):
             if here != there:
                 self._owner = ()
                 raise ValueError(
-                    f"{key} is {here}, but {there} in {self.shares}, with which it shares"
+                    f"{key} is {here}, but {there} in {self.shares}, with which it shares tensors"
                 )
 
     def shared_tensors(self) -> list[Tensor]:
         return [] if self.permutation is None else [self.permutation]
 
     def codes(self) -> Tensor:
-        """(out, kept) uint8"""
+        """Returns the codes: (out, kept) uint8."""
         return unpack(self.packed, self.spec.bits, self.spec.kept)
 
     def salient_tensors(self) -> tuple[Tensor, ...]:
-        """What `reference.salient_weight` takes; nothing where there are no salient inputs."""
+        """Returns the arguments of `reference.salient_weight`; empty without salient inputs."""
         return tuple(tensor for tensor in (self.salient, self.salient_scale) if tensor is not None)
 
     def ordered(self) -> Tensor:
-        """The weight with its columns in the order: (out, in) float32"""
+        """Returns the weight with its columns in the layer's order: (out, in) float32."""
         spec = self.spec
         codes = reference.signed_codes(self.packed, spec.bits, spec.kept).float()
         values = reference.scaled(codes, self.scale.float(), spec.group_size)
@@ -208,14 +211,14 @@ class SortedGroupLinear(QuantizedLinear):
         return torch.cat([values, reference.salient_weight(*self.salient_tensors())], 1)
 
     def dequantize(self) -> Tensor:
-        """The weight that `forward` multiplies `quantized_input` by: (out, in) float32
+        """Returns the weight that `forward` multiplies by: (out, in) float32.
 
-        Raises ValueError if the permutation is none.
+        Raises ValueError if the stored permutation is not a permutation.
         """
         return self._restored(self.ordered())
 
     def _restored(self, values: Tensor) -> Tensor:
-        """values (..., in) in the order  ->  in the order of the inputs"""
+        """Brings values (..., in) from the layer's order into the order of the inputs."""
         permutation = self.owner.get_parameter("permutation") if self.spec.permutation else None
         if permutation is None:
             return values
@@ -224,10 +227,13 @@ class SortedGroupLinear(QuantizedLinear):
         )
 
     def prepare(self, x: Tensor) -> Tensor:
-        """x: (..., in) -> (..., kept + groups + salient): codes, their scales, inputs that stay.
+        """Brings the inputs into the layer's order and rounds them.
 
-        In float32, or float64 for an x of float64. Where inputs are not rounded: x in the order, in
-        its own dtype.
+        x: (..., in).
+
+        Returns (..., kept + groups + salient): the codes of the kept inputs, their scales, and the
+        salient inputs, in float64 if x is, else in float32. If the layer does not round inputs: x
+        in the layer's order, (..., in) in its own dtype.
         """
         if self.permutation is not None:
             x = x.index_select(-1, self.permutation.int())
@@ -237,11 +243,14 @@ class SortedGroupLinear(QuantizedLinear):
         rows = x.reshape(-1, self.in_features)
         kept, salient = rows.split([self.spec.kept, self.spec.salient], 1)
         parts = reference.quantize_input(kept, self.spec.activation.bits, self.spec.group_size)
-        made = torch.cat([*parts, salient], 1)
-        return made.view(*x.shape[:-1], made.shape[1])
+        joined = torch.cat([*parts, salient], 1)
+        return joined.view(*x.shape[:-1], joined.shape[1])
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """x: (..., in) -> (..., in), rounded as in `forward`, then float32, or float64 as x is."""
+        """Returns x: (..., in) rounded as in `forward`, in the same shape.
+
+        The result is float64 if x is, else float32; in the dtype of x if inputs are not rounded.
+        """
         prepared = self.prepared(x)
         if self.spec.activation is not None:
             codes, scale, salient = self.split(prepared)
@@ -250,23 +259,35 @@ class SortedGroupLinear(QuantizedLinear):
         return self._restored(prepared)
 
     def split(self, prepared: Tensor) -> list[Tensor]:
-        """What `prepare` made, for each token: codes (tokens, kept), scales (tokens, groups) and
-        salient inputs (tokens, salient)."""
+        """Splits the result of `prepare` into its parts.
+
+        Returns codes (tokens, kept), scales (tokens, groups) and salient inputs (tokens, salient).
+        """
         rows = prepared.reshape(-1, prepared.shape[-1])
         return list(rows.split([self.spec.kept, self.groups, self.spec.salient], 1))
 
 
 def _checked(permutation: Tensor, inputs: int) -> Tensor:
-    """As int64, if it is a permutation of so many inputs."""
+    """Returns a permutation of `inputs` inputs in int64. Raises ValueError if it is not one."""
     numbers = permutation.detach().long()
-    everything = torch.arange(inputs, device=numbers.device)
-    if numbers.shape != (inputs,) or not torch.equal(numbers.sort().values, everything):
-        raise ValueError(f"permutation is none of the {inputs} inputs: each must be in it once")
+    every_input = torch.arange(inputs, device=numbers.device)
+    if numbers.shape != (inputs,) or not torch.equal(numbers.sort().values, every_input):
+        raise ValueError(
+            f"permutation is not a permutation of the {inputs} inputs: it must contain each number "
+            f"from 0 to {inputs - 1} once"
+        )
     return numbers
 
 
 def _stored_salient(values: Tensor, scale: Tensor, bits: int) -> tuple[dict[str, Tensor], Tensor]:
-    """values (out, salient) as they are stored, and the scale of the groups, in one dtype."""
+    """Returns the tensors that store the salient weights, and the scale of the groups.
+
+    values: (out, salient) float32.
+    scale: (out, groups).
+    bits: 16 or 8 bits for a salient weight.
+
+    All scales get the same dtype. Raises ValueError for other bits.
+    """
     if bits == 16:
         fits = bool((values.abs() <= torch.finfo(torch.float16).max).all())
         return {"salient": values.half() if fits else values}, storable(scale)

@@ -1,4 +1,4 @@
-"""What config.json says about a layer of the sorted_group format, and how many bytes it takes."""
+"""The entry of a sorted_group layer in config.json, its size in bytes, and its layout."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -13,11 +13,16 @@ from lowbit.formats.uniform.reference import group_count
 from lowbit.kernels.bits import packed_bytes
 
 Width = Annotated[int, Field(ge=2, le=8)]
-SHORT = 2**15  # inputs whose numbers fit into int16
+SHORT = 2**15  # up to this many inputs, their numbers fit into int16
 
 
 class Activation(Config):
-    """How inputs are rounded."""
+    """How inputs are rounded.
+
+    bits: width of an input's code.
+    symmetric: always True.
+    group: number of inputs with a common scale; None: all ordinary inputs.
+    """
 
     model_config = ConfigDict(strict=True)
 
@@ -27,7 +32,7 @@ class Activation(Config):
 
 
 class SortedGroupEntry(LayerEntry):
-    """The entry of a layer; the module's docstring explains it."""
+    """The entry of a layer in config.json; the module's docstring explains it."""
 
     format: Literal["sorted_group"]
     bits: Width
@@ -41,7 +46,7 @@ class SortedGroupEntry(LayerEntry):
 
     @property
     def kept(self) -> int:
-        """Inputs that are no salient ones."""
+        """The number of inputs that are not salient."""
         return self.shape[1] - self.salient
 
     @model_validator(mode="after")
@@ -54,7 +59,7 @@ class SortedGroupEntry(LayerEntry):
         if self.activation is not None and self.activation.group != self.group_size:
             raise ValueError(
                 f"activation.group is {self.activation.group}: allowed is group_size, "
-                f"{self.group_size}, so that both have one scale for each sum"
+                f"{self.group_size}, because inputs and weights must have the same groups"
             )
         self.check_bytes(tensor_bytes(**self.model_dump(exclude={"format", "bias", "activation"})))
         return self
@@ -71,12 +76,15 @@ def tensor_bytes(
     shares: str | None,
     **free: Any,
 ) -> int:
-    """Bytes that stand for the weight, those of `SortedGroupLinear.weight_bytes()`:
+    """Returns `SortedGroupLinear.weight_bytes()` of the layer that an entry describes:
 
     out * ceil(kept * bits / 8) + out * groups * (2 or 4) + out * salient * (1, 2 or 4)
 
-    that is codes, scales and salient weights; and (2 or 4) * out for the scales of salient codes
-    and (2 or 4) * in for a permutation that no other layer has. free: what takes no bytes.
+    These are the codes, the scales and the salient weights. Salient weights in int8 add
+    (2 or 4) * out for their scales, and a permutation that no other layer stores adds
+    (2 or 4) * in.
+
+    free: the other fields of the entry, which take no bytes.
     """
     rows, columns = shape
     kept, width = columns - salient, getattr(torch, scale_dtype).itemsize
@@ -91,10 +99,12 @@ def tensor_bytes(
 
 @dataclass(frozen=True, eq=False)
 class InputOrder:
-    """What linears that read one input have in common.
+    """The order and the rounding of an input, the same for all linears that read it.
 
-    permutation: (in,) int64, the input at each place; None: their own order. salient: how many at
-    the end stay float. group_size: of all others. activation_bits: None leaves inputs unrounded.
+    permutation: (in,) int64, the input at each position of the order; None: the order of the input.
+    salient: number of inputs at the end of the order that stay float.
+    group_size: size of the groups of the other inputs; None: one group.
+    activation_bits: width of an input's code; None: inputs are not rounded.
     """
 
     permutation: Tensor | None
@@ -107,11 +117,11 @@ class InputOrder:
 class SortedGroupLayout:
     """How a layer is stored.
 
-    order: of its inputs.
-    bits: of a code.
-    salient_bits: of a salient weight: 16 (float32 where float16 would overflow) or 8.
-    shares: the name of the layer that has the permutation, where `lowbit.formats.link` must find
-        it; None: this one has it.
+    order: order and rounding of its inputs.
+    bits: width of a weight's code.
+    salient_bits: width of a salient weight: 16 (float32 if float16 would overflow) or 8.
+    shares: name of the layer that stores the permutation, as `lowbit.formats.link` will look it up;
+        None: this layer stores it.
     """
 
     order: InputOrder
@@ -121,4 +131,5 @@ class SortedGroupLayout:
 
 
 def index_dtype(inputs: int) -> torch.dtype:
+    """Returns the dtype of a stored permutation."""
     return torch.int16 if inputs <= SHORT else torch.int32

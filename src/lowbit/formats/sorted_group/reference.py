@@ -1,9 +1,10 @@
-"""The definition of the sorted_group format's arithmetic, in torch.
+"""The reference of the sorted_group format: its arithmetic in plain torch.
 
-Codes of inputs and weights are integers in a floating dtype. Products of theirs, summed over a
-group, are integers too, and those below 2**24 are exact in float32 whatever the order of additions:
-a matrix product of floats is then the integer product, many times as fast as torch's own on a CPU,
-and does not depend on how many tokens are multiplied at once.
+The codes of inputs and weights are integers, held in a floating dtype. The products of a group and
+their sums are integers too. Up to 2**24 they are exact in float32, in whatever order they are
+added. A matrix product of floats therefore gives the exact integer result. On a CPU it is many
+times as fast as torch's integer product, and it does not depend on the number of tokens that are
+multiplied at once.
 """
 
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ EXACT = 2**24  # float32 holds every integer up to here
 
 
 class Reference(Backend["SortedGroupLinear"]):
-    """Takes the integer sums of some rows at a time; where inputs are not rounded, dequantizes."""
+    """Computes integer sums of a few rows at a time; dequantizes them if inputs are not rounded."""
 
     name = "reference"
 
@@ -56,8 +57,8 @@ class Reference(Backend["SortedGroupLinear"]):
         size = min(spec.group_size or spec.kept, spec.kept)
         exact = exact_dtype(spec.bits, spec.activation.bits, size)
         inputs, scales = codes.to(exact), layer.scale.to(scale.dtype)
-        # Sums of a few tokens are added up for all rows at once: an addition for each group and
-        # tile would take longer than the products.
+        # With a few tokens, the sums of all rows are added up at once, because one addition for
+        # each group and tile would take longer than the products.
         few = len(codes) * layer.groups * layer.out_features <= WEIGHTS_ON_CPU
 
         def product(weight: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
@@ -68,9 +69,9 @@ class Reference(Backend["SortedGroupLinear"]):
         shape = layer.out_features, spec.kept
         y = by_rows(codes, shape, product, (layer.packed, scales), exact)
         y = total(y.view(layer.groups, len(codes), -1), scale, scales) if few else y
-        return y + self._of_salient(layer, salient) if spec.salient else y
+        return y + self._salient_product(layer, salient) if spec.salient else y
 
-    def _of_salient(self, layer: "SortedGroupLinear", x: Tensor) -> Tensor:
+    def _salient_product(self, layer: "SortedGroupLinear", x: Tensor) -> Tensor:
         def product(weight: Tensor, *salient: Tensor) -> Tensor:
             return functional.linear(x, weight.copy_(salient_weight(*salient)))
 
@@ -79,31 +80,40 @@ class Reference(Backend["SortedGroupLinear"]):
 
 
 def signed_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Codes less 2**(bits - 1).  packed: (rows, bytes) uint8  ->  (rows, count) int8"""
+    """Returns codes minus 2**(bits - 1). packed: (rows, bytes) uint8 -> (rows, count) int8"""
     return unpack(packed, bits, count).sub_(2 ** (bits - 1)).view(torch.int8)
 
 
 def salient_weight(salient: Tensor, scale: Tensor | None = None) -> Tensor:
-    """salient: (rows, salient) weights or, with a scale (rows,), their codes  ->  float32"""
+    """Returns the salient weights in float32: (rows, salient).
+
+    salient: (rows, salient), weights, or codes if there is a scale.
+    scale: (rows,).
+    """
     return salient.float() if scale is None else salient.float() * scale.float().unsqueeze(1)
 
 
 def top_code(bits: int) -> int:
-    """The largest code of an input: 7 at 4 bits. -8 is not used, so that 0 is the middle."""
+    """Returns the largest code of an input: 7 at 4 bits. -8 is unused, so that 0 is the middle."""
     return 2 ** (bits - 1) - 1
 
 
 def quantize_input(x: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Each token's groups on their own grids: scale = largest |x| / top code, ties to even.
+    """Rounds each group of each token with a scale of its own, ties to even.
 
-    x: (m, k) floating  ->  codes (m, k), scale (m, groups), in the dtype of x. Gradients pass
-    through the rounding.
+    The scale is the largest |x| of the group divided by the top code. Gradients pass through the
+    rounding.
+
+    x: (tokens, k) of a floating dtype.
+    bits: width of a code.
+
+    Returns codes (tokens, k) and scales (tokens, groups), in the dtype of x.
     """
     top = top_code(bits)
     codes, scales = [], []
     for (group,) in groups_of(x, group_size):
         step = group.abs().amax(-1) / top
-        # A division by infinity is the 0 that a group of zeros should get, and never NaN.
+        # A group of zeros is divided by infinity, because a division by 0 would give NaN.
         ratios = group / step.masked_fill(step == 0, torch.inf).unsqueeze(-1)
         codes.append(round_ste(ratios).clamp(-top, top).flatten(1))
         scales.append(step)
@@ -111,7 +121,7 @@ def quantize_input(x: Tensor, bits: int, group_size: int | None) -> tuple[Tensor
 
 
 def scaled(codes: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
-    """scale * codes.  codes: (rows, k)  scale: (rows, groups)  ->  (rows, k)"""
+    """Returns scale * codes. codes: (rows, k), scale: (rows, groups) -> (rows, k)"""
     values = codes.clone()
     for group, unit in groups_of(values, group_size, scale):
         group.mul_(unit)
@@ -119,29 +129,38 @@ def scaled(codes: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
 
 
 def exact_dtype(bits: int, input_bits: int, size: int) -> torch.dtype:
-    """In which the products of a group of `size` weights are exact; float64 above float32's."""
+    """Returns the dtype in which the sum of a group's products is exact: float32 or float64.
+
+    bits, input_bits: widths of the codes of weights and inputs.
+    size: weights of a group.
+    """
     return (
         torch.float32 if 2 ** (bits - 1) * top_code(input_bits) * size <= EXACT else torch.float64
     )
 
 
 def group_sums(inputs: Tensor, weights: Tensor, group_size: int | None) -> Tensor:
-    """The products of codes, summed over each group.
+    """Multiplies codes of inputs and weights, and sums the products of each group.
 
-    inputs: (m, k)  weights: (n, k), both in the dtype of `exact_dtype`  ->  (groups, m, n)
+    inputs: (tokens, k), weights: (rows, k), both in the dtype of `exact_dtype`.
+
+    Returns (groups, tokens, rows).
     """
     by_group = zip(groups_of(inputs, group_size), groups_of(weights, group_size), strict=True)
     sums = [
-        torch.bmm(ours.transpose(0, 1), theirs.permute(1, 2, 0)) for (ours,), (theirs,) in by_group
+        torch.bmm(codes.transpose(0, 1), rows.permute(1, 2, 0)) for (codes,), (rows,) in by_group
     ]
     return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
 def total(sums: Tensor, scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """sum over groups of input scale * weight scale * sums
+    """Returns the sum over the groups of input scale * weight scale * sum.
 
-    sums: (groups, m, n), overwritten  scale: (m, groups)  weight_scale: (n, groups)
-    ->  (m, n) in the dtype of the scales
+    sums: (groups, tokens, rows), overwritten.
+    scale: (tokens, groups), scales of the inputs.
+    weight_scale: (rows, groups).
+
+    Returns (tokens, rows) in the dtype of the scales.
     """
     sums = (
         sums.to(scale.dtype)
@@ -149,6 +168,6 @@ def total(sums: Tensor, scale: Tensor, weight_scale: Tensor) -> Tensor:
         .mul_(weight_scale.T.contiguous().unsqueeze(1))
     )
     added = torch.zeros_like(sums[0])
-    for group in sums.unbind():  # step by step: fused ones would depend on where a token lies
+    for group in sums.unbind():  # one by one: a fused sum would depend on the position of a token
         added.add_(group)
     return added

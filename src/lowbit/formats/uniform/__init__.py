@@ -1,10 +1,10 @@
-"""Codes on a uniform grid of 2 to 8 bits, with a scale and a zero point for each group of inputs.
+"""The uniform format: codes of 2 to 8 bits, with a scale and a zero point per group of inputs.
 
     weight = scale * (code - zero / 2**zero_shift)
 
-A row of the weight is cut into groups of `group_size` inputs, of which the last one may be shorter;
-no group reaches into the next row. With `group_size: null` the whole row is one group. So
-groups = ceil(in / group_size), or 1. The tensors, row-major:
+A row of the weight is cut into groups of `group_size` inputs. The last group of a row may be
+shorter; no group continues in the next row. With `group_size: null` the whole row is one group. So
+groups = ceil(in / group_size), or 1. The tensors are stored row-major:
 
 | name     | dtype              | shape                           | holds                       |
 | -------- | ------------------ | ------------------------------- | --------------------------- |
@@ -13,22 +13,23 @@ groups = ceil(in / group_size), or 1. The tensors, row-major:
 | `zero`   | uint8              | (groups, ceil(out * zbits / 8)) | a group's zeros, along rows |
 | `bias`   | as `bias` says     | (out,)                          | absent where `bias` is null |
 
-zbits = bits + zero_shift, at most 8. Codes (`bits` wide) and zeros (`zbits` wide) are unsigned, in
-little-endian bit streams: number j of a row of `packed` or `zero` occupies the bits
-[j * width, (j + 1) * width) of that row, low bits first, where bit i is bit i % 8 of byte i // 8;
-each row starts on a byte and its last byte is filled up with zero bits. A symmetric layer has no
-`zero`: its zero points are all 2**(bits - 1), and zero_shift is 0. Float numbers are little-endian.
+zbits = bits + zero_shift, at most 8. Codes are `bits` wide and zeros `zbits` wide. Both are
+unsigned and stored as little-endian bit streams: number j of a row of `packed` or `zero` occupies
+the bits [j * width, (j + 1) * width) of that row, low bits first, where bit i is bit i % 8 of byte
+i // 8. Each row starts at a byte, and its last byte is filled up with zero bits. A symmetric layer
+has no `zero`: its zero points are all 2**(bits - 1), and zero_shift is 0. Float numbers are
+little-endian.
 
-The scales of a layer are float16, or all of them float32 where one would lose range in float16 (a
-non-zero magnitude below 2**-14 or above 65504). The entry in config.json:
+The scales of a layer are float16. They are all float32 if one of them would lose range in float16
+(a non-zero magnitude below 2**-14 or above 65504). The entry in config.json:
 
     {"format": "uniform", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
      "bits": 2..8, "group_size": int | null, "symmetric": bool, "zero_shift": 0..6,
      "scale_dtype": "float16" | "float32"}
 
-A layer that rounds its inputs when it runs also has `"activation": {"bits": 3..8, "symmetric":
+A layer that rounds its inputs in a forward also has `"activation": {"bits": 3..8, "symmetric":
 bool}`: each token is rounded to 2**bits values that span its range and 0 (`kernels/tokens.py`).
-An entry may also have the `dtype` of `formats/entry.py`.
+An entry may also have the key `dtype`, which `formats/entry.py` describes.
 """
 
 from dataclasses import asdict
@@ -50,7 +51,7 @@ __all__ = ["UniformEntry", "UniformLayout", "UniformLinear", "tensor_bytes"]
 
 
 class UniformEntry(LayerEntry):
-    """The entry of a layer; the module's docstring explains it."""
+    """The entry of a layer in config.json; the module's docstring explains it."""
 
     format: Literal["uniform"]
     bits: Annotated[int, Field(ge=2, le=8)]
@@ -85,12 +86,14 @@ def tensor_bytes(
     scale_dtype: str,
     **free: Any,
 ) -> int:
-    """Bytes that stand for the weight, those of `UniformLinear.weight_bytes()`:
+    """Returns `UniformLinear.weight_bytes()` of the layer that an entry describes:
 
     out * ceil(in * bits / 8) + out * groups * (2 or 4) + groups * ceil(out * zbits / 8)
 
-    that is codes, scales (2 for float16) and, unless symmetric, zeros (zbits = bits + zero_shift).
-    free: what else an entry says takes no bytes.
+    These are the codes, the scales (2 for float16) and, unless symmetric, the zeros, with
+    zbits = bits + zero_shift.
+
+    free: the other fields of the entry, which take no bytes.
     """
     rows, columns = shape
     groups = reference.group_count(columns, group_size)
@@ -100,7 +103,7 @@ def tensor_bytes(
 
 
 class UniformLinear(QuantizedLinear):
-    """A linear layer on a uniform grid; the module's docstring gives its bytes."""
+    """A linear layer in the uniform format; the module's docstring gives its byte layout."""
 
     format = "uniform"
     Entry = UniformEntry
@@ -122,7 +125,7 @@ class UniformLinear(QuantizedLinear):
         self.add_frozen("zero", (groups, width), None if spec.symmetric else "uint8")
 
     def entry(self) -> dict[str, Any]:
-        """With the `activation` that the layer has now, which a method may set."""
+        """Returns the entry with the layer's present `activation`, which methods may set."""
         entry = super().entry()
         entry.pop("activation", None)
         rounding = {} if self.activation is None else {"activation": self.activation.model_dump()}
@@ -139,11 +142,13 @@ class UniformLinear(QuantizedLinear):
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """The nearest codes to a float weight, counted from scale and zero as they are stored.
+        """Rounds a float weight to the nearest codes, given scale and zero as they will be stored.
 
-        weight: (out, in)  scale: (out, groups)
-        zero: (out, groups), clamped to the codes and rounded to 2**-zero_shift; None when symmetric
-        bias, dtype: as `from_codes` takes them.
+        weight: (out, in).
+        scale: (out, groups).
+        zero: (out, groups), in units of codes; clamped to the range of the codes and rounded to
+            multiples of 2**-zero_shift. None: the layer is symmetric.
+        bias, dtype: as for `from_codes`.
         """
         scale, unit, bits = storable(scale), 2.0**-layout.zero_shift, layout.bits
         if zero is None:
@@ -166,12 +171,13 @@ class UniformLinear(QuantizedLinear):
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """A layer of these codes.
+        """Returns a layer with these codes.
 
-        codes: (out, in) uint8  scale: (out, groups)
-        zero: (out, groups) of an integer dtype, in units of 2**-zero_shift; None when symmetric
+        codes: (out, in) uint8.
+        scale: (out, groups).
+        zero: (out, groups) of an integer dtype, in units of 2**-zero_shift; None: symmetric.
         bias: (out,), kept in its dtype.
-        dtype: of the float weight that the layer stands for; None: not known.
+        dtype: dtype of the original float weight; None: unknown.
         """
         scale = storable(scale)
         layer = cls.empty(
@@ -192,11 +198,11 @@ class UniformLinear(QuantizedLinear):
         return layer
 
     def codes(self) -> Tensor:
-        """(out, in) uint8"""
+        """Returns the codes: (out, in) uint8."""
         return unpack(self.packed, self.spec.bits, self.in_features)
 
     def zeros(self) -> Tensor:
-        """(out, groups) uint8, in units of 2**-zero_shift"""
+        """Returns the zero points in units of 2**-zero_shift: (out, groups) uint8."""
         spec = self.spec
         return reference.zero_points(self.zero, self.scale, spec.bits, spec.zero_shift).contiguous()
 
@@ -208,9 +214,9 @@ class UniformLinear(QuantizedLinear):
 
 
 def _packed_zeros(zero: Tensor, width: int) -> Tensor:
-    """zero: (out, groups)  ->  (groups, bytes of out)"""
+    """Packs zeros (out, groups) as they are stored: (groups, ceil(out * width / 8)) uint8."""
     if zero.is_floating_point():
-        raise ValueError(f"zero is {zero.dtype}: allowed are integers")
+        raise ValueError(f"zero is {zero.dtype}: allowed are integer dtypes")
     if int(zero.min()) < 0 or int(zero.max()) >= 2**width:
         raise ValueError(
             f"zero goes from {int(zero.min())} to {int(zero.max())}: allowed at {width} bits are "

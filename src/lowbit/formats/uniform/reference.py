@@ -1,4 +1,4 @@
-"""The definition of the uniform format's arithmetic, in torch."""
+"""The reference of the uniform format: its arithmetic in plain torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Reference(Backend["UniformLinear"]):
-    """Dequantizes some rows of the weight at a time and multiplies by them."""
+    """Dequantizes a few rows of the weight at a time and multiplies by them."""
 
     name = "reference"
 
@@ -38,11 +38,11 @@ class Reference(Backend["UniformLinear"]):
 
 @dataclass(frozen=True)
 class UniformLayout:
-    """How codes lie on their grid.
+    """The grid of a layer.
 
-    bits: of a code, 2 to 8.
-    group_size: inputs that share a scale and a zero point; None: a whole row.
-    zero_shift: zero points are in units of 2**-zero_shift codes.
+    bits: width of a code, 2 to 8.
+    group_size: number of inputs that share a scale and a zero point; None: a whole row.
+    zero_shift: zero points are multiples of 2**-zero_shift codes.
     """
 
     bits: int
@@ -51,17 +51,18 @@ class UniformLayout:
 
 
 def group_count(in_features: int, group_size: int | None) -> int:
-    """Groups of a row; the last one may be shorter."""
+    """Returns the number of groups of a row; the last group may be shorter."""
     return 1 if group_size is None else -(-in_features // group_size)
 
 
 def groups_of(
     matrix: Tensor, group_size: int | None, *numbers: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
-    """The groups of a matrix (out, in) as views (out, n, size), and the numbers that they have.
+    """Yields the groups of a matrix (out, in) as views (out, n, size), and the groups' numbers.
 
-    numbers: (out, groups) each, given back as (out, n, 1).
-    Two views at most: the whole groups, and the shorter one that ends each row.
+    numbers: tensors (out, groups), such as scales; yielded as (out, n, 1).
+
+    Yields once for the whole groups, and once for the shorter groups that end the rows, if any.
     """
     rows, in_features = matrix.shape
     size = min(group_size or in_features, in_features)
@@ -77,15 +78,18 @@ def groups_of(
 def quantize(
     weight: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int | None
 ) -> Tensor:
-    """The nearest codes on a grid, ties to even; a group whose scale is 0 gets its zero point.
+    """Rounds a weight to the nearest codes, ties to even. Where the scale is 0: to the zero point.
 
-    weight: (out, in)  scale, zero: (out, groups), zero in steps of the grid, or between two of them
-    ->  (out, in) uint8
+    weight: (out, in).
+    scale: (out, groups).
+    zero: (out, groups), in units of codes; it need not be an integer.
+
+    Returns (out, in) uint8.
     """
     groups = group_count(weight.shape[1], group_size)
     check_shape("scale", scale, torch.Size((len(weight), groups)))
     codes = weight.to(torch.float32, copy=True)
-    # A division by infinity is the 0 that a group without a scale should get, and never NaN.
+    # A group whose scale is 0 is divided by infinity, because a division by 0 could give NaN.
     step = scale.float().masked_fill(scale == 0, torch.inf)
     fraction = zero % 1
     numbers = step, fraction, zero - fraction
@@ -95,7 +99,11 @@ def quantize(
 
 
 def zero_points(zero: Tensor | None, scale: Tensor, bits: int, zero_shift: int) -> Tensor:
-    """zero: as stored, or None if symmetric  ->  (out, groups) uint8, in units of 2**-zero_shift"""
+    """Returns the zero points in units of 2**-zero_shift: (out, groups) uint8.
+
+    zero: the stored tensor; None: the layer is symmetric.
+    scale: (out, groups).
+    """
     if zero is None:
         return torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
     return unpack(zero, bits + zero_shift, scale.shape[0]).T
@@ -104,10 +112,12 @@ def zero_points(zero: Tensor | None, scale: Tensor, bits: int, zero_shift: int) 
 def write_weight(
     into: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, layout: UniformLayout
 ) -> None:
-    """scale * (code - zero / 2**zero_shift) in float32, where only the product is rounded.
+    """Writes scale * (code - zero / 2**zero_shift) in float32; the difference is exact.
 
-    into: (out, in) float32  codes: (out, in) uint8, overwritten  scale: (out, groups) float32
-    zero: (out, groups) uint8, in units of 2**-zero_shift
+    into: (out, in) float32.
+    codes: (out, in) uint8, overwritten.
+    scale: (out, groups) float32.
+    zero: (out, groups) uint8, in units of 2**-zero_shift.
     """
     small = layout.zero_shift == 0 and layout.bits < 8  # differences fit into one byte
     steps = codes.view(torch.int8) if small else into.copy_(codes)

@@ -1,10 +1,11 @@
-"""Orthogonal transforms of any width that spread outliers: Hadamard, or as near as there is.
+"""Orthogonal transforms of any width that spread outliers: Hadamard transforms or similar ones.
 
-For a width n = K * p with p a power of two, B = (M (x) I_p)(I_K (x) H_p): view a row as K x p,
-multiply by the Sylvester matrix H_p along p and by an orthogonal M along K, scaled so that
-B @ B.T = I. M is a Hadamard matrix or a tensor product of some (Paley, Williamson), else the
-Hartley matrix, or random orthogonal. Built when first used, kept in memory, never stored. M need
-not be symmetric: B.T is not B. (QuIP#, arXiv 2402.04396, section 3.)
+For a width n = K * p with p a power of two, the transform is B = (M (x) I_p)(I_K (x) H_p): it views
+a row as K x p, multiplies by the Sylvester matrix H_p along p and by an orthogonal matrix M along
+K, and scales so that B @ B.T = I. M is a Hadamard matrix or a tensor product of Hadamard matrices
+(Paley, Williamson); if there is none, it is the Hartley matrix; it can also be random. Matrices are
+built when first used, cached in memory and never stored. M need not be symmetric, so B.T can differ
+from B. Source: QuIP# (arXiv 2402.04396), section 3.
 """
 
 from dataclasses import asdict, dataclass
@@ -24,25 +25,30 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Transform(Factorization):
-    """Made by `orthogonal`; orthogonal(t.n, t.kind, t.seed) == t, so these three describe it."""
+    """An orthogonal transform B; made by `orthogonal`.
+
+    n, kind and seed describe a transform t completely: orthogonal(t.n, t.kind, t.seed) == t.
+    """
 
     def __call__(self, x: Tensor) -> Tensor:
-        """B along the last dimension, in float32 or better.
+        """Multiplies by B along the last dimension; computes in float32, in float64 for float64.
 
-        x: (..., n) float16, bfloat16, float32 or float64  ->  (..., n), same dtype, contiguous
+        x: (..., n) of float16, bfloat16, float32 or float64.
+
+        Returns (..., n), same dtype, contiguous.
         """
         return orthogonal_op(self._checked(x), self.kind, self.seed, False)
 
     def inverse(self, x: Tensor) -> Tensor:
-        """B.T along the last dimension: undoes the transform.  x: (..., n)  ->  (..., n)"""
+        """Multiplies by B.T along the last dimension, which undoes the transform: (..., n)."""
         return orthogonal_op(self._checked(x), self.kind, self.seed, True)
 
     def dense(self) -> Tensor:
-        """B itself, the definition: transform(x) = x @ B.T.  ->  (n, n) float32"""
+        """Returns the matrix B, (n, n) float32. By definition, transform(x) = x @ B.T."""
         return reference.dense(self)
 
     def describe(self) -> str:
-        """How B is made, outermost factor first: "172 Williamson x 64"."""
+        """Returns the factors of B, outermost first, such as "172 Williamson x 64"."""
         names = [f"{k} {self._name(k)}" for k in self.orders]
         if self.power > 1 or not names:
             names.append(str(self.power))
@@ -62,10 +68,14 @@ class Transform(Factorization):
 
 
 def orthogonal(n: int, kind: str = "auto", seed: int = 0) -> Transform:
-    """The transform of width n >= 1.
+    """Returns the transform of a width.
 
-    kind: auto takes a Hadamard matrix where one can be built, else hartley; hadamard refuses other
-    widths; hartley and random (which alone looks at the seed, and costs a QR of the odd part of n
-    for each seed) name what stands for the odd part. A power of two is hadamard in every case.
+    n: width, at least 1. If it is a power of two, the kind is always hadamard.
+    kind: matrix that is used for the odd part of n.
+        auto: a Hadamard matrix if one can be built, else hartley.
+        hadamard: a Hadamard matrix; ValueError if none can be built.
+        hartley: the Hartley matrix.
+        random: a random orthogonal matrix; each seed costs a QR decomposition of that size.
+    seed: seed of kind random; ignored for the others.
     """
     return Transform(**asdict(choose(n, kind, seed)))

@@ -1,7 +1,7 @@
-"""Hadamard matrices: entries 1 and -1, H @ H.T == order * I, checked in integers when built.
+"""Builds Hadamard matrices H: entries are 1 and -1, and H @ H.T == order * I, which is checked.
 
-Quantized models store the order, not the matrix: what is built here must never change, to the sign
-of an entry (a test holds the hashes).
+Quantized models store the order and not the matrix. Therefore no entry of a matrix built here may
+ever change, not even in sign (a test compares hashes).
 
 - Sylvester: powers of two, in natural order (H[a, b] = -1 to the number of common bits of a and b).
 - R. E. A. C. Paley, On orthogonal matrices, J. Math. Phys. 12 (1933), constructions I and II.
@@ -18,8 +18,8 @@ from lowbit.kernels.hadamard.fields import field, prime_power
 
 Construction = Literal["Sylvester", "Paley I", "Paley II", "Williamson"]
 
-# First rows of symmetric circulants A, B, C, D with A² + B² + C² + D² = 4wI, found by search: the
-# signs of entries 1 to (w - 1) / 2; entry 0 is +, the others mirror these.
+# First rows of symmetric circulants A, B, C, D with A² + B² + C² + D² = 4wI, found by search.
+# Listed are the signs of entries 1 to (w - 1) / 2; entry 0 is +, and the others mirror these.
 _WILLIAMSON = {
     23: ("++-++--+-+-", "+-++--+++--", "+++--+-+-++", "-+++-----+-"),
     29: ("+++---+++-+--+", "+-+++---+--+-+", "++++++---+-++-", "-+-++---+--+-+"),
@@ -30,7 +30,7 @@ _ORBITS_OF_43 = (1, 2, 3, 4, 5, 9, 10)
 
 
 def construction(order: int) -> Construction | None:
-    """How the matrix of this order is built; None where it cannot be."""
+    """Returns how the matrix of an order is built; None if it cannot be built here."""
     if order >= 1 and order & (order - 1) == 0:
         return "Sylvester"
     if order % 4:
@@ -44,10 +44,13 @@ def construction(order: int) -> Construction | None:
 
 @lru_cache(maxsize=32)
 def hadamard(order: int) -> Tensor:
-    """The matrix of this order, not to be written to.  ->  (order, order) int8 of 1 and -1"""
+    """Builds the matrix of an order: (order, order) int8 of 1 and -1; do not modify the result.
+
+    Raises ValueError if no construction for this order is implemented.
+    """
     how = construction(order)
     if how is None:
-        raise ValueError(f"order is {order}: no construction of a Hadamard matrix is known here")
+        raise ValueError(f"order is {order}: no construction for it is implemented")
     if how == "Sylvester":
         matrix = _sylvester(order)
     elif how == "Paley I":
@@ -56,13 +59,13 @@ def hadamard(order: int) -> Tensor:
         matrix = _paley_two(order // 2 - 1)
     else:
         matrix = _williamson(order // 4)
-    product = matrix.float() @ matrix.float().T  # of integers far below 2**24: exact
+    product = matrix.float() @ matrix.float().T  # exact: integers far below 2**24
     assert torch.equal(product, order * _eye(order).float()), f"order {order} is not Hadamard"
     return matrix
 
 
 def williamson_rows(w: int) -> Tensor:
-    """The first rows of the four circulants for order 4w.  ->  (4, w) int8 of 1 and -1"""
+    """Returns the first rows of the four circulants for order 4w: (4, w) int8 of 1 and -1."""
     rows = torch.ones(4, w, dtype=torch.int8, device="cpu")
     for row, signs in zip(rows, _WILLIAMSON[w], strict=True):
         for at, sign in enumerate(signs):
@@ -80,14 +83,14 @@ def _sylvester(order: int) -> Tensor:
 
 
 def _paley_one(q: int) -> Tensor:
-    """I + [[0, 1], [-1, Q]], for q = 3 modulo 4.  ->  (q + 1, q + 1)"""
+    """Returns I + [[0, 1], [-1, Q]], for q = 3 modulo 4: (q + 1, q + 1)."""
     return _eye(q + 1) + _bordered(q, -1)
 
 
 def _paley_two(q: int) -> Tensor:
-    """C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]], C = [[0, 1], [1, Q]], q = 1 modulo 4.
+    """Returns C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]] with C = [[0, 1], [1, Q]].
 
-    ->  (2q + 2, 2q + 2)
+    q must be 1 modulo 4; the result is (2q + 2, 2q + 2).
     """
     one = torch.kron(_bordered(q, 1), _signs([[1, 1], [1, -1]]))
     return one + torch.kron(_eye(q + 1), _signs([[1, -1], [-1, -1]]))
@@ -101,7 +104,7 @@ def _williamson(w: int) -> Tensor:
 
 
 def _bordered(q: int, left: int) -> Tensor:
-    """[[0, 1], [left, Q]], Q[a, b] the quadratic character of a - b.  ->  (q + 1, q + 1)"""
+    """Returns [[0, 1], [left, Q]], Q[a, b] the quadratic character of a - b: (q + 1, q + 1)."""
     elements = torch.arange(q, device="cpu")
     core = field(q).character()[field(q).subtract(elements[:, None], elements)]
     matrix = torch.zeros(q + 1, q + 1, dtype=torch.int8, device="cpu")

@@ -1,7 +1,7 @@
-"""Which orthogonal matrix a width gets: n = K * p with p a power of two, and what stands for K.
+"""Chooses the orthogonal matrix of a width n = K * p, with p a power of two: K and its matrices.
 
-Quantized models store a width, a kind and a seed. The choice made here is therefore part of the
-format: a different one, even a better one, must be a new kind.
+Quantized models store a width, a kind and a seed only. The choice made here is therefore part of
+the format: another choice, even a better one, must become a new kind.
 """
 
 import math
@@ -14,32 +14,46 @@ from lowbit.kernels.hadamard.construct import construction
 
 Kind = Literal["hadamard", "hartley", "random"]
 
-_DIRECT = 256  # up to this order, one Hadamard matrix; above, tensor products are tried as well
-_LARGEST = 1024  # and none above this one: each value costs that many products
-# One more pass over the data costs as much as this many products a value (AVX-512, one thread:
-# 0.75 ns a value for the pass, 0.02 ns for each product)
+_DIRECT = 256  # up to this order, one Hadamard matrix is used; above, tensor products are tried too
+_LARGEST = 1024  # largest order of a matrix: each value costs as many products as the order
+# One more pass over the data costs as much as this many products per value (AVX-512, one thread:
+# 0.75 ns per value for the pass, 0.02 ns for each product).
 _PASS = 32
 
 
 @dataclass(frozen=True)
 class Factorization:
-    """B = (M (x) I_p)(I_K (x) H_p), M the tensor product of the matrices that `orders` names."""
+    """The factors of B = (M (x) I_p)(I_K (x) H_p), with M a tensor product of matrices.
+
+    n: width, K * p.
+    kind: kind of the matrices of M.
+    seed: seed of a random M, else 0.
+    orders: orders of the matrices of M; their product is K; outermost first, largest first.
+    power: p.
+    """
 
     n: int
     kind: Kind
-    seed: int  # of M where it is random, else 0
-    orders: tuple[int, ...]  # product K; outermost first, largest first
-    power: int  # p
+    seed: int
+    orders: tuple[int, ...]
+    power: int
 
     @property
     def scale(self) -> float:
-        """What the matrices of 1 and -1 are multiplied with, all together."""
+        """The factor that makes the product of all matrices of 1 and -1 orthogonal."""
         return 1 / math.sqrt(self.n if self.kind == "hadamard" else self.power)
 
 
 @lru_cache(maxsize=4096)
 def choose(n: int, kind: str, seed: int) -> Factorization:
-    """kind: one of Kind, or auto: hadamard where there is one, else hartley."""
+    """Chooses the factors of a width.
+
+    n: width, at least 1.
+    kind: one of Kind, or auto: hadamard if such a matrix can be built, else hartley.
+    seed: seed of kind random.
+
+    Raises ValueError for another kind or width, and for hadamard if no such matrix can be built.
+    """
     if n < 1:
         raise ValueError(f"n is {n}: allowed is 1 and above")
     if kind not in ("auto", *get_args(Kind)):
@@ -54,37 +68,40 @@ def choose(n: int, kind: str, seed: int) -> Factorization:
     if orders is not None:
         return Factorization(n, "hadamard", 0, orders, n // math.prod(orders))
     if kind == "hadamard":
-        raise ValueError(f"n is {n}: no Hadamard matrix is known here; kind auto takes hartley")
+        raise ValueError(
+            f"n is {n}: no Hadamard matrix of this width can be built; kind auto takes hartley"
+        )
     return Factorization(n, "hartley", 0, (odd,), 1 << twos)
 
 
 def hadamard_orders(odd: int, twos: int) -> tuple[int, ...] | None:
-    """Orders of matrices whose tensor product has order odd * 2**j, j <= twos, if there are any.
+    """Returns orders of matrices whose tensor product has order odd * 2**j, j <= twos, if any.
 
-    One matrix up to _DIRECT; above, the cheapest tensor product (one matrix is one as well).
+    This is one matrix up to order _DIRECT; above, it is the cheapest tensor product (which can also
+    be one matrix).
     """
     single = _order(odd, twos)
     if single is not None and single <= _DIRECT:
         return (single,)
     best = None
-    # Every factor takes two twos at least, and no order is above _LARGEST.
+    # Every order has a factor of 4 at least, and no order is above _LARGEST.
     for parts in _factorizations(odd, min(odd, _LARGEST // 4)):
         orders = tuple(sorted((_order(part, twos) or 0 for part in parts), reverse=True))
-        spent = math.prod(orders) // odd
-        if all(orders) and spent <= 1 << twos:
-            offer = (sum(orders) + _PASS * len(orders), orders)
-            best = min(best, offer) if best else offer
+        power = math.prod(orders) // odd
+        if all(orders) and power <= 1 << twos:
+            candidate = (sum(orders) + _PASS * len(orders), orders)
+            best = min(best, candidate) if best else candidate
     return best[1] if best else None
 
 
 def _order(odd: int, twos: int) -> int | None:
-    """The smallest order odd * 2**j, 2 <= j <= twos, that is built without a tensor product."""
+    """Returns the smallest order odd * 2**j, 2 <= j <= twos, that has a construction; else None."""
     orders = (odd << j for j in range(2, twos + 1))
     return next((k for k in orders if k <= _LARGEST and construction(k)), None)
 
 
 def _factorizations(number: int, largest: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write an odd number as a product of factors above 1, in descending order."""
+    """Yields all factorizations of an odd number into factors above 1, in descending order."""
     if number == 1:
         yield ()
     for factor in range(3, min(number, largest) + 1, 2):

@@ -1,12 +1,13 @@
-"""The transform as a few small matrix products, in pieces that stay in the cache.
+"""Computes the transform as a few small matrix products, in pieces that stay in the cache.
 
-Row-major, a row is a tensor with one axis for each factor of B; a step multiplies along one axis.
-Add-and-subtract butterflies are no faster on many rows, and take twice as long on one: a
-product with a 16 x 16 matrix costs as much as four passes of additions (benchmarks/hadamard.py).
-The computation is float32, float64 for float64 inputs: products are written with `out`, which
-autocast leaves alone (on CUDA, torch's TF32 switch applies to them as to any product: leave it
-off). The last bits of a row may depend on how many rows come with it, as they do in torch's own
-products.
+A row is viewed as a row-major tensor with one axis for each factor of B; a step multiplies along
+one axis. Add-and-subtract butterflies are no faster for many rows, and take twice as long for one
+row: a product with a 16 x 16 matrix costs as much as four passes of additions
+(benchmarks/hadamard.py).
+
+The computation is in float32, or in float64 for float64 inputs. Products are written with `out`,
+which autocast does not change. On CUDA, torch's TF32 switch applies to them as to any product:
+leave it off. The last bits of a row may depend on the number of rows, as in torch's own products.
 """
 
 from collections.abc import Callable
@@ -24,17 +25,17 @@ from lowbit.kernels.hadamard.reference import factors
 Step = Callable[[Tensor, Tensor], None]  # reads its first argument, writes the second; both flat
 
 _BITS = 5  # powers of two are split into factors of at most 32 ...
-_WHOLE = 64  # ... but this one is a single step: 4 x 16 took three times as long
+_WHOLE = 64  # ... but up to this one, there is one step: for 64, 4 x 16 took three times as long
 _COLUMNS = 16  # torch.bmm with fewer columns than this takes up to fifty times as long
-# Where there would be, a factor k and a power p become one matrix if the k * (p - 1) products a
-# value that this adds are at most so many; else the piece is transposed, which costs as much.
-_TURN = 192
-_FFT_FROM = 1024  # a dense Hartley matrix up to here; the FFT costs as much as about 1000 products
+# To avoid that, a factor k and a power p are joined to one matrix if this adds at most so many
+# products per value, k * (p - 1). Otherwise the piece is transposed, which costs as much.
+_TRANSPOSE = 192
+_FFT_FROM = 1024  # above this order, an FFT is cheaper than a dense Hartley matrix
 _PIECE = 1 << 17  # values a thread takes at a time: 512 KiB, half of the second-level cache
 
 
 def apply_by_name(x: Tensor, kind: str, seed: int, inverse: bool) -> Tensor:
-    """x: (..., n)  ->  (..., n): B x, or B.T x if inverse"""
+    """Computes B x, or B.T x if inverse. x: (..., n) -> (..., n)"""
     return apply(x, choose(x.shape[-1], kind, seed), inverse)
 
 
@@ -51,8 +52,8 @@ def _backward(ctx: FunctionCtx, gradient: Tensor) -> tuple:
     return orthogonal_op(gradient, kind, seed, not inverse), None, None, None
 
 
-# An op, so that torch.compile does not look inside. Not torch.library.custom_op: its first call
-# imports torch's compiler (2.5 s), and every call takes 5 us more.
+# A custom op, so that torch.compile does not trace it. It is not made by torch.library.custom_op,
+# whose first call imports torch's compiler (2.5 s) and whose calls take 5 us more.
 _library = torch.library.Library("lowbit", "FRAGMENT")
 _library.define("orthogonal(Tensor x, str kind, int seed, bool inverse) -> Tensor")
 _library.impl("orthogonal", apply_by_name, "CompositeExplicitAutograd")
@@ -62,7 +63,12 @@ orthogonal_op = torch.ops.lowbit.orthogonal.default
 
 
 def apply(x: Tensor, factorization: Factorization, inverse: bool) -> Tensor:
-    """x: (..., n) of any float dtype, any strides  ->  (..., n), contiguous, of the same dtype"""
+    """Computes B x, or B.T x if inverse, along the last dimension.
+
+    x: (..., n) of any float dtype and any strides.
+
+    Returns (..., n), contiguous, of the same dtype.
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     steps = _steps(factorization, inverse, dtype, x.device)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -85,7 +91,11 @@ def apply(x: Tensor, factorization: Factorization, inverse: bool) -> Tensor:
 
 
 def _run(steps: tuple[Step, ...], source: Tensor, target: Tensor, spare: list[Tensor]) -> None:
-    """Steps write the spares in turn; the last one writes the target if the dtypes agree."""
+    """Runs the steps from source to target.
+
+    Steps write to the two spare buffers in turn. The last step writes to the target directly if the
+    dtypes agree.
+    """
     there, here = spare
     direct = source.dtype == here.dtype
     if not direct:
@@ -102,7 +112,10 @@ def _run(steps: tuple[Step, ...], source: Tensor, target: Tensor, spare: list[Te
 def _steps(
     factorization: Factorization, inverse: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Step, ...]:
-    """Innermost first. They hold ordinary tensors, whatever mode they are first needed in."""
+    """Returns the steps of a transform, innermost first.
+
+    Their matrices are never inference tensors, because steps are cached and used in every mode.
+    """
     with torch.inference_mode(False), torch.no_grad():
         if factorization.kind == "hartley" and factorization.orders[0] > _FFT_FROM:
             matrices, outermost = [], factorization.orders[0]
@@ -110,7 +123,7 @@ def _steps(
             matrices, outermost = factors(factorization), 0
         matrices += [hadamard(k).double() for k in _split(factorization.power)]
         few = 1 < factorization.power < _COLUMNS and len(matrices) > 1
-        if few and len(matrices[-2]) * (factorization.power - 1) <= _TURN:
+        if few and len(matrices[-2]) * (factorization.power - 1) <= _TRANSPOSE:
             matrices[-2:] = [torch.kron(*matrices[-2:])]
         if factorization.scale != 1:
             matrices[-1] = matrices[-1] * factorization.scale
@@ -126,7 +139,7 @@ def _steps(
 
 
 def _split(power: int) -> list[int]:
-    """Factors of a power of two, outermost first: as equal as can be, the largest innermost."""
+    """Splits a power of two into nearly equal factors: outermost first, the largest innermost."""
     bits = power.bit_length() - 1
     if power <= _WHOLE:
         return [power] if power > 1 else []
@@ -135,12 +148,12 @@ def _split(power: int) -> list[int]:
 
 
 def _product(matrix: Tensor, columns: int) -> Step:
-    """The step that multiplies along an axis which has `columns` values on its inner side."""
+    """Returns the step that multiplies along an axis; `columns` is the size of all inner axes."""
     k = len(matrix)
     if columns == 1:
         return partial(_inner, matrix.T.contiguous(), k)
     if columns < _COLUMNS:
-        return partial(_turned, matrix.T.contiguous(), k, columns)
+        return partial(_transposed, matrix.T.contiguous(), k, columns)
     return partial(_outer, matrix.contiguous()[None], k, columns)
 
 
@@ -153,9 +166,9 @@ def _outer(matrix: Tensor, k: int, columns: int, source: Tensor, target: Tensor)
     torch.bmm(matrix.expand(rows.shape[0], k, k), rows, out=target.view(-1, k, columns))
 
 
-def _turned(transposed: Tensor, k: int, columns: int, source: Tensor, target: Tensor) -> None:
-    turned = source.view(-1, k, columns).transpose(1, 2).reshape(-1, k)
-    product = torch.mm(turned, transposed, out=torch.empty_like(turned))
+def _transposed(transposed: Tensor, k: int, columns: int, source: Tensor, target: Tensor) -> None:
+    rows = source.view(-1, k, columns).transpose(1, 2).reshape(-1, k)
+    product = torch.mm(rows, transposed, out=torch.empty_like(rows))
     target.view(-1, k, columns).copy_(product.view(-1, columns, k).transpose(1, 2))
 
 

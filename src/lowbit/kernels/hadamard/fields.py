@@ -1,9 +1,10 @@
-"""Finite fields GF(p^k), as far as Paley's constructions need them.
+"""Finite fields GF(p^k), as Paley's constructions of Hadamard matrices need them.
 
-An element is an integer from 0 to q - 1: its base-p digits, lowest first, are the coefficients of
-a polynomial over GF(p). Products are taken modulo a monic polynomial of degree k: the first, in the
-order of its other coefficients read as such an integer, whose root generates all nonzero elements.
-So the numbering of the elements, and with it every matrix built from them, is fixed.
+An element is an integer from 0 to q - 1. Its base-p digits, lowest first, are the coefficients of a
+polynomial over GF(p). Products are taken modulo a monic polynomial of degree k whose root generates
+all nonzero elements. Among these polynomials it is the first, sorted by the integer whose digits
+are its other coefficients. So the numbering of the elements is fixed, and so is every matrix built
+from them.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 def prime_power(q: int) -> tuple[int, int] | None:
-    """The prime p and the exponent k with q = p**k; None where there are none."""
+    """Returns the prime p and the exponent k with q = p**k; None if q is not a prime power."""
     if q < 2:
         return None
     p = next((d for d in range(2, int(q**0.5) + 1) if q % d == 0), q)
@@ -26,11 +27,11 @@ def prime_power(q: int) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Field:
-    """GF(p^k); the methods take and give int64 tensors of elements."""
+    """The field GF(p^k). Its methods take and return int64 tensors of elements."""
 
     p: int
     k: int
-    powers: tuple[int, ...]  # of the generator: its powers 0 to q - 2, every nonzero element once
+    powers: tuple[int, ...]  # powers 0 to q - 2 of the generator: every nonzero element once
 
     @property
     def size(self) -> int:
@@ -50,9 +51,10 @@ class Field:
         return torch.where((a == 0) | (b == 0), 0, product)
 
     def character(self) -> Tensor:
-        """The quadratic character: 1 for squares, -1 for the others, 0 for 0.  ->  (q,) int8
+        """Returns the quadratic character of all elements: (q,) int8, for odd q.
 
-        The squares are the even powers of a generator (q odd).
+        It is 1 for squares, -1 for other elements and 0 for 0. The squares are the even powers of
+        the generator.
         """
         character = torch.zeros(self.size, dtype=torch.int8, device="cpu")
         powers = torch.tensor(self.powers, device="cpu")
@@ -72,11 +74,11 @@ class Field:
 
 @lru_cache(maxsize=64)
 def field(q: int) -> Field:
-    """The field of q elements."""
-    found = prime_power(q)
-    if found is None:
+    """Returns the field of q elements. Raises ValueError if q is not a prime power."""
+    factors = prime_power(q)
+    if factors is None:
         raise ValueError(f"q is {q}: allowed is a power of a prime")
-    p, k = found
+    p, k = factors
     for candidate in range(1, q):
         powers = _powers(p, k, [candidate // p**i % p for i in range(k)])
         if len(powers) == q - 1:
@@ -85,10 +87,10 @@ def field(q: int) -> Field:
 
 
 def _powers(p: int, k: int, low: list[int]) -> list[int]:
-    """The distinct powers of x modulo x^k + (the polynomial of coefficients `low`), as numbers.
+    """Returns the distinct powers of x modulo x^k + (the polynomial of coefficients `low`).
 
-    None of them is 0 where low[0] is not, so they run in a circle; q - 1 of them are all there are,
-    and then every nonzero element has an inverse.
+    If low[0] is not 0, no power is 0, and the powers form a cycle. If there are q - 1 powers, they
+    are all nonzero elements, and every nonzero element has an inverse.
     """
     one = [1] + [0] * (k - 1)
     value, powers = one, []

@@ -1,4 +1,4 @@
-"""The definition of the transform: a dense matrix."""
+"""The reference of the transform: its definition as a dense matrix."""
 
 from functools import reduce
 
@@ -12,9 +12,10 @@ from lowbit.kernels.hadamard.hartley import hartley
 
 
 def factors(factorization: Factorization) -> list[Tensor]:
-    """The matrices whose tensor product is M, outermost first.  ->  (k, k) float64 each
+    """Returns the matrices whose tensor product is M, outermost first: (k, k) float64 each.
 
-    Entries 1 and -1 where the kind is hadamard (`scale` holds their norm), else orthogonal.
+    Hadamard matrices have entries 1 and -1, and `scale` makes them orthogonal; the others are
+    orthogonal already.
     """
     if factorization.kind == "hadamard":
         return [hadamard(order).double() for order in factorization.orders]
@@ -24,7 +25,7 @@ def factors(factorization: Factorization) -> list[Tensor]:
 
 
 def dense(factorization: Factorization, dtype: torch.dtype = torch.float32) -> Tensor:
-    """B = M (x) H_p, scaled to be orthogonal, each entry rounded once.  ->  (n, n)"""
+    """Returns B = M (x) H_p, scaled to be orthogonal, each entry rounded once: (n, n)."""
     outer = reduce(
         torch.kron, factors(factorization), torch.ones(1, 1, dtype=torch.float64, device="cpu")
     )
