@@ -16,6 +16,8 @@ TIMES = {"seconds": 4.5, "seconds_per_block": 2.25, "basis": {"blocks": ["h.0"],
 # The fields of every event that there is, by its kind.
 FIELDS: dict[str, dict[str, Any]] = {
     "run": {"out": "out", "blocks": 12, "device": "cpu", "method": {"name": "rtn", "bits": 4}},
+    "checking": {"blocks": 12},
+    "checked": {"blocks": 12, "tokens": 256, "error": 1e-7},
     "rehearsal": {"blocks": 12},
     "rehearsed": SIZES | TIMES,
     "capture": {"samples": 128, "seqlen": 2048},

@@ -5,8 +5,10 @@ class attribute) and the fields of the class. A field that is None is left out.
 
 A run emits, in this order:
 
+    SelfCheckStarted                  unless it is left out
     DryRunStarted                     before a long run, or on request
     RunStarted
+    SelfCheckFinished                 if there was a self-check
     DryRunFinished                    if there was a dry run
     CalibrationRead                   if the method needs calibration text
     BlockResumed                      for each block that an earlier run finished
@@ -57,6 +59,34 @@ class RunStarted(Event):
     blocks: int
     device: str
     method: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfCheckStarted(Event):
+    """A self-check starts: the model is run block by block and whole, on a few tokens.
+
+    blocks: the number of blocks of the model.
+    """
+
+    kind: ClassVar[str] = "checking"
+
+    blocks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfCheckFinished(Event):
+    """The self-check is finished: the model computes the same block by block as whole.
+
+    blocks: the number of blocks that were run.
+    tokens: the number of tokens they were run on.
+    error: the largest relative error of a block's output.
+    """
+
+    kind: ClassVar[str] = "checked"
+
+    blocks: int
+    tokens: int
+    error: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +268,8 @@ class TrainingStep(Event):
 KINDS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
-        *(RunStarted, DryRunStarted, DryRunFinished, CalibrationRead),
+        *(RunStarted, SelfCheckStarted, SelfCheckFinished, DryRunStarted, DryRunFinished),
+        *(CalibrationRead,),
         *(BlockStarted, EpochFinished, BlockResumed, BlockFinished, Warned),
         *(RunComplete, RunFinished, TrainingStarted, TrainingStep),
     )

@@ -26,11 +26,13 @@ def test_rtn(lowbit, tmp_path):
     lines = lowbit("quantize", MODEL, out, "--recipe", "rtn-w4a16-g128").stdout.splitlines()
     assert lines[0] == f"{MODEL} → {out}: rtn-w4a16-g128"
     assert lines[1] == "6 blocks on cpu"
-    assert [line.split()[1] for line in lines[2:8]] == [f"{i}/6" for i in range(1, 7)]
+    same = "6 blocks, one after another, compute what the whole model computes"
+    assert lines[2] == f"self-check: {same} (256 tokens)"
+    assert [line.split()[1] for line in lines[3:9]] == [f"{i}/6" for i in range(1, 7)]
     found = size_of(out)
     bits = f"{found.linears:.2f} bits per weight in the linears, {found.model:.2f} in the model"
-    assert lines[8] == f"{out}: {bits}, 3.37 MB (was 9.91 MB)"
-    assert f"lowbit eval {MODEL} {out}" in lines[10]
+    assert lines[9] == f"{out}: {bits}, 3.37 MB (was 9.91 MB)"
+    assert f"lowbit eval {MODEL} {out}" in lines[11]
     assert made_by(out)["recipe"] == "rtn-w4a16-g128"
     assert made_by(out)["method"] == RTN(bits=4, group_size=128).signature()
 
@@ -108,8 +110,8 @@ def test_a_dry_run(lowbit, tmp_path):
         "quantize", MODEL, tmp_path / "out", "--method", "rtn", "--dry-run-block"
     ).stdout.splitlines()
     assert lines[1] == "6 blocks on cpu"
-    assert lines[2].startswith("dry run: 4.07 bits per weight in the linears, 3.32 MB")
-    assert "of memory, about" in lines[2]
+    assert lines[3].startswith("dry run: 4.07 bits per weight in the linears, 3.32 MB")
+    assert "of memory, about" in lines[3]
 
 
 def test_windows_are_cached_below_home(learned):

@@ -56,6 +56,13 @@ class BlockStub(nn.Module):
         return (hidden,) if self.tuple_output else hidden
 
 
+def first_argument(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Returns the hidden states of a call of a block, which are its first argument."""
+    name = next(iter(inspect.signature(block.forward).parameters))
+    hidden: Tensor = args[0] if args else kwargs[name]
+    return hidden
+
+
 def call_block(block: nn.Module, batch: Batch) -> Tensor:
     """Returns the block's output for one batch: (batch, tokens, channels)."""
     out = block(batch.hidden, **batch.kwargs)

@@ -88,6 +88,9 @@ class JobOptions:
             help=f"{meaning(RunOptions, 'allow_float')} Repeatable. Default: none.",
         ),
     ] = None
+    self_check: Annotated[
+        bool, Option("--self-check/--no-self-check", help=meaning(RunOptions, "self_check"))
+    ] = True
     trust_remote_code: RunAndCopyCode = False
 
     def chosen(self, source: Path, preprocessing: bool = False, **more: Any) -> "Chosen":
@@ -118,7 +121,10 @@ class JobOptions:
 
 
 PATTERNS = ("skip", "only", "allow_float")
-OTHERS = ("device", "streams", "lm_head_bits", "start_from", "trust_remote_code")
+OTHERS = (
+    *("device", "streams", "lm_head_bits", "start_from", "self_check"),
+    "trust_remote_code",
+)
 
 
 @dataclass(frozen=True)

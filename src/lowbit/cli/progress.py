@@ -24,6 +24,8 @@ from lowbit.events import (
     Event,
     RunComplete,
     RunStarted,
+    SelfCheckFinished,
+    SelfCheckStarted,
     TrainingStarted,
     TrainingStep,
     Warned,
@@ -95,6 +97,15 @@ class RunProgress:
         self.epochs = event.method.get("epochs", 0)
         self.bar.update(self.task, total=event.blocks)
         self._line(f"{event.blocks} blocks on {event.device}")
+
+    @_draw.register
+    def _self_check_started(self, event: SelfCheckStarted) -> None:
+        self.bar.update(self.task, description="self-check")
+
+    @_draw.register
+    def _self_check_finished(self, event: SelfCheckFinished) -> None:
+        same = f"{event.blocks} blocks, one after another, compute what the whole model computes"
+        self._line(f"self-check: {same} ({event.tokens} tokens)")
 
     @_draw.register
     def _dry_run_started(self, event: DryRunStarted) -> None:

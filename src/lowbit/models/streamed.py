@@ -44,6 +44,7 @@ class StreamedModel:
         self.folder = folder
         self.reader = CheckpointReader(folder)
         self.config = config
+        self.trust_remote_code = trust_remote_code
         try:
             self.skeleton = build_skeleton(self.config, trust_remote_code)
         except Exception as error:  # transformers raises errors of any type for unexpected values
@@ -86,7 +87,7 @@ class StreamedModel:
             model.set_output_embeddings(nn.Identity())
         without_blocks = ModelWithoutBlocks(model, self.family.blocks, self.family.tuple_output)
         load_tensors(model, "", self.disk_names, self.reader)
-        _share_tied(model)
+        share_tied(model)
         model.to(device)
         return without_blocks
 
@@ -275,7 +276,7 @@ def load_tensors(
     module.float()
 
 
-def _share_tied(model: nn.Module) -> None:
+def share_tied(model: nn.Module) -> None:
     """Sets each tied parameter that the folder lacks to the parameter that it is tied to."""
     for target, source in model.all_tied_weights_keys.items():  # type: ignore[union-attr, operator]
         parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -65,6 +65,12 @@ class RunOptions(Config):
         "may take more than an hour, by a rough upper estimate from the sizes of model and text.",
         shapes_result=False,
     )
+    self_check: bool = option(
+        True,
+        "Whether the model is run block by block and whole on a few tokens before the run, to find "
+        "architectures that cannot be run block by block.",
+        shapes_result=False,
+    )
     trust_remote_code: bool = option(
         False,
         "Whether Python code in the model's folder may be run.",

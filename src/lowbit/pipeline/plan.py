@@ -16,6 +16,7 @@ from lowbit.calibration.token_ids import Rows
 from lowbit.formats import use_backend
 from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
+from lowbit.models.self_check import check_streaming
 from lowbit.pipeline.dry_run import (
     DryRun,
     DryRunBlock,
@@ -82,6 +83,7 @@ def plan(  # noqa: PLR0913 (the options of a run)
     lm_head_bits: int | None = None,
     start_from: str | Path | None = None,
     dry_run_block: bool | None = None,
+    self_check: bool = True,
     trust_remote_code: bool = False,
     cache: str | Path | None = None,
     recipe: str | None = None,
@@ -99,6 +101,8 @@ def plan(  # noqa: PLR0913 (the options of a run)
     with as_folder(model, tokenizer, Path(gettempdir()) / "lowbit-plan") as folder:
         job = Job(folder, method, calibration, options)
         windows = job.windows()
+        if options.self_check:
+            check_streaming(job.source, quick=True)
         return estimate(job, windows, time.perf_counter() - started)
 
 

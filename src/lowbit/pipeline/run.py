@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ from lowbit.events import (
     RunComplete,
     RunFinished,
     RunStarted,
+    SelfCheckFinished,
+    SelfCheckStarted,
 )
 from lowbit.formats import use_backend
 from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
+from lowbit.models.self_check import check_streaming
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import Place, RunOptions
 from lowbit.pipeline.plan import LONG, estimate, longest
@@ -53,6 +57,7 @@ def quantize(  # noqa: PLR0913 (the options of a run)
     lm_head_bits: int | None = None,
     start_from: str | Path | None = None,
     dry_run_block: bool | None = None,
+    self_check: bool = True,
     trust_remote_code: bool = False,
     cache: str | Path | None = None,
     recipe: str | None = None,
@@ -86,6 +91,7 @@ class _Run:
     def __init__(self, job: Job, on_event: OnEvent) -> None:
         self.job = job
         self.on_event = on_event
+        self.self_check: SelfCheckFinished | None = None
         self.dry_run: DryRunFinished | None = None
 
     def into(self, out: Path) -> Path:
@@ -95,7 +101,7 @@ class _Run:
             job.signature(windows),
             job.shards,
             job.options.restart,
-            lambda: self._dry_run(windows),
+            lambda: self._before(windows),
         ) as writer:
             if writer.complete:
                 self._log(writer, RunComplete(out=str(out)))
@@ -107,8 +113,9 @@ class _Run:
                 method=job.method.signature(),
             )
             self._log(writer, started)
-            if self.dry_run:
-                self._log(writer, self.dry_run)
+            for event in (self.self_check, self.dry_run):
+                if event:
+                    self._log(writer, event)
             if writer.record(0) is None:
                 job.write_outside(writer)
             with explained(out):
@@ -117,6 +124,13 @@ class _Run:
             self._finish(writer, windows)
             self._log(writer, RunFinished(out=str(out)))
         return out
+
+    def _before(self, windows: TokenWindows | None) -> None:
+        """Finds errors before a new run: in running the model block by block, and in one block."""
+        if self.job.options.self_check:
+            self.on_event(SelfCheckStarted(blocks=len(self.job.blocks)))
+            self.self_check = SelfCheckFinished(**asdict(check_streaming(self.job.source)))
+        self._dry_run(windows)
 
     def _dry_run(self, windows: TokenWindows | None) -> None:
         """Tries one block on a few windows before a long run, so that errors appear early."""

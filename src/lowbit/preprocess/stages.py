@@ -48,6 +48,7 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     lm_head_bits: int | None = None,
     start_from: str | Path | None = None,
     dry_run_block: bool | None = None,
+    self_check: bool = True,
     trust_remote_code: bool = False,
     cache: str | Path | None = None,
     recipe: str | None = None,
