@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": {"config"},
     "load": {"models", "formats", "checkpoint", "config", "version"},
     "eval": {"load", "calibration", "checkpoint", "formats", "config"},
-    "export": {"formats", "checkpoint", "config", "version"},
+    "exporters": {"formats", "checkpoint", "config", "kernels", "version"},
     "convert": {"formats", "checkpoint", "config", "version"},
     "report": {"checkpoint", "config", "events", "quantities", "run_report", "version"},
     "allocate": {"calibration", "checkpoint", "config", "eval", "formats", "load", "models"},
@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"pipeline"},
 }
 MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {
-    "export",
+    "exporters",
     "convert",
     "eval",
     "load",
@@ -68,7 +68,7 @@ THIRD_PARTY: dict[str, set[str]] = {
 # Packages whose modules may not import each other, and the modules in them that all may import.
 SIBLINGS: dict[str, set[str]] = {
     "methods": {"__init__", "grid", "learned", "method", "packing", "result"},
-    "export": {"__init__", "exporter"},
+    "exporters": {"__init__", "bitstream", "exporter", "folder", "grid", "plan", "run"},
 }
 
 # For each library, the only places that may import it: a package, a file, or all files of a name.

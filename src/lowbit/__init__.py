@@ -13,6 +13,7 @@ from lowbit.calibration import Calibration, TokenIds
 from lowbit.convert import convert, dequantize
 from lowbit.convert import slice_folder as slice  # noqa: A004 (the command's name)
 from lowbit.eval import EvalOptions, Evaluation, TaskOptions, evaluate
+from lowbit.exporters import ExportPlan, export, plan_export
 from lowbit.formats import use_backend as backend
 from lowbit.formats.widths import set_bits
 from lowbit.load import load
@@ -26,6 +27,7 @@ __all__ = [
     "Estimate",
     "EvalOptions",
     "Evaluation",
+    "ExportPlan",
     "LoRA",
     "Mix",
     "QuipQuantizer",
@@ -38,11 +40,13 @@ __all__ = [
     "dequantize",
     "evaluate",
     "events",
+    "export",
     "load",
     "load_quantized_model",
     "methods",
     "mix",
     "plan",
+    "plan_export",
     "preprocess",
     "quantize",
     "report",

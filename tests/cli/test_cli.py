@@ -87,7 +87,7 @@ def test_every_command_fits_into_the_list_of_commands(name):
 
 def test_the_one_word_for_a_folder_that_is_read():
     models = [p for name, p in PARAMETERS.items() if name.split()[1] in ("model", "others")]
-    assert len(models) == 12 and {p.metavar for p in models} == {"MODEL"}
+    assert len(models) == 13 and {p.metavar for p in models} == {"MODEL"}
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def write_folder(
     """
     with written_aside(out) as part:
         part.mkdir(parents=True)
-        _write(part, shards, count, config)
+        write_model(part, shards, count, config)
         copy_companions(companions, part, code)
 
 
@@ -61,9 +61,10 @@ def written_aside(out: Path) -> Iterator[Path]:
         raise
 
 
-def _write(
+def write_model(
     folder: Path, shards: Iterable[Mapping[str, Tensor]], count: int, config: ConfigJson
 ) -> None:
+    """Writes shards, index and config.json into an empty folder; arguments as `write_folder`."""
     placed: dict[str, str] = {}
     total = 0
     for number, tensors in enumerate(shards, 1):

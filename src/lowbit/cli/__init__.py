@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from lowbit.cli.convert import convert
 from lowbit.cli.dequantize import dequantize
 from lowbit.cli.evaluate import evaluate
+from lowbit.cli.export import export
 from lowbit.cli.generate import generate
 from lowbit.cli.inspect import inspect
 from lowbit.cli.methods import methods
@@ -70,7 +71,7 @@ app = typer.Typer(
 app.command()(quantize)
 app.command("eval")(evaluate)
 app.command("slice")(cut)
-for command in (mix, plan, generate, inspect, report, preprocess, dequantize, convert):
+for command in (mix, plan, generate, inspect, report, preprocess, dequantize, export, convert):
     app.command()(command)
 app.command()(methods)
 app.command()(recipes)

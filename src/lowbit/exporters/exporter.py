@@ -1,0 +1,190 @@
+"""The base class of all targets of `lowbit export`, and what they have in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lowbit.checkpoint.quantized_folder import QuantizedFolder
+from lowbit.checkpoint.slices import entries_with_widths, widths_of
+from lowbit.config import Config
+from lowbit.exporters.grid import Grid, Refused, grid_of
+from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.widths import WidthPlan
+
+FloatDtype = Literal["float16", "bfloat16", "float32"]
+Progress = Callable[[int, int], None]  # number of parts done, number of all parts
+
+
+class ExportOptions(Config):
+    """How a folder is exported."""
+
+    bits: int | str | dict[str, int] | None = Field(
+        None,
+        description="Width of the slices of a folder made by matquant: 2 to 8, or a YAML file of "
+        "lowbit mix; None: the width at which the folder runs.",
+    )
+    dtype: FloatDtype | None = Field(
+        None,
+        description="Dtype of the tensors that stay float: float16, bfloat16 or float32; None: as "
+        "they are stored.",
+    )
+    allow_lossy: bool = Field(
+        False,
+        description="Export layers that the target can hold only approximately; the error is "
+        "shown in steps.",
+    )
+    drop_activations: bool = Field(
+        False,
+        description="Export layers that round their inputs as weights alone; the outputs differ.",
+    )
+    gptq_v2: bool = Field(
+        False,
+        description="Write GPTQ's second layout, which GPTQModel reads and which can hold "
+        "asymmetric layers.",
+    )
+
+    @property
+    def float_dtype(self) -> torch.dtype | None:
+        """`dtype` as a torch.dtype."""
+        return None if self.dtype is None else getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer as a target stores it.
+
+    container: what holds it, in the target's own words, such as "Q4_0".
+    tensors: its tensors, by name within the layer.
+    changes: what was changed without changing a weight, such as "groups of 128 written as 64".
+    loss: what the target does differently when it runs the layer; None: nothing.
+    """
+
+    container: str
+    tensors: dict[str, Tensor] = field(repr=False)
+    changes: tuple[str, ...] = ()
+    loss: str | None = None
+
+
+class Exporter(ABC):
+    """Writes a quantized folder for one kind of other programs.
+
+    name: what `--to` calls it.
+    readers: the programs that read the result, for help texts.
+
+    The constructor raises ValueError for a model that the target cannot hold at all.
+    """
+
+    name: ClassVar[str]
+    readers: ClassVar[str]
+
+    def __init__(self, folder: QuantizedFolder, options: ExportOptions) -> None:
+        self.folder = folder
+        self.options = options
+        self.widths = widths_of(folder, self._bits()) if entries_with_widths(folder) else {}
+        if options.bits is not None and not self.widths:
+            raise ValueError(
+                f"bits is {options.bits}, but {folder.folder} has layers of one width only: only "
+                "folders made by matquant have slices. Leave bits out"
+            )
+
+    def _bits(self) -> WidthPlan:
+        if self.options.bits is not None:
+            return self.options.bits
+        return {name: e["bits"] for name, e in entries_with_widths(self.folder).items()}
+
+    def layer(self, name: str) -> QuantizedLinear:
+        """Returns a layer of the folder, at the width that is exported. name: on disk"""
+        return self.at_width(name, self.folder.layer(name))
+
+    def at_width(self, name: str, layer: QuantizedLinear) -> QuantizedLinear:
+        """Returns a layer at the width that is exported. name: on disk"""
+        return layer.at(self.widths[name]) if name in self.widths else layer
+
+    @abstractmethod
+    def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
+        """Returns a layer as the target stores it.
+
+        name: the layer's name on disk.
+        layer: at the width that is exported.
+
+        Raises Refused if the target cannot hold it.
+        """
+
+    @abstractmethod
+    def decode(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns the weight that the target's readers make of stored tensors.
+
+        It shares no code with `store`, so that it can find errors there.
+
+        name: the layer's name on disk.
+        tensors: as `StoredLayer.tensors`.
+
+        Returns (out, in) float32.
+        """
+
+    def error(self, layer: QuantizedLinear, weight: Tensor) -> float:
+        """Returns the largest error of an exported weight in steps of the layer's grid.
+
+        layer: the layer of the folder.
+        weight: what `decode` returned.
+        """
+        grid = grid_of(layer)
+        assert grid is not None
+        return grid.error(weight)
+
+    @abstractmethod
+    def write(self, into: Path, progress: Progress) -> None:
+        """Writes all files into an empty folder. progress: called as progress(done, total)"""
+
+    @abstractmethod
+    def read(self, folder: Path, name: str) -> dict[str, Tensor]:
+        """Reads the tensors of one layer back from a written folder, by name within the layer."""
+
+    def check_attention(self) -> None:
+        """Raises ValueError if the model rounds queries, keys or values, and that may not go."""
+        allowed = self.options.drop_activations or self.options.allow_lossy
+        if self.folder.attention and not allowed:
+            first = next(iter(self.folder.attention))
+            raise ValueError(
+                f"{first} rounds its queries, keys or values, which {self.name} cannot say: with "
+                "--drop-activations the weights are exported alone, with --allow-lossy also the "
+                "rounding of inputs that the target knows; the outputs will differ"
+            )
+
+
+def grid_for(exporter: Exporter, layer: QuantizedLinear) -> Grid:
+    """Returns the grid of a layer that a target of grids is to hold.
+
+    Raises Refused for other formats, and for layers that round their inputs unless
+    `drop_activations` was chosen.
+    """
+    grid = grid_of(layer)
+    if grid is None:
+        raise Refused(
+            f"its format {layer.format} is not a grid of integers, and {exporter.name} stores "
+            "nothing else: export the weights in float with --to dense"
+        )
+    rounding = layer.activation
+    if rounding is not None and not exporter.options.drop_activations:
+        raise Refused(
+            f"it rounds its inputs to {rounding.bits} bits, which {exporter.name} cannot say: with "
+            "--drop-activations the weight is exported alone, and the outputs will differ"
+        )
+    return grid
+
+
+def regrouping(grid: Grid, changed: Grid) -> tuple[str, ...]:
+    """Describes how the container of a grid was changed, for `StoredLayer.changes`."""
+    changes = []
+    if grid.group_size != changed.group_size:
+        before = "rows" if grid.per_row else f"groups of {grid.group_size}"
+        changes.append(f"{before} written as groups of {changed.group_size}")
+    if grid.bits != changed.bits:
+        changes.append(f"{grid.bits} bits written as {changed.bits}")
+    return tuple(changes)

@@ -1,0 +1,150 @@
+"""The target `gptq`: AutoGPTQ's layout, which vLLM, GPTQModel, SGLang and transformers read.
+
+Of a layer of (out, in) with codes of `bits` bits it stores, transposed:
+
+| name      | dtype   | shape                     | holds                                   |
+| --------- | ------- | ------------------------- | --------------------------------------- |
+| `qweight` | int32   | (in * bits / 32, out)     | the codes of a column, along inputs     |
+| `qzeros`  | int32   | (groups, out * bits / 32) | zero points along outputs               |
+| `scales`  | float16 | (groups, out)             |                                         |
+| `g_idx`   | int32   | (in,)                     | the group of each input                 |
+
+Codes and zero points are little-endian bit streams. Version 1 stores zero points minus 1. It is
+offered for symmetric layers only: vLLM refuses asymmetric ones, and a zero point of 0 would wrap
+around. Version 2 (`checkpoint_format: gptq_v2`) stores zero points as they are.
+
+Source: github.com/ModelCloud/GPTQModel, nn_modules/qlinear/packer.py.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.writer import write_json
+from lowbit.exporters.bitstream import stream_codes
+from lowbit.exporters.exporter import Progress, StoredLayer, grid_for, regrouping
+from lowbit.exporters.folder import FolderExporter
+from lowbit.exporters.grid import (
+    Grid,
+    Refused,
+    divides,
+    half_scales,
+    regrouped,
+    widened,
+    with_whole_zeros,
+)
+from lowbit.formats.base import QuantizedLinear
+from lowbit.kernels.bits import pack
+
+WIDTHS = (2, 3, 4, 8)  # the readers know no others
+GROUPS = (1024, 512, 256, 128, 64, 32, 16)
+WORD = 32  # bits
+
+
+class GptqExporter(FolderExporter):
+    """Writes the GPTQ layout in one width and one group size for the whole model.
+
+    The readers take one width and group size from config.json, so that all layers get the largest
+    width and the largest group size that fits all of them.
+    """
+
+    name = "gptq"
+    readers = "vLLM, GPTQModel, SGLang"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.zero_offset = 0 if self.options.gptq_v2 else 1
+        self.symmetric = True
+        self._shape: tuple[int, int] | None = None
+
+    def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
+        grid = grid_for(self, layer)
+        bits, size = self.common_shape()
+        changed = self._fitting(grid, bits, size)
+        codes = pack(changed.codes, bits).view(torch.int32)
+        points = (changed.zero - self.zero_offset).T.to(torch.uint8).contiguous()
+        tensors = {
+            "qweight": codes.T.contiguous(),
+            "qzeros": pack(points, bits).view(torch.int32).contiguous(),
+            "scales": changed.scale.T.contiguous(),
+            "g_idx": (torch.arange(grid.in_features) // changed.group_size).to(torch.int32),
+        }
+        if layer.bias is not None:
+            tensors["bias"] = self.store_float(name, layer.bias.detach())
+        self.symmetric &= changed.symmetric
+        groups = "rows" if size < 0 else f"groups of {size}"
+        return StoredLayer(f"{bits} bits, {groups}", tensors, regrouping(grid, changed))
+
+    def common_shape(self) -> tuple[int, int]:
+        """Returns the width of all layers, and their group size; -1: a whole row."""
+        if self._shape is None:
+            grids = [g for name in self.folder.entries if (g := self._fitted(name)) is not None]
+            if not grids:
+                return WIDTHS[-1], -1
+            bits = max(grid.bits for grid in grids)
+            if all(grid.per_row for grid in grids):
+                self._shape = bits, -1
+            else:
+                fits = (n for n in GROUPS if all(divides(grid, n) for grid in grids))
+                self._shape = bits, next(fits, 0)
+        return self._shape
+
+    def _fitted(self, name: str) -> Grid | None:
+        """Returns a layer's grid in a width that the readers know; None: it is refused anyway."""
+        try:
+            grid = with_whole_zeros(grid_for(self, self.layer(name)))
+            return widened(grid, min(width for width in WIDTHS if width >= grid.bits))
+        except Refused:
+            return None
+
+    def _fitting(self, grid: Grid, bits: int, size: int) -> Grid:
+        """Returns the grid in the width and groups of the model. Raises Refused if it has none."""
+        grid = half_scales(with_whole_zeros(grid))
+        if not grid.symmetric and not self.options.gptq_v2:
+            raise Refused(
+                "it is asymmetric, which vLLM refuses in this layout: export to ct or awq, or give "
+                "--gptq-v2 for GPTQModel"
+            )
+        if size == 0:
+            raise Refused(
+                f"no group size of {', '.join(map(str, reversed(GROUPS)))} fits the rows of all "
+                "layers, and this layout has one for the whole model: export to ct"
+            )
+        if grid.in_features * bits % WORD or grid.out_features * bits % WORD:
+            raise Refused(
+                f"its shape {grid.out_features} x {grid.in_features} at {bits} bits does not fill "
+                f"words of {WORD} bits, which this layout needs: export to ct"
+            )
+        grid = widened(grid, bits)
+        return regrouped(grid, grid.in_features if size < 0 else size)
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        bits, _ = self.common_shape()
+        columns, rows = tensors["g_idx"].shape[0], tensors["scales"].shape[1]
+        codes = stream_codes(tensors["qweight"].T.contiguous(), bits, columns)
+        points = stream_codes(tensors["qzeros"], bits, rows) + self.zero_offset
+        group = tensors["g_idx"].numpy()
+        steps = (codes - points.T[:, group]).astype(np.float32)
+        return torch.from_numpy(tensors["scales"].float().numpy().T[:, group] * steps)
+
+    def quantization(self) -> dict[str, Any]:
+        bits, size = self.common_shape()
+        return {
+            "quant_method": "gptq",
+            "bits": bits,
+            "group_size": size,
+            "sym": self.symmetric,
+            "desc_act": False,
+            "lm_head": "lm_head" in self.folder.entries,
+            "checkpoint_format": "gptq_v2" if self.options.gptq_v2 else "gptq",
+            "pack_dtype": "int32",
+            "modules_to_not_convert": self.float_modules(),
+        }
+
+    def write(self, into: Path, progress: Progress) -> None:
+        super().write(into, progress)
+        write_json(into / "quantize_config.json", self.quantization())

@@ -1,0 +1,160 @@
+"""Exports a quantized folder: plans every layer, writes, reads back and compares."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint.folder import written_aside
+from lowbit.checkpoint.quantized_folder import QuantizedFolder
+from lowbit.checkpoint.ranges import collapse
+from lowbit.checkpoint.verify import config_digest
+from lowbit.checkpoint.writer import write_json
+from lowbit.config import unknown_name
+from lowbit.exporters.awq import AwqExporter
+from lowbit.exporters.compressed_tensors import CompressedTensorsExporter
+from lowbit.exporters.dense import DenseExporter
+from lowbit.exporters.exporter import Exporter, ExportOptions, FloatDtype, Progress
+from lowbit.exporters.gptq import GptqExporter
+from lowbit.exporters.mlx import MlxExporter
+from lowbit.exporters.plan import ExportPlan, PlannedLayer, make_plan
+from lowbit.version import __version__
+
+TARGETS: dict[str, type[Exporter]] = {
+    exporter.name: exporter
+    for exporter in (
+        CompressedTensorsExporter,
+        GptqExporter,
+        AwqExporter,
+        MlxExporter,
+        DenseExporter,
+    )
+}
+RECORD = "export.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an export: "planning", "writing" or "reading back", and how far it is."""
+
+    name: str
+    done: int
+    of: int
+
+
+def silent(step: Step) -> None:
+    """Reports no progress."""
+
+
+def plan_export(
+    folder: str | Path,
+    to: str,
+    *,
+    bits: Any = None,
+    dtype: FloatDtype | None = None,
+    allow_lossy: bool = False,
+    drop_activations: bool = False,
+    gptq_v2: bool = False,
+    on_step: Any = silent,
+) -> ExportPlan:
+    """Returns what would become of each layer of a quantized folder; writes nothing.
+
+    Arguments and errors are those of `export`.
+    """
+    exporter = exporter_for(folder, to, ExportOptions.of(locals()))
+    return make_plan(exporter, _reporter(on_step, "planning"))
+
+
+def export(  # noqa: PLR0913 (the options of an export)
+    folder: str | Path,
+    dest: str | Path,
+    to: str,
+    *,
+    bits: Any = None,
+    dtype: FloatDtype | None = None,
+    allow_lossy: bool = False,
+    drop_activations: bool = False,
+    gptq_v2: bool = False,
+    verify: bool = True,
+    on_step: Any = silent,
+) -> ExportPlan:
+    """Writes a quantized folder in the format of other programs, and returns what became of it.
+
+    Every layer is planned before anything is written. The new folder appears when it is whole and
+    every layer has been read back and compared. The comparison is stored in its export.json.
+
+    folder: a folder that lowbit has quantized.
+    dest: the folder to write, which must not exist.
+    to: name of the target: one of TARGETS.
+    bits, dtype, allow_lossy, drop_activations, gptq_v2: the fields of `ExportOptions`.
+    verify: whether the files of the folder are checked against their hashes first.
+    on_step: called with a `Step` again and again.
+
+    Raises ValueError, before anything is written, if the folder is damaged, `dest` exists, or the
+    target cannot hold a layer.
+    """
+    options, dest = ExportOptions.of(locals()), Path(dest)
+    if dest.exists():
+        raise ValueError(f"{dest} exists already: choose another folder, or remove it")
+    exporter = exporter_for(folder, to, options)
+    exporter.folder.verify(hashes=verify)
+    plan = make_plan(exporter, _reporter(on_step, "planning"))
+    plan.check(options.allow_lossy)
+    with written_aside(dest) as part:
+        part.mkdir(parents=True)
+        exporter.write(part, _reporter(on_step, "writing"))
+        _compare(exporter, part, plan, _reporter(on_step, "reading back"))
+        write_json(part / RECORD, _record(exporter, plan))
+    return plan
+
+
+def exporter_for(folder: str | Path, to: str, options: ExportOptions) -> Exporter:
+    """Returns the exporter of a target for a folder.
+
+    Raises ValueError for an unknown target, and for a model that the target cannot hold.
+    """
+    if to not in TARGETS:
+        raise ValueError(unknown_name(to, TARGETS, "target"))
+    exporter = TARGETS[to](QuantizedFolder(Path(folder)), options)
+    exporter.check_attention()
+    return exporter
+
+
+def _reporter(on_step: Any, name: str) -> Progress:
+    return lambda done, of: on_step(Step(name, done, of))
+
+
+def _compare(exporter: Exporter, part: Path, plan: ExportPlan, progress: Progress) -> None:
+    """Raises ValueError if a layer that was read back has not the error that was planned."""
+    for done, planned in enumerate(plan.layers):
+        progress(done, len(plan.layers))
+        weight = exporter.decode(planned.name, exporter.read(part, planned.name))
+        error = exporter.error(exporter.layer(planned.name), weight)
+        if error != planned.error:
+            raise ValueError(
+                f"layer {planned.name} was read back with an error of {error:.2g} steps instead "
+                f"of {planned.error:.2g}: nothing was kept. The disk may be faulty, or this is an "
+                "error of lowbit; please report it"
+            )
+    progress(len(plan.layers), len(plan.layers))
+
+
+def _record(exporter: Exporter, plan: ExportPlan) -> dict[str, Any]:
+    """Returns the content of export.json."""
+    folder = exporter.folder
+    return {
+        "lowbit": __version__,
+        "target": plan.target,
+        "options": exporter.options.model_dump(exclude_defaults=True, mode="json"),
+        "source": {"digest": config_digest(folder.config)},
+        "layers": collapse({layer.name: _facts(layer) for layer in plan.layers}),
+        "notes": list(plan.notes),
+    }
+
+
+def _facts(layer: PlannedLayer) -> dict[str, Any]:
+    facts: dict[str, Any] = {"container": layer.container, "error_in_steps": layer.error}
+    if layer.changes:
+        facts["changes"] = list(layer.changes)
+    if layer.loss is not None:
+        facts["loss"] = layer.loss
+    return facts

@@ -1,0 +1,138 @@
+"""What an export refuses, and what it leaves behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+import torch
+import zoo
+from transformers import AutoModelForCausalLM
+
+import lowbit
+from lowbit.checkpoint import QuantizedFolder
+from lowbit.exporters import TARGETS, Exporter, Step
+from lowbit.exporters.compressed_tensors import CompressedTensorsExporter
+from lowbit.methods import PTQ161, RTN, MixedQuant, QuIP
+
+LATTICE = QuIP(codebook="HI", scale=2.9, row_scale="always", tune_iters=0, min_tokens=8)
+NO_GRID = {
+    "lattice": LATTICE,
+    "binary": PTQ161(epochs=0, min_tokens=1),
+    "sorted_group": MixedQuant(group_size=16, min_tokens=1),
+}
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    return lowbit.quantize(zoo.folder("llama"), tmp_path / "made", RTN(bits=4, group_size=16))
+
+
+def nothing_was_written(folder: Path) -> bool:
+    return not any(folder.glob("dest*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NO_GRID)
+def test_formats_without_a_grid_go_out_in_float_only(name: str, tmp_path: Path) -> None:
+    source = quantized.source("llama")
+    folder = quantized.quantize(source, tmp_path / "made", NO_GRID[name])
+    with pytest.raises(ValueError, match=rf"its format {name} is not a grid.*--to dense"):
+        lowbit.export(folder, tmp_path / "dest", "ct")
+    assert nothing_was_written(tmp_path)
+    lowbit.export(folder, tmp_path / "dest", "dense", allow_lossy=True, dtype="float32")
+    with torch.no_grad():
+        wanted = lowbit.load(folder)[0](zoo.tokens()).logits
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dest", dtype=torch.float32)
+        found = plain(zoo.tokens()).logits
+    if name != "sorted_group":  # which rounds its inputs
+        assert zoo.error(found, wanted) < 1e-5
+
+
+def test_an_unknown_target(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'vllm' is not a target: allowed are"):
+        lowbit.export(made, tmp_path / "dest", "vllm")
+
+
+def test_a_folder_that_exists(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "dest").mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        lowbit.export(made, tmp_path / "dest", "ct")
+
+
+def test_a_float_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="was not quantized by lowbit"):
+        lowbit.export(zoo.folder("llama"), tmp_path / "dest", "ct")
+
+
+def test_a_damaged_folder(made: Path, tmp_path: Path) -> None:
+    shard = sorted(made.glob("*.safetensors"))[-1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=shard.name):
+        lowbit.export(made, tmp_path / "dest", "ct")
+    assert nothing_was_written(tmp_path)
+
+
+def test_bits_of_a_folder_without_slices(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="only folders made by matquant have slices"):
+        lowbit.export(made, tmp_path / "dest", "ct", bits=4)
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_plan_writes_nothing(to: str, made: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    plan = lowbit.plan_export(made, to)
+    assert sorted(tmp_path.iterdir()) == before
+    assert [layer.name for layer in plan.layers] == list(QuantizedFolder(made).entries)
+
+
+class Faulty(CompressedTensorsExporter):
+    """Writes one code of one layer wrongly."""
+
+    def _converted(self, name: str, layer: Any) -> dict[str, torch.Tensor]:
+        tensors = super()._converted(name, layer)
+        if name.endswith("layers.1.mlp.up_proj"):
+            tensors["weight_packed"][3, 1] ^= 1
+        return tensors
+
+
+def test_what_was_written_wrongly_is_not_kept(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TARGETS, "ct", Faulty)
+    with pytest.raises(ValueError, match=r"layer model.layers.1.mlp.up_proj was read back"):
+        lowbit.export(made, tmp_path / "dest", "ct")
+    assert nothing_was_written(tmp_path)
+
+
+def test_an_interrupted_export_leaves_nothing(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Exporter, folder: Path, name: str) -> dict[str, torch.Tensor]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CompressedTensorsExporter, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.export(made, tmp_path / "dest", "ct")
+    assert nothing_was_written(tmp_path)
+
+
+def test_the_record(made: Path, tmp_path: Path) -> None:
+    lowbit.export(made, tmp_path / "dest", "ct", dtype="bfloat16")
+    record = json.loads((tmp_path / "dest" / "export.json").read_text())
+    assert record["target"] == "ct" and record["options"] == {"dtype": "bfloat16"}
+    assert len(record["source"]["digest"]) == 64
+    layer = record["layers"]["model.layers.{0-1}.mlp.up_proj"]
+    assert layer == {"container": "pack-quantized, 4 bits, groups of 16", "error_in_steps": 0.0}
+    assert str(tmp_path) not in json.dumps(record)
+
+
+def test_progress(made: Path, tmp_path: Path) -> None:
+    steps: list[Step] = []
+    lowbit.export(made, tmp_path / "dest", "ct", on_step=steps.append)
+    names = list(dict.fromkeys(step.name for step in steps))
+    assert names == ["planning", "writing", "reading back"]
+    assert steps[-1].done == steps[-1].of == 14
