@@ -15,7 +15,7 @@ from lowbit.load import load_model
 
 pytestmark = pytest.mark.slow
 
-FAMILIES = ["opt", "llama", "qwen2", "falcon 7b", "mixtral", "qwen3_moe"]
+FAMILIES = ["opt", "llama", "qwen2", "falcon 7b", "mixtral", "qwen3_moe", "gpt2"]
 
 
 @pytest.fixture

@@ -42,7 +42,6 @@ METHODS = {
     "nearest": OmniQuant(**W4A4, lwc=False, epochs=0),
 }
 FAMILIES = ["opt", "llama", "mistral", "qwen3", "mixtral", "falcon rw", "gemma2"]
-DISCOVERED = [name for name in zoo.DISCOVERED if name != "gpt2"]
 MASKED = FAMILIES[:-1]  # eager attention turns rows that see nothing to NaN in float64
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -60,7 +59,7 @@ def marks(model: nn.Module) -> dict[str, Any]:
     return {n: getattr(m, MARK) for n, m in model.named_modules() if hasattr(m, MARK)}
 
 
-@pytest.mark.parametrize("name", [*zoo.ZOO, *DISCOVERED])
+@pytest.mark.parametrize("name", [*zoo.ZOO, *zoo.DISCOVERED])
 def test_every_family_rounds_what_its_linears_and_attentions_read(name: str) -> None:
     out, source = folder(name, "nearest"), SourceModel(quantized.source(name))
     model, _ = lowbit.load(out)

@@ -53,7 +53,7 @@ def test_every_table_has_a_model() -> None:
     assert family_name(zoo.folder("phi3")) == "discovered"
 
 
-@pytest.mark.parametrize("name", [n for n in zoo.ZOO | zoo.DISCOVERED if n != "gpt2"])
+@pytest.mark.parametrize("name", zoo.ZOO | zoo.DISCOVERED)
 def test_streamed_forward_is_that_of_transformers(name: str) -> None:
     whole = AutoModelForCausalLM.from_pretrained(zoo.folder(name)).eval()
     batch = zoo.tokens()

@@ -39,7 +39,7 @@ def remote(folder: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("name", ["llama", "opt", "gemma2", "mixtral", "falcon rw"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma2", "mixtral", "falcon rw", "gpt2"])
 def test_streamed_is_whole(name: str, quick: bool) -> None:
     found = check_streaming(zoo.source(name), quick)
     assert found.error < 1e-6

@@ -39,8 +39,9 @@ def dequantize(
         )
 
     def weights(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
-        weight = {"weight": layer.dequantize().to(quantized.float_dtype(name))}
-        return weight if layer.bias is None else weight | {"bias": layer.bias.detach()}
+        weight = layer.dequantize().to(quantized.float_dtype(name))
+        stored = {"weight": weight.T.contiguous() if layer.spec.transposed else weight}
+        return stored if layer.bias is None else stored | {"bias": layer.bias.detach()}
 
     shards, count = quantized.converted_shards(weights), len(quantized.reader.files)
     write_folder(out, shards, count, config, folder, trust_remote_code)

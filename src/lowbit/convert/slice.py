@@ -96,9 +96,9 @@ class _Cutting:
         """
         if name in self.widths:
             layer = slice_layer(layer, self.widths[name], self.nested)
-            # The dtype of the float weight, which the layer itself does not know.
-            dtype = {k: v for k, v in self.entries[name].items() if k == "dtype"}
-            self.entries[name] = layer.entry() | dtype
+            # How the float weight was stored, which the slice itself does not know.
+            stored = {k: v for k, v in self.entries[name].items() if k in ("dtype", "transposed")}
+            self.entries[name] = layer.entry() | stored
         tensors: dict[str, Tensor] = dict(layer.state_dict())
         if (placeholder := self.quantized.placeholder) == f"{name}.weight":
             tensors["weight"] = self.quantized.reader.read([placeholder])[placeholder]

@@ -21,6 +21,7 @@ class LayerEntry(Config):
         bias.
     dtype: dtype of the original float weight, one of the same three. The key is absent if it is
         unknown, as in folders of version 1.
+    transposed: whether the float checkpoint stores the weight as (in, out), like GPT-2's.
     """
 
     model_config = ConfigDict(strict=True)
@@ -29,6 +30,7 @@ class LayerEntry(Config):
     shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
     bias: FloatName | None
     dtype: FloatName | None = None
+    transposed: bool = False
 
     @property
     def weight_dtype(self) -> torch.dtype | None:

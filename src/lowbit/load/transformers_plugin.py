@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import (
     HfQuantizer,
     register_quantization_config,
@@ -36,6 +37,7 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.widths import WidthPlan
 from lowbit.load.slices import cut_names, slice_conversions
 from lowbit.models.attention import round_attentions
+from lowbit.models.conv1d import TransposedLinear
 from lowbit.models.skeleton import memory_names, unfuse_experts
 
 logger = logging.getLogger(__name__)
@@ -189,6 +191,8 @@ def mark_attentions(model: PreTrainedModel, attention: dict[str, dict[str, Any]]
 
 
 def _check_fits(name: str, old: nn.Module, new: QuantizedLinear) -> None:
+    if isinstance(old, Conv1D):  # GPT-2's, which is a linear with a transposed weight
+        old = TransposedLinear(old.nx, old.nf, device="meta")
     if not isinstance(old, nn.Linear):
         raise ValueError(
             f"config.json lists {name} as quantized, but in this model it is a "

@@ -9,16 +9,19 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lowbit.blocks.experts import ExpertNames, is_fused, unfuse
+from lowbit.models.conv1d import linears_for_conv1d
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
     """Returns the model of a config, without weights and with unfused experts.
 
-    Parameters are on the meta device; buffers, such as rotary tables, have their values.
+    A Conv1D becomes an nn.Linear. Parameters are on the meta device; buffers, such as rotary
+    tables, have their values.
     """
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.eval()
+    linears_for_conv1d(model)
     unfuse_experts(model)
     return model
 

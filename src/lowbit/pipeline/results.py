@@ -15,6 +15,7 @@ from lowbit.formats import link
 from lowbit.formats.activation import Activation
 from lowbit.formats.dense import DenseLinear
 from lowbit.methods.result import BlockResult
+from lowbit.models.conv1d import TransposedLinear, as_on_disk
 from lowbit.models.source import SourceModel
 from lowbit.run_report import BlockReport, RunReport
 
@@ -35,6 +36,9 @@ def as_stored(result: BlockResult, source: SourceModel, block: str) -> BlockResu
             result.linears[name] = DenseLinear.from_weight(linear.values.to(weight), linear.bias)
         else:
             result.linears[name] = linear.with_dtypes(weight, bias)
+        if isinstance(source.skeleton.get_submodule(f"{block}.{name}"), TransposedLinear):
+            stored = result.linears[name]
+            stored.spec = stored.spec.model_copy(update={"transposed": True})
     link(result.linears)
     result.tensors = {name: t.detach().to(dtype_of(name)) for name, t in result.tensors.items()}
     return result
@@ -57,7 +61,11 @@ def shard_of(
         if linear.shares is not None:
             modules[disk]["shares"] = source.disk_name(f"{block}.{linear.shares}")
         tensors |= {f"{disk}.{key}": tensor for key, tensor in linear.state_dict().items()}
-    changed = {source.disk_names[f"{block}.{name}"]: t for name, t in result.tensors.items()}
+    module = source.skeleton.get_submodule(block)
+    changed = {
+        source.disk_names[f"{block}.{name}"]: as_on_disk(module, name, t)
+        for name, t in result.tensors.items()
+    }
     replaced = {f"{disk}.weight" for disk in modules} | {f"{disk}.bias" for disk in modules}
     kept = [n for n in source.block_tensors(block) if n not in replaced and n not in changed]
     tensors |= changed | source.reader.read(kept)
@@ -124,6 +132,7 @@ def result_of(
     record: the record of the shard.
     """
     block = record["block"]
+    module = source.skeleton.get_submodule(block)
     memory = {disk: name for name, disk in source.disk_names.items()}
     result = BlockResult()
     for disk, linear in layers_from(record["modules"], tensors).items():
@@ -135,5 +144,6 @@ def result_of(
         if (disk := source.disk_path(f"{block}.{name}")) in record["attention"]
     }
     for disk in record["changed"]:
-        result.tensors[memory[disk].removeprefix(f"{block}.")] = tensors[disk]
+        name = memory[disk].removeprefix(f"{block}.")
+        result.tensors[name] = as_on_disk(module, name, tensors[disk])
     return result
