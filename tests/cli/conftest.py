@@ -1,18 +1,12 @@
 """Calls commands in this process on the example Llama; each folder is quantized once."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.utils import enable_progress_bars
-from huggingface_hub.utils import logging as hub_logging
-from transformers.utils import logging as transformers_logging
-from typer.testing import CliRunner
+from commands import call
 from zoo import MODELS
-
-from lowbit.cli import app
 
 MODEL = MODELS / "llama-mini"
 STORY = "Once upon a time there was a little fox who lived in the wood. She had a red ball. "
@@ -26,33 +20,9 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _loud_again() -> Iterator[None]:
-    """Restores the warnings that commands turn off, since other tests need them."""
-    transformers_level, hub_level = (
-        transformers_logging.get_verbosity(),
-        hub_logging.get_verbosity(),
-    )
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(transformers_level)
-        transformers_logging.enable_progress_bar()
-        hub_logging.set_verbosity(hub_level)
-        enable_progress_bars()
-
-
 @pytest.fixture(scope="session")
 def lowbit() -> Callable[..., Any]:
     """lowbit("inspect", folder) returns exit_code, stdout and stderr, and checks for tracebacks."""
-
-    def call(*arguments: object, code: int = 0) -> Any:
-        with _loud_again():
-            result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exit_code == code, result.output
-        assert "Traceback" not in result.output
-        return result
-
     return call
 
 

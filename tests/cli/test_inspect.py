@@ -36,7 +36,7 @@ def test_totals_and_provenance(lowbit, learned, story):
     assert facts["model"].startswith(f"{found.model:.2f} bits per parameter, ")
     assert facts["recipe"] == "omniquant-w2a16-g64 with epochs=1"
     assert facts["method"].startswith("omniquant (bits=2, group_size=64, ")
-    assert facts["calibration"] == f"2 windows of 64 tokens of {story}"
+    assert facts["calibration"] == f"2 windows of 64 tokens of {story.name}"
     assert facts["seed"] == "0" and "torch" in text and facts["device"] == "cpu"
 
 

@@ -1,5 +1,6 @@
 """Reads text: from named data sets of the Hugging Face hub, and from local files."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -125,6 +126,19 @@ def check_name(name: str, names: Iterable[str], what: str) -> None:
         return
     what += ", and it is a folder" if Path(name).is_dir() else ", and no such file exists"
     raise ValueError(unknown_name(name, names, what) + "; or any text, .jsonl or .parquet file")
+
+
+def described(name: str) -> dict[str, Any]:
+    """Returns what config.json says about a source: its name, and size and sha256 of a file.
+
+    The path of a file is private, so only its last part is kept.
+    """
+    if name in HUB_SOURCES:
+        return {"name": name}
+    path = Path(name)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": path.name, "size": path.stat().st_size, "sha256": digest}
 
 
 def is_text_file(path: Path) -> bool:

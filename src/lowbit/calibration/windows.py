@@ -18,7 +18,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lowbit.calibration.sources import HUB_SOURCES, Corpus, calibration_corpus, check_name
+from lowbit.calibration.sources import (
+    HUB_SOURCES,
+    Corpus,
+    calibration_corpus,
+    check_name,
+    described,
+)
 from lowbit.calibration.tokens import (
     Tokenizer,
     documents_digest,
@@ -61,8 +67,8 @@ class TokenWindows:
     tokens: (samples, seqlen) int64, source after source.
     digest: sha256, in hex, of everything that the tokens depend on.
     seqlen: tokens in a window.
-    sources: for each source, its name, the number of windows, and how many tokens and documents
-        they were drawn from.
+    sources: for each source, its name (for a file also its size and sha256), the number of
+        windows, and how many tokens and documents they were drawn from.
     """
 
     tokens: Tensor
@@ -117,8 +123,8 @@ def token_windows(
     sources = []
     for name, windows in plan:
         tokens, documents = next(sizes) if windows else (0, 0)
-        source = {"name": name, "windows": windows, "tokens": tokens, "documents": documents}
-        sources.append(source)
+        counts = {"windows": windows, "tokens": tokens, "documents": documents}
+        sources.append({**described(name), **counts})
     return TokenWindows(drawn.tokens, digest, seqlen, sources)
 
 
@@ -143,6 +149,14 @@ def split_windows(sources: Sequence[str], samples: int) -> list[tuple[str, int]]
     for i in by_remainder[: samples - sum(counts)]:
         counts[i] += 1
     return [(name, count) for (name, _), count in zip(weights, counts, strict=True)]
+
+
+def described_sources(sources: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns what config.json says about sources that are given as for `split_windows`."""
+    return [
+        {**({"name": name} if name == "mix" else described(name)), "weight": float(weight)}
+        for name, weight in map(_parse, sources)
+    ]
 
 
 def _parse(spec: str) -> tuple[str, Fraction]:

@@ -11,6 +11,7 @@ learned.py:          the learned parameters of an earlier run.
 Writing:
 writer.py:           the folder of a run, block by block; an interrupted run can continue.
 folder.py:           a folder at once.
+provenance.py:       keeps paths of the maker's machine out of what is written.
 companions.py:       the files other than weights that belong to a model.
 output.py:           config.json of a quantized folder, and sizes in bits per weight.
 ranges.py:           names of many layers as one entry of config.json.

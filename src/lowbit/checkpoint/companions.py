@@ -18,9 +18,9 @@ or params.json.
 """
 
 import os
-import shutil
 from pathlib import Path
 
+from lowbit.checkpoint.provenance import copy_without_paths
 from lowbit.checkpoint.writer import RUN, aside
 
 WEIGHTS = tuple(".safetensors .bin .pt .pth .ckpt .h5 .msgpack .ot .npz .gguf .onnx".split())
@@ -48,7 +48,7 @@ def copy_companions(folder: Path, into: Path, code: bool = False) -> None:
     for name in companions_of(folder, code):
         (into / name).parent.mkdir(parents=True, exist_ok=True)
         with aside(into / name) as part:
-            shutil.copyfile(folder / name, part)
+            copy_without_paths(folder / name, part)
 
 
 def companions_of(folder: Path, code: bool = False) -> list[Path]:

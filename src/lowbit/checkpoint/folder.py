@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.checkpoint.companions import copy_companions
+from lowbit.checkpoint.provenance import without_paths
 from lowbit.checkpoint.reader import INDEX
 from lowbit.checkpoint.writer import explained, save_tensors, write_json
 
@@ -74,4 +75,5 @@ def write_model(
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
     write_json(folder / INDEX, index)
-    write_json(folder / "config.json", config(folder) if callable(config) else config)
+    content = config(folder) if callable(config) else without_paths(config)
+    write_json(folder / "config.json", content)

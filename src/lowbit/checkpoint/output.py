@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoint.provenance import without_paths
 from lowbit.checkpoint.quantized_folder import QuantizedFolder
 from lowbit.checkpoint.ranges import collapse
 from lowbit.checkpoint.reader import CheckpointReader, read_json
@@ -39,7 +40,8 @@ def final_config(
         "made_by": made_by,
     }
     changed = {key: value for r in records for key, value in r.get("config", {}).items()}
-    config = {**read_json(source / "config.json"), **changed, "quantization_config": section}
+    stated = without_paths(read_json(source / "config.json"))
+    config = {**stated, **changed, "quantization_config": section}
     section["digest"] = config_digest(config)
     return config
 

@@ -204,7 +204,8 @@ def choose_method(
     loaded = load_recipe(recipe)
     chosen = method_of(recipe, loaded, family_name(source), settings)
     changed = ", ".join(f"{field}={value}" for field, value in settings.items())
-    label = f"{recipe} with {changed}" if changed else recipe
+    name = Path(recipe).name  # config.json keeps it, and the folder of a recipe is private
+    label = f"{name} with {changed}" if changed else name
     return chosen, loaded.calibration.model_dump(exclude_none=True), label
 
 

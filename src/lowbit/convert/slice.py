@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lowbit.checkpoint import QuantizedFolder, file_sha256
 from lowbit.checkpoint.folder import write_folder
+from lowbit.checkpoint.provenance import without_paths
 from lowbit.checkpoint.quantized_folder import Progress
 from lowbit.checkpoint.ranges import collapse
 from lowbit.checkpoint.slices import widths_of
@@ -122,6 +123,6 @@ class _Cutting:
             "files": files,
             "made_by": {**(master.get("made_by") or {}), "sliced": sliced},
         }
-        config = {**self.quantized.config, "quantization_config": section}
+        config = {**without_paths(self.quantized.config), "quantization_config": section}
         section["digest"] = config_digest(config)
         return config

@@ -215,5 +215,8 @@ class _Run:
         return lambda event: self._log(writer, event)
 
     def _log(self, writer: CheckpointWriter, event: Event) -> None:
-        writer.append_event({"time": round(time.time(), 3), **event.to_json()})
+        line = event.to_json()
+        if "out" in line:  # OUT is published with its events, and its path is private
+            line["out"] = writer.folder.absolute().name
+        writer.append_event({"time": round(time.time(), 3), **line})
         self.on_event(event)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowbit.calibration import Calibration
+from lowbit.calibration.windows import described_sources
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
 from lowbit.checkpoint.folder import write_folder
 from lowbit.checkpoint.reader import read_json
@@ -88,8 +89,8 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     made_by = {
         "model": source.reader.digest(),
         "first_pass": first_pass.signature(),
-        "calibration": calibration.model_dump(mode="json"),
-        "lora": lora.model_dump(mode="json"),
+        "calibration": _with_described_sources(calibration),
+        "lora": _with_described_sources(lora),
         "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "device": trained_on.type,
         "versions": {"lowbit": __version__, "torch": torch.__version__},
@@ -119,6 +120,12 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     shutil.rmtree(work, ignore_errors=True)
     on_event(RunFinished(out=str(out)))
     return out
+
+
+def _with_described_sources(settings: Calibration | LoRA) -> dict[str, Any]:
+    """Returns settings as JSON values, without the paths of their text files."""
+    values = settings.model_dump(mode="json")
+    return values | {"sources": described_sources(settings.sources)}
 
 
 def _training() -> Callable[..., dict[str, Any]]:

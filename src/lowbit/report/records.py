@@ -40,9 +40,14 @@ class LoggedEvent:
 
 
 class Source(Record):
-    """A calibration source: its windows, and the tokens and documents that they were drawn from."""
+    """A calibration source: its windows, and the tokens and documents that they were drawn from.
+
+    size, sha256: those of a file; None for a data set of the hub.
+    """
 
     name: str
+    size: int | None = None
+    sha256: str | None = None
     windows: int | None = None
     tokens: int | None = None
     documents: int | None = None
