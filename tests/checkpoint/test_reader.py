@@ -111,7 +111,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "map to a number": (place(3), WEIGHT_MAP),
     "map to another folder": (place(f"../{A}"), WEIGHT_MAP),
     "map to an absolute path": (place("/etc/passwd"), WEIGHT_MAP),
-    "map to the folder": (place(".."), "shard .. is missing"),
+    "map to the folder": (place(".."), WEIGHT_MAP),
     "map to nothing": (place(""), WEIGHT_MAP),
     "map to a name that cannot be": (place("a" * 300), "a{300} is missing"),
     "map to bytes that cannot be": (place("a\0b\ud800"), "is missing"),
@@ -122,7 +122,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "missing shard": (lambda f: (f / B).unlink(), f"shard {B} is missing"),
     "a shard twice": (swap, "tensor embed.weight is in both"),
-    "a shard that is a folder": (lambda f: [(f / B).unlink(), (f / B).mkdir()], f"{B} is missing"),
+    "a shard that is a folder": (lambda f: [(f / B).unlink(), (f / B).mkdir()], f"{B} is a folder"),
 }
 
 
@@ -159,17 +159,8 @@ def test_a_file_that_goes_away(tmp_path: Path) -> None:
 def test_a_dtype_that_torch_lacks(tmp_path: Path) -> None:
     header = b'{"a":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}'
     (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
-    with pytest.raises(ValueError, match="tensor a has a dtype that torch does not know"):
+    with pytest.raises(ValueError, match="tensor a has the dtype F8_E8M0, which lowbit does not"):
         CheckpointReader(tmp_path)
-
-
-def test_pickles_are_not_opened(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
-    with pytest.raises(
-        ValueError, match=r"(?s)pytorch_model.bin, a pickle.*lowbit convert .* --from-bin"
-    ):
-        CheckpointReader(tmp_path)
-    assert CheckpointReader(single(tmp_path)).files == [SINGLE]  # not needed where both stand
 
 
 @pytest.mark.parametrize("name", ["absent", "file"])

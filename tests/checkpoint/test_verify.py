@@ -83,7 +83,7 @@ WRONG: dict[str, tuple[Damage, str]] = {
     "newer": (config(lambda s: s.update(version=3)), "newer lowbit.*version 3.*pip install -U"),
     "version 0": (config(lambda s: s.update(version=0)), "positive integer, not 0"),
     "version true": (config(lambda s: s.update(version=True)), "positive integer, not True"),
-    "other method": (config(lambda s: s.update(quant_method="gptq")), "not quantized by lowbit"),
+    "other method": (config(lambda s: s.update(quant_method="gptq")), "quantized by GPTQ"),
     "no modules": (config(drop("modules")), "modules must name the quantized layers"),
     "empty modules": (config(lambda s: s.update(modules={})), "modules must name"),
     "bad range": (
@@ -159,7 +159,10 @@ WRONG: dict[str, tuple[Damage, str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "is unfinished: run the same"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
-    "float": (lambda f: quantized.edit_json(f / "config.json", drop_section), "not quantized by"),
+    "float": (
+        lambda f: quantized.edit_json(f / "config.json", drop_section),
+        "restore config.json",
+    ),
 }
 # Seen by size, hash or digest alone.
 DAMAGED: dict[str, tuple[Damage, str]] = {

@@ -159,7 +159,7 @@ def test_pickles_in_two_steps(tmp_path: Path) -> None:
     layers = theirs(folder, "HI")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=f"lowbit convert {folder} SAFE --from-bin"):
+    with pytest.raises(ValueError, match=f"lowbit convert {folder} CONVERTED --from-bin"):
         from_quip(folder, tmp_path / "out")
     check(from_bin(folder, tmp_path / "safe"), tmp_path / "out", layers, "HI", 1.0)
 
@@ -228,7 +228,7 @@ def test_folders_are_refused(tmp_path: Path) -> None:
     theirs(folder, "E8P12RVQ3B")
     kept = json.loads((folder / "config.json").read_text())
     for section, message in (
-        ({"quant_method": "gptq"}, "was quantized by 'gptq': --from quip reads"),
+        ({"quant_method": "gptq"}, "was quantized by GPTQ, and lowbit does not read"),
         ({"codebook": "E8P13"}, "'E8P13' is not a codebook: did you mean 'E8P12'"),
         ({"codebook": None}, "quantization_config: codebook"),
         ({"opt_resid_scale": 0}, "opt_resid_scale is 0"),
@@ -255,5 +255,5 @@ def test_folders_without_their_layers_or_with_an_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="out exists already"):
         from_quip(tmp_path / "in", tmp_path / "out")
     zoo.write(zoo.Line("llama", SIZES), tmp_path / "float")
-    with pytest.raises(ValueError, match="quantization_config: quant_method: is missing"):
+    with pytest.raises(ValueError, match="is a float model"):
         from_quip(tmp_path / "float", tmp_path / "new")

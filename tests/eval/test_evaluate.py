@@ -158,7 +158,7 @@ def test_a_reference_changes_nothing_but_adds_divergence(
 
 def test_references_that_cannot_be(quantized: Path) -> None:
     options = dict(texts=(str(STORIES),), seqlen=48, limit=1, reference=str(quantized))
-    with pytest.raises(ValueError, match="is quantized; name the float model"):
+    with pytest.raises(ValueError, match="already quantized by lowbit: name the float model"):
         evaluate([LLAMA], **options)
     other = options | {"reference": str(letters())}
     with pytest.raises(ValueError, match="llama-mini and .* read the text as different tokens"):

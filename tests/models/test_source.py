@@ -183,11 +183,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a wrong dtype": (
         lambda f: change(f, lambda tensors: tensors.update({Q: tensors[Q].to(torch.int8)})),
-        f"tensor {Q} is torch.int8: allowed are float32, float16 and bfloat16",
+        f"tensor {Q}, a weight stored as int8, so its values are codes",
     ),
     "quantized by others": (
         lambda f: change_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
-        "is already quantized; quantize the float model instead",
+        "was quantized by GPTQ",
     ),
     "quantized by us": (
         lambda f: change_config(f, quantization_config={"quant_method": "lowbit", "version": 1}),

@@ -1,6 +1,10 @@
 """Reads and writes checkpoints on disk; the only package that imports safetensors.
 
 Reading:
+recognize.py:        what a folder is, and what to do with one that lowbit cannot use.
+no_weights.py:       what a folder without safetensors holds instead.
+other_programs.py:   what other programs quantized.
+inside.py:           files of a folder, without following links that lead out of it.
 reader.py:           any Hugging Face folder, tensor by tensor.
 quantized_folder.py: a quantized folder, layer by layer.
 verify.py:           checks of the config.json of a quantized folder.

@@ -9,7 +9,8 @@ from typing import Any
 from lowbit.checkpoint.provenance import without_paths
 from lowbit.checkpoint.quantized_folder import QuantizedFolder
 from lowbit.checkpoint.ranges import collapse
-from lowbit.checkpoint.reader import CheckpointReader, read_json
+from lowbit.checkpoint.reader import read_json
+from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.checkpoint.verify import VERSION, config_digest
 
 Record = Mapping[str, Any]
@@ -63,10 +64,10 @@ class Size:
 
 def size_of(folder: Path) -> Size:
     """Returns the size of a float or quantized folder; only the headers of its shards are read."""
-    reader = CheckpointReader(folder)
+    found = runnable_folder(folder)
+    reader = found.reader
     stored = sum((folder / file).stat().st_size for file in reader.files)
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or "quantization_config" not in config:
+    if found.program is None:
         weights = sum(prod(info.shape) for info in reader.tensors.values())
         bits = 8 * sum(info.bytes for info in reader.tensors.values()) / weights
         return Size(bits, bits, stored)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.layers import check_tensor, layers_from
-from lowbit.checkpoint.reader import INDEX, CheckpointReader, file_sha256, read_json
+from lowbit.checkpoint.reader import INDEX, file_sha256, read_json
+from lowbit.checkpoint.recognize import quantized_folder
 from lowbit.checkpoint.verify import (
     config_digest,
     placeholder_of,
     quantization_section,
     quantized_entries,
-    read_config,
     rounded_attentions,
 )
 from lowbit.formats import build
@@ -57,12 +57,13 @@ class QuantizedFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_config(folder)
+        found = quantized_folder(folder)
+        self.config = found.config
         self.quantization = quantization_section(self.config, folder)
         self.entries = quantized_entries(self.quantization, folder)
         self.attention = rounded_attentions(self.quantization, folder)
         self.placeholder = placeholder_of(self.quantization, self.entries, folder)
-        self.reader = CheckpointReader(folder)
+        self.reader = found.reader
 
     def layer(self, name: str) -> QuantizedLinear:
         """Returns a quantized layer with its tensors, linked to the layer whose tensors it shares.
@@ -207,7 +208,7 @@ class QuantizedFolder:
     def _check_index(self) -> None:
         """Checks that the index is complete: transformers needs it for layers offloaded to disk."""
         path = self.folder / INDEX
-        if not path.exists():
+        if not path.is_file():
             return
         index = read_json(path)
         absent = sorted(self.reader.tensors.keys() - index["weight_map"].keys())

@@ -13,8 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lowbit.checkpoint.inside import file_inside, kind_of
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 
 DTYPES = {
     "F64": torch.float64,
@@ -80,7 +83,7 @@ class CheckpointReader:
         return cls(path.parent, [path.name])
 
     def _check_index(self) -> None:
-        if not (self.folder / INDEX).exists():
+        if file_inside(self.folder, INDEX) is None:
             return
         for name, file in read_json(self.folder / INDEX)["weight_map"].items():
             if name not in self.tensors or self.tensors[name].file != file:
@@ -115,27 +118,27 @@ class CheckpointReader:
 def _shards(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    if (folder / INDEX).exists():
+    if file_inside(folder, INDEX) is not None:
         index = read_json(folder / INDEX)
         placed = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(placed, dict) or not all(
-            isinstance(file, str) and file and Path(file).name == file for file in placed.values()
+        if (
+            not isinstance(placed, dict)
+            or not placed
+            or not all(isinstance(file, str) and is_file_name(file) for file in placed.values())
         ):
             raise ValueError(
                 f"{folder / INDEX}: 'weight_map' must map the names of tensors to names of files "
                 "in the same folder"
             )
         return sorted(set(placed.values()))
-    if (folder / SINGLE).exists():
+    if file_inside(folder, SINGLE) is not None:
         return [SINGLE]
-    pickles = sorted(folder.glob("*.bin"))
-    if pickles:
-        raise ValueError(
-            f"{folder} has its weights in {pickles[0].name}, a pickle, which can run any code when "
-            "it is loaded, so it is not opened here. Convert it once with: "
-            f"lowbit convert {folder} CONVERTED --from-bin, then use CONVERTED"
-        )
     raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: it has no weights in safetensors")
+
+
+def is_file_name(text: str) -> bool:
+    """Returns whether a text names a file in the same folder, and not one in another folder."""
+    return text not in ("", ".", "..") and Path(text).name == text
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -143,34 +146,53 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises ValueError if the file is missing or broken, or has a dtype that torch does not know.
     """
-    if not os.path.isfile(path):  # also False for a name that no file can have
-        raise ValueError(f"{path.parent}: shard {path.name} is missing")
+    if file_inside(path.parent, path.name) is None:
+        raise ValueError(
+            f"{path.parent}: shard {path.name} is missing: copy it from the source of the model, "
+            "or download the model again"
+        )
     try:
         with safe_open(path, framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
-            header = {
-                name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype()))
-                for name, s in slices.items()
-            }
+            header = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
+        refuse_pointer(path)
         raise ValueError(f"{path} is cut short or is not a safetensors file: {error}") from None
     for name, (_, dtype) in header.items():
-        if dtype is None:
-            raise ValueError(f"{path}: tensor {name} has a dtype that torch does not know")
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"{path}: tensor {name} has the dtype {dtype}, which lowbit does not read: weights "
+                "must be float32, float16 or bfloat16"
+            )
     return {
-        name: TensorInfo(path.name, shape, dtype)
-        for name, (shape, dtype) in header.items()
-        if dtype is not None
+        name: TensorInfo(path.name, shape, DTYPES[dtype]) for name, (shape, dtype) in header.items()
     }
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises ValueError if a file is a Git LFS pointer, which stands for a file not downloaded."""
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(len(POINTER))
+    except OSError:
+        return
+    if beginning == POINTER:
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the file itself: download it with git lfs pull in "
+            "the folder, or the whole model with hf download"
+        )
 
 
 def read_json(path: Path) -> Any:
     """Returns the content of a JSON file. Raises ValueError if it cannot be read."""
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a named pipe would never end
+        raise ValueError(f"{path} is {kind_of(path.stat().st_mode)}, but must be a file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit.checkpoint.output import Size, size_of
 from lowbit.checkpoint.quantized_folder import QuantizedFolder
-from lowbit.checkpoint.verify import read_config
+from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.formats.widths import (
     CODES,
     WidthPlan,
@@ -31,8 +31,7 @@ def entries_with_widths(folder: QuantizedFolder) -> dict[str, dict[str, Any]]:
 
 def has_masters(folder: Path) -> bool:
     """Returns whether a model folder, float or quantized, has layers with more than one width."""
-    section = read_config(folder).get("quantization_config")
-    if not isinstance(section, dict) or section.get("quant_method") != "lowbit":
+    if runnable_folder(folder).program is None:
         return False
     return any(len(entry_widths(entry)) > 1 for entry in QuantizedFolder(folder).entries.values())
 

@@ -14,7 +14,6 @@ import torch
 from pydantic import ValidationError
 
 from lowbit.checkpoint.ranges import expand
-from lowbit.checkpoint.reader import read_json
 from lowbit.config import explain
 from lowbit.formats import build, link
 from lowbit.formats.activation import Activation
@@ -31,21 +30,6 @@ def config_digest(config: dict[str, Any]) -> str:
     section = {k: v for k, v in config["quantization_config"].items() if k != "digest"}
     whole = {**config, "quantization_config": section}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Returns the config.json of any model folder.
-
-    Raises ValueError if it is missing, as in an unfinished folder, or is not a JSON object.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    if not (folder / "config.json").exists() and (folder / "run").is_dir():
-        raise ValueError(f"{folder} is unfinished: run the same lowbit quantize command again")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder}/config.json must hold a JSON object")
-    return config
 
 
 def quantization_section(config: dict[str, Any], folder: Path | str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.cli.device import device_map
 from lowbit.cli.parameters import Devices, Model, TrustRemoteCode
 from lowbit.load import load_model, locate, need_tokenizer
@@ -32,6 +33,7 @@ def generate(  # noqa: PLR0913 (a command's options)
     The prompt is answered if the tokenizer has a chat template, unless --raw is given.
     """
     folder = locate(model, trust_remote_code)
+    runnable_folder(folder)
     tokenizer = need_tokenizer(folder, trust_remote_code)
     runner = load_model(folder, device_map(device), trust_remote_code=trust_remote_code)
     chat = bool(getattr(tokenizer, "chat_template", None)) and not raw

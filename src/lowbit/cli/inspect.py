@@ -14,7 +14,7 @@ from typer import Option
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.ranges import expand
-from lowbit.checkpoint.verify import read_config
+from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.cli.integrity import check_files
 from lowbit.cli.parameters import QuantizedModel
 from lowbit.cli.screen import console, shortened, size
@@ -42,7 +42,7 @@ def inspect(
     if verify:
         check_files(folder, screen)
         return
-    if "quantization_config" not in read_config(folder):
+    if runnable_folder(folder).program is None:
         found = size_of(folder)
         screen.print(
             f"{model} is a float model: {found.model:.2f} bits per parameter, {size(found.bytes)}; "

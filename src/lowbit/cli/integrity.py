@@ -8,13 +8,14 @@ from rich.console import Console
 from rich.text import Text
 
 from lowbit.checkpoint import QuantizedFolder, file_sha256
-from lowbit.checkpoint.verify import config_digest, quantization_section, read_config
+from lowbit.checkpoint.recognize import quantized_folder
+from lowbit.checkpoint.verify import config_digest, quantization_section
 from lowbit.cli.screen import console, size
 
 
 def check_files(folder: Path, screen: Console) -> None:
     """Prints each file with "ok" or with its problem; exits with status 1 if there is a problem."""
-    config = read_config(folder)
+    config = quantized_folder(folder).config
     section = quantization_section(config, folder)
     stated = section.get("files")
     if not isinstance(stated, dict) or not stated:

@@ -13,6 +13,7 @@ from rich.console import Console
 from typer import Option
 
 from lowbit.calibration import Calibration
+from lowbit.checkpoint.recognize import float_folder
 from lowbit.cli.parameters import Device, RunAndCopyCode, calibration_option, meaning
 from lowbit.config import explain, unknown_name
 from lowbit.methods import METHODS, Method
@@ -102,6 +103,7 @@ class JobOptions:
 
         Raises ValueError for an unknown recipe, method or field.
         """
+        float_folder(source)
         settings = parse_settings(self.settings or [])
         if self.recipe and not preprocessing and load_recipe(self.recipe).lora is not None:
             raise ValueError(f"recipe {self.recipe} is for lowbit preprocess, not for this command")

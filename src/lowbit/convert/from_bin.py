@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.folder import write_folder
-from lowbit.checkpoint.reader import read_json
+from lowbit.checkpoint.inside import check_links, file_inside
+from lowbit.checkpoint.reader import is_file_name, read_json, refuse_pointer
+from lowbit.checkpoint.recognize import check_config, runnable_folder
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
@@ -32,33 +34,36 @@ def from_bin(folder: str | Path, out: str | Path, trust_remote_code: bool = Fals
     exists.
     """
     folder, out = Path(folder), Path(out)
-    config = read_json(folder / "config.json")
     files = _files(folder)
+    config = check_config(folder, read_json(folder / "config.json"))
     write_folder(out, _shards(folder, files), len(files), config, folder, trust_remote_code)
     return out
 
 
 def _files(folder: Path) -> list[str]:
-    if (folder / BIN_INDEX).exists():
+    check_links(folder)
+    if file_inside(folder, BIN_INDEX) is not None:
         index = read_json(folder / BIN_INDEX)
         placed = index.get("weight_map") if isinstance(index, dict) else None
-        if isinstance(placed, dict) and all(Path(str(f)).name == f for f in placed.values()):
+        if isinstance(placed, dict) and all(is_file_name(str(f)) for f in placed.values()):
             return sorted(set(placed.values()))
         raise ValueError(
             f"{folder / BIN_INDEX}: 'weight_map' must map the names of tensors to names of files "
             "in the same folder"
         )
-    if (folder / BIN_SINGLE).exists():
+    if file_inside(folder, BIN_SINGLE) is not None:
         return [BIN_SINGLE]
+    runnable_folder(folder)  # says what the folder holds instead, if lowbit cannot use it
     raise ValueError(
-        f"{folder} has neither {BIN_SINGLE} nor {BIN_INDEX}: name the folder that holds one of them"
+        f"{folder} has neither {BIN_SINGLE} nor {BIN_INDEX}, and needs no conversion: its weights "
+        "are in safetensors"
     )
 
 
 def _shards(folder: Path, files: list[str]) -> Iterator[dict[str, Tensor]]:
     for file in files:
         path = folder / file
-        if not path.is_file():
+        if file_inside(folder, file) is None:
             raise ValueError(
                 f"{folder}: shard {file} is missing: copy it from the source of the checkpoint"
             )
@@ -66,6 +71,7 @@ def _shards(folder: Path, files: list[str]) -> Iterator[dict[str, Tensor]]:
             zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            refuse_pointer(path)
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{path} holds more than tensors, or is damaged: {reason}") from None
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):

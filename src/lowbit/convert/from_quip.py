@@ -36,9 +36,9 @@ from torch import Tensor
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.folder import written_aside
+from lowbit.checkpoint.other_programs import LOWBIT, PROGRAMS, stated_quantization
 from lowbit.checkpoint.output import final_config
-from lowbit.checkpoint.reader import INDEX, SINGLE
-from lowbit.checkpoint.verify import read_config
+from lowbit.checkpoint.recognize import recognize, runnable_folder
 from lowbit.checkpoint.writer import RUN
 from lowbit.config import explain, unknown_name
 from lowbit.convert.quip_codes import LAYOUTS, our_codes
@@ -114,9 +114,19 @@ def from_quip(folder: str | Path, out: str | Path, trust_remote_code: bool = Fal
     an error `out` does not exist.
     """
     folder, out = Path(folder), Path(out)
-    config = read_config(folder)
+    found = recognize(folder)
+    if found.program is None:
+        runnable_folder(folder)  # its weights may be codes of another program
+        raise ValueError(
+            f"{folder} is a float model: --from quip reads models that QuIP-for-all or AutoQuIP "
+            "quantized"
+        )
+    if found.program == LOWBIT:
+        raise ValueError(f"{folder} is quantized by lowbit already, and needs no conversion")
+    if found.program != PROGRAMS["quip"]:
+        runnable_folder(folder)  # raises, and says what to do with a checkpoint of that program
+    config, reader = found.config, found.reader
     section = _section(config, folder)
-    reader = _reader(folder)
     layers = _layers(reader, section, config)
     with written_aside(out) as part:
         _write(reader, layers, section, part)
@@ -127,14 +137,9 @@ def from_quip(folder: str | Path, out: str | Path, trust_remote_code: bool = Fal
 
 def _section(config: Mapping[str, Any], folder: Path) -> Section:
     try:
-        section = Section.model_validate(config.get("quantization_config") or {})
+        section = Section.model_validate(stated_quantization(config))
     except ValidationError as error:
         raise ValueError(f"{folder}/config.json: quantization_config: {explain(error)}") from None
-    if section.quant_method.lower() != "quip":
-        raise ValueError(
-            f"{folder} was quantized by {section.quant_method!r}: --from quip reads only models of "
-            "QuIP-for-all and AutoQuIP, whose quant_method is 'QUiP'"
-        )
     if section.codebook not in LAYOUTS:
         raise ValueError(f"{folder}: {unknown_name(section.codebook, LAYOUTS, 'codebook')}")
     scale = section.residual_scale
@@ -144,16 +149,6 @@ def _section(config: Mapping[str, Any], folder: Path) -> Section:
             "and negative numbers that are not below -1"
         )
     return section
-
-
-def _reader(folder: Path) -> CheckpointReader:
-    whole = (folder / INDEX).exists() or (folder / SINGLE).exists()
-    if not whole and any(folder.glob("*.bin")):
-        raise ValueError(
-            f"{folder} has its weights in pickles, which --from quip does not open: first convert "
-            f"them to safetensors with lowbit convert {folder} SAFE --from-bin, then convert SAFE"
-        )
-    return CheckpointReader(folder)
 
 
 def _layers(

@@ -14,8 +14,8 @@ from torch import Tensor
 from lowbit.calibration import evaluation_documents, evaluation_text
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import size_of
+from lowbit.checkpoint.recognize import float_folder, runnable_folder
 from lowbit.checkpoint.slices import has_masters, size_of_slice, trained_share, widths_of
-from lowbit.checkpoint.verify import read_config
 from lowbit.eval.divergence import Divergence, StreamedLogits, divergence
 from lowbit.eval.options import EvalOptions
 from lowbit.eval.perplexity import (
@@ -159,9 +159,12 @@ class _Session:
         self.reference_folder: Path | None = None
         if options.reference is not None:
             self.reference_folder = locate(options.reference, options.trust_remote_code)
+            float_folder(self.reference_folder)
 
     def check(self, names: Sequence[str]) -> None:
         """Raises ValueError for models that cannot be compared, before any of them is measured."""
+        for name in names:
+            runnable_folder(locate(name, self.options.trust_remote_code))
         if self.options.bits and not any([self.widths(name) != (None,) for name in names]):
             raise ValueError(
                 "bits only applies to models that hold several widths, made with a matquant "
@@ -294,8 +297,6 @@ class _Session:
         folder, asked = self.reference_folder, str(self.options.reference)
         assert folder is not None
         if self.reference is None:
-            if "quantization_config" in read_config(folder):
-                raise ValueError(f"--reference {asked} is quantized; name the float model")
             self._seqlen(asked)
             self.reference = self._logits(folder, self._rows(self._tokenizer(asked), seqlen))
         tokens = [row for of_text in rows.values() for row in of_text]
@@ -365,11 +366,10 @@ def _method(folder: Path) -> str:
 
     A model that lowbit preprocess trained gets a suffix, since that is more than calibration.
     """
-    config = read_config(folder)
-    section = config.get("quantization_config")
-    trained = AFTER_LORA if "lowbit_preprocess" in config else ""
-    if section is None:
+    found = runnable_folder(folder)
+    trained = AFTER_LORA if "lowbit_preprocess" in found.config else ""
+    if found.program is None:
         return f"float{trained}"
-    made_by = section.get("made_by") or {}
+    made_by = found.config["quantization_config"].get("made_by") or {}
     name: str = made_by.get("recipe") or (made_by.get("method") or {}).get("name", "quantized")
     return f"{name}{trained}"

@@ -5,7 +5,7 @@ transformers_plugin.py: what transformers calls while it loads a quantized folde
 slices.py:              cuts slices from 8-bit codes while they are read.
 """
 
-from lowbit.load.model import check_float, load, load_model, set_widths, stream
+from lowbit.load.model import load, load_model, set_widths, stream
 from lowbit.load.slices import CutSlice
 from lowbit.load.transformers_plugin import (
     LowbitConfig,
@@ -27,7 +27,6 @@ __all__ = [
     "VerifiedSection",
     "check_complete",
     "check_files",
-    "check_float",
     "load",
     "load_config",
     "load_model",

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lowbit.checkpoint import CheckpointReader, QuantizedFolder
+from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.checkpoint.slices import widths_of
-from lowbit.checkpoint.verify import read_config
 from lowbit.formats.widths import WidthPlan, set_bits
 from lowbit.load.transformers_plugin import (
     VerifiedSection,
@@ -63,17 +63,15 @@ def load_model(
     bits: WidthPlan | None = None,
 ) -> PreTrainedModel:
     """Loads the model without its tokenizer; the arguments are those of `load`."""
-    section = read_config(folder).get("quantization_config")
     verified = None
-    if isinstance(section, dict) and section.get("quant_method") == "lowbit":
-        QuantizedFolder(folder).verify(hashes=verify)
-        verified = VerifiedSection(section, bits)
+    if runnable_folder(folder).program is not None:
+        quantized = QuantizedFolder(folder)
+        quantized.verify(hashes=verify)
+        verified = VerifiedSection(quantized.quantization, bits)
     elif bits is not None:
         raise ValueError(
             f"{folder} is a float model: bits is for models that lowbit has quantized; leave it out"
         )
-    else:
-        check_float(folder)
     if bits is not None and "disk" in places_of(device_map):
         raise ValueError(
             f"{folder}: slices are cut in memory, so with bits no layer can be offloaded to disk: "
@@ -122,10 +120,9 @@ def stream(
 
     Raises ValueError, with the name of the file or tensor, if the folder is damaged.
     """
-    section = read_config(folder).get("quantization_config")
+    program = runnable_folder(folder).program
     config = load_config(folder, trust_remote_code)
-    if section is None and bits is None:
-        check_float(folder)
+    if program is None and bits is None:
         return StreamedModel(folder, config, trust_remote_code)
     quantized = QuantizedFolder(folder)
     quantized.verify()
@@ -151,17 +148,3 @@ def _errors_named(folder: Path) -> Iterator[None]:
     except Exception as error:
         name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{folder} cannot be loaded: {name}{error}") from error
-
-
-def check_float(folder: Path) -> None:
-    """Checks that a folder without quantization_config holds float weights.
-
-    Raises ValueError if it holds pickles or broken shards, or if lowbit has quantized its weights,
-    which an empty placeholder tensor shows.
-    """
-    for name, info in CheckpointReader(folder).tensors.items():
-        if 0 in info.shape:
-            raise ValueError(
-                f"{folder}: tensor {name} is empty, as in a folder that lowbit has quantized, but "
-                "config.json has no quantization_config: restore config.json"
-            )

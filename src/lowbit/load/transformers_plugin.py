@@ -25,6 +25,7 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint.inside import is_snapshot
 from lowbit.checkpoint.slices import slices_of
 from lowbit.checkpoint.verify import (
     placeholder_of,
@@ -107,7 +108,7 @@ class LowbitQuantizer(HfQuantizer):
         section = self.quantization_config.section
         files = kwargs.get("checkpoint_files")
         if files:
-            folder = QuantizedFolder(Path(files[0]).parent)
+            folder = QuantizedFolder(folder_of(files, model))
             if not isinstance(section, VerifiedSection):
                 folder.verify()
             check_files(files, folder)
@@ -205,6 +206,24 @@ def _check_fits(name: str, old: nn.Module, new: QuantizedLinear) -> None:
             f"layer {name} needs (out, in, bias) {needed} in this model, but config.json states "
             f"{stated}: {MISFIT}"
         )
+
+
+def folder_of(files: Sequence[str], model: PreTrainedModel) -> Path:
+    """Returns the folder that transformers reads; the files come from an index that may be forged.
+
+    Raises ValueError if a file is not in the folder, or the snapshot of the hub, that was named.
+    """
+    folder, named = Path(files[0]).parent, Path(str(model.name_or_path))
+    if named.is_dir():
+        inside = folder.absolute().is_relative_to(named.absolute())
+    else:
+        inside = is_snapshot(folder)
+    if not inside or any(".." in Path(file).parts or Path(file).parent != folder for file in files):
+        raise ValueError(
+            f"{named}: the index names {max(files)!r}, which is not a file in this folder: copy "
+            "the folder from its source again"
+        )
+    return folder
 
 
 def check_files(files: Sequence[str], folder: QuantizedFolder) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from lowbit.checkpoint.reader import read_json
+from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.models.discovery import discover
 from lowbit.models.falcon import FALCON
 from lowbit.models.family import Family
@@ -51,8 +51,8 @@ def family_name(folder: Path) -> str:
 
     It is "discovered" if no table has that architecture: then `discover` finds the structure.
     """
-    config = read_json(folder / "config.json")
-    architectures = config.get("architectures") if isinstance(config, dict) else None
+    config = runnable_folder(folder).config
+    architectures = config.get("architectures")
     for architecture in architectures if isinstance(architectures, list) else []:
         if architecture in FAMILIES:
             return FAMILIES[architecture].name

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowbit.blocks import Fold, LinearGroup
-from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.recognize import float_folder
 from lowbit.models.attention import attentions_of
 from lowbit.models.streamed import StreamedModel, load_config
 from lowbit.models.wiring import folds_of, groups_of, matrices_of
@@ -26,10 +26,8 @@ class SourceModel(StreamedModel):
     def __init__(
         self, folder: Path, allow_float: Sequence[str] = (), trust_remote_code: bool = False
     ) -> None:
-        CheckpointReader(folder)  # gives the clearest error for a folder that is not a model
+        float_folder(folder)  # gives the clearest error for a folder that is not a float model
         config = load_config(folder, trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(f"{folder} is already quantized; quantize the float model instead")
         super().__init__(folder, config, trust_remote_code)
         self.left_float = self._check_groups(allow_float)
 

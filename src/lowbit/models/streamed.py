@@ -14,6 +14,7 @@ from lowbit.blocks.capture import BlockStub
 from lowbit.blocks.stream import Batch, Stream
 from lowbit.blocks.walk import Step
 from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.other_programs import INNER
 from lowbit.models import family_of
 from lowbit.models.skeleton import build_skeleton, memory_names
 
@@ -250,9 +251,21 @@ class LastBlockStub(BlockStub):
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """Returns transformers' config of a folder. Raises ValueError if it cannot be read."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises errors of many types for bad values
         raise ValueError(f"{folder}/config.json cannot be used: {error}") from error
+    return without_empty_parts(config)
+
+
+def without_empty_parts(config: Any) -> Any:
+    """Returns a config without its empty parts, in which transformers would look for settings."""
+    for name in (*INNER, "quantization_config"):
+        if hasattr(config, name) and not getattr(config, name):
+            delattr(config, name)
+    inner = config.get_text_config(decoder=True)
+    if inner is not config and not getattr(inner, "quantization_config", True):
+        del inner.quantization_config
+    return config
 
 
 def load_tensors(

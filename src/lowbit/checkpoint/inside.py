@@ -1,0 +1,86 @@
+"""Finds the files of a folder without leaving it: no link is followed to a file outside.
+
+A model folder may come from anybody. A link in it, such as `tokenizer_extra.json -> ~/.ssh/id_rsa`,
+would otherwise be read, and its content copied into OUT. Links inside the folder are followed, and
+so are those of a snapshot in the cache of the hub, which lead to the `blobs` next to it.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+SNAPSHOTS, BLOBS = "snapshots", "blobs"  # as the cache of the hub names them
+KINDS = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a named pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+
+
+def file_inside(folder: Path, name: str | Path) -> Path | None:
+    """Returns the path of a regular file in a folder; None if there is nothing of that name.
+
+    name: path relative to the folder.
+
+    Raises ValueError for a link that leads out of the folder or to nothing, and for a folder, a
+    named pipe or a device.
+    """
+    path = folder / name
+    try:
+        if not os.path.lexists(path):
+            return None
+        check_link(folder, path)
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is a link to {os.readlink(path)}, where there is no file: copy the file, or "
+            "download the model again"
+        ) from None
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is {kind_of(mode)}, but must be a file")
+    return path
+
+
+def kind_of(mode: int) -> str:
+    """Returns what is there instead of a file, in words. mode: st_mode of os.stat"""
+    return next((words for test, words in KINDS.items() if test(mode)), "no regular file")
+
+
+def check_link(folder: Path, path: Path) -> None:
+    """Raises ValueError if a path in a folder leads out of the folder through a link."""
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(root) for root in _roots(folder)):
+        raise ValueError(
+            f"{path} is a link to {real}, which is outside of the folder: copy the file into the "
+            "folder, or name the folder that really holds the files of the model"
+        )
+
+
+def check_links(folder: Path) -> None:
+    """Raises ValueError if a file directly in a folder is a link that leads out of the folder.
+
+    Links to folders are never followed, and hidden files never read, so they may lead anywhere.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.name.startswith(".") and not path.is_dir():
+            check_link(folder, path)
+
+
+def is_snapshot(folder: Path) -> bool:
+    """Returns whether a folder is a snapshot in the cache of the hub."""
+    blobs = folder.parent.parent / BLOBS
+    return folder.parent.name == SNAPSHOTS and blobs.is_dir() and not blobs.is_symlink()
+
+
+def _roots(folder: Path) -> list[Path]:
+    """The folders inside which links of a folder may lead."""
+    real = Path(os.path.realpath(folder))
+    roots = [real]
+    for inside in (real, *real.parents):
+        if is_snapshot(inside):
+            roots += [inside, inside.parent.parent / BLOBS]
+    return roots

@@ -1,0 +1,185 @@
+"""Decides what a model folder is, and says what to do with one that lowbit cannot use.
+
+Every command and function that reads a model asks here before it does anything else, so that all
+accept and refuse the same folders in the same words:
+
+float_folder(folder):      a float model, for quantize, plan, preprocess and --reference.
+quantized_folder(folder):  a model that lowbit quantized, for slice, dequantize, mix and report.
+runnable_folder(folder):   either of them, for load, eval, generate and inspect.
+recognize(folder):         these, and models that another program quantized, for convert.
+
+Only names, config.json and the headers of the shards are read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.checkpoint.inside import check_links, file_inside
+from lowbit.checkpoint.no_weights import explain_missing_weights
+from lowbit.checkpoint.other_programs import (
+    FILES,
+    LOWBIT,
+    advice,
+    codes_in,
+    program_of,
+    quantized_by,
+    stated_quantization,
+)
+from lowbit.checkpoint.reader import INDEX, SINGLE, CheckpointReader, read_json
+
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
+SIGNATURE = "run/signature.json"  # of a run of lowbit quantize
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder with a config.json and weights in safetensors.
+
+    folder: its path.
+    config: the content of config.json.
+    program: what quantized it: "lowbit", or another program as a user calls it; None: a float
+        model.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    program: str | None
+
+    @cached_property
+    def reader(self) -> CheckpointReader:
+        """Reads the tensors. Raises ValueError if a shard is missing or damaged."""
+        return CheckpointReader(self.folder)
+
+
+def recognize(folder: Path) -> ModelFolder:
+    """Returns what a model folder is.
+
+    Raises ValueError, with what to do, for a folder that holds no model, or none in safetensors:
+    an unfinished run, an adapter, GGUF, pickles, Git LFS pointers, shards without an index ...
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    check_links(folder)
+    config = None
+    if file_inside(folder, CONFIG) is not None:
+        config = read_json(folder / CONFIG)
+    if _unfinished(folder, config):
+        raise ValueError(f"{folder} is unfinished: run the same lowbit quantize command again")
+    if file_inside(folder, INDEX) is None and file_inside(folder, SINGLE) is None:
+        raise ValueError(f"{folder} {explain_missing_weights(folder)}")
+    if file_inside(folder, ADAPTER) is not None:
+        raise ValueError(
+            f"{folder} has an adapter ({ADAPTER}) beside the weights of a model, and transformers "
+            "would load both: merge it into the model with peft (merge_and_unload) and save that, "
+            f"or move {ADAPTER} to another folder to use the model alone"
+        )
+    checked = check_config(folder, config)
+    section = stated_quantization(checked)
+    program = None if section is None else program_of(section)
+    if program == LOWBIT and checked.get("quantization_config") is not section:
+        raise ValueError(
+            f"{folder}/{CONFIG}: the quantization_config that lowbit wrote was moved: move it back "
+            "to the top level"
+        )
+    return ModelFolder(folder, checked, program)
+
+
+def check_config(folder: Path, config: Any) -> dict[str, Any]:
+    """Returns config.json after checking that it describes a model.
+
+    config: its content; None: there is none.
+    """
+    path = folder / CONFIG
+    if config is None and file_inside(folder, CONFIG) is None:
+        raise ValueError(
+            f"{folder} has weights but no {CONFIG}: copy the {CONFIG} of its model into it"
+        )
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    remote = config.get("auto_map")
+    if isinstance(remote, Mapping) and remote.get("AutoConfig"):
+        return config
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        came = "no model_type" if model_type is None else f"the model_type {model_type!r}"
+        raise ValueError(
+            f"{path} has {came}, so it does not say which model this is: copy {CONFIG} from the "
+            "source of the model"
+        )
+    return config
+
+
+def runnable_folder(folder: Path) -> ModelFolder:
+    """Returns a folder that holds a float model, or one that lowbit quantized.
+
+    Raises ValueError, with what to do, for any other folder, and for weights that are codes of
+    another program.
+    """
+    found = recognize(folder)
+    if found.program == LOWBIT:
+        return found
+    if found.program is not None:
+        raise ValueError(
+            f"{folder} was {quantized_by(found.program)}, and lowbit does not read such weights: "
+            f"{advice(found.program, folder)}"
+        )
+    _check_float(found)
+    return found
+
+
+def float_folder(folder: Path) -> ModelFolder:
+    """Returns a folder that holds a float model. Raises ValueError for any other folder."""
+    found = runnable_folder(folder)
+    if found.program is not None:
+        raise ValueError(
+            f"{folder} is already quantized by lowbit: name the float model that it was made from"
+        )
+    return found
+
+
+def quantized_folder(folder: Path) -> ModelFolder:
+    """Returns a folder that lowbit quantized. Raises ValueError for any other folder."""
+    found = runnable_folder(folder)
+    if found.program is None:
+        raise ValueError(
+            f"{folder} was not quantized by lowbit, it is a float model: quantize it first, with "
+            f"lowbit quantize {folder} OUT"
+        )
+    return found
+
+
+def _unfinished(folder: Path, config: Any) -> bool:
+    """Whether it is the OUT of a run of lowbit that has not written its config.json yet."""
+    started = (folder / SIGNATURE).is_file()
+    return started and (config is None or (isinstance(config, dict) and not config))
+
+
+def _check_float(found: ModelFolder) -> None:
+    """Raises ValueError if weights of a folder without quantization_config are not float."""
+    folder, tensors = found.folder, found.reader.tensors
+    for name, info in tensors.items():
+        if 0 in info.shape:
+            raise ValueError(
+                f"{folder}: tensor {name} is empty, as in a folder that lowbit has quantized, but "
+                f"{CONFIG} has no quantization_config: restore {CONFIG}"
+            )
+        if name.endswith(".weight") and info.dtype == torch.float64:
+            raise ValueError(
+                f"{folder}: tensor {name} is float64: allowed are float32, float16 and bfloat16. "
+                "Save the model in one of them first (model.to(torch.float32), save_pretrained)"
+            )
+    codes = codes_in(tensors)
+    if codes is None:
+        return
+    stated = next((FILES[file] for file in FILES if (folder / file).is_file()), None)
+    program = stated or codes.program or "another program"
+    raise ValueError(
+        f"{folder} was {quantized_by(program)}, though {CONFIG} does not say so: it has the tensor "
+        f"{codes.name}, {codes.what}. What to do: {advice(program, folder)}"
+    )
