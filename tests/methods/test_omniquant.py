@@ -358,7 +358,7 @@ def test_the_first_scales_are_those_of_the_method() -> None:
     for name, fold in smooth.folds.items():
         wanted = smooth_scale(fold, smooth.float_tensors, seen, 0.7)
         torch.testing.assert_close(smooth.log_scales[name].exp(), wanted)
-        wanted = searched_scale(fold, awq.float_tensors, seen, awq.round_to_nearest)
+        wanted = searched_scale(fold, awq.float_tensors, seen, awq._whole_range_error)
         torch.testing.assert_close(awq.log_scales[name].exp(), wanted)
     assert all((clipping.low == 4).all() for clipping in smooth.clipping.values())
 
