@@ -1,13 +1,16 @@
 # Every target first sees to it that .venv holds what pyproject.toml and constraints.txt ask for.
 PYTHON ?= python3
 READY  := .venv/.installed
+ENGINES := .venv-engines/bin/python
 HOOKS   = $$(git rev-parse --git-path hooks)
 
-.PHONY: demo quick test lint bench hooks
+.PHONY: demo quick test test-engines lint bench hooks
 
 demo:  $(READY) ; .venv/bin/python examples/demo.py
 quick: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q -m "not slow"
 test:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q
+test-engines: $(READY) $(ENGINES)
+	OMP_NUM_THREADS=1 LOWBIT_ENGINES=$(ENGINES) .venv/bin/python -m pytest -n 2 -q tests/engines
 lint:  $(READY) ; .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 bench: $(READY) ; .venv/bin/python benchmarks/perplexity.py $(ARGS)
 hooks: $(READY) ; @mkdir -p $(HOOKS) && printf '#!/bin/sh\nmake lint && .venv/bin/python -m pytest -q tests/test_layers.py\n' > $(HOOKS)/pre-commit && chmod +x $(HOOKS)/pre-commit
@@ -18,4 +21,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q torch==2.13.0 -c constraints.txt
 	.venv/bin/pip install -q -e '.[dev]' -c constraints.txt
+	@touch $@
+
+# The programs that read exported folders, in an environment without lowbit.
+$(ENGINES): tests/engines/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/pip install -q torch==2.13.0 -c constraints.txt
+	.venv-engines/bin/pip install -q -r tests/engines/requirements.txt -c constraints.txt
 	@touch $@

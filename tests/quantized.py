@@ -28,12 +28,8 @@ from lowbit.methods import GPTQ, RTN, MatQuant, Method, OmniQuant, QuIP
 SAMPLES, SEQLEN = 2, 16
 METHODS: dict[str, Method] = {
     "rtn": RTN(bits=4, group_size=16),
-    "omniquant": OmniQuant(
-        bits=3, group_size=16, let=True, epochs=1, min_tokens=8, init="minmax", rounding="nearest"
-    ),
-    "matquant": MatQuant(
-        group_size=16, let=True, init="awq", rounding="nearest", epochs=1, min_tokens=1
-    ),
+    "omniquant": OmniQuant(bits=3, group_size=16, let=True, epochs=1, min_tokens=8),
+    "matquant": MatQuant(group_size=16, let=True, init="awq", epochs=1, min_tokens=1),
     "gptq": GPTQ(bits=3, group_size=16, min_tokens=8),
     "quip": QuIP(codebook="HI", scale=2.9, row_scale="always", tune_iters=0, min_tokens=8),
 }
@@ -75,6 +71,21 @@ def add_tokenizer(folder: Path) -> Path:
     return folder
 
 
+def add_byte_tokenizer(folder: Path) -> Path:
+    """Adds a byte-level tokenizer, as llama.cpp has it; ids above its few tokens stay unused."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: zoo.VOCABULARY - 4]
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: 3 + i for i, c in enumerate(alphabet)}
+    merged = alphabet[40], alphabet[41]
+    words["".join(merged)] = len(words)
+    backend = Tokenizer(models.BPE(words, merges=[merged]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    made.save_pretrained(folder)
+    return folder
+
+
 @cache
 def source(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
     """A float model of the zoo with a tokenizer; tests must not change the folder."""
@@ -100,12 +111,7 @@ def master(name: str = "llama", extra_precision: bool = False, scope: str = "all
     """A model of the zoo with 8-bit codes to be sliced; tests must not change the folder."""
     out = _ROOT / f"{name}-master-{extra_precision}-{scope}"
     method = MatQuant(
-        group_size=16,
-        lwc=False,
-        epochs=0,
-        rounding="nearest",
-        extra_precision=extra_precision,
-        scope=scope,
+        group_size=16, lwc=False, epochs=0, extra_precision=extra_precision, scope=scope
     )
     return quantize(source(name), out, method)
 

@@ -38,7 +38,7 @@ def section(folder: Path) -> Any:
 @pytest.mark.parametrize(("bits", "symmetric", "size"), ALL.values(), ids=ALL)
 def test_every_grid_is_exact(bits: int, symmetric: bool, size: int | None, tmp_path: Path) -> None:
     method = RTN(bits=bits, symmetric=symmetric, group_size=size)
-    made = lowbit.quantize(zoo.folder("llama"), tmp_path / "made", method)
+    made = lowbit.quantize(quantized.source("llama"), tmp_path / "made", method)
     plan = lowbit.export(made, tmp_path / "ct", "ct")
     assert all(layer.exact for layer in plan.layers)
     config = section(tmp_path / "ct")
@@ -52,7 +52,7 @@ def test_every_grid_is_exact(bits: int, symmetric: bool, size: int | None, tmp_p
 
 def test_stored_as_the_docstring_says(tmp_path: Path) -> None:
     """Codes 0 to 7 of one row are one word; zero points run along rows."""
-    made = lowbit.quantize(zoo.folder("llama"), tmp_path / "made", RTN(bits=4, group_size=16))
+    made = lowbit.quantize(quantized.source("llama"), tmp_path / "made", RTN(bits=4, group_size=16))
     lowbit.export(made, tmp_path / "ct", "ct")
     name = "model.layers.0.self_attn.q_proj"
     stored = CheckpointReader(tmp_path / "ct").read(
@@ -73,7 +73,7 @@ def test_stored_as_the_docstring_says(tmp_path: Path) -> None:
 
 def test_layers_of_several_kinds_are_several_schemes(tmp_path: Path) -> None:
     method = RTN(bits=4, group_size=16, overrides={"mlp.down_proj": {"bits": 8, "symmetric": True}})
-    made = lowbit.quantize(zoo.folder("llama"), tmp_path / "made", method)
+    made = lowbit.quantize(quantized.source("llama"), tmp_path / "made", method)
     lowbit.export(made, tmp_path / "ct", "ct")
     groups = section(tmp_path / "ct")["config_groups"].values()
     by_bits = {group["weights"]["num_bits"]: group["targets"] for group in groups}
@@ -83,7 +83,7 @@ def test_layers_of_several_kinds_are_several_schemes(tmp_path: Path) -> None:
 
 def test_float_layers_are_ignored(tmp_path: Path) -> None:
     made = lowbit.quantize(
-        zoo.folder("llama"), tmp_path / "made", RTN(bits=4, group_size=16), skip=["*.up_proj"]
+        quantized.source("llama"), tmp_path / "made", RTN(bits=4, group_size=16), skip=["*.up_proj"]
     )
     lowbit.export(made, tmp_path / "ct", "ct")
     ignored = section(tmp_path / "ct")["ignore"]
@@ -92,14 +92,14 @@ def test_float_layers_are_ignored(tmp_path: Path) -> None:
 
 def test_a_quantized_output_layer_is_not_ignored(tmp_path: Path) -> None:
     method = RTN(bits=4, group_size=16, symmetric=True)
-    made = lowbit.quantize(zoo.folder("llama"), tmp_path / "made", method, lm_head_bits=8)
+    made = lowbit.quantize(quantized.source("llama"), tmp_path / "made", method, lm_head_bits=8)
     lowbit.export(made, tmp_path / "ct", "ct")
     assert "lm_head" not in section(tmp_path / "ct")["ignore"]
 
 
 def test_fine_zeros_take_more_bits(tmp_path: Path) -> None:
     method = RTN(bits=2, group_size=16, fine_zeros=True)
-    made = lowbit.quantize(zoo.folder("llama"), tmp_path / "made", method)
+    made = lowbit.quantize(quantized.source("llama"), tmp_path / "made", method)
     plan = lowbit.export(made, tmp_path / "ct", "ct")
     assert all(layer.exact for layer in plan.layers)
     assert "2 bits written as 8" in plan.layers[0].changes

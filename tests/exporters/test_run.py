@@ -26,7 +26,8 @@ NO_GRID = {
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    return lowbit.quantize(zoo.folder("llama"), tmp_path / "made", RTN(bits=4, group_size=16))
+    source = quantized.add_byte_tokenizer(zoo.write(zoo.ZOO["llama"], tmp_path / "source"))
+    return lowbit.quantize(source, tmp_path / "made", RTN(bits=4, group_size=16))
 
 
 def nothing_was_written(folder: Path) -> bool:
@@ -63,7 +64,7 @@ def test_a_folder_that_exists(made: Path, tmp_path: Path) -> None:
 
 def test_a_float_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was not quantized by lowbit"):
-        lowbit.export(zoo.folder("llama"), tmp_path / "dest", "ct")
+        lowbit.export(quantized.source("llama"), tmp_path / "dest", "ct")
 
 
 def test_a_damaged_folder(made: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lowbit.checkpoint.ranges import collapse
 from lowbit.cli.parameters import QuantizedModel, meaning
 from lowbit.cli.screen import console, counting_bar
 from lowbit.cli.slice import parse_bits
-from lowbit.exporters import TARGETS, ExportOptions, ExportPlan, Step, plan_export
+from lowbit.exporters import TARGETS, ExportOptions, ExportPlan, PlannedLayer, Step, plan_export
 from lowbit.exporters import export as export_folder
 from lowbit.models.locate import locate
 
@@ -79,24 +79,24 @@ def export(  # noqa: PLR0913 (a command's options)
 def print_plan(screen: Console, plan: ExportPlan) -> None:
     """Prints a line for all layers of the same name in different blocks that fare alike."""
     table = Table("layer", "in lowbit", f"as {plan.target}", "changed container", "result")
-    rows = collapse(
-        {
-            layer.name: {
-                "cells": [
-                    layer.source,
-                    layer.container,
-                    "; ".join(layer.changes),
-                    layer.outcome,
-                ]
-            }
-            for layer in plan.layers
-        }
-    )
-    for name, row in rows.items():
-        table.add_row(name, *row["cells"])
+    worst: dict[tuple[str, ...], PlannedLayer] = {}
+    for layer in plan.layers:
+        row = _row(layer)
+        worst[row] = max(worst.get(row, layer), layer, key=lambda one: one.error)
+    rows = collapse({layer.name: {"row": _row(layer)} for layer in plan.layers})
+    for name, entry in rows.items():
+        layer = worst[entry["row"]]
+        changes = "; ".join(layer.changes)
+        table.add_row(name, layer.source, layer.container, changes, layer.outcome)
     screen.print(table)
     for note in plan.notes:
         screen.print(note, soft_wrap=True)
+
+
+def _row(layer: PlannedLayer) -> tuple[str, ...]:
+    """Returns what the layers of one line of the table have in common."""
+    fate = layer.refused or layer.loss or ("" if layer.error == 0 else "inexact")
+    return layer.source, layer.container, *layer.changes, fate
 
 
 @contextmanager

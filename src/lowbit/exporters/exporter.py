@@ -18,6 +18,8 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.widths import WidthPlan
 
 FloatDtype = Literal["float16", "bfloat16", "float32"]
+EMBEDDING = "embed_tokens.weight"
+HEAD = "lm_head.weight"
 Progress = Callable[[int, int], None]  # number of parts done, number of all parts
 
 
@@ -106,6 +108,11 @@ class Exporter(ABC):
         """Returns a layer at the width that is exported. name: on disk"""
         return layer.at(self.widths[name]) if name in self.widths else layer
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the export, one sentence each."""
+        return ()
+
     @abstractmethod
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
         """Returns a layer as the target stores it.
@@ -188,3 +195,17 @@ def regrouping(grid: Grid, changed: Grid) -> tuple[str, ...]:
     if grid.bits != changed.bits:
         changes.append(f"{grid.bits} bits written as {changed.bits}")
     return tuple(changes)
+
+
+def canonical_names(folder: QuantizedFolder) -> dict[str, str]:
+    """Returns new names for tensors: other programs look for a tied table as the embedding.
+
+    A folder whose tied table is stored as the output layer alone loads in transformers only.
+    """
+    names = folder.reader.tensors
+    if not folder.config.get("tie_word_embeddings") or HEAD not in names:
+        return {}
+    if any(name.endswith(EMBEDDING) for name in names):
+        return {}
+    prefix = {name.split(".layers.")[0] for name in folder.entries if ".layers." in name}
+    return {HEAD: f"{prefix.pop()}.{EMBEDDING}"} if len(prefix) == 1 else {}

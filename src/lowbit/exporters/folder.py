@@ -11,12 +11,9 @@ from torch import Tensor
 from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.folder import write_model
 from lowbit.checkpoint.reader import CheckpointReader
-from lowbit.exporters.exporter import Exporter, Progress
+from lowbit.exporters.exporter import Exporter, Progress, canonical_names
 from lowbit.exporters.grid import Refused
 from lowbit.formats.base import QuantizedLinear
-
-EMBEDDING = "embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 
 class FolderExporter(Exporter):
@@ -47,6 +44,7 @@ class FolderExporter(Exporter):
         if self.options.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = self.options.dtype
+        config |= _earlier_rope(config)
         section = self.quantization()
         return config if section is None else config | {"quantization_config": section}
 
@@ -73,7 +71,7 @@ class FolderExporter(Exporter):
         return self._written
 
     def _shards(self, progress: Progress) -> Iterator[dict[str, Tensor]]:
-        renamed = self._canonical_names()
+        renamed = canonical_names(self.folder)
         for shard in self.folder.converted_shards(self._converted, progress):
             yield {
                 renamed.get(name, name): tensor.contiguous()
@@ -89,18 +87,19 @@ class FolderExporter(Exporter):
     def _converted(self, name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
         return self.store(name, self.at_width(name, layer)).tensors
 
-    def _canonical_names(self) -> dict[str, str]:
-        """Returns new names for tensors: other programs look for a tied table as the embedding.
 
-        A folder whose tied table is stored as the output layer alone loads in transformers only.
-        """
-        names = self.folder.reader.tensors
-        if not self.folder.config.get("tie_word_embeddings") or HEAD not in names:
-            return {}
-        if any(name.endswith(EMBEDDING) for name in names):
-            return {}
-        prefix = {name.split(".layers.")[0] for name in self.folder.entries if ".layers." in name}
-        return {HEAD: f"{prefix.pop()}.{EMBEDDING}"} if len(prefix) == 1 else {}
+def _earlier_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the rotary embedding under the names of transformers 4.
+
+    mlx-lm and MLC read these names only, and take a base of 10,000 where they are missing.
+    """
+    settings = config.get("rope_parameters")
+    if not isinstance(settings, dict) or "rope_theta" not in settings:
+        return {}
+    scaling = {k: v for k, v in settings.items() if k != "rope_theta"}
+    plain = scaling.get("rope_type", "default") == "default"
+    earlier = {"rope_theta": settings["rope_theta"], "rope_scaling": None if plain else scaling}
+    return {key: value for key, value in earlier.items() if config.get(key) is None}
 
 
 def float_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -81,7 +81,7 @@ def make_plan(exporter: Exporter, progress: Progress = lambda done, of: None) ->
         progress(done, len(names))
         layers.append(_planned(exporter, name))
     progress(len(names), len(names))
-    return ExportPlan(exporter.name, tuple(layers))
+    return ExportPlan(exporter.name, tuple(layers), exporter.notes)
 
 
 def _planned(exporter: Exporter, name: str) -> PlannedLayer:

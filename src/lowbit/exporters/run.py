@@ -14,6 +14,7 @@ from lowbit.exporters.awq import AwqExporter
 from lowbit.exporters.compressed_tensors import CompressedTensorsExporter
 from lowbit.exporters.dense import DenseExporter
 from lowbit.exporters.exporter import Exporter, ExportOptions, FloatDtype, Progress
+from lowbit.exporters.gguf import GgufExporter
 from lowbit.exporters.gptq import GptqExporter
 from lowbit.exporters.mlx import MlxExporter
 from lowbit.exporters.plan import ExportPlan, PlannedLayer, make_plan
@@ -23,6 +24,7 @@ TARGETS: dict[str, type[Exporter]] = {
     exporter.name: exporter
     for exporter in (
         CompressedTensorsExporter,
+        GgufExporter,
         GptqExporter,
         AwqExporter,
         MlxExporter,
