@@ -20,12 +20,17 @@ def cases() -> dict[str, Method]:
     """Returns the methods to measure, by name."""
     found: dict[str, Method] = {}
     for bits in (4, 6, 8):
-        plain = OmniQuant(bits=bits, activation_bits=bits, epochs=EPOCHS, lwc=True, let=False)
+        plain = OmniQuant(
+            bits=bits, activation_bits=bits, epochs=EPOCHS, init="minmax", rounding="nearest"
+        )
         name = f"W{bits}A{bits}"
         found[f"{name} rtn"] = plain.model_copy(update={"epochs": 0, "lwc": False})
         found[f"{name} clipping"] = plain
         found[f"{name} clipping + LET"] = plain.model_copy(
             update={"let": True, "alpha": 0.75 if bits == 4 else 0.5}
+        )
+        found[f"{name} clipping + LET + feedback"] = found[f"{name} clipping + LET"].model_copy(
+            update={"rounding": "gptq"}
         )
     mixed = {"smooth": None, "clip": False, "sort": "none", "salient_ratio": 0.0}
     for name, fields in {

@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = {
     "uniform, 4 bits, groups of 128": RTN(bits=4, group_size=128),
     "uniform, 3 bits, groups of 128": RTN(bits=3, group_size=128),
     "uniform, 2 bits, groups of 64": RTN(bits=2, group_size=64),
-    "nested master at 8 bits": MatQuant(epochs=0, lwc=False),
+    "nested master at 8 bits": MatQuant(epochs=0, lwc=False, rounding="nearest"),
     "lattice E8P12, 2 bits": QuIP(tune_iters=0, scale=1.0),
     "lattice E8P12RVQ4B, 4 bits": QuIP(codebook="E8P12RVQ4B", tune_iters=0, scale=0.9),
     "binary, a fifth salient": PTQ161(epochs=0),

@@ -34,7 +34,8 @@ from lowbit.models import family_name
 
 WIDTHS = (8, 6, 4, 3, 2)
 RATES = (1e-3, 5e-3, 1e-2, 3e-2)  # of the clips; the first is the paper's
-TRAINED = {"lwc": True, "init": "awq", "epochs": EPOCHS}
+TRAINED = {"epochs": EPOCHS}
+PAPER = [0.1, 0.1, 1.0]  # the paper's weights of 8, 4 and 2 bits
 Args = argparse.Namespace
 
 
@@ -43,27 +44,37 @@ def masters(family: str) -> dict[str, Method]:
     learned = MatQuant(**TRAINED, let=family == "opt")
     untrained = {"lwc": False, "let": False, "epochs": 0}
     return {
-        "sliced int8": MatQuant(**untrained),
-        "matquant": learned,
-        "matquant joint": learned.model_copy(update={"rounding": "joint"}),
+        "sliced int8": MatQuant(**untrained, rounding="nearest"),
+        "matquant default": learned,
+        "matquant": learned.model_copy(update={"rounding": "nearest", "weights": PAPER}),
+        "matquant joint": learned.model_copy(update={"weights": PAPER}),
         "matquant extra precision": learned.model_copy(
-            update={"extra_precision": True, "weights": [1.0, 1.0, 1.0]}
+            update={"rounding": "nearest", "extra_precision": True, "weights": [1.0, 1.0, 1.0]}
         ),
-        "matquant single precision": MatQuant(
-            **TRAINED, let=family == "opt", widths=[2], weights=[1.0]
+        "matquant single precision": learned.model_copy(
+            update={"rounding": "nearest", "widths": [2], "weights": [1.0]}
         ),
-        "matquant distilled 8->2": learned.model_copy(update={"distill": ["8->2"]}),
-        "joint, no training": MatQuant(**untrained, rounding="joint"),
+        "matquant distilled 8->2": learned.model_copy(
+            update={"rounding": "nearest", "weights": PAPER, "distill": ["8->2"]}
+        ),
+        "joint, no training": MatQuant(**untrained, weights=PAPER),
+        "default, no training": MatQuant(**untrained),
     }
 
 
 def direct(family: str, bits: int) -> dict[str, Method]:
     """Returns the methods for one width; those with GPTQ are compared with joint rounding."""
-    learned = OmniQuant(bits=bits, **TRAINED, let=family == "opt")
+    learned = OmniQuant(
+        bits=bits, **TRAINED, let=family == "opt", rounding="nearest", fine_zeros=False
+    )
     if bits > 4:
         return {"omniquant": learned}
     fed_back = learned.model_copy(update={"rounding": "gptq"})
-    return {"omniquant": learned, "omniquant+gptq": fed_back, "gptq": GPTQ(bits=bits)}
+    return {
+        "omniquant": learned,
+        "omniquant+gptq": fed_back,
+        "gptq": GPTQ(bits=bits, fine_zeros=False),
+    }
 
 
 def measure(

@@ -4,12 +4,13 @@
 
 All models in the given directories, and the models in examples/models, are quantized with:
 
-- rtn, GPTQ and OmniQuant at 4, 3 and 2 bits, per channel and in groups of 128 and 64;
-- GPTQ with fine zeros at 3 and 2 bits ("gptq fine"), which takes slightly more bits;
+- rtn, and GPTQ and OmniQuant as they are shipped, at 4, 3 and 2 bits, per channel and in groups of
+  128 and 64; at 2 bits their zero points are fine, which takes slightly more bits;
+- at 2 bits both with zero points that are codes ("whole zeros");
+- OmniQuant as published ("omniquant paper"): whole ranges, 20 epochs, nearest codes, no fine zeros;
 - each codebook of QuIP#, E8P12 also with training after rounding.
 
-They are measured on held-back stories and, with --data, on the test text of WikiText-2. OmniQuant
-has the paper's learning rates, and starts from searched scales and clips (`init: awq`). LET is
+They are measured on held-back stories and, with --data, on the test text of WikiText-2. LET is
 learned for OPT, as in the original scripts. The calibration stories are in no evaluation text.
 """
 
@@ -19,21 +20,24 @@ from lowbit.methods import GPTQ, RTN, Method, OmniQuant, QuIP
 from lowbit.models import family_name
 
 CODEBOOKS = ("E8P12", "D4", "HI", "E8P12RVQ3B", "E8P12RVQ4B")
+PAPER = {
+    "init": "minmax",
+    "rounding": "nearest",
+    "epochs": 20,
+    "damping": 0.01,
+    "fine_zeros": False,
+}
 GRIDS = [(bits, size) for bits in (4, 3, 2) for size in (None, 128, 64)]
 
 
 def methods_for(bits: int, group_size: int | None, family: str) -> dict[str, Method]:
     grid = {"bits": bits, "group_size": group_size}
-    learned = OmniQuant(**grid, let=family == "opt", init="awq", epochs=EPOCHS)
-    both = learned.model_copy(update={"rounding": "gptq"})
-    methods = {
-        "rtn": RTN(**grid),
-        "gptq": GPTQ(**grid),
-        "omniquant": learned,
-        "omniquant+gptq": both,
-    }
-    if bits < 4:
-        methods["gptq fine"] = GPTQ(**grid, fine_zeros=True)
+    learned = OmniQuant(**grid, let=family == "opt")
+    methods = {"rtn": RTN(**grid), "gptq shipped": GPTQ(**grid), "omniquant shipped": learned}
+    if bits == 2:
+        methods["gptq whole zeros"] = GPTQ(**grid, fine_zeros=False)
+        methods["omniquant whole zeros"] = learned.model_copy(update={"fine_zeros": False})
+    methods["omniquant paper"] = learned.model_copy(update=PAPER)
     name = f"W{bits}" + (f" g{group_size}" if group_size else "")
     return {f"{method} {name}": settings for method, settings in methods.items()}
 

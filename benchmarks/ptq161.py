@@ -27,14 +27,19 @@ def cases(family: str) -> dict[str, Method]:
     return {
         "rtn W2 g64": RTN(bits=2, group_size=64),
         "omniquant W2 g64": OmniQuant(
-            bits=2, group_size=64, let=family == "opt", init="awq", epochs=EPOCHS
+            bits=2,
+            group_size=64,
+            let=family == "opt",
+            epochs=EPOCHS,
+            rounding="nearest",
+            fine_zeros=False,
         ),
         "quip E8P12": QuIP(),
-        "signs": PTQ161(salient_ratio=0, epochs=0),
-        "mask": PTQ161(epochs=0),
+        "signs": PTQ161(salient_ratio=0, epochs=0, init="reference"),
+        "mask": PTQ161(epochs=0, init="reference"),
         "mask + als": PTQ161(epochs=0, init="als"),
         "mask + als + refit": PTQ161(epochs=0, init="als", refit_salient=True),
-        "mask + learned": PTQ161(epochs=EPOCHS),
+        "mask + learned": PTQ161(epochs=EPOCHS, init="reference"),
         "mask + als + learned": LEARNED,
         "mask + als + refit + learned": LEARNED.model_copy(update={"refit_salient": True}),
     }

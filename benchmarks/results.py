@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_name("results.csv")
+UNCOMMITTED = "+"  # after the commit of a row that was made from a tree with changes
 COLUMNS = ("date", "commit", "machine", "benchmark", "case", "metric", "value", "unit", "notes")
 
 
@@ -25,7 +26,7 @@ def machine() -> str:
 def commit() -> str:
     """Returns the short hash of HEAD, with "+" if files other than results have changed."""
     changed = _git("status", "--porcelain", "-uno", "--", ":/", ":!results.csv", ":!plots")
-    return _git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    return _git("rev-parse", "--short", "HEAD") + (UNCOMMITTED if changed else "")
 
 
 def _git(*arguments: str) -> str:
@@ -37,6 +38,12 @@ def rows_of(benchmark: str) -> list[dict[str, str]]:
     """Returns all rows of a benchmark, oldest first."""
     with FILE.open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
+
+
+def newest(benchmark: str) -> dict[str, dict[str, str]]:
+    """Returns the newest row of each case; one from a tree with changes if there is no other."""
+    rows = sorted(rows_of(benchmark), key=lambda row: not row["commit"].endswith(UNCOMMITTED))
+    return {row["case"]: row for row in rows}
 
 
 def append(benchmark: str, rows: list[dict[str, Any]]) -> None:

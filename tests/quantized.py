@@ -28,8 +28,12 @@ from lowbit.methods import GPTQ, RTN, MatQuant, Method, OmniQuant, QuIP
 SAMPLES, SEQLEN = 2, 16
 METHODS: dict[str, Method] = {
     "rtn": RTN(bits=4, group_size=16),
-    "omniquant": OmniQuant(bits=3, group_size=16, let=True, epochs=1, min_tokens=8),
-    "matquant": MatQuant(group_size=16, let=True, init="awq", epochs=1, min_tokens=1),
+    "omniquant": OmniQuant(
+        bits=3, group_size=16, let=True, epochs=1, min_tokens=8, init="minmax", rounding="nearest"
+    ),
+    "matquant": MatQuant(
+        group_size=16, let=True, init="awq", rounding="nearest", epochs=1, min_tokens=1
+    ),
     "gptq": GPTQ(bits=3, group_size=16, min_tokens=8),
     "quip": QuIP(codebook="HI", scale=2.9, row_scale="always", tune_iters=0, min_tokens=8),
 }
@@ -111,7 +115,12 @@ def master(name: str = "llama", extra_precision: bool = False, scope: str = "all
     """A model of the zoo with 8-bit codes to be sliced; tests must not change the folder."""
     out = _ROOT / f"{name}-master-{extra_precision}-{scope}"
     method = MatQuant(
-        group_size=16, lwc=False, epochs=0, extra_precision=extra_precision, scope=scope
+        group_size=16,
+        lwc=False,
+        epochs=0,
+        rounding="nearest",
+        extra_precision=extra_precision,
+        scope=scope,
     )
     return quantize(source(name), out, method)
 

@@ -10,7 +10,9 @@ A run emits, in this order:
     RunStarted
     SelfCheckFinished                 if there was a self-check
     DryRunFinished                    if there was a dry run
+    Warned                            for each setting that has no effect on this model
     CalibrationRead                   if the method needs calibration text
+    Warned                            if there is very little of it
     BlockResumed                      for each block that an earlier run finished
     for each other block:
         BlockStarted

@@ -26,7 +26,7 @@ def master(name: str = "llama", blocks: int = 2, **options: Any) -> Path:
     made = "-".join(map(str, (name, blocks, *options.values())))
     line = replace(zoo.ZOO[name], options=zoo.ZOO[name].options | {"num_hidden_layers": blocks})
     source = quantized.add_tokenizer(zoo.write(line, quantized._ROOT / f"{made}-to-mix"))
-    method = MatQuant(group_size=16, lwc=False, epochs=0, **options)
+    method = MatQuant(group_size=16, lwc=False, epochs=0, rounding="nearest", **options)
     return quantized.quantize(source, quantized._ROOT / f"{made}-mixed", method)
 
 

@@ -18,7 +18,7 @@ WIDTHS = (8, 4, 2)
 
 
 def master(name: str, out: Path, **options: object) -> QuantizedFolder:
-    method = MatQuant(group_size=16, lwc=False, epochs=0, **options)
+    method = MatQuant(group_size=16, lwc=False, epochs=0, rounding="nearest", **options)
     return QuantizedFolder(quantized.quantize(source(name), out, method))
 
 

@@ -30,8 +30,8 @@ def test_types_defaults_and_recipes(lowbit):
     text = " ".join(lowbit("methods", "gptq").stdout.split())
     assert "bits*: integer from 2 to 8; default 4" in text
     assert "group_size*: integer of at least 1, or None; default None" in text
-    assert "damping: number above 0; default 0.01" in text
-    assert "gptq-w2a16, gptq-w2a16-g64, gptq-w3a16-g128" in text and "rtn-w2a16" not in text
+    assert 'damping: "auto", or number above 0; default "auto"' in text
+    assert "gptq-w2a16, gptq-w2a16-g64, gptq-w2a16-g64-paper" in text and "rtn-w2a16" not in text
 
 
 def test_an_unknown_method(lowbit):

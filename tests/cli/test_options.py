@@ -45,7 +45,7 @@ def test_settings_reach_the_method():
 def test_a_recipe_knows_families(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["OPTForCausalLM"]}')
     method, text, label = choose_method(tmp_path, "omniquant-w2a16", None, {"alpha": 0.7})
-    assert method == OmniQuant(bits=2, let=True, epochs=20, alpha=0.7)
+    assert method == OmniQuant(bits=2, let=True, alpha=0.7)
     assert text == {"sources": ("wikitext2",), "samples": 128}
     assert label == "omniquant-w2a16 with alpha=0.7"
 

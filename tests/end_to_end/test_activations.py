@@ -38,8 +38,8 @@ pytestmark = pytest.mark.slow
 W4A4: dict[str, Any] = {"bits": 4, "activation_bits": 4, "min_tokens": 8}
 ROUNDING = {"bits": 4, "symmetric": False}
 METHODS = {
-    "trained": OmniQuant(**W4A4, let=True, epochs=1),
-    "nearest": OmniQuant(**W4A4, lwc=False, epochs=0),
+    "trained": OmniQuant(**W4A4, let=True, epochs=1, rounding="nearest"),
+    "nearest": OmniQuant(**W4A4, lwc=False, epochs=0, rounding="nearest"),
 }
 FAMILIES = ["opt", "llama", "mistral", "qwen3", "mixtral", "falcon rw", "gemma2"]
 MASKED = FAMILIES[:-1]  # eager attention turns rows that see nothing to NaN in float64
@@ -91,7 +91,7 @@ def test_plain_transformers_runs_the_same(name: str) -> None:
 def test_what_is_trained_is_what_is_packed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uniform, "storable", lambda scale: scale.detach().float())
     task = zoo.task(name, batches=2)
-    method = OmniQuant(**W4A4, let=True)
+    method = OmniQuant(**W4A4, let=True, rounding="nearest")
     seen = input_statistics(task.block, task.groups, task.streams["float"])
     learner = _Learner(method, task, seen, set())
     batch = task.streams["quantized"][0]
@@ -236,7 +236,9 @@ def test_a_section_that_cannot_be(attention: Any, message: str, tmp_path: Path) 
 def test_only_some_linears(tmp_path: Path) -> None:
     """An attention whose linears all stay float is not rounded, and not reported as a fallback."""
     model = quantized.source()
-    method = OmniQuant(**W4A4, epochs=0, overrides={"down_proj": {"activation_bits": 8}})
+    method = OmniQuant(
+        **W4A4, epochs=0, rounding="nearest", overrides={"down_proj": {"activation_bits": 8}}
+    )
     out = quantized.quantize(model, tmp_path / "out", method, only=("mlp.*", "layers.1.*"))
     loaded, _ = lowbit.load(out)
     assert set(marks(loaded)) == {"model.layers.1.self_attn"}

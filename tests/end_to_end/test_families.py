@@ -23,7 +23,7 @@ from lowbit.pipeline.job import Job
 
 pytestmark = pytest.mark.slow
 
-FEW = OmniQuant(bits=3, group_size=16, epochs=1, min_tokens=12)
+FEW = OmniQuant(bits=3, group_size=16, epochs=1, min_tokens=12, rounding="nearest")
 
 
 @pytest.mark.parametrize("method", quantized.METHODS)

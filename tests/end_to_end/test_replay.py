@@ -52,11 +52,19 @@ def test_training_goes_on_where_it_ended(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "rtn"}, "needs a method that learns parameters; rtn does not"),
     "groups": (
-        {"method": OmniQuant(bits=3, group_size=8, let=True, min_tokens=8)},
+        {
+            "method": OmniQuant(
+                bits=3, group_size=8, let=True, min_tokens=8, init="minmax", rounding="nearest"
+            )
+        },
         r"model.layers.0: .*clip_low with shape \[48, 3\], but these settings need \[48, 6\]",
     ),
     "fields": (
-        {"method": OmniQuant(bits=3, group_size=16, let=False, min_tokens=8)},
+        {
+            "method": OmniQuant(
+                bits=3, group_size=16, let=False, min_tokens=8, init="minmax", rounding="nearest"
+            )
+        },
         r"model.layers.0: the earlier run learned fold.*log_scale .*do not learn",
     ),
     "folder": (

@@ -20,7 +20,21 @@ from lowbit.methods.result import BlockResult, too_few_tokens
 pytestmark = pytest.mark.slow
 
 G16: dict[str, Any] = {"group_size": 16, "min_tokens": 8}
-INT8 = MatQuant(**G16, lwc=False, epochs=0)  # slices of plain 8 bits
+# The settings of the paper; the defaults have others.
+PAPER: dict[str, Any] = {
+    "init": "minmax",
+    "rounding": "nearest",
+    "epochs": 20,
+    "damping": 0.01,
+    "weights": [0.1, 0.1, 1.0],
+}
+
+
+def published(**options: Any) -> MatQuant:
+    return MatQuant(**PAPER | options)
+
+
+INT8 = published(**G16, lwc=False, epochs=0)  # slices of plain 8 bits
 JOINT_FFN = {"rounding": "joint", "scope": "ffn", "symmetric": True, "let": True}
 SINGLE: dict[str, Any] = {"widths": [2], "weights": [1.0]}
 
@@ -53,7 +67,7 @@ def test_fewer_bits_are_worse_and_every_width_is_another(
     name: str, options: dict[str, Any]
 ) -> None:
     task = zoo.task(name)
-    method = MatQuant(**G16, **options, epochs=1)
+    method = published(**G16, **options, epochs=1)
     found = list(errors(task, method, method.quantize(task)).values())
     assert all(less < 0.8 * more for less, more in zip(found, found[1:], strict=False))
 
@@ -62,7 +76,7 @@ def test_fewer_bits_are_worse_and_every_width_is_another(
 @pytest.mark.parametrize("extra_precision", [False, True])
 def test_what_runs_in_training_is_what_is_packed(name: str, extra_precision: bool) -> None:
     task = zoo.task(name)
-    method = MatQuant(**G16, let=True, init="awq", extra_precision=extra_precision)
+    method = published(**G16, let=True, init="awq", extra_precision=extra_precision)
     learner = learner_for(task, method)
     with torch.no_grad():
         master = learner.master()
@@ -81,7 +95,7 @@ def test_what_runs_in_training_is_what_is_packed(name: str, extra_precision: boo
 @pytest.mark.parametrize("name", ["llama", "opt", "qwen3_moe"])
 def test_the_loss_of_each_width_teaches_all_that_is_learned(name: str, bits: int) -> None:
     task = zoo.task(name)
-    method = MatQuant(**G16, let=True, widths=[bits], weights=[1.0])
+    method = published(**G16, let=True, widths=[bits], weights=[1.0])
     learner, loss = learner_for(task, method), _Loss(method, task)
     for index in range(loss.batches):
         loss(index, learner.master()).backward()
@@ -99,7 +113,7 @@ def test_the_gradient_is_that_of_the_weighted_sum() -> None:
     task = zoo.task("llama", batches=1)
     gradients = []
     for widths, weights in (([8, 4, 2], [0.3, 0.7, 2.0]), ([8], [0.3]), ([4], [0.7]), ([2], [2.0])):
-        method = MatQuant(**G16, let=True, widths=widths, weights=weights)
+        method = published(**G16, let=True, widths=widths, weights=weights)
         learner = learner_for(task, method)
         value = _Loss(method, task)(0, learner.master())
         value.backward()
@@ -113,9 +127,9 @@ def test_the_gradient_is_that_of_the_weighted_sum() -> None:
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_made_for_2_bits_it_is_better_there_than_sliced_int8(name: str) -> None:
     task = zoo.task(name)
-    method = MatQuant(group_size=None, **SINGLE, epochs=15, lwc_lr=0.1)
+    method = published(group_size=None, **SINGLE, epochs=15, lwc_lr=0.1)
     found = errors(task, method, method.quantize(task))
-    wanted = errors(task, INT8, MatQuant(lwc=False, epochs=0).quantize(task))
+    wanted = errors(task, INT8, published(lwc=False, epochs=0).quantize(task))
     assert found[2] < 0.95 * wanted[2] and found[8] > wanted[8]
 
 
@@ -126,7 +140,7 @@ def test_made_for_2_bits_it_is_better_there_than_sliced_int8(name: str) -> None:
 )
 def test_the_report_is_true(options: dict[str, Any]) -> None:
     task = zoo.task("llama")
-    method = MatQuant(**G16, **options, epochs=2, init="awq")
+    method = published(**G16, **options, epochs=2, init="awq")
     result = method.quantize(task)
     report = result.report
     learned = min(report.loss_before, *report.training.curve)
@@ -155,7 +169,7 @@ def test_the_report_is_true(options: dict[str, Any]) -> None:
     ids=str,
 )
 def test_streams(options: dict[str, Any], wanted: tuple[str, ...]) -> None:
-    method = MatQuant(**options, batch=3)
+    method = published(**options, batch=3)
     assert method.streams() == wanted and method.windows_per_batch() == 3
 
 
@@ -207,18 +221,18 @@ def by_hand(task: BlockTask, method: MatQuant) -> tuple[float, dict[int, Tensor]
 
 def test_a_lower_width_also_learns_from_a_higher_one() -> None:
     task = zoo.task("llama", batches=1)
-    method = MatQuant(**G16, distill=["8->2", "4->2"])
+    method = published(**G16, distill=["8->2", "4->2"])
     loss, out, target = by_hand(task, method)
     taught = (mse(out[2], target) + mse(out[2], out[8]) + mse(out[2], out[4])) / 3
     plain = 0.1 * mse(out[8], target) + 0.1 * mse(out[4], target)
     assert loss == pytest.approx(plain + taught, rel=0.01)
-    alone = MatQuant(**G16, distill=["8->2"], distill_alone=True)
+    alone = published(**G16, distill=["8->2"], distill_alone=True)
     assert by_hand(task, alone)[0] == pytest.approx(plain + mse(out[2], out[8]), rel=0.01)
 
 
 def test_the_second_target_is_the_float_block_on_each_stream() -> None:
     task = zoo.task("llama", batches=1, noise=0.2)
-    loss, out, target = by_hand(task, MatQuant(**G16, aug_loss=True))
+    loss, out, target = by_hand(task, published(**G16, aug_loss=True))
     seen = call_block(task.block, task.streams["8"][0])
     wanted = [mse(out[bits], target) + mse(out[bits], seen) for bits in (8, 4, 2)]
     assert loss == pytest.approx(0.1 * wanted[0] + 0.1 * wanted[1] + wanted[2], rel=0.01)
@@ -228,7 +242,7 @@ def test_a_teacher_learns_nothing_from_its_pupil() -> None:
     task = zoo.task("llama", batches=1)
     gradients = []
     for distill in ([], ["8->2"]):
-        method = MatQuant(**G16, distill=distill, distill_alone=True, weights=[1.0, 1e-12, 1e-12])
+        method = published(**G16, distill=distill, distill_alone=True, weights=[1.0, 1e-12, 1e-12])
         learner = learner_for(task, method)
         _Loss(method, task)(0, learner.master()).backward()
         gradients.append([p.grad for g in learner.parameter_groups() for p in g.parameters])
@@ -239,7 +253,7 @@ def test_a_teacher_learns_nothing_from_its_pupil() -> None:
 @pytest.mark.parametrize("name", ["llama", "falcon 7b", "gemma2", "mixtral"])
 def test_attention_can_be_left_at_8_bits(name: str) -> None:
     task = zoo.task(name)
-    method = MatQuant(**G16, scope="ffn", epochs=1)
+    method = published(**G16, scope="ffn", epochs=1)
     result = method.quantize(task)
     kinds = {n: type(layer) for n, layer in result.linears.items()}
     wanted = {n: UniformLinear if "self_att" in n else NestedLinear for n in kinds}
@@ -264,10 +278,10 @@ def test_experts_with_too_few_tokens_are_rounded_to_nearest_and_named(
     statistics = input_statistics(task.block, task.groups, task.streams["float"])
     least = min(seen.tokens for name, seen in statistics.items() if "experts" in name) + 1
     options = {"group_size": 16, "min_tokens": least, "epochs": 1} | options
-    result = MatQuant(**options).quantize(task)
+    result = published(**options).quantize(task)
     few = {n: linear.tokens for n, linear in result.report.linears.items() if linear.tokens < least}
     assert few and zoo.fallbacks(result) == {n: too_few_tokens(seen) for n, seen in few.items()}
-    plain = MatQuant(group_size=16, lwc=False, let=False, epochs=0).quantize(task)
+    plain = published(group_size=16, lwc=False, let=False, epochs=0).quantize(task)
     if "let" not in options:
         for name in few:
             assert torch.equal(result.linears[name].master, plain.linears[name].master)
@@ -278,7 +292,9 @@ def test_experts_with_too_few_tokens_are_rounded_to_nearest_and_named(
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_joint_rounding_helps_where_it_counts(name: str) -> None:
     task = zoo.task(name)
-    plain, joint = (MatQuant(**G16, init="awq", epochs=0, rounding=r) for r in ("nearest", "joint"))
+    plain, joint = (
+        published(**G16, init="awq", epochs=0, rounding=r) for r in ("nearest", "joint")
+    )
     found, wanted = (errors(task, m, m.quantize(task)) for m in (joint, plain))
     assert found[2] < 0.9 * wanted[2]
     result, other = joint.quantize(task), plain.quantize(task)
@@ -300,7 +316,7 @@ def test_joint_rounding_helps_where_it_counts(name: str) -> None:
 def test_layers_say_which_widths_they_were_made_for(
     options: dict[str, Any], made_for: list[int]
 ) -> None:
-    result = MatQuant(**G16 | {"epochs": 0} | options).quantize(zoo.task("llama", batches=1))
+    result = published(**G16 | {"epochs": 0} | options).quantize(zoo.task("llama", batches=1))
     assert all(layer.entry()["trained"] == made_for for layer in result.linears.values())
 
 
@@ -308,7 +324,7 @@ def test_what_is_worse_than_slices_of_int8_is_dropped() -> None:
     task = zoo.task("opt")
     events: list[Event] = []
     task.log = zoo.log(events.append)
-    result = MatQuant(**G16, let=True, alpha=0, epochs=0).quantize(task)
+    result = published(**G16, let=True, alpha=0, epochs=0).quantize(task)
     assert result.report.fallback and not result.learned and not result.tensors
     wanted = INT8.quantize(task)
     for name, layer in result.linears.items():
@@ -318,10 +334,10 @@ def test_what_is_worse_than_slices_of_int8_is_dropped() -> None:
 
 def test_a_later_run_starts_from_what_was_learned() -> None:
     task = zoo.task("llama")
-    method = MatQuant(**G16, let=True, epochs=2, init="awq")
+    method = published(**G16, let=True, epochs=2, init="awq")
     first = method.quantize(task)
     again = BlockTask(**vars(task) | {"start": first.learned})
-    replayed = MatQuant(**G16, let=True, epochs=0).quantize(again)
+    replayed = published(**G16, let=True, epochs=0).quantize(again)
     for name, layer in first.linears.items():
         assert torch.equal(layer.master, replayed.linears[name].master)
 
@@ -355,7 +371,7 @@ def test_a_later_run_starts_from_what_was_learned() -> None:
 def test_every_option_matters(option: dict[str, Any]) -> None:
     task = zoo.task("llama")
     common = G16 | {"epochs": 2, "let": True, "let_lr": 1e-3, "alpha": 0.3}
-    one, other = (MatQuant(**options).quantize(task) for options in (common, common | option))
+    one, other = (published(**options).quantize(task) for options in (common, common | option))
     name = "self_attn.q_proj" if "scope" in option else "mlp.up_proj"
     assert not torch.equal(at_2_bits(one.linears[name]), at_2_bits(other.linears[name]))
 
@@ -383,4 +399,4 @@ def at_2_bits(layer: nn.Module) -> Tensor:
 )
 def test_options_that_contradict_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MatQuant(**options)
+        published(**options)

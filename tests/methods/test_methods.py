@@ -51,7 +51,7 @@ class Example:
 
 W3: dict[str, Any] = {"bits": 3, "group_size": 16}
 FINE = W3 | {"fine_zeros": True}
-OMNI = W3 | {"epochs": 3, "let": True, "min_tokens": 8}
+OMNI = W3 | {"init": "minmax", "rounding": "nearest", "epochs": 3, "let": True, "min_tokens": 8}
 # Scales in groups of 16 take more than a bit for each weight.
 QUIP: dict[str, Any] = {"codebook": "HI", "min_tokens": 8}
 RVQ4 = QUIP | {"codebook": "E8P12RVQ4B"}
@@ -62,10 +62,17 @@ PTQ: dict[str, Any] = {"epochs": 3, "min_tokens": 8}
 SIGNS = PTQ | {"salient_ratio": 0, "epochs": 0}  # of a row about its mean, one scale for each row
 MORE = {"salient_ratio": 0.4}
 A4 = {"bits": 4, "activation_bits": 4}
-MAT: dict[str, Any] = {"group_size": 16, "epochs": 1, "min_tokens": 8, "init": "awq"}
-INT8 = MatQuant(group_size=16, epochs=0, lwc=False)
+MAT: dict[str, Any] = {
+    "group_size": 16,
+    "epochs": 1,
+    "min_tokens": 8,
+    "init": "awq",
+    "rounding": "nearest",
+    "weights": [0.1, 0.1, 1.0],
+}
+INT8 = MatQuant(group_size=16, epochs=0, lwc=False, rounding="nearest")
 NARROW: dict[str, Any] = {"override": {"group_size": 8}, "stream": "2"}
-NEAREST = W3 | A4 | {"lwc": False, "epochs": 0}
+NEAREST = W3 | A4 | {"lwc": False, "epochs": 0, "rounding": "nearest"}
 EXAMPLES: dict[str, Example] = {
     "rtn": Example(RTN(**W3), "rtn", "group_sise", "group_size"),
     "gptq": Example(GPTQ(**W3, min_tokens=8), "rtn", "act_oder", "act_order"),
@@ -74,13 +81,15 @@ EXAMPLES: dict[str, Example] = {
         GPTQ(**FINE, min_tokens=8), "rtn, fine zeros", "symetric", "symmetric"
     ),
     "omniquant": Example(OmniQuant(**OMNI), "rtn", "epoch", "epochs"),
-    "omniquant, gptq": Example(OmniQuant(**OMNI, rounding="gptq"), "rtn", "dampin", "damping"),
+    "omniquant, gptq": Example(
+        OmniQuant(**OMNI | {"rounding": "gptq"}), "rtn", "dampin", "damping"
+    ),
     "w4a4, nearest": Example(OmniQuant(**NEAREST), "w4a4, nearest", "lwclr", "lwc_lr"),
     "w4a4": Example(OmniQuant(**OMNI | A4), "w4a4, nearest", "activation_bts", "activation_bits"),
     "matquant, sliced int8": Example(INT8, "matquant, sliced int8", "width", "widths", **NARROW),
     "matquant": Example(MatQuant(**MAT), "matquant, sliced int8", "weight", "weights", **NARROW),
     "matquant, joint, let, extra": Example(
-        MatQuant(**MAT, rounding="joint", let=True, extra_precision=True, distill=["8->2"]),
+        MatQuant(**MAT | {"rounding": "joint"}, let=True, extra_precision=True, distill=["8->2"]),
         "matquant",
         "extra_precission",
         "extra_precision",

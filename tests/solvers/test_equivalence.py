@@ -37,6 +37,10 @@ def nearest(reader: str, weight: Tensor) -> Tensor:
     return fake_quantize(weight, minmax_grid(weight, 3, 8, False))
 
 
+def error(name: str, weight: Tensor) -> Tensor:
+    return (nearest(name, weight) - weight).square()
+
+
 def halves(fold: Fold, columns: Tensor) -> Tensor:
     """The maximum of every free channel, one by one."""
     if fold.reader_channels is None:
@@ -90,12 +94,12 @@ def test_dead_channels_do_not_blow_up() -> None:
     found = smooth_scale(NORM, t, {"a": seen}, 0.5)
     assert found.isfinite().all() and found.min() >= FLOOR
     assert found[3] == pytest.approx(float((seen.absmax[3] / FLOOR).sqrt()))
-    assert searched_scale(NORM, t, {"a": seen}, nearest).isfinite().all()
+    assert searched_scale(NORM, t, {"a": seen}, error).isfinite().all()
 
 
 @pytest.mark.parametrize(
     "scale",
-    [partial(smooth_scale, alpha=0.5), partial(searched_scale, quantize=nearest)],
+    [partial(smooth_scale, alpha=0.5), partial(searched_scale, squared_error=error)],
 )
 def test_queries_against_keys_start_at_1(scale: Callable[..., Tensor]) -> None:
     assert torch.equal(scale(ROTARY, matrices(), {"b": statistics()}), torch.ones(5))
@@ -121,7 +125,7 @@ def measure(
 def test_the_searched_scale_is_the_best_of_its_family(fold: Fold, loud: float) -> None:
     t = matrices()
     seen = {r: statistics(i, loud) for i, r in enumerate(fold.readers)}
-    found = searched_scale(fold, t, seen, nearest)
+    found = searched_scale(fold, t, seen, error)
     a = halves(fold, torch.stack([s.absmean for s in seen.values()]).amax(0))
     tried = [a**alpha / (a.max() * a.min()) ** (alpha / 2) for alpha in ALPHAS]
     errors = [measure(fold, t, seen, scale) for scale in tried]
@@ -134,4 +138,4 @@ def test_the_searched_scale_is_the_best_of_its_family(fold: Fold, loud: float) -
 
 
 def test_nothing_seen_is_a_scale_of_1() -> None:
-    assert torch.equal(searched_scale(NORM, matrices(), {}, nearest), torch.ones(16))
+    assert torch.equal(searched_scale(NORM, matrices(), {}, error), torch.ones(16))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowbit.blocks import BlockTask
 from lowbit.blocks.hessian import Hessian, input_hessians
 from lowbit.formats.uniform import UniformLinear
+from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.grid import GridMethod
 from lowbit.methods.packing import pack, pack_with_feedback
 from lowbit.methods.result import (
@@ -40,11 +41,7 @@ class GPTQ(GridMethod):
     act_order: bool = Field(
         True, description="Whether the columns whose inputs are largest are rounded first."
     )
-    damping: float = Field(
-        0.01,
-        gt=0,
-        description="Share of the Hessian's mean diagonal that is added to its diagonal.",
-    )
+    damping: Damping = damping_field()
     clip: bool = Field(
         True,
         description="Whether the range of each group is searched for the least error under the "
@@ -79,7 +76,8 @@ class GPTQ(GridMethod):
         """Returns the factored Hessian, or the fallback sentence if it cannot be used."""
         if hessian.tokens < self.min_tokens:
             return too_few_tokens(hessian.tokens)
-        factor = ordered_factor(hessian.matrix, self.damping, self.act_order)
+        share = damping_share(self.damping, hessian.tokens, len(hessian.matrix))
+        factor = ordered_factor(hessian.matrix, share, self.act_order)
         return NOT_POSITIVE_DEFINITE if factor is None else factor
 
     def _linear(

@@ -12,10 +12,11 @@ from lowbit.blocks import BlockTask
 from lowbit.blocks.folding import load_changed
 from lowbit.blocks.hessian import input_hessians
 from lowbit.formats.base import QuantizedLinear
+from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.method import Method
 from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.run_report import BlockReport, LinearReport
-from lowbit.solvers.block_learner import BlockLearner, Learning
+from lowbit.solvers.block_learner import SCALED, BlockLearner, Learning
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 from lowbit.solvers.rounding import Grid
 
@@ -43,7 +44,7 @@ class LearningMethod(Method):
         "that the already quantized blocks produce.",
     )
     epochs: int = Field(
-        20, ge=0, description="Passes over all calibration windows; 0: nothing is learned."
+        5, ge=0, description="Passes over all calibration windows; 0: nothing is learned."
     )
     batch: int = Field(1, ge=1, description="Calibration windows in one step of the optimiser.")
     lwc_lr: float = Field(1e-2, gt=0, description="AdamW's learning rate for clipping ranges.")
@@ -60,17 +61,13 @@ class LearningMethod(Method):
         description="Exponent of activations in the channel scales that learning starts from; 0: "
         "they depend on weights alone.",
     )
-    init: Literal["minmax", "awq"] = Field(
-        "minmax",
-        description='What learning starts from: "minmax", the whole range, as published, or "awq", '
-        "a search for scales and ranges, after which a quarter of the epochs is enough.",
+    init: Literal["auto", "minmax", "awq"] = Field(
+        "auto",
+        description='What learning starts from: "minmax", the whole range, as published; "awq", a '
+        'search for scales and ranges; "auto": "awq" for weights alone, "minmax" if activations '
+        "are rounded too, which the search does not see.",
     )
-    damping: float = Field(
-        0.01,
-        gt=0,
-        description="Share of a Hessian's mean diagonal that is added to its diagonal, where codes "
-        "are chosen by a Hessian.",
-    )
+    damping: Damping = damping_field(", where codes are chosen by a Hessian")
     min_tokens: int = Field(
         64,
         ge=1,
@@ -80,6 +77,13 @@ class LearningMethod(Method):
 
     def windows_per_batch(self) -> int:
         return self.batch
+
+    def needs_folds(self) -> dict[str, tuple[str, ...]]:
+        return {"let": SCALED} if self.let else {}
+
+    def starts_from(self) -> Literal["minmax", "awq"]:
+        """Returns what learning starts from."""
+        return "awq" if self.init == "auto" else self.init
 
     def learning(self, inputs: bool = False) -> Learning:
         """Returns the settings of a `BlockLearner`.
@@ -92,7 +96,7 @@ class LearningMethod(Method):
             lwc_lr=self.lwc_lr,
             let_lr=self.let_lr,
             alpha=self.alpha,
-            init=self.init,
+            init=self.starts_from(),
             inputs=inputs,
         )
 
@@ -115,17 +119,19 @@ class LearningMethod(Method):
         """
         folded = deepcopy(task.block)
         load_changed(folded, learner.folded())
-        mean: dict[str, Tensor] = {}
+        mean, tokens = dict[str, Tensor](), dict[str, int]()
         enough = {group.name: group.linears for group in task.groups}
         for stream, share in shares.items():
             hessians = input_hessians(folded, task.groups, task.streams[stream])
             for group, hessian in hessians.items():
                 mean[group] = mean.get(group, 0.0) + share * hessian.matrix
+                tokens[group] = min(hessian.tokens, tokens.get(group, hessian.tokens))
                 if hessian.tokens < self.min_tokens:
                     enough.pop(group, None)
         made: dict[str, OrderedFactor] = {}
         for group, linears in enough.items():
-            factor = ordered_factor(mean[group], self.damping, True)
+            share = damping_share(self.damping, tokens[group], len(mean[group]))
+            factor = ordered_factor(mean[group], share, True)
             if factor is not None:
                 made |= dict.fromkeys(linears, factor)
         return made

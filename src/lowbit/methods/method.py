@@ -70,6 +70,13 @@ class Method(Config):
         """Returns the number of calibration windows in one batch of a stream."""
         return 1
 
+    def needs_folds(self) -> dict[str, tuple[str, ...]]:
+        """Returns the kinds of folds through which a setting acts, by the name of the setting.
+
+        A run warns of a setting for which the model has no such fold; see `lowbit.blocks.Fold`.
+        """
+        return {}
+
     @abstractmethod
     def weight_bytes(self, rows: int, columns: int) -> int:
         """Returns the bytes of a quantized linear on disk, including scales, without its bias.

@@ -2,10 +2,11 @@
 
 from typing import ClassVar
 
+from pydantic import Field
 from torch import nn
 
 from lowbit.blocks import BlockTask
-from lowbit.methods.grid import GridMethod
+from lowbit.methods.grid import FINE_ZEROS, FineZeros, GridMethod
 from lowbit.methods.packing import pack
 from lowbit.methods.result import BlockResult, signal_to_noise
 from lowbit.run_report import BlockReport, LinearReport
@@ -19,6 +20,9 @@ class RTN(GridMethod):
     """
 
     name: ClassVar[str] = "rtn"
+
+    # As the baseline is known, and as every engine can run it.
+    fine_zeros: FineZeros = Field(False, description=FINE_ZEROS)
 
     def quantize(self, task: BlockTask) -> BlockResult:
         result, reports = BlockResult(), dict[str, LinearReport]()

@@ -68,6 +68,12 @@ class Job:
         self.blocks = self.source.block_names
         self.shards = 1 + len(self.blocks)
 
+    def widest(self) -> int:
+        """Returns the largest number of inputs of a linear that is quantized."""
+        groups = ((block, group) for block in self.blocks for group in self.selection.groups(block))
+        firsts = (f"{block}.{group.linears[0]}" for block, group in groups)
+        return max(self.source.skeleton.get_parameter(f"{n}.weight").shape[1] for n in firsts)
+
     def with_epochs(self, epochs: int) -> "Job":
         """Returns the same job with another number of epochs, for a method that has epochs."""
         other = copy(self)

@@ -29,6 +29,7 @@ from lowbit.events import (
     RunStarted,
     SelfCheckFinished,
     SelfCheckStarted,
+    Warned,
 )
 from lowbit.formats import use_backend
 from lowbit.methods import Method
@@ -38,6 +39,7 @@ from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import Place, RunOptions
 from lowbit.pipeline.plan import LONG, estimate, longest
 from lowbit.pipeline.results import left_float, result_of, run_report
+from lowbit.pipeline.warnings import settings_without_effect, too_little_text
 
 
 @use_backend("reference")  # a run's bytes depend on no compiler and no instruction set
@@ -113,6 +115,7 @@ class _Run:
                 method=job.method.signature(),
             )
             self._log(writer, started)
+            self._warn(writer, settings_without_effect(job))
             for event in (self.self_check, self.dry_run):
                 if event:
                     self._log(writer, event)
@@ -174,6 +177,7 @@ class _Run:
         if windows is None:
             return {}
         self._log(writer, CalibrationRead(samples=len(windows.tokens), seqlen=windows.seqlen))
+        self._warn(writer, too_little_text(self.job, windows))
         folder = self._stream_folder(writer, windows)
         return self.job.first_streams(windows.tokens, folder)
 
@@ -213,6 +217,10 @@ class _Run:
 
     def _logger(self, writer: CheckpointWriter) -> OnEvent:
         return lambda event: self._log(writer, event)
+
+    def _warn(self, writer: CheckpointWriter, sentences: Sequence[str]) -> None:
+        for sentence in sentences:
+            self._log(writer, Warned(text=sentence))
 
     def _log(self, writer: CheckpointWriter, event: Event) -> None:
         line = event.to_json()

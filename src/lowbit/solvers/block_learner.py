@@ -6,6 +6,7 @@ rounding and the loss.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,10 +17,11 @@ from lowbit.blocks.folding import Tensors, apply_folds, tensors_of
 from lowbit.blocks.start import Start
 from lowbit.blocks.statistics import ChannelStatistics, tokens_by_linear
 from lowbit.blocks.training import ParameterGroup
-from lowbit.solvers.clipping import LearnedClipping, search_clipping
+from lowbit.solvers.clipping import LearnedClipping, rounding_error, search_clipping
 from lowbit.solvers.equivalence import middle_shift, searched_scale, smooth_scale
-from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, minmax_grid
+from lowbit.solvers.rounding import Grid, GridShape, minmax_grid
 
+SCALED = ("norm", "values")  # the kinds of folds whose scales are learned for weights alone
 Statistics = Mapping[str, ChannelStatistics]  # by the name of a LinearGroup or linear
 
 
@@ -96,9 +98,9 @@ class BlockLearner:
             }
         self.start.check_used()
 
-    def rounded(self, name: str, weight: Tensor, grid: Grid) -> Tensor:
-        """Rounds a weight as in the search for initial scales and clipping ranges."""
-        return fake_quantize(weight, grid)
+    def squared_error(self, name: str, weight: Tensor, grid: Grid) -> Tensor:
+        """Returns the squared error of a rounded weight, (out, in), for the search of `init`."""
+        return rounding_error(weight, grid)
 
     def _first_shift(self, fold: Fold, inputs: Statistics) -> Tensor:
         started = self.start.take(f"fold.{fold.name}.shift", (fold.size,))
@@ -114,7 +116,7 @@ class BlockLearner:
         if started is not None:
             return started
         if self.learning.init == "awq":
-            return searched_scale(fold, self.float_tensors, inputs, self.round_to_nearest).log()
+            return searched_scale(fold, self.float_tensors, inputs, self._whole_range_error).log()
         shift = self.shifts[fold.name].detach() if fold.name in self.shifts else 0.0
         return smooth_scale(fold, self.float_tensors, inputs, self.learning.alpha, shift).log()
 
@@ -128,13 +130,13 @@ class BlockLearner:
             return first
         square = inputs[name].square
         for fold_name, fold in self.folds.items():
-            if name in fold.readers:  # the fold divides the input of this linear
+            # A fold divides the input of its readers; a rotary one scales rows instead.
+            if name in fold.readers and fold.kind != "rotary":
                 scale = self.log_scales[fold_name].detach().exp()
                 per_column = scale if fold.reader_channels is None else scale[fold.reader_channels]
                 square = square / per_column.square()
-        ratios = search_clipping(
-            weight, square, shape, rounded=lambda w, grid: self.rounded(name, w, grid)
-        )
+        error = partial(self.squared_error, name)
+        ratios = search_clipping(weight, square, shape, squared_error=error)
         return LearnedClipping.from_ratios(*ratios)
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -145,6 +147,17 @@ class BlockLearner:
             ParameterGroup(moved, self.learning.let_lr),
             ParameterGroup(logits, self.learning.lwc_lr),
         ]
+
+    def values(self) -> list[Tensor]:
+        """Returns a copy of all parameters, for `restore`."""
+        return [p.detach().clone() for group in self.parameter_groups() for p in group.parameters]
+
+    @torch.no_grad()
+    def restore(self, values: Sequence[Tensor]) -> None:
+        """Sets all parameters to what `values` returned."""
+        parameters = [p for group in self.parameter_groups() for p in group.parameters]
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
 
     def folded(self) -> Tensors:
         """Returns the block's float tensors after folding, differentiable in the parameters."""
@@ -161,24 +174,24 @@ class BlockLearner:
         """Returns the grid of a linear's whole ranges."""
         return minmax_grid(weight, *self.shapes[name])
 
-    def round_to_nearest(self, name: str, weight: Tensor) -> Tensor:
-        """Rounds a weight to the grid of its whole ranges, if the linear is to be quantized."""
+    def _whole_range_error(self, name: str, weight: Tensor) -> Tensor:
+        """Returns the squared error, (out, in), with whole ranges; 0 for a float weight."""
         if name not in self.shapes:
-            return weight
-        return self.rounded(name, weight, self.whole_grid(name, weight))
+            return torch.zeros_like(weight)
+        return self.squared_error(name, weight, self.whole_grid(name, weight))
 
     def forget(self) -> None:
         """Drops all parameters; the block is then rounded to nearest."""
         self.clipping, self.log_scales, self.shifts, self.folds = {}, {}, {}, {}
 
     def learned(self) -> Tensors:
-        """Returns the parameters by name, from which a later run can start."""
-        learned = {f"fold.{name}.log_scale": p.detach() for name, p in self.log_scales.items()}
-        learned |= {f"fold.{name}.shift": p.detach() for name, p in self.shifts.items()}
+        """Returns a copy of the parameters by name, from which a later run can start."""
+        learned = {f"fold.{name}.log_scale": p for name, p in self.log_scales.items()}
+        learned |= {f"fold.{name}.shift": p for name, p in self.shifts.items()}
         for name, clipping in self.clipping.items():
-            learned[f"{name}.clip_low"] = clipping.low.detach()
-            learned[f"{name}.clip_high"] = clipping.high.detach()
-        return learned
+            learned[f"{name}.clip_low"] = clipping.low
+            learned[f"{name}.clip_high"] = clipping.high
+        return {name: p.detach().clone() for name, p in learned.items()}
 
 
 def _can_help(fold: Fold, rounded: Sequence[str], attention: bool) -> bool:
@@ -189,4 +202,4 @@ def _can_help(fold: Fold, rounded: Sequence[str], attention: bool) -> bool:
     """
     if fold.kind == "rotary":  # it scales whole rows, whose grids scale with them
         return attention
-    return fold.kind in ("norm", "values") and not set(rounded).isdisjoint(fold.readers)
+    return fold.kind in SCALED and not set(rounded).isdisjoint(fold.readers)

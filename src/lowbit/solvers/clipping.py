@@ -56,12 +56,17 @@ class LearnedClipping(nn.Module):
         )
 
 
+def rounding_error(weight: Tensor, grid: Grid) -> Tensor:
+    """Returns the squared error of rounding a weight (out, in) to the nearest codes of a grid."""
+    return (fake_quantize(weight, grid) - weight).square()
+
+
 def search_clipping(
     weight: Tensor,
     importance: Tensor,
     shape: GridShape,
     ratios: Sequence[float] = RATIOS,
-    rounded: Callable[[Tensor, Grid], Tensor] = fake_quantize,
+    squared_error: Callable[[Tensor, Grid], Tensor] = rounding_error,
 ) -> tuple[Tensor, Tensor]:
     """Searches the shares of each group's range that give the least weighted squared error.
 
@@ -73,7 +78,7 @@ def search_clipping(
         of the output, if channels are uncorrelated.
     shape: the settings of the grid.
     ratios: the shares to try.
-    rounded: rounds a weight to a grid.
+    squared_error: returns the squared error (out, in) of rounding a weight to a grid.
 
     Returns the ratios of the lower and the upper end, (out, groups) each.
     """
@@ -84,8 +89,7 @@ def search_clipping(
     def attempt(try_low: Tensor, try_high: Tensor) -> None:
         nonlocal best_low, best_high, least
         grid = grid_from_range(try_low * low, try_high * high, *shape)
-        squares = (rounded(weight, grid) - weight).square() * importance
-        error = _group_sums(squares, shape.group_size)
+        error = _group_sums(squared_error(weight, grid) * importance, shape.group_size)
         better = error < least
         best_low = torch.where(better, try_low, best_low)
         best_high = torch.where(better, try_high, best_high)

@@ -67,17 +67,17 @@ def searched_scale(
     fold: Fold,
     tensors: Mapping[str, Tensor],
     statistics: Statistics,
-    quantize: Callable[[str, Tensor], Tensor],
+    squared_error: Callable[[str, Tensor], Tensor],
 ) -> Tensor:
     """Returns AWQ's scale of each channel, a^alpha with the best alpha: (fold.size,) float32.
 
     a is the mean |input|. Scales are normalised so that sqrt(largest * smallest) is 1. The best of
-    ALPHAS is the one with the least error of quantize(reader, weight * scale) / scale, weighted by
-    the mean square of each input channel. A rotary fold has the scale 1.
+    ALPHAS is the one with the least error of the rounded weight * scale, divided by scale and
+    weighted by the mean square of each input channel. A rotary fold has the scale 1.
 
     tensors: the block's tensors by name.
     statistics: the statistics of the readers' inputs; readers without any are left out.
-    quantize: rounds the weight of the named reader.
+    squared_error: returns the squared error of rounding a weight of the named reader, (out, in).
 
     Source: AWQ (Lin et al., arXiv 2306.00978), section 3.2.
     """
@@ -92,8 +92,8 @@ def searched_scale(
         per_column = scale if fold.reader_channels is None else scale[fold.reader_channels]
         error = 0.0
         for reader, weight in weights.items():
-            difference = quantize(reader, weight * per_column) / per_column - weight
-            error += float((difference.square() * statistics[reader].square).sum())
+            squares = squared_error(reader, weight * per_column) / per_column.square()
+            error += float((squares * statistics[reader].square).sum())
         if error < least:
             best, least = scale, error
     return best

@@ -27,6 +27,7 @@ from lowbit.formats.sorted_group import (
     tensor_bytes,
 )
 from lowbit.formats.uniform.reference import group_count
+from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.method import Method
 from lowbit.methods.mixedquant.absorbing import SplitHessian, split_hessian
 from lowbit.methods.mixedquant.groups import OrderedGroup, input_scale, permute_producers
@@ -128,11 +129,7 @@ class MixedQuant(Method):
     rounding: Literal["nearest", "gptq"] = Field(
         "nearest", description="How the codes of weights are chosen: to nearest, or as by GPTQ."
     )
-    damping: float = Field(
-        0.01,
-        gt=0,
-        description="Share of the Hessian's mean diagonal that is added to its diagonal, for GPTQ.",
-    )
+    damping: Damping = damping_field(", for GPTQ")
     min_tokens: int = Field(
         64,
         ge=1,
@@ -156,6 +153,9 @@ class MixedQuant(Method):
 
     def streams(self) -> tuple[str, ...]:
         return ("quantized",)
+
+    def needs_folds(self) -> dict[str, tuple[str, ...]]:
+        return {} if self.smooth is None else {"smooth": ("norm", "values", "gated")}
 
     def weight_bytes(self, rows: int, columns: int) -> int:
         salient = salient_count(self.salient_ratio, self.alignment, columns)
@@ -271,11 +271,13 @@ class MixedQuant(Method):
 
     def _split(self, ordered: OrderedGroup, hessians: Hessians) -> SplitHessian | None:
         """Returns the split Hessian of an input in its order; None if not positive definite."""
-        matrix = hessians[ordered.group.name].matrix
+        hessian = hessians[ordered.group.name]
+        matrix = hessian.matrix
+        share = damping_share(self.damping, hessian.tokens, len(matrix))
         if ordered.scale is not None:
             matrix = matrix / ordered.scale / ordered.scale.unsqueeze(1)
         matrix = matrix[ordered.columns][:, ordered.columns]
-        return split_hessian(matrix, ordered.kept, self.damping)
+        return split_hessian(matrix, ordered.kept, share)
 
     def _quantize_group(
         self,

@@ -79,7 +79,7 @@ class OmniQuant(LearningMethod, GridMethod):
         False, description="Whether activations are rounded without a zero point for each token."
     )
     rounding: Literal["nearest", "gptq"] = Field(
-        "nearest",
+        "gptq",
         description='How codes are chosen on the learned grid: "nearest" as published, or "gptq", '
         "column by column with the error fed into the columns left.",
     )
@@ -100,6 +100,9 @@ class OmniQuant(LearningMethod, GridMethod):
             return None
         return Activation(bits=self.activation_bits, symmetric=self.activation_symmetric)
 
+    def starts_from(self) -> Literal["minmax", "awq"]:
+        return "minmax" if self.init == "auto" and self.activation_bits else super().starts_from()
+
     def streams(self) -> tuple[str, ...]:
         return ("float", "quantized")
 
@@ -109,6 +112,7 @@ class OmniQuant(LearningMethod, GridMethod):
         learner = _Learner(self, task, statistics, set(fallbacks))
         targets = _targets(task, self.aug_loss)
         task = replace(task, block=learner.rounding_block(task))
+        start = learner.values()
         fitted = fit(
             learner.parameter_groups(),
             _loss(task, learner.tensors, targets),
@@ -119,22 +123,44 @@ class OmniQuant(LearningMethod, GridMethod):
         )
         nearest = mean_loss(_loss(task, learner.nearest, targets), len(targets[0]))
         keep = keep_if_better(learner, task, fitted.after, nearest)
-        factors: dict[str, OrderedFactor] = {}
-        if self.rounding == "gptq":
-            factors = self.factors(task, learner, {"quantized": 1.0})
-            failed = [n for n in learner.linears if n not in factors and n not in fallbacks]
-            fallbacks |= dict.fromkeys(failed, NOT_POSITIVE_DEFINITE)
-        result = learner.result(factors, fallbacks)
+        if self.rounding == "nearest":
+            result, after = learner.result({}, fallbacks), fitted.after if keep else nearest
+        else:
+            tries = [start, learner.values()] if keep and fitted.best_epoch else [learner.values()]
+            result, after = self._with_feedback(task, learner, fallbacks, targets, tries)
         warn_of_hessians(task, result.report.linears)
-        after = fitted.after if keep else nearest
-        if self.rounding == "gptq":  # fitted.after is the loss with the nearest codes
-            packed = learner.packed(result.linears)
-            after = mean_loss(_loss(task, lambda: packed, targets), len(targets[0]))
         reasons = [] if keep else [NEAREST_BETTER]
         if self.activation is not None and not task.attentions:
             reasons.append(FLOAT_ATTENTION)
         result.report = trained_report(result.report.linears, fitted, nearest, after, reasons)
         return result
+
+    def _with_feedback(
+        self,
+        task: BlockTask,
+        learner: "_Learner",
+        fallbacks: Mapping[str, str],
+        targets: Sequence[Stream],
+        tries: Sequence[Sequence[Tensor]],
+    ) -> tuple[BlockResult, float]:
+        """Rounds the block with error feedback; returns the best result and its loss.
+
+        Values that were learned with the nearest codes are not always good for codes with feedback.
+        At 2 bits the perplexity of tinystories-656k was 109.8 with the initial values in all
+        blocks, 110.3 with the learned ones, and 107.5 with the better of both in each block.
+
+        tries: the values of the learned parameters to try.
+        """
+        found: list[tuple[float, BlockResult]] = []
+        for values in tries:
+            learner.restore(values)
+            factors = self.factors(task, learner, {"quantized": 1.0})
+            failed = [n for n in learner.linears if n not in factors and n not in fallbacks]
+            sentences = {**fallbacks, **dict.fromkeys(failed, NOT_POSITIVE_DEFINITE)}
+            result = learner.result(factors, sentences)
+            found.append((_fixed_loss(task, learner.packed(result.linears), targets), result))
+        after, result = min(found, key=lambda each: each[0])
+        return result, after
 
 
 class _Learner(BlockLearner):
@@ -182,7 +208,7 @@ class _Learner(BlockLearner):
         tensors = dict(self.float_tensors)
         for name in self.linears:
             weight = tensors[f"{name}.weight"]
-            tensors[f"{name}.weight"] = self.round_to_nearest(name, weight)
+            tensors[f"{name}.weight"] = fake_quantize(weight, self.whole_grid(name, weight))
         return tensors
 
     @torch.no_grad()
@@ -229,6 +255,11 @@ def _targets(task: BlockTask, aug_loss: bool) -> list[Stream]:
     """
     streams = ["float", "quantized"] if aug_loss else ["float"]
     return [task.streams[name].map(lambda batch: call_block(task.block, batch)) for name in streams]
+
+
+def _fixed_loss(task: BlockTask, tensors: Tensors, targets: Sequence[Stream]) -> float:
+    """Returns the mean loss of the block with these tensors."""
+    return mean_loss(_loss(task, lambda: tensors, targets), len(targets[0]))
 
 
 def _loss(

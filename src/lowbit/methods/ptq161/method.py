@@ -31,6 +31,7 @@ from lowbit.blocks.statistics import ChannelStatistics, input_statistics, tokens
 from lowbit.blocks.training import ParameterGroup, fit, mean_loss
 from lowbit.formats import link
 from lowbit.formats.binary import BinaryLinear, Salient, tensor_bytes
+from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.method import Method
 from lowbit.methods.ptq161.binary import (
     alternated,
@@ -90,7 +91,7 @@ class PTQ161(Method):
         True, description="Whether each row of signs has a mean besides its scale."
     )
     init: Literal["reference", "als"] = Field(
-        "reference",
+        "als",
         description='What scales start from: "reference" as published, or "als", alternating least '
         "squares weighted by activations.",
     )
@@ -99,12 +100,7 @@ class PTQ161(Method):
         description="Whether the 4-bit weights compensate the error of the signs, and are rounded "
         "as by GPTQ.",
     )
-    damping: float = Field(
-        0.01,
-        gt=0,
-        description="Share of the Hessian's mean diagonal that is added to its diagonal, for "
-        "refit_salient.",
-    )
+    damping: Damping = damping_field(", for refit_salient")
     epochs: int = Field(
         20, ge=0, description="Passes over all calibration windows; 0: nothing is learned."
     )
@@ -280,9 +276,10 @@ class _Learner:
         """Adds gain and factor, unless no channel is salient or the Hessian cannot be used."""
         if not shared.mask.any():
             return shared
-        gain = refit_gain(hessian.matrix, shared.mask, self.method.damping)
+        share = damping_share(self.method.damping, hessian.tokens, len(hessian.matrix))
+        gain = refit_gain(hessian.matrix, shared.mask, share)
         inner = hessian.matrix[shared.mask][:, shared.mask]
-        factor = ordered_factor(inner, self.method.damping, act_order=True)
+        factor = ordered_factor(inner, share, act_order=True)
         if gain is None or factor is None:
             return shared
         return replace(shared, gain=gain, factor=factor)

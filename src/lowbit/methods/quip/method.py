@@ -20,7 +20,7 @@ from torch.nn import functional
 from lowbit.blocks import BlockTask, LinearGroup
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import tensors_of
-from lowbit.blocks.hessian import Hessians, input_hessians
+from lowbit.blocks.hessian import Hessian, Hessians, input_hessians
 from lowbit.blocks.training import ParameterGroup, fit, mean_loss
 from lowbit.formats import link
 from lowbit.formats.lattice import LatticeLayout, LatticeLinear, stored_scale, tensor_bytes
@@ -32,6 +32,7 @@ from lowbit.formats.lattice.incoherence import (
     rotate_weight,
     rotation,
 )
+from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.method import Method
 from lowbit.methods.quip.signs import Merged, merge_signs
 from lowbit.methods.quip.words import Rounder, RowScale, Spread, spread
@@ -96,11 +97,7 @@ class QuIP(Method):
         description="Passes after rounding that improve one group of weights at a time: eight in a "
         "row with codebook E8P12, E8P12RVQ3B or E8P12RVQ4B, four with D4, one with HI.",
     )
-    damping: float = Field(
-        0.01,
-        gt=0,
-        description="Share of the Hessian's mean diagonal that is added to its diagonal.",
-    )
+    damping: Damping = damping_field()
     transform: Literal["auto", "hadamard", "hartley", "random"] = Field(
         "auto",
         description='Orthogonal transform of the rotation; "auto": Hadamard for all widths that '
@@ -147,6 +144,9 @@ class QuIP(Method):
     def windows_per_batch(self) -> int:
         return self.batch
 
+    def needs_folds(self) -> dict[str, tuple[str, ...]]:
+        return {"merge_suv": ("norm", "values", "gated")} if self.merge_suv else {}
+
     def weight_bytes(self, rows: int, columns: int) -> int:
         """Returns the bytes that the weight of a linear takes on disk, without its bias.
 
@@ -186,8 +186,6 @@ class QuIP(Method):
         tensors, device = tensors_of(task.block), next(task.block.parameters()).device
         if not self.merge_suv:
             return Merged(tensors, {}, frozenset())
-        if not task.folds:
-            task.log.warn("merge_suv: nothing in this block can absorb signs; none was merged")
         return merge_signs(tensors, task.folds, lambda n: draw_signs(n, self._seed_in, device))
 
     @property
@@ -201,7 +199,7 @@ class QuIP(Method):
 
     def _hessian(
         self, task: BlockTask, group: LinearGroup, hessians: Hessians
-    ) -> tuple[Tensor | None, str | None]:
+    ) -> tuple[Hessian | None, str | None]:
         """Returns the Hessian for a `LinearGroup`, and a fallback sentence if it is not its own.
 
         A group whose linears saw too few tokens gets the Hessian of all groups that read the same
@@ -209,23 +207,25 @@ class QuIP(Method):
         """
         tokens = hessians.tokens(group.name)
         if tokens >= self.min_tokens:
-            return hessians[group.name].matrix, None
+            return hessians[group.name], None
         experts = _groups_of_same_norm(task, group)
         if sum(map(hessians.tokens, experts)) >= self.min_tokens:
             fallback = too_few_tokens(tokens, "rounded with the Hessian of all experts")
-            return hessians.together(experts).matrix, fallback
+            return hessians.together(experts), fallback
         return None, too_few_tokens(tokens)
 
     def _inputs(
         self, task: BlockTask, group: LinearGroup, merged: Merged, hessians: Hessians
     ) -> "_Inputs":
         """Returns what the linears of a `LinearGroup` share, such as the rotated Hessian."""
-        hessian, fallback = self._hessian(task, group, hessians)
+        measured, fallback = self._hessian(task, group, hessians)
         columns = merged.tensors[f"{group.linears[0]}.weight"].shape[1]
         signs = merged.columns.get(group.linears[0])
         seed = self._seed_in if signs is None else None
         side = self._rotation(f"{task.name}.{group.linears[0]}", columns, seed)
-        if hessian is not None:
+        hessian, tokens = None, 0
+        if measured is not None:
+            hessian, tokens = measured.matrix, measured.tokens
             signed = hessian if signs is None else hessian * signs * signs[:, None]
             hessian = rotate_hessian(signed, side)
         device = next(task.block.parameters()).device
@@ -234,7 +234,7 @@ class QuIP(Method):
             hessian=hessian,
             tokens=hessians.tokens(group.name),
             fallback=fallback,
-            damping=self.damping,
+            damping=damping_share(self.damping, tokens, columns),
             device=device,
         )
 

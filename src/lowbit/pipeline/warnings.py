@@ -1,0 +1,46 @@
+"""What a run warns of before its first block: settings without effect, and too little text."""
+
+from lowbit.calibration import TokenWindows
+from lowbit.pipeline.job import Job
+
+
+def settings_without_effect(job: Job) -> list[str]:
+    """Returns a sentence for each setting that needs folds and has none in some of the blocks.
+
+    A fold is a place where a scale, shift or sign of a channel can be absorbed; see
+    `lowbit.blocks.Fold`.
+    """
+    found = []
+    for setting, kinds in job.method.needs_folds().items():
+        without = [name for name in job.blocks if not _has_fold(job, name, kinds)]
+        if without:
+            where = f"{len(without)} of {len(job.blocks)} blocks, from {without[0]} on"
+            if len(without) == len(job.blocks):
+                where = "this model"
+            found.append(
+                f"{setting} has no effect in {where}: no norm and no linear there is known to "
+                "absorb the scales of channels that a quantized linear reads"
+            )
+    return found
+
+
+def _has_fold(job: Job, block: str, kinds: tuple[str, ...]) -> bool:
+    """Whether a block has a fold of one of these kinds with a reader that is quantized."""
+    linears = {name for group in job.selection.groups(block) for name in group.linears}
+    folds = job.source.folds(block)
+    return any(fold.kind in kinds and linears.intersection(fold.readers) for fold in folds)
+
+
+def too_little_text(job: Job, windows: TokenWindows) -> list[str]:
+    """Returns a sentence if the calibration text has fewer tokens than a linear has inputs.
+
+    The Hessian of such an input is singular: the text says nothing about most of its directions.
+    """
+    tokens, width = windows.tokens.numel(), job.widest()
+    if tokens >= width:
+        return []
+    return [
+        f"the calibration text has {tokens} tokens, fewer than the {width} inputs of the widest "
+        "linear, so the result may be little better than rounding to nearest: give more text "
+        "(--samples, --seqlen)"
+    ]

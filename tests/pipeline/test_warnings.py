@@ -1,0 +1,56 @@
+"""What a run warns of: settings that can do nothing on a model, and too little calibration text."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+
+from lowbit.events import Event, Warned
+from lowbit.methods import GPTQ, RTN, MatQuant, Method, MixedQuant, OmniQuant, QuIP
+
+NO_EFFECT = "has no effect in this model"
+W4 = {"bits": 4, "group_size": 16}
+# Settings that act through folds alone. gpt_neox has no table, and so no folds.
+SETTINGS: dict[str, tuple[str, Method]] = {
+    "omniquant": ("let", OmniQuant(**W4, let=True, epochs=0, min_tokens=1)),
+    "omniquant, awq": ("let", OmniQuant(**W4, let=True, epochs=0, init="awq", min_tokens=1)),
+    "matquant": ("let", MatQuant(let=True, epochs=0, min_tokens=1)),
+    "quip": ("merge_suv", QuIP(codebook="HI", merge_suv=True, min_tokens=1, tune_iters=0)),
+    "mixedquant": ("smooth", MixedQuant(smooth=0.5, alignment=4, min_tokens=1)),
+}
+
+
+def warned(model: str, out: Path, method: Method, **options: Any) -> list[str]:
+    seen: list[Event] = []
+    source = quantized.source(model)
+    quantized.quantize(source, out / "out", method, on_event=seen.append, **options)
+    return [event.text for event in seen if isinstance(event, Warned) and event.block is None]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("model", ["gpt_neox", "llama"])
+def test_settings_that_need_folds(name: str, model: str, tmp_path: Path) -> None:
+    setting, method = SETTINGS[name]
+    found = warned(model, tmp_path, method)
+    wanted = [setting] if model == "gpt_neox" else []
+    assert [text.split()[0] for text in found if NO_EFFECT in text] == wanted
+
+
+def test_a_fold_without_a_quantized_reader_does_not_count(tmp_path: Path) -> None:
+    _, method = SETTINGS["omniquant"]
+    assert NO_EFFECT in warned("llama", tmp_path, method, only=("down_proj",))[0]
+
+
+@pytest.mark.parametrize(
+    ("samples", "method", "count"),
+    [(1, GPTQ(bits=3), 1), (4, GPTQ(bits=3), 1), (5, GPTQ(bits=3), 0), (1, RTN(bits=3), 0)],
+    ids=["16 tokens", "64 tokens", "80 tokens", "no text is needed"],
+)
+def test_too_little_text(samples: int, method: Method, count: int, tmp_path: Path) -> None:
+    """The widest linear of this model has 80 inputs."""
+    calibration = quantized.calibration(samples=samples)
+    found = warned("opt", tmp_path, method, calibration=calibration)
+    assert len(found) == count
+    for text in found:
+        assert f"{samples * quantized.SEQLEN} tokens, fewer than the 80 inputs" in text
