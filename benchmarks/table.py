@@ -1,6 +1,7 @@
 """Prints the table of README from results.csv.
 
     python benchmarks/table.py [--text held_back_stories] [--models llama-mini opt-mini]
+        [--columns rtn "gptq shipped" "omniquant shipped" quip]
 
 It takes the newest row of each case of the benchmark "perplexity", and a row from a tree with
 uncommitted changes only where there is no other: that value is marked with a "+".
@@ -20,26 +21,31 @@ CODEBOOKS = {"W4": "E8P12RVQ4B", "W3": "E8P12RVQ3B", "W2": "E8P12"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--text", default="held_back_stories")
+    parser.add_argument("--columns", nargs="+", default=METHODS, help="names of methods")
     parser.add_argument("--models", nargs="+", default=["llama-mini", "opt-mini"])
     args = parser.parse_args()
     found = {tuple(case.split(" | ")): row for case, row in newest("perplexity").items()}
-    print("| grid | bits/weight | whole model |", " | ".join(METHODS), "|")
-    print("| --- " * (3 + len(METHODS)) + "|")
+    columns = list(args.columns)
+    print("| grid | bits/weight | whole model |", " | ".join(columns), "|")
+    print("| --- " * (3 + len(columns)) + "|")
     for model in args.models:
         whole = found[(model, "float", args.text)]
-        print(f"| **{model}**, float16 | 16 | 16 | {float(whole['value']):.2f} |" + " |" * 3)
+        print(
+            f"| **{model}**, float16 | 16 | 16 | {float(whole['value']):.2f} |"
+            + " |" * (len(columns) - 1)
+        )
         for grid in GRIDS:
-            names = [f"{method} {grid}" for method in METHODS]
-            names[METHODS.index("quip")] = f"quip {CODEBOOKS.get(grid)}"
+            names = [f"{method} {grid}" for method in columns]
+            if "quip" in columns:
+                names[columns.index("quip")] = f"quip {CODEBOOKS.get(grid)}"
             cells = [found.get((model, name, args.text)) for name in names]
             assert cells[0] is not None, f"{model} {grid} was not measured"
             values = [_value(cell) if cell else "" for cell in cells]
             best = min(filter(None, values), key=lambda value: float(value.rstrip("+")))
             shown = [f"**{value}**" if value == best else value for value in values]
-            if grid.startswith("W2"):  # fine zeros take bits that rtn does not have
-                shown[1:3] = [
-                    _with_bits(*each) for each in zip(shown[1:3], cells[1:3], strict=True)
-                ]
+            for i, name in enumerate(names):  # fine zeros take bits that rtn does not have
+                if name.startswith("gptq fine") or "shipped W2" in name:
+                    shown[i] = _with_bits(shown[i], cells[i])
             print(f"| {grid} | {' | '.join([*_bits(cells[0]), *shown])} |")
 
 

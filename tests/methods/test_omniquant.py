@@ -483,3 +483,12 @@ def test_a_clipped_range_keeps_its_own_zero_point() -> None:
     packed = learner.result({}, {}).linears["fc1"]
     assert torch.equal(packed.zeros().float(), wanted.zero)
     torch.testing.assert_close(packed.scale.float(), wanted.scale, rtol=1e-3, atol=0)
+
+
+def test_feedback_on_the_better_of_initial_and_learned_values() -> None:
+    options = W3 | {"rounding": "gptq", "init": "awq", "min_tokens": 8}
+    started, learned = (
+        published(**options, epochs=epochs).quantize(zoo.task("llama")).report.loss_after
+        for epochs in (0, 3)
+    )
+    assert started is not None and learned is not None and learned < started
