@@ -145,15 +145,23 @@ class RunReport(_Report):
 
     fallbacks: the fallback sentences of linears and blocks, by full name.
     left_float: the full names of the matrices that were not quantized.
+    dequantized: how the source model stores weights in low precision, which were dequantized while
+        they were read: the number of tensors by a description such as "MXFP4"; {}: it is float.
     blocks: the reports of the blocks, by the block's name.
     """
 
     fallbacks: dict[Name, str] = Field({}, validation_alias=AliasChoices("fallbacks", "given_up"))
     left_float: list[Name] = []
+    dequantized: dict[Name, int] = {}
     blocks: dict[Name, BlockReport] = {}
 
     @classmethod
-    def of(cls, blocks: Mapping[str, BlockReport], left_float: Sequence[str]) -> "RunReport":
+    def of(
+        cls,
+        blocks: Mapping[str, BlockReport],
+        left_float: Sequence[str],
+        dequantized: Mapping[str, int] | None = None,
+    ) -> "RunReport":
         """Returns the report of a finished run, with the fallbacks of all blocks and linears."""
         fallbacks = {
             f"{block}.{name}": linear.fallback
@@ -166,12 +174,18 @@ class RunReport(_Report):
             for block, report in blocks.items()
             if report.fallback is not None
         }
-        return cls(fallbacks=fallbacks, left_float=list(left_float), blocks=dict(blocks))
+        return cls(
+            fallbacks=fallbacks,
+            left_float=list(left_float),
+            dequantized=dict(dequantized or {}),
+            blocks=dict(blocks),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns the report as JSON values; what matters most to a reader comes first."""
         return {
             "fallbacks": self.fallbacks,
             "left_float": self.left_float,
+            **({"dequantized": self.dequantized} if self.dequantized else {}),
             "blocks": {name: block.to_json() for name, block in self.blocks.items()},
         }

@@ -6,6 +6,7 @@ no_weights.py:       what a folder without safetensors holds instead.
 other_programs.py:   what other programs quantized.
 inside.py:           files of a folder, without following links that lead out of it.
 reader.py:           any Hugging Face folder, tensor by tensor.
+low_precision.py:    weights that are stored in FP8 or FP4, as float.
 quantized_folder.py: a quantized folder, layer by layer.
 verify.py:           checks of the config.json of a quantized folder.
 layers.py:           quantized layers from their entries and tensors.
@@ -21,8 +22,16 @@ output.py:           config.json of a quantized folder, and sizes in bits per we
 ranges.py:           names of many layers as one entry of config.json.
 """
 
+from lowbit.checkpoint.low_precision import open_checkpoint
 from lowbit.checkpoint.quantized_folder import QuantizedFolder
 from lowbit.checkpoint.reader import CheckpointReader, TensorInfo, file_sha256
 from lowbit.checkpoint.writer import CheckpointWriter
 
-__all__ = ["CheckpointReader", "CheckpointWriter", "QuantizedFolder", "TensorInfo", "file_sha256"]
+__all__ = [
+    "CheckpointReader",
+    "CheckpointWriter",
+    "QuantizedFolder",
+    "TensorInfo",
+    "file_sha256",
+    "open_checkpoint",
+]

@@ -69,7 +69,7 @@ def size_of(folder: Path) -> Size:
     stored = sum((folder / file).stat().st_size for file in reader.files)
     if found.program is None:
         weights = sum(prod(info.shape) for info in reader.tensors.values())
-        bits = 8 * sum(info.bytes for info in reader.tensors.values()) / weights
+        bits = 8 * reader.stored_bytes / weights
         return Size(bits, bits, stored)
     quantized = QuantizedFolder(folder)
     entries = {n: entry for n, entry in quantized.entries.items() if entry["format"] != "dense"}

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -92,27 +93,44 @@ class CheckpointReader:
                     "missing there"
                 )
 
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes of all tensors on disk."""
+        return sum(info.bytes for info in self.tensors.values())
+
+    @property
+    def dequantized(self) -> dict[str, int]:
+        """How many tensors are stored in low precision, by how they are stored; {} for most."""
+        return {}
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Returns the named tensors, on the CPU, in the dtypes in which they are stored.
 
         Raises ValueError if a file can no longer be read.
         """
-        by_file: dict[str, list[str]] = defaultdict(list)
-        for name in names:
-            by_file[self.tensors[name].file].append(name)
-        tensors: dict[str, Tensor] = {}
-        for file, wanted in by_file.items():
-            try:
-                with safe_open(self.folder / file, framework="pt") as shard:
-                    tensors.update({name: shard.get_tensor(name) for name in wanted})
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self.folder / file} cannot be read: {error}") from error
-        return tensors
+        return read_tensors(self.folder, self.tensors, names)
 
     def digest(self) -> str:
         """Returns a sha256 of the names and contents of all shards."""
         joined = "".join(f"{file} {file_sha256(self.folder / file)}\n" for file in self.files)
         return hashlib.sha256(joined.encode()).hexdigest()
+
+
+def read_tensors(
+    folder: Path, infos: Mapping[str, TensorInfo], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Returns the named tensors of a folder; infos says in which file each of them is."""
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_file[infos[name].file].append(name)
+    tensors: dict[str, Tensor] = {}
+    for file, wanted in by_file.items():
+        try:
+            with safe_open(folder / file, framework="pt") as shard:
+                tensors.update({name: shard.get_tensor(name) for name in wanted})
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / file} cannot be read: {error}") from error
+    return tensors
 
 
 def _shards(folder: Path) -> list[str]:

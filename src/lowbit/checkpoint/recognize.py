@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from lowbit.checkpoint.inside import check_links, file_inside
+from lowbit.checkpoint.low_precision import is_low_precision, open_checkpoint
 from lowbit.checkpoint.no_weights import explain_missing_weights
 from lowbit.checkpoint.other_programs import (
     FILES,
@@ -44,7 +45,7 @@ class ModelFolder:
     folder: its path.
     config: the content of config.json.
     program: what quantized it: "lowbit", or another program as a user calls it; None: a float
-        model.
+        model, or one in FP8 or FP4 that is read as float.
     """
 
     folder: Path
@@ -54,7 +55,7 @@ class ModelFolder:
     @cached_property
     def reader(self) -> CheckpointReader:
         """Reads the tensors. Raises ValueError if a shard is missing or damaged."""
-        return CheckpointReader(self.folder)
+        return open_checkpoint(self.folder)
 
 
 def recognize(folder: Path) -> ModelFolder:
@@ -81,7 +82,8 @@ def recognize(folder: Path) -> ModelFolder:
         )
     checked = check_config(folder, config)
     section = stated_quantization(checked)
-    program = None if section is None else program_of(section)
+    float_model = section is None or is_low_precision(section)
+    program = None if float_model else program_of(section)
     if program == LOWBIT and checked.get("quantization_config") is not section:
         raise ValueError(
             f"{folder}/{CONFIG}: the quantization_config that lowbit wrote was moved: move it back "

@@ -66,6 +66,11 @@ def _summary(screen: Console, model: str, source: Path, out: Path) -> None:
         least, most = min(ratios), max(ratios)
         shown = f"{least:.1%}" + (f" to {most:.1%}" if most > least else "")
         screen.print(f"salient: {shown} of the inputs of a linear", soft_wrap=True)
+    if report.dequantized:
+        kinds = ", ".join(
+            f"{count} tensors in {kind}" for kind, count in report.dequantized.items()
+        )
+        screen.print(f"dequantized while reading: {kinds}", soft_wrap=True)
     for what, names in (
         ("quantized more simply", report.fallbacks),
         ("in float", report.left_float),

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint.low_precision import is_low_precision
 from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.checkpoint.slices import widths_of
 from lowbit.formats.widths import WidthPlan, set_bits
@@ -81,6 +82,8 @@ def load_model(
         config = load_config(folder, trust_remote_code)
         if verified is not None:
             config.quantization_config = verified
+        elif is_low_precision(section := getattr(config, "quantization_config", None)):
+            config.quantization_config = {**section, "dequantize": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,

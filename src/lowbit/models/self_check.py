@@ -65,7 +65,10 @@ def check_streaming(model: StreamedModel, quick: bool = False) -> SelfCheck:
     tokens = _windows(model, QUICK_TOKENS if quick else TOKENS)
     if not quick and _fits(model):
         chosen = list(range(len(model.block_names)))
-        whole, logits = _outputs(_loaded(model), model, chosen, tokens)
+        # What is stored in low precision would be dequantized to other values than here.
+        here = bool(model.reader.dequantized)
+        loaded = _block_by_block(model, chosen) if here else _loaded(model)
+        whole, logits = _outputs(loaded, model, chosen, tokens)
     else:
         chosen = one_of_each_kind(model)
         try:

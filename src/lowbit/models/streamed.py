@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from lowbit.blocks.capture import BlockStub
 from lowbit.blocks.stream import Batch, Stream
 from lowbit.blocks.walk import Step
-from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint import CheckpointReader, open_checkpoint
 from lowbit.checkpoint.other_programs import INNER
 from lowbit.models import family_of
 from lowbit.models.skeleton import build_skeleton, memory_names
@@ -43,7 +43,7 @@ class StreamedModel:
         prepare: Callable[[PreTrainedModel], None] = lambda model: None,
     ) -> None:
         self.folder = folder
-        self.reader = CheckpointReader(folder)
+        self.reader = open_checkpoint(folder)
         self.config = config
         self.trust_remote_code = trust_remote_code
         try:

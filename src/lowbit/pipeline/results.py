@@ -101,14 +101,18 @@ def _report_on_disk(report: BlockReport, source: SourceModel, block: str) -> Blo
     )
 
 
-def run_report(records: Sequence[Mapping[str, Any]], left_float: Sequence[str]) -> RunReport:
+def run_report(
+    records: Sequence[Mapping[str, Any]],
+    left_float: Sequence[str],
+    dequantized: Mapping[str, int] | None = None,
+) -> RunReport:
     """Returns the content of report.json, from the records of all shards."""
     blocks = {
         record["on_disk"]: BlockReport.model_validate(record["report"])
         for record in records
         if "on_disk" in record
     }
-    return RunReport.of(blocks, left_float)
+    return RunReport.of(blocks, left_float, dequantized)
 
 
 def left_float(source: SourceModel, skipped: Sequence[str]) -> list[str]:

@@ -201,7 +201,8 @@ class _Run:
             copy_companions(job.source.folder, writer.folder, job.options.trust_remote_code)
         records = [writer.record(i) or {} for i in range(writer.shards)]
         names = left_float(job.source, job.selection.left_float)
-        writer.write_json("report.json", run_report(records, names).to_json())
+        report = run_report(records, names, job.source.reader.dequantized)
+        writer.write_json("report.json", report.to_json())
         made_by = {
             **writer.signature,
             "source": job.name,
