@@ -38,7 +38,12 @@ WHOLE: dict[str, LinearReport | TrainingReport | BlockReport | RunReport] = {
     "linear": LINEAR,
     "training": TRAINING,
     "block": BLOCK,
-    "run": RunReport(fallbacks={"h.0": "why"}, left_float=["h.0.gate"], blocks={"h.0": BLOCK}),
+    "run": RunReport(
+        fallbacks={"h.0": "why"},
+        left_float=["h.0.gate"],
+        dequantized={"MXFP4": 3},
+        blocks={"h.0": BLOCK},
+    ),
 }
 
 

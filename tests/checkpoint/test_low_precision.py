@@ -39,8 +39,8 @@ def blocks(weight: Tensor, height: int, width: int, **_: Any) -> tuple[Tensor, T
 def fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight in bytes with two FP4 codes each, and a power of two for each 32 of them."""
     exponents = torch.randint(-3, 2, (weight.shape[0], weight.shape[1] // 16))
-    codes = torch.randint(0, 256, (weight.shape[0], weight.shape[1] // 2), dtype=torch.int8)
-    return codes, torch.exp2(exponents.float() - 2).to(torch.float8_e8m0fnu)
+    codes = torch.randint(0, 256, (weight.shape[0], weight.shape[1] // 2), dtype=torch.uint8)
+    return codes.view(torch.int8), torch.exp2(exponents.float() - 2).to(torch.float8_e8m0fnu)
 
 
 STORED: dict[str, tuple[Callable[[Tensor], Parts], dict[str, Any], str]] = {
@@ -50,9 +50,9 @@ STORED: dict[str, tuple[Callable[[Tensor], Parts], dict[str, Any], str]] = {
         "FP8 with scales of blocks of 32 x 20",
     ),
     "blocks that fit": (
-        lambda w: dict(zip(("weight", "weight_scale_inv"), blocks(w, 16, 16), strict=True)),
-        {"quant_method": "fp8", "weight_block_size": [16, 16]},
-        "FP8 with scales of blocks of 16 x 16",
+        lambda w: dict(zip(("weight", "weight_scale_inv"), blocks(w, 8, 16), strict=True)),
+        {"quant_method": "fp8", "weight_block_size": [8, 16]},
+        "FP8 with scales of blocks of 8 x 16",
     ),
     "one scale, and one of the inputs": (
         lambda w: {

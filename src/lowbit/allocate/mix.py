@@ -133,7 +133,7 @@ def _measure(
     """Measures the divergence of each unit at each width: (units, widths) float64, in nats."""
     tokenizer = need_tokenizer(folder, trust_remote_code)
     model = load_model(folder, device_map, trust_remote_code=trust_remote_code)
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if calibration.seqlen is None:
         shorter = min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
         calibration = calibration.model_copy(update={"seqlen": shorter})

@@ -120,8 +120,7 @@ def open_checkpoint(folder: Path) -> CheckpointReader:
     Raises ValueError for weights in low precision that cannot be read.
     """
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    section = stated_quantization(config) if isinstance(config, dict) else None
-    if is_low_precision(section):
+    if isinstance(config, dict) and is_low_precision(stated_quantization(config)):
         return LowPrecisionReader(folder, config)
     return CheckpointReader(folder)
 

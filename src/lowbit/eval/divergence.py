@@ -65,8 +65,8 @@ class StreamedLogits:
         self.folder = folder
         self.rows = rows
         model = stream(folder, trust_remote_code, bits)
-        self.vocabulary = int(model.config.vocab_size)
-        needed = 4 * sum(len(row) for row in rows) * int(model.config.hidden_size)
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        needed = 4 * sum(len(row) for row in rows) * int(model.config.get_text_config().hidden_size)
         large = needed > MOST_OF_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self._files = TemporaryDirectory(prefix="lowbit-") if large else None
         self._hidden = model.run(

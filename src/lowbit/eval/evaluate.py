@@ -249,7 +249,7 @@ class _Session:
     def _seqlen(self, name: str) -> int:
         folder = locate(name, self.options.trust_remote_code)
         config = load_config(folder, self.options.trust_remote_code)
-        context = getattr(config, "max_position_embeddings", None)
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
         asked = self.options.seqlen
         if context is not None and asked is not None and asked > context:
             raise ValueError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.low_precision import is_low_precision
@@ -20,6 +20,7 @@ from lowbit.load.transformers_plugin import (
     places_of,
     replace_linears,
 )
+from lowbit.models.auto_class import auto_class
 from lowbit.models.locate import locate
 from lowbit.models.streamed import StreamedModel, load_config
 from lowbit.models.tokenizer import load_tokenizer
@@ -82,17 +83,21 @@ def load_model(
         config = load_config(folder, trust_remote_code)
         if verified is not None:
             config.quantization_config = verified
-        elif is_low_precision(section := getattr(config, "quantization_config", None)):
+        section: Any = getattr(config, "quantization_config", None)
+        if is_low_precision(section):
             config.quantization_config = {**section, "dequantize": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        wanted = dtype or (torch.float32 if on_cpu(device_map) else "auto")
+        loaded: Any = auto_class(config).from_pretrained(
             folder,
             config=config,
-            dtype=dtype or (torch.float32 if on_cpu(device_map) else "auto"),
+            dtype=wanted,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
         model, report = loaded
+        if is_low_precision(section) and isinstance(wanted, torch.dtype):
+            model.to(wanted)  # transformers dequantizes to the dtype of the checkpoint
         if report["missing_keys"]:  # transformers has initialised them at random
             raise ValueError(
                 f"tensor {min(report['missing_keys'])} is missing: the model that config.json "

@@ -2,6 +2,7 @@
 
 llama.py, opt.py, ...: one table for each family, made of the classes in family.py.
 wiring.py:             linear groups and folds of a block, from the table of its family.
+auto_class.py:         the class of transformers that builds a model.
 conv1d.py:             GPT-2's Conv1D as an nn.Linear.
 discovery.py:          makes a table for an architecture that has none.
 source.py:             the float model that is quantized.

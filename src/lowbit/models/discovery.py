@@ -18,6 +18,7 @@ from lowbit.blocks.arguments import move
 from lowbit.blocks.capture import BlockStub, Stopped, observed
 from lowbit.blocks.experts import Expert, UnfusedExperts
 from lowbit.blocks.stream import Batch
+from lowbit.models.auto_class import language_model
 from lowbit.models.family import Family, Group, always
 
 # A module with one of these names, or inside a module with one of them, is a router of experts.
@@ -63,10 +64,13 @@ def discover(model: nn.Module) -> Family:
 
 def _largest_list(model: nn.Module) -> str:
     """The path of the nn.ModuleList with the most parameters."""
+    within = language_model(model)
     lists = {
         name: sum(parameter.numel() for parameter in module.parameters())
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and not isinstance(module, UnfusedExperts)
+        if isinstance(module, nn.ModuleList)
+        and not isinstance(module, UnfusedExperts)
+        and f"{name}.".startswith(f"{within}." if within else "")
     }
     if not lists:
         raise ValueError(

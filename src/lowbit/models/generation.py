@@ -47,7 +47,8 @@ def generate(
 
     Raises ValueError if the prompt leaves no room in the context for another token.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    config: Any = model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     room = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
     if room <= 0 < max_new_tokens:
         raise ValueError(

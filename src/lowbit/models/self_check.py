@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from lowbit.blocks.capture import BlockStub, first_argument
 from lowbit.blocks.experts import UnfusedExperts
 from lowbit.blocks.walk import Step
+from lowbit.models.auto_class import auto_class
 from lowbit.models.streamed import StreamedModel, load_tensors, share_tied
 
 WINDOWS = 2  # in a batch each, so that state which wrongly passes from batch to batch shows
@@ -131,7 +131,7 @@ def _fits(model: StreamedModel) -> bool:
 def _loaded(model: StreamedModel) -> Any:
     """The whole model as transformers loads it."""
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class(model.config).from_pretrained(
             model.folder,
             config=deepcopy(model.config),
             dtype=torch.float32,

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lowbit.blocks.experts import ExpertNames, is_fused, unfuse
+from lowbit.models.auto_class import auto_class
 from lowbit.models.conv1d import linears_for_conv1d
 
 
@@ -19,7 +20,7 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> PreTrainedMo
     tables, have their values.
     """
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     model.eval()
     linears_for_conv1d(model)
     unfuse_experts(model)

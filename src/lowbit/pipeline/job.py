@@ -94,7 +94,7 @@ class Job:
         """Returns the calibration text as tokens; None for a method that needs no calibration."""
         if not self.method.streams():
             return None
-        context = getattr(self.source.config, "max_position_embeddings", None)
+        context = getattr(self.source.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(self.calibration, TokenIds):
             return self.calibration.windows(self.source.vocabulary, context)
         tokenizer = need_tokenizer(self.source.folder, self.options.trust_remote_code)
@@ -121,7 +121,7 @@ class Job:
 
     def stream_bytes(self, tokens: Tensor) -> int:
         """Returns the bytes of one stream of hidden states. tokens: (windows, seqlen)"""
-        channels: int = self.source.config.hidden_size
+        channels: int = self.source.config.get_text_config().hidden_size
         return tokens.numel() * channels * torch.float32.itemsize
 
     def all_streams_bytes(self, tokens: Tensor) -> int:

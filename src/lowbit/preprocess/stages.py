@@ -139,7 +139,7 @@ def _training() -> Callable[..., dict[str, Any]]:
 
 def _windows(source: SourceModel, lora: LoRA, seed: int, options: RunOptions) -> Tensor:
     """Returns the windows to train on, followed by the held-out ones: (windows, seqlen) int64."""
-    context = getattr(source.config, "max_position_embeddings", None)
+    context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     seqlen = lora.seqlen or min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
     if context and seqlen > context:
         raise ValueError(f"lora.seqlen is {seqlen:,} tokens: the model's context is {context:,}")
