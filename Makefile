@@ -24,8 +24,9 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 # The programs that read exported folders, in an environment without lowbit.
-$(ENGINES): tests/engines/requirements.txt constraints.txt
+$(ENGINES): tests/engines/requirements.txt tests/engines/requirements-alone.txt constraints.txt
 	$(PYTHON) -m venv .venv-engines
 	.venv-engines/bin/pip install -q torch==2.13.0 -c constraints.txt
 	.venv-engines/bin/pip install -q -r tests/engines/requirements.txt -c constraints.txt
+	.venv-engines/bin/pip install -q --no-deps -r tests/engines/requirements-alone.txt
 	@touch $@

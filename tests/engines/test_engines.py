@@ -1,5 +1,6 @@
 """Other programs compute with an exported folder what lowbit computes with its own."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import zoo
 from transformers import AutoTokenizer
 
 import lowbit
+from lowbit.exporters.mlc.tensor_cache import CacheReader
 from lowbit.load import load_model
 from lowbit.methods import RTN
 
@@ -121,6 +123,26 @@ def test_transformers(bits: int, symmetric: bool, ask: Ask, sources: Path, tmp_p
     for found, wanted in zip(answer["logits"], last_logits(made, asked), strict=True):
         # The reader multiplies scale and code in float16, the dtype of the scales.
         assert zoo.error(torch.tensor(found), wanted) < 2e-3
+
+
+@pytest.mark.parametrize("name", ["llama, 172 wide", "llama, tied", "qwen2, biased", "qwen3"])
+def test_tvm(name: str, ask: Ask, tmp_path: Path) -> None:
+    """TVM reads the names, shapes and bytes that were written; MLC itself is in no registry."""
+    line = MODELS.get(name, zoo.Line("llama", WIDE | {"tie_word_embeddings": True}))
+    folder = quantized.add_byte_tokenizer(zoo.write(line, tmp_path / "source"))
+    method = RTN(bits=3, symmetric=True, group_size=32)
+    made = lowbit.quantize(folder, tmp_path / "made", method)
+    lowbit.export(made, tmp_path / "dest", "mlc")
+    cache = CacheReader(tmp_path / "dest")
+    wanted = {key: cache.read(key) for key in cache.records}
+    assert ask("tvm_tensor_cache", tmp_path / "dest") == {
+        key: [
+            list(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            hashlib.sha256(tensor.numpy().tobytes()).hexdigest(),
+        ]
+        for key, tensor in wanted.items()
+    }
 
 
 TEXTS = [

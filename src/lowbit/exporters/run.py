@@ -16,6 +16,7 @@ from lowbit.exporters.dense import DenseExporter
 from lowbit.exporters.exporter import Exporter, ExportOptions, FloatDtype, Progress
 from lowbit.exporters.gguf import GgufExporter
 from lowbit.exporters.gptq import GptqExporter
+from lowbit.exporters.mlc import MlcExporter
 from lowbit.exporters.mlx import MlxExporter
 from lowbit.exporters.plan import ExportPlan, PlannedLayer, make_plan
 from lowbit.version import __version__
@@ -28,6 +29,7 @@ TARGETS: dict[str, type[Exporter]] = {
         GptqExporter,
         AwqExporter,
         MlxExporter,
+        MlcExporter,
         DenseExporter,
     )
 }
