@@ -6,7 +6,7 @@ HOOKS   = $$(git rev-parse --git-path hooks)
 
 .PHONY: demo quick test test-engines lint bench hooks
 
-demo:  $(READY) ; .venv/bin/python examples/demo.py
+demo:  $(READY) ; OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} .venv/bin/python examples/demo.py
 quick: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q -m "not slow"
 test:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q
 test-engines: $(READY) $(ENGINES)

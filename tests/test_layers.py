@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 # For each package of lowbit, the other packages of lowbit that it may import.
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
+    "waiting": set(),
     "quantities": set(),
     "patterns": set(),
     "events": set(),
@@ -27,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipes": {"config"},
     "kernels": set(),
     "formats": {"kernels", "config", "patterns"},
-    "blocks": {"events"},
+    "blocks": {"events", "kernels"},
     "solvers": {"blocks", "kernels", "config"},
     "checkpoint": {"formats", "config", "version"},
     "models": {"blocks", "checkpoint", "kernels", "patterns"},

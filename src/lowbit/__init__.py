@@ -6,6 +6,7 @@
 Importing it also teaches transformers to load what it writes.
 """
 
+import lowbit.waiting  # noqa: F401  # isort: split  (before torch is imported)
 from lowbit import events, methods
 from lowbit.allocate import Mix, mix
 from lowbit.auto_quip import QuipQuantizer, load_quantized_model

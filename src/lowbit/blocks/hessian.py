@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowbit.blocks import LinearGroup, Stream
 from lowbit.blocks.capture import observe_inputs
+from lowbit.kernels.products import product
 
 MOST_OF_MEMORY = 0.25  # sums that need a larger share of the memory go to disk
 GATHERED = 4  # rows wait for a product until there are channels / 4: an eighth of the sum's bytes
@@ -94,7 +95,7 @@ class _Sum:
     def flush(self) -> None:
         if self._rows:
             rows = torch.cat(self._waiting)
-            self.total += (rows.T @ rows).to(self.total.device, torch.float64)
+            self.total += product(rows.T, rows).to(self.total.device, torch.float64)
         self._waiting, self._rows = [], 0
 
 

@@ -9,6 +9,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lowbit.blocks.experts import ExpertNames, is_fused, unfuse
+from lowbit.kernels.products import share_products
 from lowbit.models.auto_class import auto_class
 from lowbit.models.conv1d import linears_for_conv1d
 
@@ -24,6 +25,7 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> PreTrainedMo
     model.eval()
     linears_for_conv1d(model)
     unfuse_experts(model)
+    share_products(model)
     return model
 
 

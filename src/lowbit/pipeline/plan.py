@@ -14,6 +14,7 @@ from torch import nn
 from lowbit.calibration import Calibration, TokenIds, TokenWindows
 from lowbit.calibration.token_ids import Rows
 from lowbit.formats import use_backend
+from lowbit.kernels.products import reproducible
 from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
 from lowbit.models.self_check import check_streaming
@@ -67,6 +68,7 @@ class Estimate:
         return asdict(self)
 
 
+@reproducible()  # as the run that it estimates
 @use_backend("reference")
 def plan(  # noqa: PLR0913 (the options of a run)
     model: str | Path | nn.Module,

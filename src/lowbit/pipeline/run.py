@@ -32,6 +32,7 @@ from lowbit.events import (
     Warned,
 )
 from lowbit.formats import use_backend
+from lowbit.kernels.products import reproducible
 from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
 from lowbit.models.self_check import check_streaming
@@ -42,7 +43,8 @@ from lowbit.pipeline.results import left_float, result_of, run_report
 from lowbit.pipeline.warnings import settings_without_effect, too_little_text
 
 
-@use_backend("reference")  # a run's bytes depend on no compiler and no instruction set
+@reproducible()  # a run's bytes depend on no number of threads,
+@use_backend("reference")  # no compiler and no instruction set
 def quantize(  # noqa: PLR0913 (the options of a run)
     model: str | Path | nn.Module,
     out: str | Path,

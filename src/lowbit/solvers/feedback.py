@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.kernels.products import product
+
 # Rounds a block of columns:
 # (its first column, target (rows, block)) -> codes (rows, ...), values (rows, block)
 Quantize = Callable[[int, Tensor], tuple[Tensor, Tensor]]
@@ -82,7 +84,7 @@ def round_with_feedback(weight: Tensor, factor: Tensor, quantize: Quantize, bloc
     codes: dict[int, Tensor] = {}
     for stop in range(n, 0, -SLAB):
         start = max(0, stop - SLAB)
-        target = weight[:, start:stop] + error[:, stop:] @ factor[stop:, start:stop]
+        target = weight[:, start:stop] + product(error[:, stop:], factor[stop:, start:stop])
         for k in range(stop - block, start - 1, -block):
             here = slice(k, k + block)
             near = error[:, k + block : stop] @ factor[k + block : stop, here]
@@ -112,7 +114,7 @@ def greedy_pass(
     for start in range(0, n, SLAB):
         stop = min(start + SLAB, n)
         before = values[:, start:stop].clone()
-        gradients = (weight - values) @ hessian[:, start:stop]
+        gradients = product(weight - values, hessian[:, start:stop])
         for k in range(start, stop, block):
             here, i = slice(k, k + block), k // block
             moved = before[:, : k - start] - values[:, start:k]
@@ -136,7 +138,7 @@ def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
 
     error: (rows, n), the difference E of weight and rounded weight.
     """
-    return ((error @ hessian) * error).sum(1)
+    return (product(error, hessian) * error).sum(1)
 
 
 def proxy_loss(weight: Tensor, values: Tensor, hessian: Tensor) -> float:
