@@ -60,8 +60,13 @@ class Workers:
             for index in range(pieces):
                 compute(index)
         else:
+
+            def compute_share(share: range) -> None:
+                for index in share:
+                    compute(index)
+
             shares = (range(first, pieces, threads) for first in range(threads))
-            list(self._pool.map(lambda share: [compute(i) for i in share], shares))
+            list(self._pool.map(compute_share, shares))  # raises what a piece raised
         seconds.append(time.perf_counter() - started)
 
     def _fastest(self, seconds: list[float]) -> int:
@@ -141,7 +146,7 @@ class _Linear(torch.autograd.Function):
         return product(x, weight.T)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         return (
@@ -157,7 +162,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(x, weight, bias)
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return functional.linear(x, weight, bias)
-    out: Tensor = _Linear.apply(x.reshape(rows, -1), weight)  # type: ignore[no-untyped-call]
+    out: Tensor = _Linear.apply(x.reshape(rows, -1), weight)
     out = out.view(*x.shape[:-1], -1)
     return out if bias is None else out + bias
 
