@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowbit.blocks import BlockTask, Stream
 from lowbit.blocks.capture import call_block
+from lowbit.blocks.hessian import input_hessians
 from lowbit.blocks.statistics import input_statistics
 from lowbit.events import Event
 from lowbit.formats.base import QuantizedLinear
@@ -16,6 +17,7 @@ from lowbit.formats.uniform import UniformLinear
 from lowbit.methods import MatQuant
 from lowbit.methods.matquant.method import _Learner, _Loss
 from lowbit.methods.result import BlockResult, too_few_tokens
+from lowbit.solvers.gptq import ordered_factor
 
 pytestmark = pytest.mark.slow
 
@@ -400,3 +402,28 @@ def at_2_bits(layer: nn.Module) -> Tensor:
 def test_options_that_contradict_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         published(**options)
+
+
+def test_the_hessian_of_joint_rounding_has_the_weights_of_the_widths() -> None:
+    """Each stream counts by the sum of the weights of the widths that learn on it."""
+    task = zoo.task("llama")
+    draw = torch.Generator().manual_seed(5)
+    for width, size in (("8", 1.0), ("4", 2.0), ("2", 4.0)):
+        hidden = [size * torch.randn(h.shape, generator=draw) for h in task.streams["2"].hidden()]
+        task.streams[width] = Stream(hidden, task.streams["2"].arguments.copy(), block=0)
+    weights = {8: 1.0, 4: 2.0, 2: 5.0}
+    method = MatQuant(**G16, widths=list(weights), weights=list(weights.values()))
+    factors = method.factors(task, learner_for(task, method), method._shares())
+    mean: dict[str, Tensor] = {}
+    for width, weight in weights.items():
+        hessians = input_hessians(task.block, task.groups, task.streams[str(width)])
+        for group in task.groups:
+            share = weight / 8 * hessians[group.name].matrix
+            mean[group.name] = mean.get(group.name, 0.0) + share
+    for group in task.groups:
+        wanted = ordered_factor(mean[group.name], method.damping, True)
+        for name in group.linears:
+            assert torch.equal(factors[name].order, wanted.order)
+            torch.testing.assert_close(factors[name].damped, wanted.damped, rtol=1e-3, atol=1e-4)
+    shared = MatQuant(widths=[8, 4], weights=[1.0, 3.0], inputs="shared_float")
+    assert shared._shares() == {"float": 1.0}

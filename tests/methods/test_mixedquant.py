@@ -257,3 +257,15 @@ def test_overrides_that_differ_within_a_group_are_refused() -> None:
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MixedQuant(**options)
+
+
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_salient_columns_take_up_the_error_of_the_others(smooth: float | None) -> None:
+    """With feedback; they would otherwise be the columns of the weight."""
+    llama = task("llama")
+    result = MixedQuant(**COARSE | {"rounding": "gptq", "smooth": smooth}).quantize(llama)
+    nearest = MixedQuant(**COARSE | {"smooth": smooth}).quantize(llama)
+    for name, layer in result.linears.items():
+        salient, before = layer.salient, nearest.linears[name].salient
+        assert salient is not None and before is not None
+        assert (salient - before).norm() > 0.01 * before.norm(), name

@@ -11,15 +11,17 @@ from torch.func import functional_call
 from lowbit.blocks import BlockTask
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import Tensors, apply_fold, load_changed, tensors_of
+from lowbit.blocks.hessian import input_hessians
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.events import Event
-from lowbit.methods import RTN, OmniQuant
+from lowbit.methods import RTN, OmniQuant, learned
 from lowbit.methods.learned import NEAREST_BETTER
 from lowbit.methods.omniquant import method as omniquant
 from lowbit.methods.omniquant.method import _Learner, _loss, _targets
 from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.solvers.clipping import WIDEST, LearnedClipping, search_clipping
 from lowbit.solvers.equivalence import searched_scale, smooth_scale
+from lowbit.solvers.gptq import ordered_factor
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, grid_from_range
 
 pytestmark = pytest.mark.slow
@@ -492,3 +494,49 @@ def test_feedback_on_the_better_of_initial_and_learned_values() -> None:
         for epochs in (0, 3)
     )
     assert started is not None and learned is not None and learned < started
+
+
+def test_feedback_reads_the_inputs_of_the_folded_block() -> None:
+    """A norm's scale divides the input of its readers, and their Hessian twice."""
+    task = zoo.task("llama")
+    learner = learner_for(task, **W3, let=True)
+    perturb(learner)
+    method = OmniQuant(**W3, let=True, min_tokens=8)
+    factors = method.factors(task, learner, {"quantized": 1.0})
+    hessians = input_hessians(task.block, task.groups, task.streams["quantized"])
+    checked = 0
+    for fold_name, fold in learner.folds.items():
+        scale = learner.log_scales[fold_name].detach().exp()
+        if fold.kind != "norm" or fold.reader_channels is not None:
+            continue
+        for group in (g for g in task.groups if g.linears[0] in fold.readers):
+            matrix = hessians[group.name].matrix / scale / scale[:, None]
+            wanted = ordered_factor(matrix, method.damping, True)
+            for name in group.linears:
+                assert torch.equal(factors[name].order, wanted.order)
+                torch.testing.assert_close(
+                    factors[name].damped, wanted.damped, rtol=1e-3, atol=1e-4
+                )
+                checked += 1
+    assert checked == 5
+
+
+def test_statistics_are_those_of_the_float_stream_and_hessians_of_the_quantized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = zoo.task("llama")
+    streams = {id(stream): name for name, stream in task.streams.items() if not name.isdigit()}
+    read: dict[str, list[str]] = {"statistics": [], "hessians": []}
+
+    def statistics(block: nn.Module, groups: Any, stream: Any) -> Any:
+        read["statistics"].append(streams[id(stream)])
+        return input_statistics(block, groups, stream)
+
+    def hessians(block: nn.Module, groups: Any, stream: Any) -> Any:
+        read["hessians"].append(streams[id(stream)])
+        return input_hessians(block, groups, stream)
+
+    monkeypatch.setattr(omniquant, "input_statistics", statistics)
+    monkeypatch.setattr(learned, "input_hessians", hessians)
+    OmniQuant(**W3, epochs=0, rounding="gptq", min_tokens=8).quantize(task)
+    assert read == {"statistics": ["float"], "hessians": ["quantized"]}

@@ -17,7 +17,7 @@ from lowbit.events import Event
 from lowbit.formats.binary import BinaryLinear, Salient
 from lowbit.methods import PTQ161
 from lowbit.methods.ptq161 import method as ptq161
-from lowbit.methods.ptq161.binary import binarized, refit_gain, salient_count
+from lowbit.methods.ptq161.binary import alternated, binarized, refit_gain, salient_count
 from lowbit.methods.ptq161.method import LEAST_COSINE, _Learner, _rounded, _Shared
 from lowbit.methods.result import NOT_POSITIVE_DEFINITE, BlockResult, too_few_tokens
 from lowbit.solvers.gptq import ordered_factor
@@ -409,3 +409,18 @@ def test_every_option_matters(option: dict[str, Any]) -> None:
         one.linears["mlp.down_proj"].dequantize(),  # type: ignore[operator]
         other.linears["mlp.down_proj"].dequantize(),  # type: ignore[operator]
     )
+
+
+def test_als_is_weighted_by_the_mean_square_of_each_input() -> None:
+    task = zoo.task("llama")
+    learner, statistics = learner_for(task, init="als"), statistics_of(task)
+    for group in task.groups:
+        square = statistics[group.name].square
+        for name in group.linears:
+            linear, weight = learner.linears[name], task.block.get_parameter(f"{name}.weight")
+            plain = ~linear.shared.mask
+            wanted = alternated(weight[:, plain], square[plain], True)
+            torch.testing.assert_close(linear.factored.binary.column, wanted.column)
+            torch.testing.assert_close(linear.factored.binary.row, wanted.row)
+            other = alternated(weight[:, plain], torch.ones_like(square[plain]), True)
+            assert not torch.allclose(wanted.row, other.row)

@@ -13,6 +13,7 @@ import zoo
 import lowbit
 from lowbit.blocks import BlockTask
 from lowbit.blocks.capture import call_block
+from lowbit.blocks.hessian import input_hessians
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.verify import quantized_entries
 from lowbit.convert import dequantize
@@ -286,3 +287,21 @@ def test_dequantized_is_what_ran(tuned: bool, tmp_path: Path) -> None:
     dense, _ = lowbit.load(dequantize(folder(tuned), tmp_path / "dense"))
     wanted = quantized.logits(lowbit.load(folder(tuned))[0])
     assert zoo.error(quantized.logits(dense), wanted) < 1e-4
+
+
+def test_experts_with_too_few_tokens_are_rounded_with_the_hessian_of_all_experts() -> None:
+    task = zoo.task("mixtral")
+    with torch.no_grad():
+        task.block.mlp.gate.weight.zero_()
+    hessians = input_hessians(task.block, task.groups, task.streams["quantized"])
+    experts = [g for g in task.groups if g.linears[0].endswith(("w1", "w3"))]
+    tokens = [hessians.tokens(g.name) for g in experts]
+    total = sum(hessians[g.name].matrix * n for g, n in zip(experts, tokens, strict=True))
+    few = [g for g, n in zip(experts, tokens, strict=True) if not n]
+    assert len(few) == 2
+    for group in few:
+        matrix, _ = QuIP(**QUICK)._hessian(task, group, hessians)
+        torch.testing.assert_close(matrix, total / sum(tokens))
+    reports = QuIP(**QUICK).quantize(task).report.linears
+    known = {name: linear.proxy_loss for name, linear in reports.items()}
+    assert all(known[name] for group in few for name in group.linears)

@@ -222,3 +222,12 @@ def test_joint_rounding_with_groups_symmetric_and_one_level_more() -> None:
 
     assert loss(codes) < 0.75 * loss(nearest(weight, grid))
     assert int(slice_codes(codes, 2, True).max()) == 4
+
+
+def test_with_groups_each_column_is_rounded_to_the_grid_of_its_own_group() -> None:
+    """At 8 bits alone, which is GPTQ; the groups have very different scales."""
+    weight, _, hessian = problem()
+    weight = weight * 10 ** torch.arange(4.0).repeat_interleave(SIZE)
+    grid = minmax_grid(weight, 8, SIZE, False)
+    joint = joint_codes(weight, grid, hessian, {8: 1.0}, False)
+    assert torch.equal(joint, gptq_codes(weight, grid, hessian)[0])

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import Tensor
 
@@ -56,3 +57,12 @@ def test_what_will_not_factor() -> None:
     hessian[3, 28] = torch.inf
     assert split_hessian(hessian, ROUNDED, 0.01) is None
     assert split_hessian(torch.zeros(30, 30), ROUNDED, 0.01) is None
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
+def test_the_transfer_is_damped(damping: float) -> None:
+    _, hessian = problem()
+    inner = hessian[ROUNDED:, ROUNDED:] + damping * hessian.diagonal().mean() * torch.eye(STAYS)
+    wanted = torch.linalg.solve(inner.double(), hessian[ROUNDED:, :ROUNDED].double()).float()
+    split = split_hessian(hessian, ROUNDED, damping)
+    torch.testing.assert_close(split.transfer, wanted, rtol=1e-3, atol=1e-4)

@@ -137,3 +137,16 @@ def test_a_hessian_that_will_not_factor_gives_no_gain() -> None:
     mask = torch.tensor([True, True, False])
     assert refit_gain(torch.full((3, 3), torch.nan), mask, 0.01) is None
     assert refit_gain(-torch.eye(3), mask, 0.01) is None
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
+def test_the_gain_is_damped(damping: float) -> None:
+    x = draw(300, 24) @ draw(24, 24, seed=1)
+    mask = salient_mask(x.abs().amax(0), 6)
+    hessian = (x.T @ x / len(x)).double()
+    inner = hessian[mask][:, mask]
+    inner = inner + damping * inner.diagonal().mean() * torch.eye(6)
+    wanted = torch.linalg.solve(inner, hessian[mask][:, ~mask]).T.float()
+    gain = refit_gain(hessian.float(), mask, damping)
+    assert gain is not None
+    torch.testing.assert_close(gain, wanted, rtol=1e-3, atol=1e-4)
