@@ -4,7 +4,7 @@ READY  := .venv/.installed
 ENGINES := .venv-engines/bin/python
 HOOKS   = $$(git rev-parse --git-path hooks)
 
-.PHONY: demo quick test test-engines lint bench hooks
+.PHONY: demo quick test test-engines lint bench hooks mutants
 
 demo:  $(READY) ; OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} .venv/bin/python examples/demo.py
 quick: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q -m "not slow"
@@ -13,6 +13,9 @@ test-engines: $(READY) $(ENGINES)
 	OMP_NUM_THREADS=1 LOWBIT_ENGINES=$(ENGINES) .venv/bin/python -m pytest -n 2 -q tests/engines
 lint:  $(READY) ; .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 bench: $(READY) ; .venv/bin/python benchmarks/perplexity.py $(ARGS)
+mutants: $(READY)
+	.venv/bin/pip install -q -e '.[mutants]' -c constraints.txt
+	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/mutants.py $(ARGS)
 hooks: $(READY) ; @mkdir -p $(HOOKS) && printf '#!/bin/sh\nmake lint && .venv/bin/python -m pytest -q tests/test_layers.py\n' > $(HOOKS)/pre-commit && chmod +x $(HOOKS)/pre-commit
 
 # torch comes first and alone: which build it is decides what else is downloaded.
