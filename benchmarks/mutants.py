@@ -2,7 +2,7 @@
 
     python benchmarks/mutants.py [--mutants 300] [--seed 0] [--only TEXT]
 
-cosmic-ray lists every place where it can make a fault (a + becomes a -, a number changes, a condition
+cosmic-ray lists all places where it can make a fault (a + becomes a -, a number changes, a test
 is negated, a loop does not run). A seeded sample of places is taken, and one fault is made at each,
 in a copy of the package. The tests of the module run first, then those of its package; the fault
 is killed as soon as one test fails. Faults in type annotations are left out: nothing reads them.
