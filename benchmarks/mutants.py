@@ -2,10 +2,10 @@
 
     python benchmarks/mutants.py [--mutants 300] [--seed 0] [--only TEXT]
 
-cosmic-ray lists all places where it can make a fault (a + becomes a -, a number changes, a test
-is negated, a loop does not run). A seeded sample of places is taken, and one fault is made at each,
-in a copy of the package. The tests of the module run first, then those of its package; the fault
-is killed as soon as one test fails. Faults in type annotations are left out: nothing reads them.
+cosmic-ray lists the places where it can make a fault: a + becomes a -, a number changes, a test
+is negated, a loop does not run. A seeded sample of places is taken, and one fault is made at each,
+in a copy of the package. The tests of the module run first, then those of its package; the fault is
+killed as soon as one test fails. Faults in type annotations are left out: nothing reads them.
 """
 
 import argparse
@@ -70,8 +70,16 @@ class WithoutAnnotations(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-def meaning(code: str) -> str:
-    return ast.dump(WithoutAnnotations().visit(ast.parse(code)))
+def differs(code: str, changed: str) -> bool:
+    """Whether changed code is Python, and means something else."""
+
+    def meaning(text: str) -> str:
+        return ast.dump(WithoutAnnotations().visit(ast.parse(text)))
+
+    try:
+        return meaning(changed) != meaning(code)
+    except SyntaxError:
+        return False
 
 
 def faults(file: Path) -> dict[Any, list[tuple[Any, int]]]:
@@ -100,7 +108,7 @@ def sample(count: int, seed: int, only: str) -> list[tuple[Path, str, str]]:
         operator, occurrence = draw.choice(what)
         code = file.read_text()
         changed = mutate_code(code, operator, occurrence)
-        if changed is None or meaning(changed) == meaning(code):
+        if changed is None or not differs(code, changed):
             continue
         (line, _), _ = place
         before, after = (text.splitlines()[line - 1].strip() for text in (code, changed))
