@@ -3,6 +3,7 @@
 import pytest
 import torch
 import zoo
+from transformers import PretrainedConfig
 
 import lowbit
 from lowbit.models.generation import generate, prompt_tokens
@@ -34,7 +35,7 @@ class Script(torch.nn.Module):
     def __init__(self, text: bytes, context: int | None = None) -> None:
         super().__init__()
         self.anchor = torch.nn.Parameter(torch.zeros(1))
-        self.config = type("Config", (), {"max_position_embeddings": context})
+        self.config = PretrainedConfig(max_position_embeddings=context)
         self.left = list(text)
 
     def forward(self, input_ids, past_key_values, use_cache):

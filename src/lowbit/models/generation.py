@@ -78,12 +78,17 @@ def _continue(
     # Only the last logits are needed; those of all tokens of a long prompt would take gigabytes.
     parameters = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-    cache, new = None, prompt
+    cached = "past_key_values" in parameters
+    cache, ids, new = None, list(prompt), prompt
     for _ in range(count):
+        state = {"past_key_values": cache, "use_cache": True} if cached else {"use_cache": False}
         with torch.no_grad():
-            ids = torch.tensor([new], device=device)
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, **last)
-        cache, new = out.past_key_values, [_choose(out.logits[0, -1], temperature, draw)]
+            # A model that keeps another kind of state (Mamba) reads the whole text every time.
+            read = torch.tensor([new if cache is not None else ids], device=device)
+            out = model(input_ids=read, **state, **last)
+        cache = getattr(out, "past_key_values", None)
+        new = [_choose(out.logits[0, -1], temperature, draw)]
+        ids += new
         yield new[0]
 
 
