@@ -3,10 +3,11 @@
 import pytest
 import torch
 import zoo
-from transformers import PretrainedConfig
+from remote_code.modeling_tiny import TinyConfig, TinyForCausalLM
+from transformers import Mamba2Config, Mamba2ForCausalLM, PretrainedConfig, PreTrainedModel
 
 import lowbit
-from lowbit.models.generation import generate, prompt_tokens
+from lowbit.models.generation import _continue, generate, prompt_tokens
 
 MODEL = zoo.MODELS / "llama-mini"
 
@@ -119,3 +120,24 @@ def test_the_context_is_the_end():
 def test_an_empty_prompt():
     with pytest.raises(ValueError, match="the prompt is empty"):
         prompt_tokens(lambda text, add_special_tokens: {"input_ids": []}, "", chat=False)
+
+
+MAMBA = Mamba2Config(
+    **{"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    **{"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+)
+MODELS = {"its own code": (TinyForCausalLM, TinyConfig()), "mamba2": (Mamba2ForCausalLM, MAMBA)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_without_a_key_value_cache(name: str) -> None:
+    build, config = MODELS[name]
+    torch.manual_seed(0)
+    model: PreTrainedModel = build(config).eval()
+    prompt = zoo.tokens(rows=1, length=5)[0].tolist()
+    found = list(_continue(model, prompt, 6, 0.0, torch.Generator()))
+    ids = list(prompt)
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert found == ids[5:]
