@@ -69,7 +69,16 @@ THIRD_PARTY: dict[str, set[str]] = {
 # Packages whose modules may not import each other, and the modules in them that all may import.
 SIBLINGS: dict[str, set[str]] = {
     "methods": {"__init__", "damping", "grid", "learned", "method", "packing", "result"},
-    "exporters": {"__init__", "bitstream", "exporter", "folder", "grid", "plan", "run"},
+    "exporters": {
+        "__init__",
+        "bitstream",
+        "compare",
+        "exporter",
+        "folder",
+        "grid",
+        "plan",
+        "run",
+    },
 }
 
 # For each library, the only places that may import it: a package, a file, or all files of a name.

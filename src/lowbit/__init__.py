@@ -14,7 +14,7 @@ from lowbit.calibration import Calibration, TokenIds
 from lowbit.convert import convert, dequantize
 from lowbit.convert import slice_folder as slice  # noqa: A004 (the command's name)
 from lowbit.eval import EvalOptions, Evaluation, TaskOptions, evaluate
-from lowbit.exporters import ExportPlan, export, plan_export
+from lowbit.exporters import Comparison, ExportPlan, export, plan_export, verify
 from lowbit.formats import use_backend as backend
 from lowbit.formats.widths import set_bits
 from lowbit.load import load
@@ -25,6 +25,7 @@ from lowbit.version import __version__
 
 __all__ = [
     "Calibration",
+    "Comparison",
     "Estimate",
     "EvalOptions",
     "Evaluation",
@@ -53,4 +54,5 @@ __all__ = [
     "report",
     "set_bits",
     "slice",
+    "verify",
 ]

@@ -1,4 +1,4 @@
-"""lowbit inspect --verify."""
+"""lowbit verify MODEL, and lowbit inspect --verify, which is the same."""
 
 import json
 import shutil
@@ -16,8 +16,9 @@ def copy(rtn, tmp_path):
     return shutil.copytree(rtn, tmp_path / "copy")
 
 
-def test_every_file_is_named(lowbit, rtn):
-    *lines, last = lowbit("inspect", rtn, "--verify").stdout.splitlines()
+@pytest.mark.parametrize("command", [["verify"], ["inspect", "--verify"]])
+def test_every_file_is_named(command, lowbit, rtn):
+    *lines, last = lowbit(*command, rtn).stdout.splitlines()
     names = ["config.json", *sorted(path.name for path in rtn.glob("*.safetensors"))]
     assert [line.split() for line in lines] == [[name, "ok"] for name in names]
     assert last.startswith(f"{rtn} is complete: 42 quantized linears, ")

@@ -23,6 +23,7 @@ from lowbit.cli.recipes import recipes
 from lowbit.cli.report import report
 from lowbit.cli.screen import console
 from lowbit.cli.slice import cut
+from lowbit.cli.verify import verify
 from lowbit.config import explain
 from lowbit.models.quiet import quiet
 from lowbit.version import __version__
@@ -73,6 +74,7 @@ app.command("eval")(evaluate)
 app.command("slice")(cut)
 for command in (mix, plan, generate, inspect, report, preprocess, dequantize, export, convert):
     app.command()(command)
+app.command()(verify)
 app.command()(methods)
 app.command()(recipes)
 

@@ -63,7 +63,7 @@ def export(  # noqa: PLR0913 (a command's options)
         drop_activations=drop_activations,
         gptq_v2=gptq_v2,
     ).model_dump()
-    with _bar() as on_step:
+    with stepping_bar() as on_step:
         if check_only or dest is None:
             plan = plan_export(folder, to, **chosen, on_step=on_step)
         else:
@@ -100,7 +100,8 @@ def _row(layer: PlannedLayer) -> tuple[str, ...]:
 
 
 @contextmanager
-def _bar() -> Iterator[object]:
+def stepping_bar() -> Iterator[object]:
+    """Shows a bar while a function reports steps to what is returned."""
     with counting_bar() as bar:
         task = bar.add_task("planning")
 

@@ -30,9 +30,7 @@ def inspect(
     brief: Annotated[
         bool, Option("--brief", help="Show equal layers of several blocks as one line.")
     ] = False,
-    verify: Annotated[
-        bool, Option("--verify", help="Check files against their hashes and show nothing else.")
-    ] = False,
+    verify: Annotated[bool, Option("--verify", help="The same as lowbit verify MODEL.")] = False,
 ) -> None:
     """Show format, bits, size and error of each layer.
 

@@ -1,4 +1,4 @@
-"""lowbit inspect --verify: checks each file against its hash."""
+"""Checks each file of a quantized folder against its hash, for lowbit verify."""
 
 from pathlib import Path
 from typing import Any

@@ -4,12 +4,15 @@ Each target is a class derived from `Exporter` in a file of its own. An export f
 layer, then writes a new folder, reads it back, and stores the comparison in export.json.
 """
 
+from lowbit.exporters.compare import ComparedLayer, Comparison
 from lowbit.exporters.exporter import Exporter, ExportOptions
 from lowbit.exporters.plan import ExportPlan, PlannedLayer
-from lowbit.exporters.run import TARGETS, Step, export, plan_export
+from lowbit.exporters.run import TARGETS, Step, export, plan_export, verify
 
 __all__ = [
     "TARGETS",
+    "ComparedLayer",
+    "Comparison",
     "ExportOptions",
     "ExportPlan",
     "Exporter",
@@ -17,4 +20,5 @@ __all__ = [
     "Step",
     "export",
     "plan_export",
+    "verify",
 ]

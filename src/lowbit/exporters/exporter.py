@@ -153,6 +153,13 @@ class Exporter(ABC):
     def read(self, folder: Path, name: str) -> dict[str, Tensor]:
         """Reads the tensors of one layer back from a written folder, by name within the layer."""
 
+    def misdescribed(self, folder: Path) -> str | None:
+        """Says what the files of a written folder state wrongly about its layers; None: nothing.
+
+        Called after `store` has been called for every layer.
+        """
+        return None
+
     def check_attention(self) -> None:
         """Raises ValueError if the model rounds queries, keys or values, and that may not go."""
         allowed = self.options.drop_activations or self.options.allow_lossy

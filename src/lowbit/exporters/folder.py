@@ -1,5 +1,6 @@
 """The base class of targets whose folders look like the hub's: safetensors and config.json."""
 
+import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.folder import write_model
-from lowbit.checkpoint.reader import CheckpointReader
+from lowbit.checkpoint.reader import CheckpointReader, read_json
 from lowbit.exporters.exporter import Exporter, Progress, canonical_names
 from lowbit.exporters.grid import Refused
 from lowbit.formats.base import QuantizedLinear
+
+CONFIG = "config.json"
+SECTIONS = ("quantization_config", "quantization")  # mlx-lm reads the second
 
 
 class FolderExporter(Exporter):
@@ -47,6 +51,13 @@ class FolderExporter(Exporter):
         config |= _earlier_rope(config)
         section = self.quantization()
         return config if section is None else config | {"quantization_config": section}
+
+    def misdescribed(self, folder: Path) -> str | None:
+        found, wanted = read_json(folder / CONFIG), json.loads(json.dumps(self.config()))
+        for key in SECTIONS:
+            if not isinstance(found, dict) or found.get(key) != wanted.get(key):
+                return f"{CONFIG}: {key} is not what the export writes"
+        return None
 
     def read(self, folder: Path, name: str) -> dict[str, Tensor]:
         reader = self._reader_of(folder)

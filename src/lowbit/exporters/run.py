@@ -11,6 +11,7 @@ from lowbit.checkpoint.verify import config_digest
 from lowbit.checkpoint.writer import write_json
 from lowbit.config import unknown_name
 from lowbit.exporters.awq import AwqExporter
+from lowbit.exporters.compare import RECORD, Comparison, compare, compared, recorded
 from lowbit.exporters.compressed_tensors import CompressedTensorsExporter
 from lowbit.exporters.dense import DenseExporter
 from lowbit.exporters.exporter import Exporter, ExportOptions, FloatDtype, Progress
@@ -33,7 +34,6 @@ TARGETS: dict[str, type[Exporter]] = {
         DenseExporter,
     )
 }
-RECORD = "export.json"
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,31 @@ def export(  # noqa: PLR0913 (the options of an export)
     with written_aside(dest) as part:
         part.mkdir(parents=True)
         exporter.write(part, _reporter(on_step, "writing"))
-        _compare(exporter, part, plan, _reporter(on_step, "reading back"))
+        _check(exporter, part, plan, _reporter(on_step, "reading back"))
         write_json(part / RECORD, _record(exporter, plan))
     return plan
+
+
+def verify(
+    folder: str | Path, against: str | Path | None = None, *, on_step: Any = silent
+) -> Comparison | None:
+    """Checks that a quantized folder is as it was written, or an exported one as its source says.
+
+    folder: a folder that lowbit has quantized, or, with `against`, one that it has exported.
+    against: the quantized folder from which `folder` was exported.
+    on_step: called with a `Step` again and again.
+
+    Returns a `Comparison`, whose `equal` says the result, or None without `against`.
+
+    Raises ValueError if a quantized folder is damaged, or `folder` was not exported by lowbit.
+    """
+    if against is None:
+        QuantizedFolder(Path(folder)).verify()
+        return None
+    to, options = recorded(Path(folder))
+    exporter = exporter_for(against, to, options)
+    exporter.folder.verify()
+    return compare(Path(folder), exporter, _reporter(on_step, "comparing"))
 
 
 def exporter_for(folder: str | Path, to: str, options: ExportOptions) -> Exporter:
@@ -127,28 +149,26 @@ def _reporter(on_step: Any, name: str) -> Progress:
     return lambda done, of: on_step(Step(name, done, of))
 
 
-def _compare(exporter: Exporter, part: Path, plan: ExportPlan, progress: Progress) -> None:
-    """Raises ValueError if a layer that was read back has not the error that was planned."""
-    for done, planned in enumerate(plan.layers):
-        progress(done, len(plan.layers))
-        weight = exporter.decode(planned.name, exporter.read(part, planned.name))
-        error = exporter.error(exporter.layer(planned.name), weight)
-        if error != planned.error:
+def _check(exporter: Exporter, part: Path, plan: ExportPlan, progress: Progress) -> None:
+    """Raises ValueError if a layer that was read back is not as it was planned."""
+    for layer in compared(exporter, part, plan, progress):
+        if layer.problem is not None:
             raise ValueError(
-                f"layer {planned.name} was read back with an error of {error:.2g} steps instead "
-                f"of {planned.error:.2g}: nothing was kept. The disk may be faulty, or this is an "
-                "error of lowbit; please report it"
+                f"layer {layer.name} was read back, and {layer.problem}: nothing was kept. The "
+                "disk may be faulty, or this is an error of lowbit; please report it"
             )
-    progress(len(plan.layers), len(plan.layers))
 
 
 def _record(exporter: Exporter, plan: ExportPlan) -> dict[str, Any]:
     """Returns the content of export.json."""
     folder = exporter.folder
+    options = exporter.options.model_dump(exclude_defaults=True, mode="json")
+    if isinstance(options.get("bits"), str):  # the path of a file, which is no one else's concern
+        options["bits"] = exporter.widths
     return {
         "lowbit": __version__,
         "target": plan.target,
-        "options": exporter.options.model_dump(exclude_defaults=True, mode="json"),
+        "options": options,
         "source": {"digest": config_digest(folder.config)},
         "layers": collapse({layer.name: _facts(layer) for layer in plan.layers}),
         "notes": list(plan.notes),

@@ -236,8 +236,10 @@ class GgufExporter(Exporter):
         from gguf import GGUFReader
 
         if getattr(self, "_file", None) is None:
-            (path,) = folder.glob("*.gguf")
-            self._file = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+            files = sorted(folder.glob("*.gguf"))
+            if len(files) != 1:
+                raise ValueError(f"{folder} has {len(files)} files *.gguf instead of one")
+            self._file = {tensor.name: tensor for tensor in GGUFReader(files[0]).tensors}
         return self._file
 
     def _tensor_of(self, stored: Any) -> Tensor:

@@ -1,0 +1,86 @@
+"""lowbit verify DEST --against MODEL notices what differs, in the folders of every target."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+import zoo
+from typer.testing import CliRunner
+
+import lowbit
+from lowbit.cli import app
+from lowbit.exporters import TARGETS
+from lowbit.methods import RTN
+
+WIDE = zoo.GQA | {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
+WEIGHTS = ("*.safetensors", "*.gguf", "*.bin")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    source = quantized.add_byte_tokenizer(
+        zoo.write(zoo.Line("qwen3", WIDE | {"attention_bias": True}), folder / "source")
+    )
+    method = RTN(bits=4, symmetric=True, group_size=32)
+    return lowbit.quantize(source, folder / "made", method)
+
+
+def flip_last_byte(dest: Path) -> None:
+    """The last byte of the last file belongs to a layer of the last block, in all targets."""
+    path = sorted(path for pattern in WEIGHTS for path in dest.glob(pattern))[-1]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 16
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_every_target(to: str, made: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "dest"
+    lowbit.export(made, dest, to)
+    found = lowbit.verify(dest, made)
+    assert found is not None and found.equal and len(found.layers) == 14
+    flip_last_byte(dest)
+    found = lowbit.verify(dest, made)
+    assert found is not None and not found.equal
+    assert [layer.name for layer in found.layers if layer.problem] == [
+        next(layer.name for layer in found.layers if layer.problem)
+    ]
+
+
+def test_another_width_in_config_json(made: Path, tmp_path: Path) -> None:
+    lowbit.export(made, tmp_path / "dest", "gptq")
+
+    def narrow(config: dict[str, Any]) -> None:
+        config["quantization_config"]["bits"] = 8
+
+    quantized.edit_json(tmp_path / "dest" / "config.json", narrow)
+    found = lowbit.verify(tmp_path / "dest", made)
+    assert found is not None and found.problems == (
+        "config.json: quantization_config is not what the export writes",
+    )
+
+
+def test_another_model(made: Path, tmp_path: Path) -> None:
+    lowbit.export(made, tmp_path / "dest", "ct")
+    method = RTN(bits=4, symmetric=True, group_size=16)
+    other = lowbit.quantize(made.parent / "source", tmp_path / "other", method)
+    result = CliRunner().invoke(app, ["verify", str(tmp_path / "dest"), "--against", str(other)])
+    assert result.exit_code == 1
+    result = CliRunner().invoke(app, ["verify", str(tmp_path / "dest"), "--against", str(made)])
+    assert result.exit_code == 0 and "all 14 layers are as exported" in result.stdout
+
+
+def test_a_folder_that_was_not_exported(made: Path) -> None:
+    with pytest.raises(ValueError, match="was not written by lowbit export"):
+        lowbit.verify(made.parent / "source", made)
+
+
+def test_the_options_of_the_export_are_used(made: Path, tmp_path: Path) -> None:
+    lowbit.export(made, tmp_path / "dest", "mlx", dtype="bfloat16", allow_lossy=True)
+    found = lowbit.verify(tmp_path / "dest", made)
+    assert found is not None and found.equal
+    record = json.loads((tmp_path / "dest" / "export.json").read_text())
+    assert record["options"] == {"dtype": "bfloat16", "allow_lossy": True}
