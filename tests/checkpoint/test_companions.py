@@ -156,3 +156,20 @@ def test_no_half_copy_has_a_final_name(
         patched.setattr(failing, fail)
         copy_companions(model, out)
     assert not (out / "LICENSE").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_extra.json", "LICENSE", "templates/x.jinja"])
+def test_a_link_to_a_file_outside_is_not_copied(name: str, tmp_path: Path) -> None:
+    model, secret = write(tmp_path / "model", "tokenizer.json"), tmp_path / "secret"
+    secret.write_text("secret")
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=f"{model / name} is a link to {secret}, which is outside"):
+        copy_companions(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_patterns_of_files_that_stay(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", "tokenizer.json", "LICENSE", "tokenizer_config.json")
+    copy_companions(model, tmp_path / "out", without=("tokenizer*",))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["LICENSE"]

@@ -119,18 +119,71 @@ def test_differences_are_found_either_way() -> None:
     assert list(differences({}, {"a": 1})) == [("a", (None, 1))]
 
 
-def test_restart_keeps_nothing(begun: Path, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "kept").touch()
-    (begun / "link").symlink_to(elsewhere)
+def test_restart_keeps_nothing(begun: Path) -> None:
     (begun / "run" / "streams").mkdir()
     (begun / "run" / "streams" / "0").touch()
     with writer(begun, restart=True, seed=1) as out:
         assert out.record(0) is None
         assert files(begun) == {"run/lock", "run/signature.json"}
         assert json.loads((begun / "run" / "signature.json").read_text())["seed"] == 1
-    assert (elsewhere / "kept").exists()
+
+
+def move_out(folder: Path, name: str) -> None:
+    target = folder.parent / "elsewhere"
+    target.mkdir(exist_ok=True)
+    (folder / name).rename(target / Path(name).name)
+    (folder / name).symlink_to(target / Path(name).name)
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return make
+
+
+STRANGE: dict[str, Callable[[Path], Any]] = {
+    "run elsewhere": lambda folder: move_out(folder, "run"),
+    "lock elsewhere": lambda folder: move_out(folder, "run/lock"),
+    "signature elsewhere": lambda folder: move_out(folder, "run/signature.json"),
+    "shard elsewhere": lambda f: move_out(f, next(f.glob("*.safetensors")).name),
+    "part of config.json": lambda f: (f / "config.json.part").symlink_to(f.parent / "kept"),
+    "part of a deeper file": lambda f: (f / "run" / "x.part").symlink_to(f.parent / "kept"),
+    "events": lambda f: (f / "events.jsonl").symlink_to(f.parent / "kept"),
+    "a folder": lambda f: (f / "run" / "streams").symlink_to(f.parent),
+    "nowhere": lambda f: (f / "config.json").symlink_to(f / "gone"),
+    "lock a pipe": pipe("run/lock"),
+    "config.json a pipe": pipe("config.json"),
+}
+
+
+def facts(folder: Path) -> dict[Path, tuple[int, ...]]:
+    found = {path: path.lstat() for path in folder.rglob("*")}
+    return {path: (of.st_ino, of.st_mode, of.st_size, of.st_mtime_ns) for path, of in found.items()}
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("make", STRANGE.values(), ids=STRANGE)
+def test_nothing_is_written_or_deleted_through_links(
+    make: Callable[[Path], Any], restart: bool, begun: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "kept").write_text("kept")
+    make(begun)
+    before = facts(tmp_path)
+    with pytest.raises(ValueError, match="is a (link|named pipe), and lowbit writes only plain"):
+        with writer(begun, restart=restart, seed=0):
+            pass
+    assert facts(tmp_path) == before
+    assert (tmp_path / "kept").read_text() == "kept"
+
+
+def test_a_part_that_is_a_link_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "x.json.part").symlink_to("kept")
+    write_json(tmp_path / "x.json", {})
+    assert (tmp_path / "kept").read_text() == "kept"
+    assert not (tmp_path / "x.json").is_symlink()
 
 
 OTHER_FOLDERS = {

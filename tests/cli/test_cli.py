@@ -120,7 +120,8 @@ def test_the_script_ends_with_one_line(tmp_path):
     command = [sys.executable, "-m", "lowbit", "inspect", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"error: {tmp_path}/config.json is missing\n"
+    says = f"error: {tmp_path} is empty: name the folder that holds the model\n"
+    assert done.stderr == says
 
 
 def test_a_closed_pipe_is_quiet():

@@ -97,7 +97,10 @@ def test_folders_without_hashes(lowbit, rtn, copy):
     config = json.loads((rtn / "config.json").read_text())
     del config["quantization_config"]
     (copy / "config.json").write_text(json.dumps(config))
-    assert "was not quantized by lowbit" in lowbit("inspect", copy, "--verify", code=1).stderr
+    assert (
+        "has no quantization_config: restore config.json"
+        in lowbit("inspect", copy, "--verify", code=1).stderr
+    )
 
 
 @pytest.mark.parametrize(("files", "came"), [(None, "missing"), ({}, "empty"), ([1], "not an obj")])

@@ -4,6 +4,7 @@ import inspect
 from dataclasses import fields
 
 import pytest
+from zoo import MODELS
 
 from lowbit.cli import app
 from lowbit.cli.options import JobOptions, cache_folder, choose_method, parse_settings, with_job
@@ -42,9 +43,10 @@ def test_settings_reach_the_method():
     assert found == OmniQuant(lwc_lr=0.01, group_size=None, let=True, bits=3)
 
 
-def test_a_recipe_knows_families(tmp_path):
-    (tmp_path / "config.json").write_text('{"architectures": ["OPTForCausalLM"]}')
-    method, text, label = choose_method(tmp_path, "omniquant-w2a16", None, {"alpha": 0.7})
+def test_a_recipe_knows_families():
+    method, text, label = choose_method(
+        MODELS / "opt-mini", "omniquant-w2a16", None, {"alpha": 0.7}
+    )
     assert method == OmniQuant(bits=2, let=True, alpha=0.7)
     assert text == {"sources": ("wikitext2",), "samples": 128}
     assert label == "omniquant-w2a16 with alpha=0.7"
@@ -76,11 +78,10 @@ def test_a_command_gets_them_as_one():
     assert seen == {"model": "m", "job": JobOptions(seed=7), "last": 3}
 
 
-def test_what_becomes_of_them(tmp_path, monkeypatch):
+def test_what_becomes_of_them(monkeypatch):
     monkeypatch.setenv("HOME", "/dev/null")
-    (tmp_path / "config.json").write_text("{}")
     options = JobOptions(method="rtn", settings=["bits=3"], calibration=["c4"], skip=["q_proj"])
-    chosen = options.chosen(tmp_path, restart=True)
+    chosen = options.chosen(MODELS / "llama-mini", restart=True)
     assert chosen.method.signature()["bits"] == 3 and chosen.label == "rtn"
     assert chosen.calibration.sources == ("c4",) and chosen.unused_text
     assert chosen.options.skip == ("q_proj",) and chosen.options.only == ()

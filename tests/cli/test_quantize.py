@@ -126,7 +126,7 @@ def test_a_recipe_of_the_users_own(lowbit, story, tmp_path):
     )
     text = lowbit("quantize", MODEL, tmp_path / "out", "--recipe", recipe, "--seed", 5).stdout
     assert "calibration: 1 windows of 32 tokens" in text
-    assert made_by(tmp_path / "out")["recipe"] == str(recipe)
+    assert made_by(tmp_path / "out")["recipe"] == "mine.yaml"
     assert made_by(tmp_path / "out")["seed"] == 5
 
 

@@ -21,7 +21,9 @@ FAMILIES = ["opt", "llama", "qwen2", "falcon 7b", "mixtral", "qwen3_moe", "gpt2"
 @pytest.fixture
 def quantized(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     method = lowbit.methods.RTN(bits=4, group_size=16)
-    return lowbit.quantize(zoo.folder(request.param), tmp_path / "out", method)
+    return lowbit.quantize(
+        zoo.folder(request.param), tmp_path / "out", method, without_tokenizer=True
+    )
 
 
 @pytest.mark.parametrize("quantized", FAMILIES, indirect=True)

@@ -131,7 +131,8 @@ def test_a_tied_table_gets_the_name_that_others_look_for(tmp_path: Path) -> None
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    made = lowbit.quantize(source, tmp_path / "made", RTN(bits=4, group_size=16))
+    method = RTN(bits=4, group_size=16)
+    made = lowbit.quantize(source, tmp_path / "made", method, without_tokenizer=True)
     lowbit.export(made, tmp_path / "ct", "ct")
     names = CheckpointReader(tmp_path / "ct").tensors
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names

@@ -273,9 +273,7 @@ def test_a_float_folder_that_lacks_a_tensor(tmp_path: Path) -> None:
     """transformers would only warn, and initialise the tensor at random."""
     folder = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
     quantized.edit_shard(folder / "model.safetensors", lambda t: t.pop(f"{LINEAR}.weight"))
-    with pytest.raises(
-        ValueError, match=f"{folder} cannot be loaded: .*{LINEAR}.weight is missing"
-    ):
+    with pytest.raises(ValueError, match=f"{folder}: tensor {LINEAR}.weight is missing"):
         lowbit.load(folder)
 
 

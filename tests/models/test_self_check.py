@@ -68,7 +68,7 @@ def test_a_model_that_cannot_be_streamed(
     options, block = FAULTS[name]
     monkeypatch.setattr(self_check, "MEMORY", 0.5 if fits else 0.0)
     model, out = remote(tmp_path / "model", **options), tmp_path / "out"
-    arguments = {"trust_remote_code": True, "device": "cpu"}
+    arguments = {"trust_remote_code": True, "device": "cpu", "without_tokenizer": True}
     with pytest.raises(ValueError, match=f"{block}.*differs.*--no-self-check"):
         lowbit.quantize(model, out, RTN(), **arguments)
     assert not (out / "config.json").exists()

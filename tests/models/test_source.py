@@ -9,6 +9,7 @@ import zoo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowbit.load import load_model
 from lowbit.models.skeleton import unfuse_experts
 from lowbit.models.source import SourceModel, load_config
 
@@ -138,7 +139,7 @@ def test_a_checkpoint_of_the_bare_model(tmp_path: Path) -> None:
 
 def test_a_head_that_is_not_tied_must_be_there(tmp_path: Path) -> None:
     folder = change(zoo.write(LLAMA, tmp_path), lambda tensors: tensors.pop("lm_head.weight"))
-    with pytest.raises(ValueError, match="lacks 1 tensors that the model needs: lm_head.weight"):
+    with pytest.raises(ValueError, match="tensor lm_head.weight is missing"):
         SourceModel(folder)
 
 
@@ -175,7 +176,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nothing": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "a missing tensor": (
         lambda f: change(f, lambda tensors: tensors.pop(Q)),
-        f"lacks 1 tensors that the model needs: {Q}$",
+        f"tensor {Q} is missing: the model that config.json describes needs it",
     ),
     "a wrong shape": (
         lambda f: change(f, lambda tensors: tensors.update({Q: torch.zeros(48, 40)})),
@@ -204,7 +205,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an unknown type": (
         lambda f: change_config(f, model_type="wombat"),
-        "wombat",
+        "model_type 'wombat', which transformers .* does not know",
+    ),
+    "a type that reads and writes": (
+        lambda f: change_config(f, model_type="t5"),
+        "model_type 't5', and transformers has no model of this type that continues text",
     ),
 }
 
@@ -216,7 +221,16 @@ def test_folders_that_cannot_be_quantized_are_refused(
     break_it(zoo.write(LLAMA, tmp_path))
     with pytest.raises(ValueError, match=message) as refusal:
         SourceModel(tmp_path)
-    assert str(tmp_path) in str(refusal.value) or "wombat" in str(refusal.value)
+    assert str(tmp_path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["an unknown type", "a type that reads and writes"])
+def test_a_type_is_refused_in_the_same_words_by_load(name: str, tmp_path: Path) -> None:
+    break_it, message = REFUSED[name]
+    break_it(zoo.write(LLAMA, tmp_path))
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
 
 
 def test_tensors_that_no_module_has_are_left_alone(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.writer import aside, explained
 from lowbit.config import unknown_name
 from lowbit.formats.widths import layers_with_widths
-from lowbit.load import load_model, need_tokenizer
+from lowbit.load import context_of, load_model, need_tokenizer
 from lowbit.models.locate import locate
 
 # The default widths of each strategy. The pyramid is the paper's.
@@ -133,7 +133,7 @@ def _measure(
     """Measures the divergence of each unit at each width: (units, widths) float64, in nats."""
     tokenizer = need_tokenizer(folder, trust_remote_code)
     model = load_model(folder, device_map, trust_remote_code=trust_remote_code)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     if calibration.seqlen is None:
         shorter = min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
         calibration = calibration.model_copy(update={"seqlen": shorter})

@@ -18,8 +18,10 @@ or params.json.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from lowbit.checkpoint.inside import check_link
 from lowbit.checkpoint.provenance import copy_without_paths
 from lowbit.checkpoint.writer import RUN, aside
 
@@ -38,21 +40,31 @@ COMPILED = (".pyc", ".so")
 CONFIGS = ("config.json", "params.json")
 
 
-def copy_companions(folder: Path, into: Path, code: bool = False) -> None:
+def copy_companions(
+    folder: Path, into: Path, code: bool = False, without: Sequence[str] = ()
+) -> None:
     """Copies the companions of a model folder; each is renamed to its name once it is complete.
 
     folder: the model folder.
     into: the folder to copy to.
     code: whether Python code is copied; it must be if the model needs it (--trust-remote-code).
+    without: patterns of names that are not copied.
+
+    Raises ValueError for a link that leads out of the folder.
     """
     for name in companions_of(folder, code):
+        if any(name.match(pattern) for pattern in without):
+            continue
         (into / name).parent.mkdir(parents=True, exist_ok=True)
         with aside(into / name) as part:
             copy_without_paths(folder / name, part)
 
 
 def companions_of(folder: Path, code: bool = False) -> list[Path]:
-    """Returns the companions of a model folder, as paths relative to it; see the table above."""
+    """Returns the companions of a model folder, as paths relative to it; see the table above.
+
+    Raises ValueError for a link that leads out of the folder.
+    """
     companions: list[Path] = []
     for path in sorted(folder.iterdir()):
         if path.name in (*ABOUT_ITSELF, *ABOUT_OTHER_WEIGHTS) or path.name.startswith(CARD):
@@ -61,7 +73,10 @@ def companions_of(folder: Path, code: bool = False) -> list[Path]:
         if not path.is_file() and any(map(_is_of_a_checkpoint, files)):
             continue
         companions += [file.relative_to(folder) for file in files]
-    return [file for file in companions if _is_companion(file, code)]
+    chosen = [file for file in companions if _is_companion(file, code)]
+    for file in chosen:
+        check_link(folder, folder / file)
+    return chosen
 
 
 def is_weights(file: Path) -> bool:

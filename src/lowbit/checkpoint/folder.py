@@ -1,5 +1,6 @@
 """Writes a model folder at once: all shards, then the index, then config.json."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit.checkpoint.companions import copy_companions
+from lowbit.checkpoint.companions import companions_of, copy_companions
 from lowbit.checkpoint.provenance import without_paths
 from lowbit.checkpoint.reader import INDEX
 from lowbit.checkpoint.writer import explained, save_tensors, write_json
@@ -36,6 +37,7 @@ def write_folder(
 
     Raises ValueError if `out` exists, or the disk is full. After an error `out` does not exist.
     """
+    companions_of(companions, code)  # raises for a link that leads out of the folder
     with written_aside(out) as part:
         part.mkdir(parents=True)
         write_model(part, shards, count, config)
@@ -46,13 +48,17 @@ def write_folder(
 def written_aside(out: Path) -> Iterator[Path]:
     """Gives a temporary path to write a folder to, and renames it to `out` if no error occurs.
 
-    After an error the temporary folder is removed. Raises ValueError if `out` exists, or the disk
-    is full.
+    After an error the temporary folder is removed. Raises ValueError if `out` or the temporary
+    folder exists, or the disk is full.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"{out} exists already: choose another folder, or remove it")
     part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    if os.path.lexists(part):
+        raise ValueError(
+            f"{part} exists already. A command that was killed may have left it: remove it, or "
+            "choose another OUT"
+        )
     try:
         with explained(out):
             yield part

@@ -61,13 +61,34 @@ def check_link(folder: Path, path: Path) -> None:
 
 
 def check_links(folder: Path) -> None:
-    """Raises ValueError if a file directly in a folder is a link that leads out of the folder.
+    """Raises ValueError if a file directly in a folder is a pipe, or a link that leads outside.
 
     Links to folders are never followed, and hidden files never read, so they may lead anywhere.
     """
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() and not path.name.startswith(".") and not path.is_dir():
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        if path.is_symlink():
             check_link(folder, path)
+        if path.exists() and not path.is_file():  # reading a named pipe would never end
+            raise ValueError(f"{path} is {kind_of(path.stat().st_mode)}, but must be a file")
+
+
+def check_plain(folder: Path) -> None:
+    """Raises ValueError if a folder that lowbit writes holds anything but files and folders.
+
+    A link or a named pipe in it is not lowbit's: through a link, lowbit would write or delete
+    outside of the folder, and a pipe would never end.
+    """
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place) / name for name in sorted(folders + files)):
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                what = "a link" if stat.S_ISLNK(mode) else kind_of(mode)
+                raise ValueError(
+                    f"{path} is {what}, and lowbit writes only plain files and folders: remove it, "
+                    "or choose another OUT"
+                )
 
 
 def is_snapshot(folder: Path) -> bool:

@@ -34,6 +34,7 @@ from lowbit.checkpoint.other_programs import (
 from lowbit.checkpoint.reader import INDEX, SINGLE, CheckpointReader, read_json
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
 SIGNATURE = "run/signature.json"  # of a run of lowbit quantize
 
@@ -81,6 +82,7 @@ def recognize(folder: Path) -> ModelFolder:
             f"or move {ADAPTER} to another folder to use the model alone"
         )
     checked = check_config(folder, config)
+    _check_generation(folder)
     section = stated_quantization(checked)
     float_model = section is None or is_low_precision(section)
     program = None if float_model else program_of(section)
@@ -115,6 +117,15 @@ def check_config(folder: Path, config: Any) -> dict[str, Any]:
             "source of the model"
         )
     return config
+
+
+def _check_generation(folder: Path) -> None:
+    """Raises ValueError for a generation_config.json that transformers ignores or stumbles over."""
+    path = folder / GENERATION
+    if file_inside(folder, GENERATION) is not None and not isinstance(read_json(path), dict):
+        raise ValueError(
+            f"{path} must hold a JSON object: copy it from the source of the model, or remove it"
+        )
 
 
 def runnable_folder(folder: Path) -> ModelFolder:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowbit.checkpoint.inside import check_plain
 from lowbit.checkpoint.reader import INDEX, CheckpointReader, file_sha256, read_json
 
 RUN, SIGNATURE, EVENTS = "run", "signature.json", "events.jsonl"
@@ -64,6 +65,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> Self:
         self._refuse_other_folders()
+        check_plain(self.folder)
         with explained(self.folder):
             (self.folder / RUN).mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / RUN / "lock").open("w")
@@ -190,6 +192,11 @@ class CheckpointWriter:
 
     def _refuse_other_folders(self) -> None:
         """Refuses a folder that lowbit did not make, since --restart would delete its content."""
+        if self.folder.is_symlink() and not self.folder.exists():
+            raise ValueError(
+                f"{self.folder} is a link to {os.readlink(self.folder)}, where there is nothing: "
+                "make that folder, or choose another OUT"
+            )
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; OUT must be a folder")
         if not self.folder.is_dir() or (self.folder / RUN / SIGNATURE).is_file():
@@ -259,6 +266,7 @@ def aside(path: Path) -> Iterator[Path]:
     After an error nothing is renamed.
     """
     part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)  # what is left of an earlier run, or a link to somewhere else
     yield part
     with part.open("rb") as file:
         os.fsync(file.fileno())

@@ -92,6 +92,9 @@ class JobOptions:
     self_check: Annotated[
         bool, Option("--self-check/--no-self-check", help=meaning(RunOptions, "self_check"))
     ] = True
+    without_tokenizer: Annotated[
+        bool, Option("--without-tokenizer", help=meaning(RunOptions, "without_tokenizer"))
+    ] = False
     trust_remote_code: RunAndCopyCode = False
 
     def chosen(self, source: Path, preprocessing: bool = False, **more: Any) -> "Chosen":
@@ -125,7 +128,7 @@ class JobOptions:
 PATTERNS = ("skip", "only", "allow_float")
 OTHERS = (
     *("device", "streams", "lm_head_bits", "start_from", "self_check"),
-    "trust_remote_code",
+    *("without_tokenizer", "trust_remote_code"),
 )
 
 

@@ -72,7 +72,7 @@ def _shards(folder: Path, files: list[str]) -> Iterator[dict[str, Tensor]]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             refuse_pointer(path)
-            reason = str(error).strip().partition("\n")[0]
+            reason = str(error).strip().partition("\n")[0] or "it ends too early"
             raise ValueError(f"{path} holds more than tensors, or is damaged: {reason}") from None
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
             raise ValueError(f"{path} is not a dictionary of tensors")

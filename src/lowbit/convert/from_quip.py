@@ -34,7 +34,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
-from lowbit.checkpoint.companions import copy_companions
+from lowbit.checkpoint.companions import companions_of, copy_companions
 from lowbit.checkpoint.folder import written_aside
 from lowbit.checkpoint.other_programs import LOWBIT, PROGRAMS, stated_quantization
 from lowbit.checkpoint.output import final_config
@@ -128,6 +128,7 @@ def from_quip(folder: str | Path, out: str | Path, trust_remote_code: bool = Fal
     config, reader = found.config, found.reader
     section = _section(config, folder)
     layers = _layers(reader, section, config)
+    companions_of(folder, trust_remote_code)  # raises for a link that leads out of the folder
     with written_aside(out) as part:
         _write(reader, layers, section, part)
         copy_companions(folder, part, trust_remote_code)

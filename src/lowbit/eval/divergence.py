@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import use_backend
-from lowbit.load import stream
+from lowbit.load import hidden_of, stream, vocabulary_of
 
 Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
 MOST_OF_MEMORY = 0.125  # of the machine's; larger hidden states go to disk (two models have them)
@@ -65,8 +65,8 @@ class StreamedLogits:
         self.folder = folder
         self.rows = rows
         model = stream(folder, trust_remote_code, bits)
-        self.vocabulary = int(model.config.get_text_config().vocab_size)
-        needed = 4 * sum(len(row) for row in rows) * int(model.config.get_text_config().hidden_size)
+        self.vocabulary = vocabulary_of(model.config)
+        needed = 4 * sum(len(row) for row in rows) * hidden_of(model.config)
         large = needed > MOST_OF_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self._files = TemporaryDirectory(prefix="lowbit-") if large else None
         self._hidden = model.run(

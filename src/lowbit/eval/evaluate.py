@@ -27,7 +27,7 @@ from lowbit.eval.perplexity import (
     windows_of,
 )
 from lowbit.eval.scores import TaskOptions, TaskScore
-from lowbit.load import load_config, load_model, locate, need_tokenizer, set_widths
+from lowbit.load import context_of, load_config, load_model, locate, need_tokenizer, set_widths
 
 if TYPE_CHECKING:
     from lowbit.eval.tasks import Tasks
@@ -249,7 +249,7 @@ class _Session:
     def _seqlen(self, name: str) -> int:
         folder = locate(name, self.options.trust_remote_code)
         config = load_config(folder, self.options.trust_remote_code)
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        context = context_of(config)
         asked = self.options.seqlen
         if context is not None and asked is not None and asked > context:
             raise ValueError(

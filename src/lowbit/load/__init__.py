@@ -17,6 +17,7 @@ from lowbit.load.transformers_plugin import (
     replace_linears,
 )
 from lowbit.models.locate import locate
+from lowbit.models.sizes import context_of, hidden_of, vocabulary_of
 from lowbit.models.streamed import load_config
 from lowbit.models.tokenizer import load_tokenizer, need_tokenizer
 
@@ -27,6 +28,8 @@ __all__ = [
     "VerifiedSection",
     "check_complete",
     "check_files",
+    "context_of",
+    "hidden_of",
     "load",
     "load_config",
     "load_model",
@@ -37,4 +40,5 @@ __all__ = [
     "replace_linears",
     "set_widths",
     "stream",
+    "vocabulary_of",
 ]

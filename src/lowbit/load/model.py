@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ from lowbit.load.transformers_plugin import (
     replace_linears,
 )
 from lowbit.models.auto_class import auto_class
+from lowbit.models.fitting import missing_tensors, note_unread, wrong_shape
 from lowbit.models.locate import locate
 from lowbit.models.streamed import StreamedModel, load_config
 from lowbit.models.tokenizer import load_tokenizer
@@ -79,31 +80,33 @@ def load_model(
             f"{folder}: slices are cut in memory, so with bits no layer can be offloaded to disk: "
             "write a folder of the slice first (lowbit slice), and load that"
         )
+    config = load_config(folder, trust_remote_code)
+    section: Any = getattr(config, "quantization_config", None)
+    low_precision = verified is None and is_low_precision(section)
+    if verified is not None:
+        config.quantization_config = verified
+    elif low_precision:
+        config.quantization_config = {**section, "dequantize": True}
+    wanted_dtype = dtype or (torch.float32 if on_cpu(device_map) else "auto")
     with _errors_named(folder):
-        config = load_config(folder, trust_remote_code)
-        if verified is not None:
-            config.quantization_config = verified
-        section: Any = getattr(config, "quantization_config", None)
-        if is_low_precision(section):
-            config.quantization_config = {**section, "dequantize": True}
-        wanted = dtype or (torch.float32 if on_cpu(device_map) else "auto")
         loaded: Any = auto_class(config).from_pretrained(
             folder,
             config=config,
-            dtype=wanted,
+            dtype=wanted_dtype,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-        model, report = loaded
-        if is_low_precision(section) and isinstance(wanted, torch.dtype):
-            model.to(wanted)  # transformers dequantizes to the dtype of the checkpoint
-        if report["missing_keys"]:  # transformers has initialised them at random
-            raise ValueError(
-                f"tensor {min(report['missing_keys'])} is missing: the model that config.json "
-                "describes needs it. Copy the folder from its source again"
-            )
-    return model
+    model, report = loaded
+    for name, stored, wanted in report["mismatched_keys"]:
+        raise wrong_shape(folder, name, stored, wanted)
+    if report["missing_keys"]:  # transformers has initialised them at random
+        raise missing_tensors(folder, report["missing_keys"])
+    note_unread(folder, model, report["unexpected_keys"])
+    if low_precision and isinstance(wanted_dtype, torch.dtype):
+        model.to(wanted_dtype)  # transformers dequantizes to the dtype of the checkpoint
+    return cast(PreTrainedModel, model)
 
 
 def set_widths(model: PreTrainedModel, folder: Path, bits: WidthPlan) -> None:
@@ -131,7 +134,9 @@ def stream(
     program = runnable_folder(folder).program
     config = load_config(folder, trust_remote_code)
     if program is None and bits is None:
-        return StreamedModel(folder, config, trust_remote_code)
+        model = StreamedModel(folder, config, trust_remote_code)
+        note_unread(folder, model.skeleton, model.unread)
+        return model
     quantized = QuantizedFolder(folder)
     quantized.verify()
     entries = dict(quantized.entries)

@@ -10,6 +10,8 @@ streamed.py:           a model that runs block by block.
 skeleton.py:           a model without weights, and the names of its tensors.
 attention.py:          rounds queries, keys and values.
 locate.py:             the folder of a model, downloaded from the hub if necessary.
+fitting.py:            words for tensors that are missing, do not fit or are not read.
+sizes.py:              context, channels and vocabulary from a config.
 in_memory.py:          a model in memory, saved to a temporary folder.
 tokenizer.py:          the tokenizer of a folder.
 generation.py:         continues a prompt.
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.models.discovery import discover
@@ -50,10 +53,14 @@ def family_of(config: Any, model: nn.Module) -> Family:
 def family_name(folder: Path) -> str:
     """Returns the name of the family of a folder, from the architecture in its config.json.
 
+    Without `architectures` it is that of the class that transformers chooses for the model type.
+
     It is "discovered" if no table has that architecture: then `discover` finds the structure.
     """
     config = runnable_folder(folder).config
-    architectures = config.get("architectures")
+    architectures = config.get("architectures") or [
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    ]
     for architecture in architectures if isinstance(architectures, list) else []:
         if architecture in FAMILIES:
             return FAMILIES[architecture].name

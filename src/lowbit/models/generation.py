@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.models.sizes import context_of
+
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoded from a character whose last bytes are missing
 
 
@@ -47,8 +49,7 @@ def generate(
 
     Raises ValueError if the prompt leaves no room in the context for another token.
     """
-    config: Any = model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     room = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
     if room <= 0 < max_new_tokens:
         raise ValueError(

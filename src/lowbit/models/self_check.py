@@ -22,6 +22,7 @@ from lowbit.blocks.capture import BlockStub, first_argument
 from lowbit.blocks.experts import UnfusedExperts
 from lowbit.blocks.walk import Step
 from lowbit.models.auto_class import auto_class
+from lowbit.models.sizes import context_of
 from lowbit.models.streamed import StreamedModel, load_tensors, share_tied
 
 WINDOWS = 2  # in a batch each, so that state which wrongly passes from batch to batch shows
@@ -109,7 +110,7 @@ def _kind(block: nn.Module) -> Any:
 def _windows(model: StreamedModel, length: int) -> list[Tensor]:
     """WINDOWS batches of random tokens, (1, tokens) each, none of which stands for an image."""
     text = model.config.get_text_config()
-    length = min(length, getattr(text, "max_position_embeddings", None) or length)
+    length = min(length, context_of(model.config) or length)
     special = {
         value
         for config in (model.config, text)

@@ -6,6 +6,7 @@ from pathlib import Path
 from lowbit.blocks import Fold, LinearGroup
 from lowbit.checkpoint.recognize import float_folder
 from lowbit.models.attention import attentions_of
+from lowbit.models.fitting import note_unread
 from lowbit.models.streamed import StreamedModel, load_config
 from lowbit.models.wiring import folds_of, groups_of, matrices_of
 from lowbit.patterns import matches_any
@@ -29,6 +30,7 @@ class SourceModel(StreamedModel):
         float_folder(folder)  # gives the clearest error for a folder that is not a float model
         config = load_config(folder, trust_remote_code)
         super().__init__(folder, config, trust_remote_code)
+        note_unread(folder, self.skeleton, self.unread)
         self.left_float = self._check_groups(allow_float)
 
     def disk_name(self, name: str) -> str:

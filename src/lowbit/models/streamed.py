@@ -1,21 +1,33 @@
 """A model that is read from its folder and run block by block, with one block in memory."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    PreTrainedModel,
+)
+from transformers import __version__ as transformers_version
 
 from lowbit.blocks.capture import BlockStub
 from lowbit.blocks.stream import Batch, Stream
 from lowbit.blocks.walk import Step
 from lowbit.checkpoint import CheckpointReader, open_checkpoint
 from lowbit.checkpoint.other_programs import INNER
+from lowbit.checkpoint.reader import read_json
+from lowbit.checkpoint.recognize import check_config
 from lowbit.models import family_of
+from lowbit.models.auto_class import auto_class
+from lowbit.models.fitting import missing_tensors, wrong_shape
+from lowbit.models.sizes import without_null_sizes
 from lowbit.models.skeleton import build_skeleton, memory_names
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,6 +42,8 @@ class StreamedModel:
     prepare: called with the model while its parameters are on the meta device, to replace linears
         by quantized layers. Quantized layers keep the dtypes of their tensors (their `_apply`
         ignores conversions); everything else becomes float32.
+
+    unread: attribute, tensors of the folder that the model does not read.
 
     Raises ValueError if config.json does not describe a model, and for a tensor that is missing or
     has the wrong shape or dtype.
@@ -58,6 +72,7 @@ class StreamedModel:
         names = memory_names(self.skeleton, self.reader.tensors)
         state = self.skeleton.state_dict()
         self.disk_names = {memory: disk for disk, memory in names.items() if memory in state}
+        self.unread = [memory for memory in names.values() if memory not in state]
         blocks = self.skeleton.get_submodule(self.family.blocks)
         self.block_names = [
             f"{self.family.blocks}.{i}" for i in range(len(list(blocks.children())))
@@ -161,17 +176,11 @@ class StreamedModel:
         absent = [name for name in needed if name not in self.disk_names]
         absent = [name for name in absent if not _tied_to_present(name, tied, self.disk_names)]
         if absent:
-            shown = ", ".join(absent[:5])
-            raise ValueError(
-                f"{self.folder} lacks {len(absent)} tensors that the model needs: {shown}"
-            )
+            raise missing_tensors(self.folder, absent)
         for memory, disk in self.disk_names.items():
             info, wanted = self.reader.tensors[disk], needed[memory]
             if info.shape != tuple(wanted.shape):
-                raise ValueError(
-                    f"{self.folder}: tensor {disk} has shape {list(info.shape)}, "
-                    f"but config.json asks for {list(wanted.shape)}"
-                )
+                raise wrong_shape(self.folder, disk, info.shape, wanted.shape)
             if info.dtype not in FLOATS and info.dtype != wanted.dtype:
                 raise ValueError(
                     f"{self.folder}: tensor {disk} is {info.dtype}: allowed are float32, float16 "
@@ -249,12 +258,44 @@ class LastBlockStub(BlockStub):
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Returns transformers' config of a folder. Raises ValueError if it cannot be read."""
+    """Returns transformers' config of a folder.
+
+    Raises ValueError if it cannot be read, or is not that of a model that continues text.
+    """
+    path = folder / "config.json"
+    stated = check_config(folder, read_json(path))
+    own_code = bool(stated.get("auto_map"))
+    model_type = stated.get("model_type")
+    if not own_code and model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{path} has the model_type {model_type!r}, which transformers {transformers_version} "
+            "does not know: install a newer one (pip install --upgrade transformers), or correct it"
+        )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = _read_config(folder, stated, own_code, trust_remote_code)
     except Exception as error:  # transformers raises errors of many types for bad values
-        raise ValueError(f"{folder}/config.json cannot be used: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be used: {reason}") from error
+    if not own_code and type(config) not in auto_class(config)._model_mapping:
+        raise ValueError(
+            f"{path} has the model_type {model_type!r}, and transformers has no model of this type "
+            "that continues text, the only kind that lowbit quantizes and runs"
+        )
     return without_empty_parts(config)
+
+
+def _read_config(
+    folder: Path, stated: dict[str, Any], own_code: bool, trust_remote_code: bool
+) -> Any:
+    """Returns the config. stated: the content of config.json; own_code: it names Python code."""
+    cleaned = without_null_sizes(stated)
+    if own_code or cleaned == stated:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with TemporaryDirectory(prefix="lowbit-") as place:
+        Path(place, "config.json").write_text(json.dumps(cleaned), encoding="utf-8")
+        config = AutoConfig.from_pretrained(place)
+    config.name_or_path = str(folder)
+    return config
 
 
 def without_empty_parts(config: Any) -> Any:

@@ -24,13 +24,15 @@ from lowbit.calibration import (
 )
 from lowbit.calibration.token_ids import Rows
 from lowbit.checkpoint import CheckpointWriter, file_sha256
+from lowbit.checkpoint.companions import companions_of
 from lowbit.checkpoint.learned import Learned
 from lowbit.events import BlockFinished, BlockLog, BlockStarted, OnEvent
 from lowbit.methods import Method
 from lowbit.methods.result import BlockResult
 from lowbit.models.locate import locate
+from lowbit.models.sizes import context_of, hidden_of
 from lowbit.models.source import SourceModel
-from lowbit.models.tokenizer import need_tokenizer
+from lowbit.models.tokenizer import check_tokenizer
 from lowbit.pipeline.head import outside_blocks
 from lowbit.pipeline.memory import PeakMemory
 from lowbit.pipeline.options import RunOptions, choose_device
@@ -56,6 +58,10 @@ class Job:
     ) -> None:
         folder = locate(model, options.trust_remote_code)
         self.source = SourceModel(folder, options.allow_float, options.trust_remote_code)
+        companions_of(folder, options.trust_remote_code)  # raises for links that lead outside
+        self.tokenizer = None
+        if not options.without_tokenizer:
+            self.tokenizer = check_tokenizer(folder, options.trust_remote_code)
         # The last part of a folder's path, or the hub id: its folder is named after a commit.
         self.name = folder.absolute().name if Path(model).is_dir() else str(model)
         self.method = method
@@ -94,11 +100,16 @@ class Job:
         """Returns the calibration text as tokens; None for a method that needs no calibration."""
         if not self.method.streams():
             return None
-        context = getattr(self.source.config.get_text_config(), "max_position_embeddings", None)
+        context = context_of(self.source.config)
         if isinstance(self.calibration, TokenIds):
             return self.calibration.windows(self.source.vocabulary, context)
-        tokenizer = need_tokenizer(self.source.folder, self.options.trust_remote_code)
-        return token_windows(self.calibration, tokenizer, context, self.options.cache)
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.method.name} reads calibration text, for which the model needs a "
+                "tokenizer: leave out --without-tokenizer, pass token ids (lowbit.TokenIds), or "
+                "choose a method without calibration, such as rtn"
+            )
+        return token_windows(self.calibration, self.tokenizer, context, self.options.cache)
 
     def signature(self, windows: TokenWindows | None) -> dict[str, Any]:
         """Returns everything that the result depends on, as JSON values.
@@ -121,8 +132,7 @@ class Job:
 
     def stream_bytes(self, tokens: Tensor) -> int:
         """Returns the bytes of one stream of hidden states. tokens: (windows, seqlen)"""
-        channels: int = self.source.config.get_text_config().hidden_size
-        return tokens.numel() * channels * torch.float32.itemsize
+        return tokens.numel() * hidden_of(self.source.config) * torch.float32.itemsize
 
     def all_streams_bytes(self, tokens: Tensor) -> int:
         """Returns the bytes of all streams, doubled: methods keep targets as well as inputs."""

@@ -71,6 +71,12 @@ class RunOptions(Config):
         "architectures that cannot be run block by block.",
         shapes_result=False,
     )
+    without_tokenizer: bool = option(
+        False,
+        "Whether OUT gets no tokenizer; otherwise a model whose tokenizer is missing or damaged is "
+        "refused. Methods that read calibration text need a tokenizer all the same.",
+        shapes_result=False,
+    )
     trust_remote_code: bool = option(
         False,
         "Whether Python code in the model's folder may be run.",

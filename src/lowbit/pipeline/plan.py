@@ -86,6 +86,7 @@ def plan(  # noqa: PLR0913 (the options of a run)
     start_from: str | Path | None = None,
     dry_run_block: bool | None = None,
     self_check: bool = True,
+    without_tokenizer: bool = False,
     trust_remote_code: bool = False,
     cache: str | Path | None = None,
     recipe: str | None = None,
@@ -99,6 +100,8 @@ def plan(  # noqa: PLR0913 (the options of a run)
     not suffice, that is torch.OutOfMemoryError.
     """
     options = RunOptions.of(locals())
+    if isinstance(model, nn.Module) and tokenizer is None:
+        options = options.model_copy(update={"without_tokenizer": True})
     started = time.perf_counter()
     with as_folder(model, tokenizer, Path(gettempdir()) / "lowbit-plan") as folder:
         job = Job(folder, method, calibration, options)

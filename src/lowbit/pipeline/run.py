@@ -36,6 +36,7 @@ from lowbit.kernels.products import reproducible
 from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
 from lowbit.models.self_check import check_streaming
+from lowbit.models.tokenizer import FILES as TOKENIZER_FILES
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import Place, RunOptions
 from lowbit.pipeline.plan import LONG, estimate, longest
@@ -62,6 +63,7 @@ def quantize(  # noqa: PLR0913 (the options of a run)
     start_from: str | Path | None = None,
     dry_run_block: bool | None = None,
     self_check: bool = True,
+    without_tokenizer: bool = False,
     trust_remote_code: bool = False,
     cache: str | Path | None = None,
     recipe: str | None = None,
@@ -87,6 +89,8 @@ def quantize(  # noqa: PLR0913 (the options of a run)
     model.
     """
     options = RunOptions.of(locals())
+    if isinstance(model, nn.Module) and tokenizer is None:
+        options = options.model_copy(update={"without_tokenizer": True})
     with as_folder(model, tokenizer, Path(out)) as folder:
         return _Run(Job(folder, method, calibration, options), on_event).into(Path(out))
 
@@ -200,7 +204,9 @@ class _Run:
     def _finish(self, writer: CheckpointWriter, windows: TokenWindows | None) -> None:
         job = self.job
         with explained(writer.folder):
-            copy_companions(job.source.folder, writer.folder, job.options.trust_remote_code)
+            left_out = TOKENIZER_FILES if job.options.without_tokenizer else ()
+            code = job.options.trust_remote_code
+            copy_companions(job.source.folder, writer.folder, code, left_out)
         records = [writer.record(i) or {} for i in range(writer.shards)]
         names = left_float(job.source, job.selection.left_float)
         report = run_report(records, names, job.source.reader.dequantized)

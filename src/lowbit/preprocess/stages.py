@@ -20,6 +20,7 @@ from lowbit.events import OnEvent, RunFinished, TrainingStarted
 from lowbit.load import load_model
 from lowbit.methods import Method
 from lowbit.models.locate import locate
+from lowbit.models.sizes import context_of
 from lowbit.models.skeleton import memory_names, unfuse_experts
 from lowbit.models.source import SourceModel
 from lowbit.models.tokenizer import need_tokenizer
@@ -50,6 +51,7 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     start_from: str | Path | None = None,
     dry_run_block: bool | None = None,
     self_check: bool = True,
+    without_tokenizer: bool = False,
     trust_remote_code: bool = False,
     cache: str | Path | None = None,
     recipe: str | None = None,
@@ -101,6 +103,7 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
         stage = chosen.model_copy(update={"restart": False})
         quantize(model, first, first_pass, calibration, **dict(stage), on_event=on_event)
         if not dense.exists():
+            shutil.rmtree(work / "dense.part", ignore_errors=True)  # of a call that was killed
             dequantize(first, dense, verify=False, trust_remote_code=chosen.trust_remote_code)
         restored = _float_model(dense, chosen)
         linears = [
@@ -139,7 +142,7 @@ def _training() -> Callable[..., dict[str, Any]]:
 
 def _windows(source: SourceModel, lora: LoRA, seed: int, options: RunOptions) -> Tensor:
     """Returns the windows to train on, followed by the held-out ones: (windows, seqlen) int64."""
-    context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(source.config)
     seqlen = lora.seqlen or min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
     if context and seqlen > context:
         raise ValueError(f"lora.seqlen is {seqlen:,} tokens: the model's context is {context:,}")

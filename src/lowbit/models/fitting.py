@@ -1,0 +1,54 @@
+"""Words for tensors that a model lacks, cannot hold, or does not read; the same on every path."""
+
+import logging
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from torch import nn
+
+logger = logging.getLogger(__name__)
+SHOWN = 3  # names in a message
+
+
+def missing_tensors(folder: Path, names: Collection[str]) -> ValueError:
+    """Returns the error for tensors that a model needs and its folder lacks."""
+    first, *others = sorted(names)
+    more = f" (and {len(others)} others: {', '.join(others[:SHOWN])})" if others else ""
+    return ValueError(
+        f"{folder}: tensor {first} is missing{more}: the model that config.json describes needs "
+        "it. Copy the folder from its source again"
+    )
+
+
+def wrong_shape(
+    folder: Path, name: str, stored: Sequence[int], wanted: Sequence[int]
+) -> ValueError:
+    """Returns the error for a tensor of a shape that does not fit the model."""
+    return ValueError(
+        f"{folder}: tensor {name} has shape {list(stored)}, but config.json asks for {list(wanted)}"
+    )
+
+
+def note_unread(folder: Path, model: nn.Module, names: Collection[str]) -> list[str]:
+    """Logs the tensors of a folder that the model does not read, such as a vision tower.
+
+    model: the model, which knows some names that old checkpoints hold in vain.
+    names: tensors that are in the folder but not in the model.
+
+    Returns the names that were logged, sorted.
+    """
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    computed = {name for name, _ in model.named_buffers()}
+    unread = sorted(
+        name
+        for name in names
+        if name not in computed and not any(re.search(pattern, name) for pattern in patterns)
+    )
+    if unread:
+        more = f" and {len(unread) - SHOWN} others" if len(unread) > SHOWN else ""
+        logger.warning(
+            f"note: {folder} holds tensors that {type(model).__name__} does not read: "
+            f"{', '.join(unread[:SHOWN])}{more}. They are neither run nor quantized"
+        )
+    return unread

@@ -1,0 +1,84 @@
+"""Tensors that a model lacks, cannot hold or does not read: the same words on every path."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import odd_folders
+import pytest
+import quantized
+import torch
+from torch import Tensor
+
+import lowbit
+from lowbit.load import stream
+from lowbit.methods import RTN
+from lowbit.models.source import SourceModel
+
+NORM = "model.norm.weight"
+PATHS: dict[str, Callable[[Path], Any]] = {
+    "quantize": SourceModel,
+    "load": lowbit.load,
+    "stream": stream,
+}
+
+
+def without_norm(held: dict[str, Tensor]) -> None:
+    del held[NORM]
+
+
+MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "missing": (without_norm, f"tensor {NORM} is missing: the model that"),
+    "another shape": (
+        lambda held: held.update({NORM: torch.ones(47)}),
+        f"tensor {NORM} has shape [47], but config.json asks for [48]",
+    ),
+}
+MTP = {"model.mtp.0.weight": torch.ones(3), "vision_tower.patch.weight": torch.ones(2, 2)}
+
+
+def changed(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    model = shutil.copytree(quantized.source(), folder)
+    odd_folders.tensors(change)(model)
+    return model
+
+
+@pytest.mark.parametrize(("change", "says"), MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize("path", PATHS)
+def test_misfits(
+    path: str, change: Callable[[dict[str, Tensor]], Any], says: str, tmp_path: Path
+) -> None:
+    model = changed(tmp_path / "model", change)
+    with pytest.raises(ValueError) as refusal:
+        PATHS[path](model)
+    assert str(refusal.value).startswith(f"{model}: {says}")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_not_read_is_named(
+    path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = changed(tmp_path / "model", lambda held: held.update(MTP))
+    with caplog.at_level(logging.WARNING, "lowbit"):
+        PATHS[path](model)
+    (note,) = [record.message for record in caplog.records if record.name.startswith("lowbit")]
+    assert note.startswith(f"note: {model} holds tensors that LlamaForCausalLM does not read")
+    assert all(name in note for name in MTP)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_is_said_of_a_whole_model(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "lowbit"):
+        PATHS[path](quantized.source())
+    assert not [record for record in caplog.records if record.name.startswith("lowbit")]
+
+
+def test_what_is_not_read_is_kept(tmp_path: Path) -> None:
+    model = changed(tmp_path / "model", lambda held: held.update(MTP))
+    out = lowbit.quantize(model, tmp_path / "out", RTN(group_size=16), device="cpu")
+    reader = lowbit.checkpoint.QuantizedFolder(out).reader
+    kept = reader.read(MTP)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in MTP.items())
+    lowbit.load(out)
