@@ -196,8 +196,9 @@ def test_a_file_of_the_users_own(tmp_path):
         ("method: rtn", "description: is missing"),
         ("- rtn", "top level: should be a valid dictionary"),
         ("", "top level: should be a valid dictionary"),
-        ("a: b: c", "is not valid YAML"),
-        ("description: x\nmethod: !!python/name:os.system", "is not valid YAML"),
+        ("a: b: c", "cannot be read as YAML: line 1, column 5: "),
+        ("1: 2\nmethod: rtn", ": 1 is not a field of Recipe"),
+        ("description: x\nmethod: !!python/name:os.system", "cannot be read as YAML"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(tmp_path, text, message):

@@ -10,6 +10,7 @@ from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from lowbit.fields import section
+from lowbit.parsing import shorten
 
 SHAPES_RESULT = "shapes_result"
 # Least difflib ratio of a name that is suggested; 1 means equal. "rtn" still suggests "rtn-w4a16".
@@ -77,17 +78,17 @@ def shapes_result(field: FieldInfo) -> bool:
     return bool(dict(extra if isinstance(extra, dict) else {})[SHAPES_RESULT])
 
 
-def unknown_name(name: str, allowed: Any, what: str) -> str:
+def unknown_name(name: object, allowed: Any, what: str) -> str:
     """Returns the error message for a misspelt name.
 
-    name: the name that came.
+    name: the name that came; YAML also has names that are no text.
     allowed: all valid names; the message suggests the nearest one.
     what: what such a name stands for, as in "method" or "field of RTN".
     """
     names = sorted(allowed)
-    near = get_close_matches(name, names, n=1, cutoff=NEAR)
+    near = get_close_matches(shorten(name), names, n=1, cutoff=NEAR)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{name!r} is not a {what}: {hint}allowed are {', '.join(names)}"
+    return f"{_shown(name)} is not a {what}: {hint}allowed are {', '.join(names)}"
 
 
 def explain(error: ValidationError) -> str:
@@ -97,9 +98,14 @@ def explain(error: ValidationError) -> str:
 
 def _sentence(detail: Any) -> str:
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    field = ".".join(str(part) for part in detail["loc"])
+    field = ".".join(shorten(part) for part in detail["loc"])
     if detail["type"] == "value_error":  # raised by our validators: it says what came
         return f"{field}: {message}" if field else message
     if detail["type"] == "missing":
         return f"{field}: is missing"
-    return f"{field or 'top level'}: {message} (got {detail['input']!r})"
+    return f"{field or 'top level'}: {message} (got {_shown(detail['input'])})"
+
+
+def _shown(value: object) -> str:
+    """Returns a value as Python writes it, on one line and not too long."""
+    return repr(shorten(value)) if isinstance(value, str) else shorten(repr(value))

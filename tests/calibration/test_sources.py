@@ -205,7 +205,7 @@ def test_a_data_set_that_does_not_parse(hub: dict, tokenizer: PreTrainedTokenize
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "fine"}\n\n{"text"}\n', r"a.jsonl, line 3 is not JSON: "),
+        ("a.jsonl", '{"text": "fine"}\n\n{"text"}\n', r"a.jsonl, line 3 cannot be read as JSON: "),
         ("a.jsonl", [{"text": "fine"}, {"messages": CHATS[0]}], "row 2 has no text; it has mess"),
         (
             "a.jsonl",
@@ -233,5 +233,5 @@ def test_files_that_cannot_be_read(
 
 def test_a_parquet_file_that_is_none(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "a.parquet").write_bytes(b"text")
-    with pytest.raises(ValueError, match="a.parquet is not a parquet file: ArrowInvalid"):
+    with pytest.raises(ValueError, match="a.parquet cannot be read as a parquet file"):
         draw(tokenizer, str(tmp_path / "a.parquet"))

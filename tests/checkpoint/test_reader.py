@@ -103,8 +103,8 @@ WEIGHT_MAP = "'weight_map' must map the names of tensors to names of files in th
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda f: (f / INDEX).unlink(), f"has neither {SINGLE} nor {INDEX}"),
     "index is no JSON": (lambda f: (f / INDEX).write_text("{"), f"{INDEX} cannot be read as JSON"),
-    "index is no text": (lambda f: (f / INDEX).write_bytes(b"\xff"), f"{INDEX} cannot be read"),
-    "index too deep": (lambda f: (f / INDEX).write_text("[" * 10**6), f"{INDEX} cannot be read"),
+    "index is no text": (lambda f: (f / INDEX).write_bytes(b"\xff"), f"{INDEX} is not UTF-8"),
+    "index too deep": (lambda f: (f / INDEX).write_text("[" * 10**6), f"{INDEX} is nested too"),
     "index is a list": (reindex(lambda index: [index]), WEIGHT_MAP),
     "index without a map": (reindex(lambda index: index.pop("weight_map")), WEIGHT_MAP),
     "map is a list": (reindex(lambda index: {"weight_map": [A, B]}), WEIGHT_MAP),
@@ -114,7 +114,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "map to the folder": (place(".."), WEIGHT_MAP),
     "map to nothing": (place(""), WEIGHT_MAP),
     "map to a name that cannot be": (place("a" * 300), "a{300} is missing"),
-    "map to bytes that cannot be": (place("a\0b\ud800"), "is missing"),
+    "map to bytes that cannot be": (place("a\0b\ud800"), "is half of a character"),
     "map to another shard": (place(A), f"tensor norm.weight is in {A}, but it is missing there"),
     "tensor that is not there": (
         reindex(lambda index: index["weight_map"].update(ghost=A)),

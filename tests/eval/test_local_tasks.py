@@ -157,7 +157,7 @@ def test_a_wrong_row_is_named_by_file_and_line(
     ("file", "text", "message"),
     [
         ("piqa/test.jsonl", "\n", "piqa has no rows in"),
-        ("piqa/test.jsonl", "{", "line 1 is not a row of piqa"),
+        ("piqa/test.jsonl", "{", "line 1 cannot be read as JSON"),
         ("piqa/train.jsonl", "{}", "only training rows"),
         ("other/test.jsonl", "{}", "holds no tasks: it must have TASK/.*arc_challenge, arc_easy"),
     ],

@@ -4,8 +4,9 @@ import pytest
 import zoo
 from pydantic import ValidationError
 
-from lowbit.methods import GPTQ, RTN, OmniQuant
+from lowbit.methods import GPTQ, RTN, MatQuant, MixedQuant, OmniQuant
 from lowbit.methods.grid import GridMethod
+from lowbit.methods.method import Method
 
 METHODS = (RTN, GPTQ, OmniQuant)
 
@@ -23,3 +24,12 @@ def test_zero_points_take_8_bits(method: type[GridMethod]) -> None:
     made = method(bits=3, group_size=16, fine_zeros=True, overrides=overrides).quantize(task)
     shifts = {name: layer.spec.zero_shift for name, layer in made.linears.items()}  # type: ignore[union-attr]
     assert shifts.pop("mlp.down_proj") == 0 and set(shifts.values()) == {5}
+
+
+@pytest.mark.parametrize("method", [RTN, MatQuant, MixedQuant])
+def test_a_group_size_of_minus_1_is_a_whole_row(method: type[Method]) -> None:
+    more = {"sort": "none"} if method is MixedQuant else {}
+    assert method(group_size=-1, **more) == method(group_size=None, **more)
+    for wrong in (0, -2):
+        with pytest.raises(ValueError, match="positive number of inputs, or none or -1"):
+            method(group_size=wrong, **more)

@@ -34,7 +34,7 @@ EDITED = {
     ),
     "events.jsonl": (
         '{"kind": "x", "time": 1}\n{"kind"',
-        "events.jsonl, line 2, is not valid JSON: restore the file, or delete it",
+        "events.jsonl, line 2, cannot be read as JSON: column 8: .*; restore the file",
     ),
 }
 

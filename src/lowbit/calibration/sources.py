@@ -1,13 +1,13 @@
 """Reads text: from named data sets of the Hugging Face hub, and from local files."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lowbit.config import unknown_name
+from lowbit.parsing import parse_json, parse_json_lines, read_text, shorten
 
 Document = str | list[dict[str, Any]]  # a text, or the messages of one chat
 JSON_SUFFIXES = (".json", ".jsonl")
@@ -156,29 +156,16 @@ def read_file(path: Path) -> list[Document]:
     """
     if path.suffix.lower() == PARQUET_SUFFIX:
         return _documents(path, enumerate(_parquet_rows(path), start=1))
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    text = read_text(path)
     return [text] if is_text_file(path) else _documents(path, _json_rows(path, text))
 
 
 def _json_rows(path: Path, text: str) -> Iterable[tuple[int, Any]]:
     """Yields the number and the value of each row, of JSON lines or of one JSON list."""
     if text.lstrip().startswith("["):
-        yield from enumerate(_parse_json(str(path), text), start=1)
-        return
-    # splitlines() would also split at U+2028 and others, which JSON strings may hold unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, _parse_json(f"{path}, line {number}", line)
-
-
-def _parse_json(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+        yield from enumerate(parse_json(text, str(path)), start=1)
+    else:
+        yield from parse_json_lines(text, str(path))
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
@@ -189,8 +176,12 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
         columns = pyarrow.parquet.read_schema(path).names
         wanted = [name for name in ("text", "messages") if name in columns]
         rows = pyarrow.parquet.read_table(path, columns=wanted or columns).to_pylist()
-    except ValueError as error:
-        raise ValueError(f"{path} is not a parquet file: {_first_line(error)}") from error
+    # OSError: a damaged footer. ArrowException: all other damage.
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"{path} cannot be read as a parquet file ({shorten(error)}): copy it again from its "
+            "source, or name a .jsonl or text file"
+        ) from error
     return rows
 
 

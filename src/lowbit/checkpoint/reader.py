@@ -1,7 +1,6 @@
 """Reads a Hugging Face folder tensor by tensor: one file or several shards, safetensors only."""
 
 import hashlib
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowbit.checkpoint.inside import file_inside, kind_of
+from lowbit.parsing import parse_json, read_text
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -206,12 +206,10 @@ def read_json(path: Path) -> Any:
     if os.path.exists(path) and not os.path.isfile(path):  # reading a named pipe would never end
         raise ValueError(f"{path} is {kind_of(path.stat().st_mode)}, but must be a file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(read_text(path), str(path))
+    except ValueError:
         refuse_pointer(path)
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+        raise
 
 
 def file_sha256(path: Path) -> str:

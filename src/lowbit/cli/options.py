@@ -7,7 +7,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from typer import Option
@@ -18,6 +17,7 @@ from lowbit.cli.parameters import Device, RunAndCopyCode, calibration_option, me
 from lowbit.config import explain, unknown_name
 from lowbit.methods import METHODS, Method
 from lowbit.models import FAMILIES, family_name
+from lowbit.parsing import parse_yaml, shorten
 from lowbit.pipeline import RunOptions
 from lowbit.recipes import Recipe, load_recipe
 
@@ -184,13 +184,13 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         field, _, value = (part.strip() for part in pair.partition("="))
         if not field or not value:
-            raise ValueError(f"--set takes FIELD=VALUE, not {pair!r}")
+            raise ValueError(f"--set takes FIELD=VALUE, not {shorten(pair)!r}")
+        where = f"--set {shorten(field)}"
         try:
-            settings[field] = None if value.lower() == "none" else yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(
-                f"--set {field}: {value!r} is not a number, a word or a list"
-            ) from None
+            settings[field] = None if value.lower() == "none" else parse_yaml(value, where)
+        except ValueError as error:
+            allowed = "allowed are a number, a word, a list and a mapping"
+            raise ValueError(f"{error} (got {shorten(value)!r}; {allowed})") from None
     return settings
 
 

@@ -8,7 +8,6 @@ If there are files of several splits, test*.jsonl is scored, or else validation*
 examples come from train*.jsonl, or else validation*.jsonl, or else from the scored rows.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 
 from lowbit.config import unknown_name
+from lowbit.parsing import parse_json_lines, read_text
 
 PREFIX = "local_"
 Row = dict[str, Any]
@@ -110,15 +110,9 @@ def _read(name: str, files: Iterable[Path]) -> list[Row]:
     task = LOCAL_TASKS[name]
     rows = []
     for file in files:
-        try:
-            lines = file.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: {error}") from None
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        for number, row in parse_json_lines(read_text(file), str(file)):
             try:
-                rows.append(task.read(json.loads(line)))
+                rows.append(task.read(row))
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise ValueError(
                     f"{file}, line {number} is not a row of {name}: it must be an object with "
@@ -131,8 +125,6 @@ def _read(name: str, files: Iterable[Path]) -> list[Row]:
 
 def _reason(error: Exception) -> str:
     """Says why a row cannot be read, in the words of the `ValueError` if it is one of ours."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"the line is not valid JSON: {error}"
     if isinstance(error, KeyError):
         return f"{error.args[0]} is missing"
     if isinstance(error, ValueError):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor, nn
 
 from lowbit.formats.base import QuantizedLinear
@@ -21,6 +20,7 @@ from lowbit.formats.nested import (
     tensor_bytes,
     to_uniform,
 )
+from lowbit.parsing import parse_yaml, read_text
 from lowbit.patterns import matches
 
 # One width for all layers, {name or pattern: width}, or the path of a YAML file of this mapping.
@@ -181,11 +181,7 @@ def _shown(names: Iterable[str], most: int = 7) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"plan {path} cannot be read: {reason}") from None
+    plan = parse_yaml(read_text(path), f"plan {path}")
     if not isinstance(plan, dict) or not all(isinstance(pattern, str) for pattern in plan):
         raise ValueError(f"plan {path} must map names or patterns to widths")
     return plan

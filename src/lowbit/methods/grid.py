@@ -1,13 +1,27 @@
 """The fields that methods with uniform grids share: RTN, GPTQ and OmniQuant."""
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lowbit.formats.uniform import tensor_bytes
 from lowbit.methods.method import Method
 from lowbit.solvers.rounding import GridShape
 
+WHOLE_ROW = -1  # how other tools write one group per row
+
+
+def _group_size(value: Any) -> Any:
+    """Returns None for -1. Raises ValueError for other numbers below 1."""
+    if isinstance(value, int) and value < 1 and value != WHOLE_ROW:
+        raise ValueError(
+            f"should be a positive number of inputs, or none or -1 for all inputs of a row "
+            f"(got {value})"
+        )
+    return None if value == WHOLE_ROW else value
+
+
+GroupSize = Annotated[int | None, BeforeValidator(_group_size)]  # of a field; -1 becomes None
 ZERO_BITS = 8  # bits of a zero point if fine_zeros is set
 FineZeros = bool | Literal["auto"]
 FINE_ZEROS = (
@@ -23,7 +37,7 @@ class GridMethod(Method):
     per_linear: ClassVar[tuple[str, ...]] = ("bits", "group_size", "symmetric", "fine_zeros")
 
     bits: int = Field(4, ge=2, le=8, description="Bits of the code that is stored for a weight.")
-    group_size: int | None = Field(
+    group_size: GroupSize = Field(
         None,
         ge=1,
         description="Input channels that share a scale and a zero point; None: all of a row do.",

@@ -4,15 +4,16 @@ A recipe holds a method with its fields, the calibration text, and fields that d
 families.
 """
 
+import os
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from lowbit.config import Config, explain, unknown_name
+from lowbit.parsing import decode, parse_yaml
 
 SUFFIX = ".yaml"
 
@@ -77,7 +78,7 @@ def load_recipe(name: str) -> Recipe:
     if not name.endswith(SUFFIX):
         raise ValueError(f"{unknown_name(name, packaged, 'recipe')}; or a {SUFFIX} file")
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(path):  # also False for a name that no file can have
         raise ValueError(
             f"there is no recipe file {name}; `lowbit recipes` lists the recipes of lowbit"
         )
@@ -91,10 +92,8 @@ def _packaged() -> dict[str, Traversable]:
 
 
 def _read(file: Traversable, name: str) -> Recipe:
+    value = parse_yaml(decode(file.read_bytes(), f"recipe {name}"), f"recipe {name}")
     try:
-        return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return Recipe.model_validate(value)
     except ValidationError as error:
         raise ValueError(f"recipe {name}: {explain(error)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"recipe {name} is not valid YAML: {reason}") from None

@@ -5,7 +5,6 @@ the other files into the classes below. Unknown keys are ignored, since a later 
 written them.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from lowbit.checkpoint.reader import read_json
 from lowbit.checkpoint.writer import finite
 from lowbit.config import explain
 from lowbit.events import KINDS, Event
+from lowbit.parsing import parse_json, read_text
 from lowbit.run_report import RunReport
 
 Read = TypeVar("Read")
@@ -182,12 +182,12 @@ def read_events(folder: Path) -> list[LoggedEvent]:
     if not path.exists():
         return []
     events = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(read_text(path).splitlines(), 1):
         where = f"{path}, line {number},"
         try:
-            value = finite(json.loads(text))
-        except (ValueError, RecursionError):
-            raise ValueError(f"{where} is not valid JSON: {NO_EVENTS}") from None
+            value = finite(parse_json(text, where))
+        except ValueError as error:
+            raise ValueError(f"{error}; {NO_EVENTS}") from None
         line = parse(_Line, value, where, NO_EVENTS)
         kind = KINDS.get(line.kind)
         event = None if kind is None else parse(kind, value, where, NO_EVENTS)

@@ -28,6 +28,7 @@ from lowbit.blocks.training import fit, mean_loss
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear, tensor_bytes
 from lowbit.kernels.slicing import MASTER_BITS
+from lowbit.methods.grid import GroupSize
 from lowbit.methods.learned import NEAREST_BETTER, LearningMethod, keep_if_better, packed_block
 from lowbit.methods.matquant.packing import pack_nested
 from lowbit.methods.matquant.slices import fake_slice, master_codes
@@ -74,7 +75,7 @@ class MatQuant(LearningMethod):
         "above 0. The error of 2 bits is some hundred times that of 4, so with equal weights the "
         "slices of 8 and 4 bits hardly count.",
     )
-    group_size: int | None = Field(
+    group_size: GroupSize = Field(
         None,
         ge=1,
         description="Input channels that share a scale and a zero point; None: all of a row do.",

@@ -28,6 +28,7 @@ from lowbit.formats.sorted_group import (
 )
 from lowbit.formats.uniform.reference import group_count
 from lowbit.methods.damping import Damping, damping_field, damping_share
+from lowbit.methods.grid import GroupSize
 from lowbit.methods.method import Method
 from lowbit.methods.mixedquant.absorbing import SplitHessian, split_hessian
 from lowbit.methods.mixedquant.groups import OrderedGroup, input_scale, permute_producers
@@ -83,7 +84,7 @@ class MixedQuant(Method):
         description="Bits of the inputs, which are rounded when the model runs: 2 to 8, or 16 for "
         "inputs that are not rounded.",
     )
-    group_size: int | None = Field(
+    group_size: GroupSize = Field(
         128,
         ge=4,
         le=1024,
