@@ -1,5 +1,6 @@
 """Formats durations, sizes, perplexities and changes for the screen and for reports."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def perplexity_over(windows: Mapping[str, int], seqlen: int, per_document: bool)
 
 
 def change(value: float, reference: float) -> str:
-    """Formats the relative change from a reference: +3.2 %; empty if the reference is 0."""
-    if not reference:
+    """Formats the relative change from a reference: +3.2 %.
+
+    It is empty if the reference is 0, or one of both is not finite.
+    """
+    if not reference or not math.isfinite(value) or not math.isfinite(reference):
         return ""
     return f"{100 * (value / reference - 1):+.1f} %"

@@ -39,10 +39,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no tokens": ([[], []], "2 rows of 0: .* at least 2 tokens"),
     "one token": ([[1]], "1 rows of 1: .* at least 2 tokens"),
     "ragged": ([[1, 2], [1, 2, 3]], r"shapes \[2\], \[3\]: all rows must be lists of one length"),
-    "flat": ([1, 2, 3], "all rows must be lists of one length"),
+    "flat": ([1, 2, 3], "one row of 3"),
     "deep": ([[[1, 2]]], "all rows must be lists of one length"),
-    "floats": ([[1.0, 2.0]], "are torch.float32: allowed are integers"),
-    "booleans": ([[True, False]], "are torch.bool: allowed are integers"),
+    "floats": ([[1.0, 2.0]], "are torch.float32: allowed are integer dtypes"),
+    "booleans": ([[True, False]], "are torch.bool: allowed are integer dtypes"),
     "negative": ([[-1, 2]], "go from -1 to 2: allowed are 0 to 6"),
     "beyond the vocabulary": ([[1, 7]], "go from 1 to 7: allowed are 0 to 6"),
     "too long": ([[1, 2, 3, 4]], "rows of 4: the model's context is 3"),
@@ -53,3 +53,22 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_what_is_refused(ids: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TokenIds(ids).windows(vocabulary=7, context=3)
+
+
+WRONG = {
+    "a flat list": (
+        [1, 2, 3],
+        r"one row of 3: .* are needed, such as ids\[None\]",
+    ),
+    "a flat tensor": (torch.arange(3), "one row of 3"),
+    "a name": ("wikitext2", r"are 'wikitext2': they must be .* give lowbit.Calibration"),
+    "words": ([["a"]], r"are \[\['a'\]\]: they must be"),
+    "a number": (5, "are 5: they must be"),
+    "floats": ([[1.5, 2.5]], "allowed are integer dtypes"),
+}
+
+
+@pytest.mark.parametrize(("ids", "message"), WRONG.values(), ids=list(WRONG))
+def test_ids_that_are_none(ids: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenIds(ids).windows(10, None)

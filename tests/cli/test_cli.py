@@ -4,7 +4,9 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
+from typing import Any
 
 import pytest
 import typer
@@ -144,3 +146,15 @@ def test_names_that_the_terminal_cannot_show(monkeypatch):
         main()
     screen.seek(0)
     assert screen.read().endswith("llama-mini ? /dev/null/?: rtn\n")
+
+
+def test_an_unexpected_error_is_one_sentence(
+    lowbit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("lowbit.cli.inspect.locate", broken)
+    said = lowbit("inspect", "a", code=1).output
+    assert said.startswith("error: unexpected IndexError: list index out of range. This is a bug")
+    assert "lowbit --debug" in said and said.count("\n") == 1

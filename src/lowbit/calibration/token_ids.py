@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.calibration.windows import Calibration, TokenWindows
+from lowbit.parsing import shorten
 
 NAME = "token ids"  # the name of the source in config.json
 
@@ -57,7 +58,21 @@ class TokenIds:
 
     def _as_tensor(self) -> Tensor:
         """Returns (windows, tokens) int64 on the CPU."""
-        rows = [torch.as_tensor(row) for row in self.ids]
+        try:
+            rows = [torch.as_tensor(row) for row in self.ids]
+        except (TypeError, ValueError, RuntimeError):
+            rows = []
+        if isinstance(self.ids, str) or (not rows and not _is_empty(self.ids)):
+            raise ValueError(
+                f"calibration token ids are {shorten(repr(self.ids))}: they must be (windows, "
+                "tokens) integers; for a data set or a file give "
+                'lowbit.Calibration(sources=("wikitext2",))'
+            )
+        if rows and all(row.dim() == 0 for row in rows):
+            raise ValueError(
+                f"calibration token ids are one row of {len(rows):,}: (windows, tokens) are needed,"
+                " such as ids[None] for one window"
+            )
         lengths = sorted({tuple(row.shape) for row in rows})
         if any(len(shape) != 1 for shape in lengths) or len(lengths) > 1:
             shown = ", ".join(str(list(shape)) for shape in lengths[:3])
@@ -72,8 +87,14 @@ class TokenIds:
             tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool
         )
         if tokens.numel() and not whole:
-            raise ValueError(f"calibration token ids are {tokens.dtype}: allowed are integers")
+            raise ValueError(
+                f"calibration token ids are {tokens.dtype}: allowed are integer dtypes"
+            )
         return tokens.long()
+
+
+def _is_empty(ids: object) -> bool:
+    return isinstance(ids, Tensor | Sequence) and len(ids) == 0
 
 
 def chosen_calibration(given: Calibration | TokenIds | Rows | None) -> Calibration | TokenIds:

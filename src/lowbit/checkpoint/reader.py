@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lowbit.checkpoint.finite import check_finite, checked_sha256
 from lowbit.checkpoint.inside import file_inside, kind_of
 from lowbit.parsing import parse_json, read_text
 
@@ -106,13 +107,17 @@ class CheckpointReader:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Returns the named tensors, on the CPU, in the dtypes in which they are stored.
 
-        Raises ValueError if a file can no longer be read.
+        Raises ValueError if a file can no longer be read, and for a value that is not finite.
         """
         return read_tensors(self.folder, self.tensors, names)
 
     def digest(self) -> str:
-        """Returns a sha256 of the names and contents of all shards."""
-        joined = "".join(f"{file} {file_sha256(self.folder / file)}\n" for file in self.files)
+        """Returns a sha256 of the names and contents of all shards.
+
+        Raises ValueError, with the tensor and the file, for a value that is NaN or infinite.
+        """
+        hashes = {file: checked_sha256(self.folder / file) for file in self.files}
+        joined = "".join(f"{file} {digest}\n" for file, digest in hashes.items())
         return hashlib.sha256(joined.encode()).hexdigest()
 
 

@@ -26,9 +26,15 @@ from lowbit.cli.slice import cut
 from lowbit.cli.verify import verify
 from lowbit.config import explain
 from lowbit.models.quiet import quiet
+from lowbit.parsing import shorten
 from lowbit.version import __version__
 
 MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
+# What code raises that meets something unforeseen; typer's own errors are of other types.
+UNEXPECTED = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) + (
+    RuntimeError,
+    ImportError,
+)
 
 
 class Commands(TyperGroup):
@@ -43,6 +49,19 @@ class Commands(TyperGroup):
             if ctx.params["debug"]:
                 raise
             print_error(error)
+            raise typer.Exit(1) from error
+        except (typer.Exit, typer.Abort):
+            raise
+        except UNEXPECTED as error:
+            if ctx.params["debug"]:
+                raise
+            kind = f"{type(error).__name__}: {shorten(error, 200)}"
+            print_error(
+                ValueError(
+                    f"unexpected {kind}. This is a bug in lowbit or in a library that it uses: "
+                    "please report it with the output of lowbit --debug and the same command"
+                )
+            )
             raise typer.Exit(1) from error
 
 

@@ -97,6 +97,12 @@ def signal_to_noise(weight: Tensor, linear: QuantizedLinear) -> float:
     weight: (out, in) float32, the weight W that was rounded.
     linear: the quantized linear.
     """
+    # A sum that is not finite must not look like an exact copy.
     noise = float((weight - linear.dequantize().to(weight.device)).square().sum())
     signal = float(weight.square().sum())
+    if not math.isfinite(noise) or not math.isfinite(signal):
+        raise ValueError(
+            f"the squares of the weights (up to {float(weight.abs().max()):.3g}) or of their errors"
+            " are not finite in float32: the weights are too large"
+        )
     return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf

@@ -4,6 +4,7 @@ It does not use transformers' generate(), which draws from torch's global random
 """
 
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lowbit.models.sizes import context_of
 
+LEAST_TEMPERATURE = 1e-6  # a lower one gives the same tokens, but infinite logits
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoded from a character whose last bytes are missing
 
 
@@ -47,7 +49,8 @@ def generate(
     temperature: the temperature of sampling; 0: always the most probable token.
     seed: the seed of the random numbers for sampling.
 
-    Raises ValueError if the prompt leaves no room in the context for another token.
+    Raises ValueError if the prompt leaves no room in the context for another token, and if the
+    model computes logits that are not finite.
     """
     context = context_of(model.config)
     room = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
@@ -98,9 +101,15 @@ def _choose(logits: Tensor, temperature: float, draw: torch.Generator) -> int:
 
     logits: (vocabulary,)
     """
+    if bool(logits.isnan().any()) or not math.isfinite(float(logits.max())):
+        raise ValueError(
+            "the model computes logits that are not finite (NaN or infinity), so it cannot choose "
+            "a token: its weights are damaged, or too large for this dtype; try float32"
+        )
     if temperature == 0:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+    scaled = logits.float().cpu() / max(temperature, LEAST_TEMPERATURE)
+    probabilities = torch.softmax(scaled, dim=-1)
     return int(torch.multinomial(probabilities, 1, generator=draw))
 
 

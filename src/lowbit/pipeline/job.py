@@ -4,6 +4,7 @@ A stream holds the inputs of the current block for all calibration windows; see 
 """
 
 import hashlib
+import math
 import os
 import time
 from copy import copy
@@ -25,6 +26,7 @@ from lowbit.calibration import (
 from lowbit.calibration.token_ids import Rows
 from lowbit.checkpoint import CheckpointWriter, file_sha256
 from lowbit.checkpoint.companions import companions_of
+from lowbit.checkpoint.finite import is_finite
 from lowbit.checkpoint.learned import Learned
 from lowbit.events import BlockFinished, BlockLog, BlockStarted, OnEvent
 from lowbit.methods import Method
@@ -180,7 +182,7 @@ class Job:
             attentions=self.source.attentions(name),
         )
         with PeakMemory(self.device) as peak:
-            result = self.method.quantize(task) if task.groups else BlockResult()
+            result = self._result(task)
             pack_float_experts(block, result)
             result = as_stored(result, self.source, name)
             first = not any((writer.record(i) or {}).get("modules") for i in range(index + 1))
@@ -201,9 +203,36 @@ class Job:
         log(finished)
         return result
 
+    def _result(self, task: BlockTask) -> BlockResult:
+        """Returns what the method makes of a block; errors name the block and large weights."""
+        if not task.groups:
+            return BlockResult()
+        for name in (name for group in task.groups for name in group.linears):
+            weight = task.block.get_submodule(name).get_parameter("weight")
+            largest = float(weight.detach().abs().max())
+            if not math.isfinite(largest**2 * weight.numel()) or (
+                largest**2 * weight.numel() > torch.finfo(torch.float32).max
+            ):
+                raise ValueError(
+                    f"{task.name}.{name} has weights up to {largest:.3g}: their squares overflow "
+                    "float32; leave this linear in float with --skip, or repair the checkpoint"
+                )
+        try:
+            return self.method.quantize(task)
+        except ValueError as error:
+            raise ValueError(f"{task.name}: {error}") from error
+
     def advance(self, step: Step, result: BlockResult) -> None:
         """Runs every stream through the block, quantized or float, as the method decides."""
         step.advance(lambda block, stream: self.method.install(block, result, stream))
+        for name, stream in step.streams.items():
+            if not all(map(is_finite, stream.hidden())):
+                how = "float" if name == "float" else "quantized"
+                raise ValueError(
+                    f"{step.name}: the {how} block computes values that are not finite (NaN or "
+                    "infinity) on the calibration text, so later blocks cannot be quantized: "
+                    "check that the float model works on this text"
+                )
 
 
 def physical_memory() -> int:
