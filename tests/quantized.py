@@ -111,14 +111,20 @@ def folder(name: str = "llama", method: str = "rtn", dtype: torch.dtype = torch.
 
 
 @cache
-def master(name: str = "llama", extra_precision: bool = False, scope: str = "all") -> Path:
+def master(
+    name: str = "llama",
+    extra_precision: bool = False,
+    scope: str = "all",
+    rounding: str = "nearest",
+) -> Path:
     """A model of the zoo with 8-bit codes to be sliced; tests must not change the folder."""
-    out = _ROOT / f"{name}-master-{extra_precision}-{scope}"
+    out = _ROOT / f"{name}-master-{extra_precision}-{scope}-{rounding}"
     method = MatQuant(
         group_size=16,
         lwc=False,
         epochs=0,
-        rounding="nearest",
+        rounding=rounding,
+        min_tokens=1,
         extra_precision=extra_precision,
         scope=scope,
     )

@@ -80,3 +80,17 @@ def test_very_large_weights_name_the_linear(method: str, tmp_path: Path) -> None
     name = tensor.removesuffix(".weight")
     with pytest.raises(ValueError, match=rf"{name} has weights up to 1e\+30: their squares over"):
         quantized.quantize(model, tmp_path / "out", method)
+
+
+def test_tensors_that_the_model_does_not_read_may_be_infinite(tmp_path: Path) -> None:
+    mask = "model.layers.0.self_attn.bias"
+    model = shutil.copytree(quantized.source(), tmp_path / "model")
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[mask] = torch.full((3, 3), BAD["-inf"])
+
+    quantized.edit_shard(model / "model.safetensors", add)
+    assert checked_sha256(model / "model.safetensors", {"lm_head.weight"}) == file_sha256(
+        model / "model.safetensors"
+    )
+    quantized.quantize(model, tmp_path / "out", "rtn")

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,16 +107,29 @@ class CheckpointReader:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Returns the named tensors, on the CPU, in the dtypes in which they are stored.
 
-        Raises ValueError if a file can no longer be read, and for a value that is not finite.
+        Raises ValueError if a file can no longer be read.
         """
         return read_tensors(self.folder, self.tensors, names)
 
-    def digest(self) -> str:
+    def read_finite(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Reads tensors that a model computes with.
+
+        Raises ValueError as `read` does, and for a value that is NaN or infinite.
+        """
+        tensors = self.read(names)
+        for name, tensor in tensors.items():
+            check_finite(name, tensor, self.folder / self.tensors[name].file)
+        return tensors
+
+    def digest(self, names: Container[str] | None = None) -> str:
         """Returns a sha256 of the names and contents of all shards.
+
+        names: the tensors that the model reads, whose values are checked; None: all. Others, such
+            as masks that old checkpoints store, may be infinite.
 
         Raises ValueError, with the tensor and the file, for a value that is NaN or infinite.
         """
-        hashes = {file: checked_sha256(self.folder / file) for file in self.files}
+        hashes = {file: checked_sha256(self.folder / file, names) for file in self.files}
         joined = "".join(f"{file} {digest}\n" for file, digest in hashes.items())
         return hashlib.sha256(joined.encode()).hexdigest()
 

@@ -33,6 +33,13 @@ class SourceModel(StreamedModel):
         note_unread(folder, self.skeleton, self.unread)
         self.left_float = self._check_groups(allow_float)
 
+    def digest(self) -> str:
+        """Returns a sha256 of the names and contents of all shards.
+
+        Raises ValueError for a tensor of the model with a value that is NaN or infinite.
+        """
+        return self.reader.digest(set(self.disk_names.values()))
+
     def disk_name(self, name: str) -> str:
         """Returns the name on disk of a module with a weight. name: in memory"""
         return self.disk_names[f"{name}.weight"].removesuffix(".weight")

@@ -323,7 +323,7 @@ def load_tensors(
     wanted = {
         name: disk_names[dot + name] for name in module.state_dict() if dot + name in disk_names
     }
-    stored = reader.read(wanted.values())
+    stored = reader.read_finite(wanted.values())
     state = {name: stored[disk] for name, disk in wanted.items()}
     module.load_state_dict(state, strict=False, assign=True)
     module.requires_grad_(False)

@@ -119,7 +119,7 @@ class Job:
         An interrupted run continues only if its signature is the same.
         """
         config = file_sha256(self.source.folder / "config.json")
-        model = hashlib.sha256(f"{config} {self.source.reader.digest()}".encode()).hexdigest()
+        model = hashlib.sha256(f"{config} {self.source.digest()}".encode()).hexdigest()
         options = self.options.shaping_result()
         options["device"] = self.device.type  # the number of a GPU does not change the result
         options["start_from"] = self.start and self.start.digest()  # the content, not the path

@@ -89,7 +89,7 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     source = SourceModel(folder, chosen.allow_float, chosen.trust_remote_code)
     windows = _windows(source, lora, calibration.seed, chosen)
     made_by = {
-        "model": source.reader.digest(),
+        "model": source.digest(),
         "first_pass": first_pass.signature(),
         "calibration": _with_described_sources(calibration),
         "lora": _with_described_sources(lora),
