@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "load": {"models", "formats", "checkpoint", "config", "version"},
     "eval": {"load", "calibration", "checkpoint", "formats", "config", "parsing"},
     "exporters": {"formats", "checkpoint", "config", "kernels", "version"},
-    "convert": {"formats", "checkpoint", "config", "version"},
+    "convert": {"formats", "checkpoint", "config", "kernels", "version"},
     "report": {"checkpoint", "config", "events", "parsing", "quantities", "run_report"}
     | {"version"},
     "allocate": {"calibration", "checkpoint", "config", "eval", "formats", "load", "models"},

@@ -62,6 +62,11 @@ TRANSFORMERS_ADVICE = (
 ADVICE = {
     PROGRAMS["fp8"]: TRANSFORMERS_ADVICE.format(config="FineGrainedFP8Config"),
     PROGRAMS["mxfp4"]: TRANSFORMERS_ADVICE.format(config="Mxfp4Config"),
+    **{
+        PROGRAMS[method]: f"convert it with: lowbit convert {{folder}} CONVERTED --from {name}, "
+        "then use CONVERTED; or name the float model that it was made from"
+        for method, name in (("gptq", "gptq"), ("awq", "awq"), ("compressed-tensors", "ct"))
+    },
     PROGRAMS["quip"]: "convert it with: lowbit convert {folder} CONVERTED --from quip, then use "
     "CONVERTED",
 }

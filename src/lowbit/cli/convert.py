@@ -21,8 +21,9 @@ def convert(
         Option(
             "--from",
             metavar="NAME",
-            help="Layout of MODEL: bin, which is pytorch_model.bin or its shards, or quip, which "
-            "QuIP-for-all and AutoQuIP write. Required, unless --from-bin is given. Default: none.",
+            help="Layout of MODEL: bin, which is pytorch_model.bin or its shards; quip, which "
+            "QuIP-for-all and AutoQuIP write; gptq; awq; or ct, which is compressed-tensors. "
+            "Required, unless --from-bin is given. Default: none.",
         ),
     ] = None,
     from_bin: Annotated[

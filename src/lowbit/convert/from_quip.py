@@ -33,19 +33,18 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
+from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.checkpoint.companions import companions_of, copy_companions
 from lowbit.checkpoint.folder import written_aside
 from lowbit.checkpoint.other_programs import LOWBIT, PROGRAMS, stated_quantization
-from lowbit.checkpoint.output import final_config
 from lowbit.checkpoint.recognize import recognize, runnable_folder
 from lowbit.checkpoint.writer import RUN
 from lowbit.config import explain, unknown_name
 from lowbit.convert.quip_codes import LAYOUTS, our_codes
+from lowbit.convert.written import write_converted
 from lowbit.formats import build
 from lowbit.formats.checks import dtype_name, finite
 from lowbit.formats.lattice.codebooks import CODEBOOKS
-from lowbit.version import __version__
 
 PARTS = ("Qidxs", "Wscale", "SU", "SV", "had_left", "had_right", "bias", "weight")
 RESIDUAL_SCALES = {"E8P12RVQ3B": 1 / 2.04, "E8P12RVQ4B": 1 / 3.45}  # if opt_resid_scale is null
@@ -129,8 +128,13 @@ def from_quip(folder: str | Path, out: str | Path, trust_remote_code: bool = Fal
     section = _section(config, folder)
     layers = _layers(reader, section, config)
     companions_of(folder, trust_remote_code)  # raises for a link that leads out of the folder
+    made = {"name": "converted from quip", **section.model_dump(exclude={"quant_method"})}
+
+    def convert(name: str, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return _convert(reader, layers[name], section, dtype)
+
     with written_aside(out) as part:
-        _write(reader, layers, section, part)
+        write_converted(reader, _parts(layers), convert, made, part)
         copy_companions(folder, part, trust_remote_code)
         shutil.rmtree(part / RUN)
     return out
@@ -247,42 +251,9 @@ def _unpadded(width: int, config: Mapping[str, Any]) -> int | None:
     return below[-1] if below and width not in sizes and width & (width - 1) == 0 else None
 
 
-def _write(
-    reader: CheckpointReader, layers: Mapping[str, Layer], section: Section, out: Path
-) -> None:
-    """Writes one shard for each file of the checkpoint; a layer goes where its codes are."""
-    inside = {f"{layer.name}.{part}" for layer in layers.values() for part in layer.parts}
-    plain = {n: info.file for n, info in reader.tensors.items() if n not in inside}
-    quantized = {name: layer.parts["Qidxs"].file for name, layer in layers.items()}
-    files = sorted({*plain.values(), *quantized.values()})
-    made_by = {
-        "source": reader.folder.resolve().name,
-        "method": {"name": "converted from quip", **section.model_dump(exclude={"quant_method"})},
-        "model": reader.digest(),
-        "versions": {"lowbit": __version__},
-    }
-    first, dtype = next(iter(layers)), _float_dtype(reader, plain)
-    with CheckpointWriter(out, made_by, len(files)) as writer:
-        for index, file in enumerate(files):
-            tensors = reader.read([name for name, its_file in plain.items() if its_file == file])
-            modules: dict[str, dict[str, Any]] = {}
-            for name in (name for name, its_file in quantized.items() if its_file == file):
-                modules[name], converted = _convert(reader, layers[name], section, dtype)
-                tensors |= {f"{name}.{key}": tensor for key, tensor in converted.items()}
-            placeholder = f"{first}.weight" if first in modules else None
-            if placeholder is not None:
-                tensors[placeholder] = torch.empty(0, dtype=dtype)
-            writer.write_shard(index, tensors, None, {"modules": modules, "marker": placeholder})
-        records = [record for i in range(len(files)) if (record := writer.record(i))]
-        writer.finish(final_config(reader.folder, records, made_by))
-
-
-def _float_dtype(reader: CheckpointReader, plain: Mapping[str, str]) -> torch.dtype:
-    """The dtype of the float weights, taken from the largest tensor that is not quantized."""
-    floats = [
-        reader.tensors[name] for name in plain if reader.tensors[name].dtype.is_floating_point
-    ]
-    return max(floats, key=lambda info: info.bytes).dtype if floats else torch.float16
+def _parts(layers: Mapping[str, Layer]) -> dict[str, dict[str, TensorInfo]]:
+    """Returns the tensors of each layer, its codes first: they decide where the layer goes."""
+    return {name: {"Qidxs": layer.parts["Qidxs"], **layer.parts} for name, layer in layers.items()}
 
 
 def _convert(

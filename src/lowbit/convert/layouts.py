@@ -1,15 +1,21 @@
 """Converts checkpoints of other programs; chooses the reader by the name of the layout."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from lowbit.config import unknown_name
 from lowbit.convert.from_bin import from_bin
+from lowbit.convert.from_grids import LAYOUTS, from_grids
 from lowbit.convert.from_quip import from_quip
 
 # Arguments: the folder to read, the folder to write, whether Python code is copied. Each returns
 # the folder that it has written.
-READERS: dict[str, Callable[[Path, Path, bool], Path]] = {"bin": from_bin, "quip": from_quip}
+READERS: dict[str, Callable[[Path, Path, bool], Path]] = {
+    "bin": from_bin,
+    "quip": from_quip,
+    **{name: partial(from_grids, layout=name) for name in LAYOUTS},
+}
 
 
 def convert(
@@ -21,6 +27,8 @@ def convert(
     out: the folder to write, which must not exist.
     layout: "bin": weights in pytorch_model.bin; pickled objects other than tensors are refused.
         "quip": a model that QuIP-for-all or AutoQuIP quantized.
+        "gptq", "awq", "ct": a model in the layout of GPTQ, AWQ or compressed-tensors. Codes, scales
+        and zero points stay as they are; a layer with which that is impossible is refused.
     trust_remote_code: whether Python code in the model's folder is copied.
 
     Raises ValueError for an unknown layout, and for a folder that does not have this layout.

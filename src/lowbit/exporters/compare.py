@@ -98,7 +98,8 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors have the same bytes; torch compares no unsigned words."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
-    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+    bytes_of = [tensor.reshape(-1).view(torch.uint8) for tensor in (first, second)]
+    return torch.equal(*bytes_of)
 
 
 def compare(folder: Path, exporter: Exporter, progress: Progress) -> Comparison:

@@ -1,0 +1,121 @@
+"""Folders of GPTQ, AWQ and compressed-tensors become lowbit's, with the same codes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+
+import lowbit
+from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint.reader import CheckpointReader
+from lowbit.exporters.grid import grid_of
+from lowbit.methods import RTN
+
+WIDE = zoo.GQA | {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
+NAME = "model.layers.1.mlp.up_proj"
+ROUND_TRIPS: dict[str, tuple[str, RTN, dict[str, Any]]] = {
+    "gptq, 4 bits": ("gptq", RTN(bits=4, symmetric=True, group_size=32), {}),
+    "gptq, 3 bits": ("gptq", RTN(bits=3, symmetric=True, group_size=32), {}),
+    "gptq, 8 bits, rows": ("gptq", RTN(bits=8, symmetric=True, group_size=None), {}),
+    "gptq v2, asymmetric": ("gptq", RTN(bits=4, group_size=32), {"gptq_v2": True}),
+    "awq": ("awq", RTN(bits=4, group_size=32), {}),
+    "awq, symmetric": ("awq", RTN(bits=4, group_size=64, symmetric=True), {}),
+    "ct, 4 bits": ("ct", RTN(bits=4, group_size=32), {}),
+    "ct, 5 bits": ("ct", RTN(bits=5, group_size=16, symmetric=True), {}),
+    "ct, 3 bits, rows": ("ct", RTN(bits=3, group_size=None), {}),
+    "ct, words that are not full": ("ct", RTN(bits=3, group_size=16), {}),
+    "ct, mixed": ("ct", RTN(bits=4, group_size=32, overrides={"mlp.down_proj": {"bits": 8}}), {}),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    line = zoo.Line("qwen3", WIDE | {"attention_bias": True})
+    return zoo.write(line, tmp_path_factory.mktemp("grids") / "source")
+
+
+def exported(source: Path, tmp_path: Path, to: str, method: RTN, **options: Any) -> Path:
+    lowbit.quantize(source, tmp_path / "made", method)
+    lowbit.export(tmp_path / "made", tmp_path / "dest", to, **options)
+    return tmp_path / "dest"
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_round_trip(name: str, source: Path, tmp_path: Path) -> None:
+    to, method, options = ROUND_TRIPS[name]
+    if "not full" in name:  # rows of 48 and 80 inputs
+        source = quantized.source("llama")
+    dest = exported(source, tmp_path, to, method, **options)
+    back = lowbit.convert(dest, tmp_path / "back", to)
+    before, after = QuantizedFolder(tmp_path / "made"), QuantizedFolder(back)
+    assert after.entries.keys() == before.entries.keys()
+    for layer in before.entries:
+        first, second = grid_of(before.layer(layer)), grid_of(after.layer(layer))
+        assert first is not None and second is not None and first.bits == second.bits
+        assert torch.equal(first.codes, second.codes)
+        # By column, because an export may have divided rows or groups.
+        assert torch.equal(first.by_column(first.zero), second.by_column(second.zero))
+        scales = [grid.by_column(grid.scale.float()) for grid in (first, second)]
+        assert torch.equal(*scales)
+    after.verify()
+    with torch.no_grad(), lowbit.backend("reference"):
+        wanted = lowbit.load(tmp_path / "made")[0](zoo.tokens()).logits
+        assert torch.equal(lowbit.load(back)[0](zoo.tokens()).logits, wanted)
+
+
+def edited(dest: Path, edit: Any) -> None:
+    file = CheckpointReader(dest).tensors[f"{NAME}.g_idx"].file
+    tensors = load_file(dest / file)
+    edit(tensors)
+    save_file(tensors, dest / file, metadata={"format": "pt"})
+
+
+def test_sorted_inputs_are_refused(source: Path, tmp_path: Path) -> None:
+    dest = exported(source, tmp_path, "gptq", RTN(bits=4, symmetric=True, group_size=32))
+    edited(dest, lambda tensors: tensors[f"{NAME}.g_idx"].copy_(tensors[f"{NAME}.g_idx"].flip(0)))
+    with pytest.raises(ValueError, match=rf"layer {NAME}: its inputs are sorted .*desc_act"):
+        lowbit.convert(dest, tmp_path / "back", "gptq")
+    assert not any(tmp_path.glob("back*"))
+
+
+def test_a_zero_point_that_wraps_is_refused(source: Path, tmp_path: Path) -> None:
+    dest = exported(source, tmp_path, "gptq", RTN(bits=4, symmetric=True, group_size=32))
+    edited(dest, lambda tensors: tensors[f"{NAME}.qzeros"].fill_(-1))
+    with pytest.raises(ValueError, match=rf"layer {NAME}: a zero point is 0"):
+        lowbit.convert(dest, tmp_path / "back", "gptq")
+
+
+def section(**changes: Any) -> Any:
+    def change(config: dict[str, Any]) -> None:
+        config["quantization_config"] |= changes
+
+    return change
+
+
+WRONG = {
+    "another layout": ("ct", {}, "awq", "is quantized by compressed-tensors: --from awq"),
+    "another width": ("gptq", {"bits": 5}, "gptq", "bits is 5: allowed are 2, 3, 4, 8"),
+    "another group": ("gptq", {"group_size": 64}, "gptq", "sorted into groups"),
+    "gemv": ("awq", {"version": "gemv"}, "awq", "allowed are 4 and 'gemm'"),
+    "group of awq": ("awq", {"group_size": 16}, "awq", "do not fit together"),
+    "no groups": ("ct", {"config_groups": {}}, "ct", "has no config_groups"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_settings(name: str, source: Path, tmp_path: Path) -> None:
+    to, changes, layout, message = WRONG[name]
+    dest = exported(source, tmp_path, to, RTN(bits=4, symmetric=True, group_size=32))
+    quantized.edit_json(dest / "config.json", section(**changes))
+    with pytest.raises(ValueError, match=message):
+        lowbit.convert(dest, tmp_path / "back", layout)
+    assert not any(tmp_path.glob("back*"))
+
+
+def test_a_float_model(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a float model: --from ct reads compressed-tensors"):
+        lowbit.convert(source, tmp_path / "back", "ct")
