@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from lowbit.calibration import Calibration
 from lowbit.checkpoint import QuantizedFolder
-from lowbit.config import Config
+from lowbit.config import LARGEST_SEED, Config
 from lowbit.events import OnEvent
 from lowbit.load import load_model
 from lowbit.methods import QuIP
@@ -134,7 +134,9 @@ class QuipQuantizer(Config):
         5e-5, gt=0, description="AdamW's learning rate for norms, scales and biases."
     )
     ft_susv_lr: float = Field(5e-4, gt=0, description="AdamW's learning rate for signs.")
-    seed: int = Field(0, ge=0, description="Seed of the choice of calibration windows.")
+    seed: int = Field(
+        0, ge=0, le=LARGEST_SEED, description="Seed of the choice of calibration windows."
+    )
 
     @field_validator("modules_to_not_convert", mode="before")
     @classmethod

@@ -13,6 +13,7 @@ from lowbit.fields import section
 from lowbit.parsing import shorten
 
 SHAPES_RESULT = "shapes_result"
+LARGEST_SEED = 2**63 - 1  # torch takes no larger one on every device
 # Least difflib ratio of a name that is suggested; 1 means equal. "rtn" still suggests "rtn-w4a16".
 NEAR = 0.5
 

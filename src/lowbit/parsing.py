@@ -87,6 +87,16 @@ def check_unicode(text: str, where: str) -> str:
     return text
 
 
+def single_bos(ids: list[int], bos: int | None) -> list[int]:
+    """Returns token ids with at most one BOS at their start, because the text may have its own.
+
+    bos: the tokenizer's BOS token; None: it has none.
+    """
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    return ids
+
+
 def parse_json(text: str, where: str) -> Any:
     """Returns the value of a JSON text.
 

@@ -11,7 +11,7 @@ from lowbit.calibration import (
     evaluation_documents,
     evaluation_text,
 )
-from lowbit.calibration.tokens import tokenizer_digest
+from lowbit.calibration.tokens import encode, tokenizer_digest
 
 
 @pytest.mark.parametrize(
@@ -140,3 +140,25 @@ def test_a_tokenizer_without_a_backend() -> None:
     same.add_bos_token = False
     assert tokenizer_digest(first) != tokenizer_digest(same)
     assert tokenizer_digest(first) != tokenizer_digest(Slow({"a": 0, "b": 2}))
+
+
+class OneBos:
+    """A tokenizer that adds BOS token 1 and knows its text form; its template refuses chats."""
+
+    bos_token_id, chat_template = 1, "refuses"
+
+    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+        return {"input_ids": [1, *(1 if word == "<s>" else ord(word) for word in text.split())]}
+
+    def apply_chat_template(self, messages: object, **options: object) -> str:
+        raise RuntimeError("roles must alternate")
+
+
+@pytest.mark.parametrize("text", ["a b", "<s> a b", "<s> <s> a b"])
+def test_a_row_has_one_bos(text: str) -> None:
+    assert encode(OneBos(), text, "rows").tolist() == [1, 97, 98]
+
+
+def test_a_chat_that_the_template_refuses() -> None:
+    with pytest.raises(ValueError, match="rows: the tokenizer's chat template refuses a chat .rol"):
+        encode(OneBos(), [{"role": "user", "content": "a"}], "rows")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from texts import TEXT, draw, ids, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from lowbit.calibration.windows import split_windows
+from lowbit.calibration.windows import Calibration, split_windows
 
 
 @pytest.mark.parametrize(
@@ -207,3 +207,9 @@ def test_a_flipped_bit_in_the_cache_is_never_believed(
         )
         again = draw(tokenizer, path, cache=tmp_path)
         assert torch.equal(again.tokens, plain.tokens) and again.sources == plain.sources
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
+def test_a_seed_that_torch_cannot_take_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match="seed"):
+        Calibration(seed=seed)

@@ -50,6 +50,46 @@ def trained():
     return lowbit.load(MODEL)
 
 
+class Words:
+    """A tokenizer with BOS token 1, whose template refuses every chat; a letter is a token."""
+
+    bos_token_id, eos_token_id = 1, None
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        ids = [1 if word == "<s>" else ord(word) for word in text.split()]
+        return {"input_ids": [1, *ids] if add_special_tokens else ids}
+
+    def apply_chat_template(self, messages, **options):
+        raise RuntimeError("roles must alternate")
+
+    decode = Numbers.decode
+
+
+@pytest.mark.parametrize("text", ["a b", "<s> a b", "<s> <s> a b"])
+def test_a_prompt_has_one_bos(text: str) -> None:
+    assert prompt_tokens(Words(), text, chat=False) == [1, 97, 98]
+
+
+BAD_PROMPTS = {
+    "surrogate": ("a \ud800", False, "the prompt has .ud800, which is half of a character"),
+    "not UTF-8": ("\udcff", False, "the prompt has the byte 0xff, which is not UTF-8"),
+    "refused by the template": ("a", True, "refuses the prompt .roles must alternate.: use --raw"),
+}
+
+
+@pytest.mark.parametrize(("text", "chat", "message"), BAD_PROMPTS.values(), ids=list(BAD_PROMPTS))
+def test_a_bad_prompt_is_refused(text: str, chat: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prompt_tokens(Words(), text, chat)
+
+
+def test_a_token_without_a_row_is_refused() -> None:
+    model = zoo.make(zoo.ZOO["llama"])
+    rows = model.get_input_embeddings().weight.shape[0]
+    with pytest.raises(ValueError, match=f"has token {rows}, but the model has {rows} tokens"):
+        list(generate(model, Words(), [1, rows]))
+
+
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_every_family_continues_as_without_a_cache(name):
     model = zoo.make(zoo.ZOO[name])

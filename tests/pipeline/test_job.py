@@ -1,5 +1,7 @@
 """The work that a run and a dry run share: streams, and where these are kept."""
 
+import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -105,3 +107,13 @@ def test_where_streams_live(
     assert windows is not None
     monkeypatch.setattr(module, "physical_memory", lambda: memory)
     assert made.streams_on_disk(windows.tokens) == disk
+
+
+def test_calibration_text_with_a_token_that_the_model_lacks(tmp_path: Path) -> None:
+    model = shutil.copytree(quantized.source(), tmp_path / "model")
+    file = model / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"] = {k: v + 5000 for k, v in content["model"]["vocab"].items()}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"calibration text has token \d+, but the model has"):
+        quantized.quantize(model, tmp_path / "out", "gptq")

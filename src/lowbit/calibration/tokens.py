@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.calibration.sources import Corpus, Document
+from lowbit.parsing import shorten, single_bos
 
 READ_AT_ONCE = 1000  # documents; a shard of C4 takes 1.4 s instead of 8 s one by one
 
@@ -34,7 +35,9 @@ def encode(tokenizer: Tokenizer, document: Document, name: str) -> Tensor:
     document: a text, or the messages of a chat, which are written with the chat template.
     name: the name of the source, for error messages.
 
-    Raises ValueError for a chat if the tokenizer has no chat template.
+    A BOS at the start of the text is not doubled by the tokenizer's own.
+
+    Raises ValueError for a chat that the tokenizer's chat template refuses, or if it has none.
     """
     # verbose=False: no warning that the text is longer than the model's context, as is intended.
     options = {"verbose": False, "truncation": False, "return_attention_mask": False}
@@ -46,9 +49,16 @@ def encode(tokenizer: Tokenizer, document: Document, name: str) -> Tensor:
                 f"{name} holds chats (`messages`), but this tokenizer has no chat template: add"
                 " one, or use rows of `text`"
             )
-        text = tokenizer.apply_chat_template(document, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(document, tokenize=False)
+        except Exception as error:  # a template may raise any error
+            raise ValueError(
+                f"{name}: the tokenizer's chat template refuses a chat ({shorten(error)}): change "
+                "its messages, or use rows of `text`"
+            ) from None
         ids = tokenizer(text, add_special_tokens=False, **options)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return torch.tensor(single_bos(ids, bos), dtype=torch.int64)
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:

@@ -8,6 +8,7 @@ from typer import Argument, Option
 from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.cli.device import device_map
 from lowbit.cli.parameters import Devices, Model, TrustRemoteCode
+from lowbit.config import LARGEST_SEED
 from lowbit.load import load_model, locate, need_tokenizer
 from lowbit.models import generation
 
@@ -21,7 +22,10 @@ def generate(  # noqa: PLR0913 (a command's options)
     temperature: Annotated[
         float, Option(min=0, help="Temperature of sampling; 0: always the most likely token.")
     ] = 0.0,
-    seed: Annotated[int, Option(min=0, help="Seed of sampling, for a temperature above 0.")] = 0,
+    seed: Annotated[
+        int,
+        Option(min=0, max=LARGEST_SEED, help="Seed of sampling, for a temperature above 0."),
+    ] = 0,
     device: Devices = "auto",
     raw: Annotated[
         bool, Option("--raw", help="Continue PROMPT as it is, without the chat template.")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.models.sizes import context_of
+from lowbit.parsing import check_unicode, shorten, single_bos
 
 LEAST_TEMPERATURE = 1e-6  # a lower one gives the same tokens, but infinite logits
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoded from a character whose last bytes are missing
@@ -22,12 +23,23 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
     chat: whether the prompt is put into the tokenizer's chat template, as a message of the user.
 
-    Raises ValueError for an empty prompt.
+    Raises ValueError for an empty prompt, one with half of a character (a lone surrogate), and one
+    that the chat template refuses.
     """
+    check_unicode(prompt, "the prompt")
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            prompt = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template may raise any error
+            raise ValueError(
+                f"the tokenizer's chat template refuses the prompt ({shorten(error)}): use --raw "
+                "to continue it as it is"
+            ) from None
     ids: list[int] = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+    ids = single_bos(ids, getattr(tokenizer, "bos_token_id", None))
     if not ids:
         raise ValueError("the prompt is empty: there is nothing to continue")
     return ids
@@ -49,8 +61,8 @@ def generate(
     temperature: the temperature of sampling; 0: always the most probable token.
     seed: the seed of the random numbers for sampling.
 
-    Raises ValueError if the prompt leaves no room in the context for another token, and if the
-    model computes logits that are not finite.
+    Raises ValueError if the prompt leaves no room in the context for another token, for a token
+    that the model does not have, and if the model computes logits that are not finite.
     """
     context = context_of(model.config)
     room = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
@@ -58,6 +70,12 @@ def generate(
         raise ValueError(
             f"the prompt has {len(prompt)} tokens, the model's context is {context}: "
             "use a shorter prompt"
+        )
+    rows = _rows(model)
+    if rows is not None and max(prompt) >= rows:
+        raise ValueError(
+            f"the prompt has token {max(prompt)}, but the model has {rows} tokens: use the "
+            "tokenizer of this model, or leave out special tokens that were added to it"
         )
     draw = torch.Generator().manual_seed(seed)
     ends = _ends(model, tokenizer)
@@ -71,6 +89,13 @@ def generate(
             yield text[shown:]
             shown = len(text)
     yield _text(tokenizer, ids)[shown:]
+
+
+def _rows(model: nn.Module) -> int | None:
+    """Returns the number of tokens that have an embedding; None for a model that does not say."""
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embeddings, "weight", None)
+    return None if weight is None else int(weight.shape[0])
 
 
 def _continue(

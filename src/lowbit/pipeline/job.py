@@ -111,7 +111,14 @@ class Job:
                 "tokenizer: leave out --without-tokenizer, pass token ids (lowbit.TokenIds), or "
                 "choose a method without calibration, such as rtn"
             )
-        return token_windows(self.calibration, self.tokenizer, context, self.options.cache)
+        windows = token_windows(self.calibration, self.tokenizer, context, self.options.cache)
+        largest, rows = int(windows.tokens.max()), self.source.vocabulary
+        if largest >= rows:
+            raise ValueError(
+                f"the calibration text has token {largest}, but the model has {rows} tokens: use "
+                "the tokenizer of this model, or leave out special tokens that were added to it"
+            )
+        return windows
 
     def signature(self, windows: TokenWindows | None) -> dict[str, Any]:
         """Returns everything that the result depends on, as JSON values.
