@@ -213,3 +213,13 @@ def test_a_flipped_bit_in_the_cache_is_never_believed(
 def test_a_seed_that_torch_cannot_take_is_refused(seed: int) -> None:
     with pytest.raises(ValueError, match="seed"):
         Calibration(seed=seed)
+
+
+LONG = {"name": "a" * 5000, "weight": f"wikitext2={'x' * 5000}", "file": f"{'a' * 5000}.txt=2"}
+
+
+@pytest.mark.parametrize("source", LONG.values(), ids=list(LONG))
+def test_a_long_source_is_refused_with_a_short_message(source: str) -> None:
+    with pytest.raises(ValueError, match=r"\.\.\.") as error:
+        split_windows([source], 4)
+    assert len(str(error.value)) < 500

@@ -137,3 +137,10 @@ def test_the_hub_does_not_answer_about_conversions(
     monkeypatch.setattr("lowbit.models.locate.get_repo_discussions", refuse)
     with pytest.raises(ValueError, match="cannot be downloaded from the hub \\(no network\\)"):
         locate("owner/name")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, f"/{'a' * 5000}", f"a/b/{'c' * 5000}"])
+def test_a_long_name_is_refused_with_a_short_message(name: str) -> None:
+    with pytest.raises(ValueError, match=r"\.\.\.") as error:
+        locate(name)
+    assert len(str(error.value)) < 300

@@ -1,6 +1,7 @@
 """Reads text: from named data sets of the Hugging Face hub, and from local files."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,9 +123,9 @@ def check_name(name: str, names: Iterable[str], what: str) -> None:
     what: a noun for such a name, for the message.
     """
     names = list(names)
-    if name in names or Path(name).is_file():
+    if name in names or os.path.isfile(name):  # False for a name that no file can have
         return
-    what += ", and it is a folder" if Path(name).is_dir() else ", and no such file exists"
+    what += ", and it is a folder" if os.path.isdir(name) else ", and no such file exists"
     raise ValueError(unknown_name(name, names, what) + "; or any text, .jsonl or .parquet file")
 
 

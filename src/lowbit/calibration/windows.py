@@ -34,6 +34,7 @@ from lowbit.calibration.tokens import (
     tokenizer_digest,
 )
 from lowbit.config import LARGEST_SEED, Config
+from lowbit.parsing import shorten
 
 MIX = ("wikitext2", "ptb", "c4")
 LONGEST_DEFAULT = 2048  # tokens; what the papers calibrate with
@@ -165,12 +166,12 @@ def described_sources(sources: Sequence[str]) -> list[dict[str, Any]]:
 def _parse(spec: str) -> tuple[str, Fraction]:
     """Splits "NAME_OR_FILE[=WEIGHT]" into name and weight; an existing file "a=b" has weight 1."""
     name, weight = spec, "1"
-    if "=" in spec and not Path(spec).is_file():
+    if "=" in spec and not os.path.isfile(spec):
         name, _, weight = spec.rpartition("=")
     if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) or Fraction(weight) == 0:
         raise ValueError(
-            f"{spec!r} is not a file, and {weight!r} is not a weight for {name!r}: a weight is a"
-            " positive number such as 2 or 0.5"
+            f"{shorten(spec)!r} is not a file, and {shorten(weight)!r} is not a weight for "
+            f"{shorten(name)!r}: a weight is a positive number such as 2 or 0.5"
         )
     check_name(name, [*HUB_SOURCES, "mix"], "calibration data set")
     return name, Fraction(weight)

@@ -1,9 +1,12 @@
 """Finds the folder of a model on disk; downloads it if the model is a hub id."""
 
+import os
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_repo_discussions, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from lowbit.parsing import shorten
 
 # All files that a causal LM and its tokenizer need; no pickles and no code.
 FILES = [
@@ -36,12 +39,12 @@ def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
     Raises ValueError if `model` is neither a folder nor on the hub, or has no safetensors.
     """
     folder, name = Path(model), str(model)
-    if name and folder.is_dir():  # Path("") is the current folder
+    if name and os.path.isdir(folder):  # Path("") is the current folder
         return folder
-    if name and folder.is_file():
+    if name and os.path.isfile(folder):  # False for a name that no file can have
         raise ValueError(f"{name} is a file: name the folder that contains it")
     if folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~")):
-        raise ValueError(f"{name}: there is no such folder")
+        raise ValueError(f"{shorten(name)}: there is no such folder")
     patterns = FILES + CODE if trust_remote_code else FILES
     try:
         snapshot = Path(snapshot_download(name, allow_patterns=patterns))
@@ -51,7 +54,9 @@ def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
         if revision is not None:
             return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError:
-        raise ValueError(f"{name!r} is neither a folder nor a hub id (OWNER/NAME)") from None
+        raise ValueError(
+            f"{shorten(name)!r} is neither a folder nor a hub id (OWNER/NAME)"
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
