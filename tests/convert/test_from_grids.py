@@ -35,7 +35,8 @@ ROUND_TRIPS: dict[str, tuple[str, RTN, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     line = zoo.Line("qwen3", WIDE | {"attention_bias": True})
-    return zoo.write(line, tmp_path_factory.mktemp("grids") / "source")
+    folder = zoo.write(line, tmp_path_factory.mktemp("grids") / "source")
+    return quantized.add_byte_tokenizer(folder)
 
 
 def exported(source: Path, tmp_path: Path, to: str, method: RTN, **options: Any) -> Path:
