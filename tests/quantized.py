@@ -181,8 +181,9 @@ def seal(folder: Path) -> None:
 
     def forge(config: Any) -> None:
         section = config["quantization_config"]
-        files = section.get("files")
-        for file, facts in files.items() if isinstance(files, dict) else []:
+        stated = [section.get(key) for key in ("files", "other_files")]
+        parts = [files for files in stated if isinstance(files, dict)]
+        for file, facts in [item for files in parts for item in files.items()]:
             if isinstance(facts, dict) and os.path.isfile(folder / file):
                 facts["size"] = (folder / file).stat().st_size
                 facts["sha256"] = file_sha256(folder / file)

@@ -57,6 +57,7 @@ STAYS = [
     "learned/model-00002-of-00003.safetensors",
     "README.md",
     "README_ZH.md",
+    "tokenizer.json.changed",
     "adapter_config.json",
     "quantization_config.json",
     "quantize_config.json",

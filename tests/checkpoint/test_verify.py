@@ -167,7 +167,7 @@ WRONG: dict[str, tuple[Damage, str]] = {
 # Seen by size, hash or digest alone.
 DAMAGED: dict[str, tuple[Damage, str]] = {
     "flipped byte": (flip, f"{SHARDS[1]} is damaged: its sha256"),
-    "grown": (grow, f"{SHARDS[2]} has .* bytes, but config.json states"),
+    "grown": (grow, f"{SHARDS[2]} has .* bytes, not"),
     "edited": (config(lambda s: s["made_by"].update(seed=1)), "edited after quantization"),
     "edited outside": (
         lambda f: quantized.edit_json(f / "config.json", lambda c: c.update(rope_theta=1.0)),

@@ -20,6 +20,9 @@ def copy(rtn, tmp_path):
 def test_every_file_is_named(command, lowbit, rtn):
     *lines, last = lowbit(*command, rtn).stdout.splitlines()
     names = ["config.json", *sorted(path.name for path in rtn.glob("*.safetensors"))]
+    section = json.loads((rtn / "config.json").read_text())["quantization_config"]
+    assert "tokenizer.json" in section["other_files"]
+    names += sorted(section["other_files"])
     assert [line.split() for line in lines] == [[name, "ok"] for name in names]
     assert last.startswith(f"{rtn} is complete: 42 quantized linears, ")
 

@@ -40,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(source: Path, tmp_path: Path, to: str, method: RTN, **options: Any) -> Path:
-    lowbit.quantize(source, tmp_path / "made", method)
+    lowbit.quantize(source, tmp_path / "made", method, without_tokenizer=True)
     lowbit.export(tmp_path / "made", tmp_path / "dest", to, **options)
     return tmp_path / "dest"
 

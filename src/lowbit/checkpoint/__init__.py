@@ -9,12 +9,16 @@ reader.py:           any Hugging Face folder, tensor by tensor.
 low_precision.py:    weights that are stored in FP8 or FP4, as float.
 quantized_folder.py: a quantized folder, layer by layer.
 verify.py:           checks of the config.json of a quantized folder.
+hashes.py:           compares files with the sizes and hashes that were stated of them.
+integrity.py:        compares a whole quantized folder with them.
 layers.py:           quantized layers from their entries and tensors.
 slices.py:           widths and sizes of the slices of a MatQuant folder.
 learned.py:          the learned parameters of an earlier run.
 
 Writing:
 writer.py:           the folder of a run, block by block; an interrupted run can continue.
+records.py:          what the writer has finished; it is checked before a run continues.
+accept.py:           takes an edited file as right.
 folder.py:           a folder at once.
 provenance.py:       keeps paths of the maker's machine out of what is written.
 companions.py:       the files other than weights that belong to a model.

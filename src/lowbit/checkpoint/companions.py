@@ -6,6 +6,7 @@
 | files that lowbit writes itself: config.json, report.json, run/, ...          | no             |
 | descriptions of other weights: of an adapter, of another quantizer            | no             |
 | README*: it describes the float model                                         | no             |
+| NAME.changed: what somebody edited in OUT, which lowbit wrote again           | no             |
 | hidden files, and compiled Python code                                        | no             |
 | Python code                                                                   | if it may run  |
 | everything in a folder with its own checkpoint: original/, checkpoint-500/    | no             |
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from lowbit.checkpoint.inside import check_link
 from lowbit.checkpoint.provenance import copy_without_paths
-from lowbit.checkpoint.writer import RUN, aside
+from lowbit.checkpoint.writer import KEPT_END, RUN, aside
 
 WEIGHTS = tuple(".safetensors .bin .pt .pth .ckpt .h5 .msgpack .ot .npz .gguf .onnx".split())
 INDEX_END = ".index.json"
@@ -42,8 +43,10 @@ CONFIGS = ("config.json", "params.json")
 
 def copy_companions(
     folder: Path, into: Path, code: bool = False, without: Sequence[str] = ()
-) -> None:
-    """Copies the companions of a model folder; each is renamed to its name once it is complete.
+) -> list[Path]:
+    """Copies the companions of a model folder, and returns their names; see the table above.
+
+    Each is renamed to its name once it is complete.
 
     folder: the model folder.
     into: the folder to copy to.
@@ -52,12 +55,16 @@ def copy_companions(
 
     Raises ValueError for a link that leads out of the folder.
     """
-    for name in companions_of(folder, code):
-        if any(name.match(pattern) for pattern in without):
-            continue
+    names = [
+        name
+        for name in companions_of(folder, code)
+        if not any(name.match(pattern) for pattern in without)
+    ]
+    for name in names:
         (into / name).parent.mkdir(parents=True, exist_ok=True)
         with aside(into / name) as part:
             copy_without_paths(folder / name, part)
+    return names
 
 
 def companions_of(folder: Path, code: bool = False) -> list[Path]:
@@ -95,6 +102,8 @@ def _files_below(folder: Path) -> list[Path]:
 def _is_companion(file: Path, code: bool) -> bool:
     """file: path relative to the model folder"""
     if any(part.startswith(".") for part in file.parts) or is_weights(file):
+        return False
+    if file.suffix == KEPT_END:
         return False
     return code if file.suffix == CODE else file.suffix not in COMPILED
 

@@ -31,7 +31,7 @@ def write_folder(
     shards: one dictionary of tensors by name on disk for each shard; they are taken one at a time.
     count: the number of shards.
     config: the content of config.json, or a function that makes it from the folder once that holds
-        the shards.
+        everything else.
     companions: a model folder; its files other than weights (tokenizer, licences) are copied.
     code: whether its Python code is copied too.
 
@@ -40,8 +40,8 @@ def write_folder(
     companions_of(companions, code)  # raises for a link that leads out of the folder
     with written_aside(out) as part:
         part.mkdir(parents=True)
-        write_model(part, shards, count, config)
         copy_companions(companions, part, code)
+        write_model(part, shards, count, config)
 
 
 @contextmanager

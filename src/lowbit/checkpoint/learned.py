@@ -8,7 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lowbit.checkpoint.reader import CheckpointReader, file_sha256
+from lowbit.checkpoint.hashes import OTHER_FILES, problem_of, stated
+from lowbit.checkpoint.reader import CheckpointReader, file_sha256, read_json
+from lowbit.checkpoint.recognize import CONFIG, check_config
 
 FOLDER = "learned"
 
@@ -20,7 +22,8 @@ class Learned:
     shards: number of shards of the new run, as `CheckpointWriter` counts them: blocks + 1.
 
     Raises ValueError if the file of a block is missing: the earlier run is unfinished, its method
-    learns nothing, or its model has another number of blocks.
+    learns nothing, or its model has another number of blocks; and if a file is not as it was
+    written.
     """
 
     def __init__(self, folder: Path, shards: int) -> None:
@@ -37,6 +40,23 @@ class Learned:
                 f"{len(present)} such files, this model needs {len(self.files)}): name the OUT of "
                 "a finished run on this model with a method that learns"
             )
+        self._check_hashes()
+
+    def _check_hashes(self) -> None:
+        """Compares the files with config.json, if the folder is that of a finished run."""
+        out = self.folder.parent
+        if self.folder.name != FOLDER or not (out / "config.json").is_file():
+            return
+        section = check_config(out, read_json(out / CONFIG)).get("quantization_config")
+        facts = stated(section, OTHER_FILES) if isinstance(section, dict) else {}
+        for path in self.files.values():
+            name = f"{FOLDER}/{path.name}"
+            problem = problem_of(out, name, facts[name]) if name in facts else None
+            if problem is not None:
+                raise ValueError(
+                    f"{path} {problem}: copy it from its source again, or run the command that "
+                    "made it again"
+                )
 
     def digest(self) -> str:
         """Returns a sha256 of the contents of all files."""

@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoint.hashes import FILES, OTHER_FILES
 from lowbit.checkpoint.provenance import without_paths
 from lowbit.checkpoint.quantized_folder import QuantizedFolder
 from lowbit.checkpoint.ranges import collapse
@@ -17,13 +18,17 @@ Record = Mapping[str, Any]
 
 
 def final_config(
-    source: Path, records: Sequence[Record], made_by: dict[str, Any]
+    source: Path,
+    records: Sequence[Record],
+    made_by: dict[str, Any],
+    others: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns config.json of the source with a quantization_config.
 
     source: the folder of the float model.
     records: the records of all shards, in order.
     made_by: how the folder was made: method, calibration, versions.
+    others: size and sha256 of all other files, by name.
 
     Raises ValueError if no layer was quantized.
     """
@@ -34,10 +39,11 @@ def final_config(
     section = {
         "quant_method": "lowbit",
         "version": VERSION,
-        "marker": next(r["marker"] for r in records if r.get("marker")),
+        "marker": next((r["marker"] for r in records if r.get("marker")), None),
         "modules": collapse(modules),
         **({"attention": collapse(attention)} if attention else {}),
-        "files": {r["file"]: {"size": r["size"], "sha256": r["sha256"]} for r in records},
+        FILES: {r["file"]: {"size": r["size"], "sha256": r["sha256"]} for r in records},
+        OTHER_FILES: dict(others),
         "made_by": made_by,
     }
     changed = {key: value for r in records for key, value in r.get("config", {}).items()}

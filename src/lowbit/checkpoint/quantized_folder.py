@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.hashes import loading_problem, problem_of
 from lowbit.checkpoint.layers import check_tensor, layers_from
-from lowbit.checkpoint.reader import INDEX, file_sha256, read_json
+from lowbit.checkpoint.reader import INDEX, read_json
 from lowbit.checkpoint.recognize import quantized_folder
 from lowbit.checkpoint.verify import (
     config_digest,
@@ -131,17 +132,21 @@ class QuantizedFolder:
         with torch.device("meta"):
             return [f"{name}.{key}" for key in build(self.entries[name]).state_dict()]
 
-    def verify(self, hashes: bool = True) -> None:
+    def verify(self, hashes: bool = True, partial: bool = False) -> None:
         """Checks that the folder is as it was written. Raises ValueError if it is not.
 
         It checks config.json, the sizes of the shards, and that the tensors of every quantized
         layer are there with the right shape and dtype.
 
-        hashes: whether the contents of the shards are checked too, by their hashes; this takes
-            longer.
+        hashes: whether the contents of the shards, and of the other files that loading reads, are
+            checked too, by their hashes; this takes longer.
+        partial: whether files other than shards may be missing, because transformers has
+            downloaded only those that it reads.
         """
         self._check_digest()
         self._check_files(hashes)
+        if hashes:
+            self._check_other_files(partial)
         for name in self.entries:
             self._checked(name)
         placeholder = self.reader.tensors.get(self.placeholder)
@@ -196,14 +201,23 @@ class QuantizedFolder:
                 f"but config.json lists {sorted(stated)}"
             )
         self._check_index()
-        for file, facts in stated.items():
-            path = self.folder / file
-            if not isinstance(facts, dict) or facts.get("size") != path.stat().st_size:
-                raise ValueError(
-                    f"{path} has {path.stat().st_size} bytes, but config.json states {facts}"
-                )
-            if hashes and facts.get("sha256") != file_sha256(path):
-                raise ValueError(f"{path} is damaged: its sha256 is not the one in config.json")
+        for compared in (False, True)[: 1 + hashes]:  # all sizes first, which takes no time
+            for file, facts in stated.items():
+                problem = problem_of(self.folder, file, facts, compared)
+                if problem is not None:
+                    raise ValueError(
+                        f"{self.folder / file} {problem}: copy it from its source again, or, if "
+                        "lowbit quantize made it, run the same command again"
+                    )
+
+    def _check_other_files(self, partial: bool) -> None:
+        found = loading_problem(self.folder, self.quantization, partial)
+        if found is not None:
+            name, problem = found
+            raise ValueError(
+                f"{self.folder / name} {problem}: restore it, or, if the change was on purpose, "
+                f"accept it with: lowbit inspect {self.folder} --accept {name}"
+            )
 
     def _check_index(self) -> None:
         """Checks that the index is complete: transformers needs it for layers offloaded to disk."""

@@ -8,6 +8,10 @@ OUT/*.safetensors         one shard per block, and one for everything outside th
 OUT/events.jsonl          the events of the run, one JSON object per line, appended
 OUT/config.json           written last: an unfinished OUT cannot be loaded
 
+Nothing that an earlier run left is trusted. On entry, a finished OUT is compared with the hashes in
+config.json, and an unfinished one with its records; what differs is named in `damaged`, counts as
+not finished, and so is made again. `finish` compares the whole folder with its hashes once more.
+
 Every file but events.jsonl is written under another name and renamed when it is complete. The lock
 is an flock on OUT/run/lock, which the system releases when its process ends.
 """
@@ -18,7 +22,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -28,10 +32,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowbit.checkpoint.hashes import facts_of, facts_of_files, is_inside
 from lowbit.checkpoint.inside import check_plain
-from lowbit.checkpoint.reader import INDEX, CheckpointReader, file_sha256, read_json
+from lowbit.checkpoint.integrity import folder_problems
+from lowbit.checkpoint.output import final_config
+from lowbit.checkpoint.reader import INDEX, CheckpointReader, read_json
+from lowbit.checkpoint.records import Record, digest_of, read_record, sealed
 
 RUN, SIGNATURE, EVENTS = "run", "signature.json", "events.jsonl"
+CONFIG = "config.json"
+KEPT_END = ".changed"  # of a file that somebody may have edited, and that is written again
 
 
 class CheckpointWriter:
@@ -44,6 +54,9 @@ class CheckpointWriter:
     restart: whether an earlier run in OUT is deleted.
     before: callback that is called before a new run, but not before a continued one. If it raises
         an error, the earlier content of OUT stays unchanged.
+    complete: attribute, whether an earlier run finished OUT and everything is as it was written.
+    damaged: attribute, what an earlier run wrote and is not as it was written: the problem of each
+        file, as the rest of a sentence that begins with the file's name.
 
     On entry, raises ValueError if OUT holds a run with another signature (the message lists the
     differences), if OUT was not made by lowbit, or if another process is writing it.
@@ -62,6 +75,9 @@ class CheckpointWriter:
         self.shards = shards
         self.restart = restart
         self.before = before
+        self.complete = False
+        self.damaged: dict[str, str] = {}
+        self._records: dict[int, Record] = {}
 
     def __enter__(self) -> Self:
         self._refuse_other_folders()
@@ -84,6 +100,7 @@ class CheckpointWriter:
                     self._clear()
                 self._compare_signature()
                 self._drop_incomplete_event()
+                self._examine()
         except BaseException:
             self._lock.close()
             raise
@@ -96,10 +113,6 @@ class CheckpointWriter:
         trace: TracebackType | None,
     ) -> None:
         self._lock.close()
-
-    @property
-    def complete(self) -> bool:
-        return (self.folder / "config.json").exists()
 
     @property
     def streams(self) -> Path:
@@ -119,14 +132,7 @@ class CheckpointWriter:
 
         index: the index of the shard.
         """
-        path = self._record_path(index)
-        if not path.exists():
-            return None
-        record = read_json(path)
-        shard = self.folder / record["file"]
-        if not shard.exists() or shard.stat().st_size != record["size"]:
-            return None
-        return record
+        return self._records.get(index)
 
     def write_shard(
         self,
@@ -143,29 +149,28 @@ class CheckpointWriter:
         data: what the record holds apart from the file's name, size and hash.
         """
         name = self.shard_name(index)
+        kept = self.folder / "learned" / name
         with explained(self.folder):
             save_tensors(self.folder / name, tensors)
             if learned is not None:
                 (self.folder / "learned").mkdir(exist_ok=True)
-                save_tensors(self.folder / "learned" / name, learned)
-            path = self.folder / name
-            record = {
-                "file": name,
-                "size": path.stat().st_size,
-                "sha256": file_sha256(path),
-                "tensors": {key: tensor.nbytes for key, tensor in tensors.items()},
-                **data,
-            }
+                save_tensors(kept, learned)
+            record = sealed(
+                {
+                    "file": name,
+                    **facts_of(self.folder / name),
+                    "tensors": {key: tensor.nbytes for key, tensor in tensors.items()},
+                    "learned": None if learned is None else facts_of(kept),
+                    "run": digest_of(self.signature),
+                    **data,
+                }
+            )
             write_json(self._record_path(index), record)
+        self._records[index] = record
 
     def read_shard(self, index: int) -> dict[str, Tensor]:
-        """Returns the tensors of a finished shard. Raises ValueError if the file was changed."""
-        record = self.record(index)
-        assert record is not None
-        path = self.folder / record["file"]
-        if file_sha256(path) != record["sha256"]:
-            raise ValueError(f"{path} was changed after it was written; start over with --restart")
-        reader = CheckpointReader.of_file(path)
+        """Returns the tensors of a finished shard."""
+        reader = CheckpointReader.of_file(self.folder / self._records[index]["file"])
         return reader.read(reader.tensors)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -176,16 +181,58 @@ class CheckpointWriter:
         with explained(self.folder), (self.folder / EVENTS).open("a") as file:
             file.write(json.dumps(finite(event)) + "\n")
 
-    def finish(self, config: dict[str, Any]) -> None:
-        """Writes the index and then config.json, which makes OUT complete."""
-        records = [self.record(index) for index in range(self.shards)]
-        assert all(record is not None for record in records)
-        placed = {key: r["file"] for r in records if r for key in r["tensors"]}
-        total = sum(size for r in records if r for size in r["tensors"].values())
+    def finish(self, source: Path, made_by: dict[str, Any], others: Iterable[Path | str]) -> None:
+        """Writes the index and then config.json, which makes OUT complete, and verifies OUT.
+
+        source: the folder of the float model.
+        made_by: how the folder was made: method, calibration, versions.
+        others: names of all files that were written to OUT apart from shards.
+
+        Raises ValueError for a file that is not as it was written.
+        """
+        records = [self._records[index] for index in range(self.shards)]
+        placed = {key: record["file"] for record in records for key in record["tensors"]}
+        total = sum(size for record in records for size in record["tensors"].values())
         with explained(self.folder):
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
             write_json(self.folder / INDEX, index)
-            write_json(self.folder / "config.json", config)
+            learned = {f"learned/{r['file']}": r["learned"] for r in records if r["learned"]}
+            facts = facts_of_files(self.folder, [*others, INDEX]) | learned
+            write_json(self.folder / CONFIG, final_config(source, records, made_by, facts))
+            for name, problem in folder_problems(self.folder).items():
+                (self.folder / CONFIG).unlink()
+                raise ValueError(
+                    f"{self.folder}/{name} {problem}, although it has just been written: another "
+                    "program changed it, or the disk is damaged; run the same command again"
+                )
+
+    def _examine(self) -> None:
+        """Finds out what of an earlier run is as it was written."""
+        if (self.folder / CONFIG).exists():
+            self.damaged = folder_problems(self.folder, self.signature)
+            if not self.damaged:
+                self.complete = True
+                return
+            for name in self.damaged:
+                self._keep_aside(self.folder / name)
+            (self.folder / CONFIG).unlink(missing_ok=True)
+        for index in range(self.shards):
+            path = self._record_path(index)
+            if not path.exists():
+                continue
+            try:
+                shard, run = self.shard_name(index), digest_of(self.signature)
+                self._records[index] = read_record(path, shard, run)
+            except ValueError as error:
+                name, _, problem = str(error).partition(" ")
+                self.damaged.setdefault(name, problem)
+
+    def _keep_aside(self, path: Path) -> None:
+        """Renames a file that somebody may have edited, so that nothing of theirs is lost."""
+        ours = path.parent.name == "learned" or path.name in (INDEX, "report.json")
+        inside = is_inside(path.relative_to(self.folder).as_posix())
+        if inside and path.is_file() and path.suffix != ".safetensors" and not ours:
+            path.replace(path.with_name(path.name + KEPT_END))
 
     def _record_path(self, index: int) -> Path:
         return self.folder / RUN / f"{self.shard_name(index).removesuffix('.safetensors')}.json"
@@ -216,7 +263,7 @@ class CheckpointWriter:
         config.json goes first, so that an incomplete folder cannot be loaded. The signature goes
         last, so that lowbit recognises the rest as its own if this is interrupted.
         """
-        (self.folder / "config.json").unlink(missing_ok=True)
+        (self.folder / CONFIG).unlink(missing_ok=True)
         signature, lock = self.folder / RUN / SIGNATURE, self.folder / RUN / "lock"
         paths = {*self.folder.iterdir(), *(self.folder / RUN).iterdir()}
         for path in paths - {self.folder / RUN, signature, lock}:
@@ -228,7 +275,16 @@ class CheckpointWriter:
         if not path.exists():
             write_json(path, self.signature)
             return
-        differing = dict(differences(read_json(path), self.signature))
+        try:
+            before = read_json(path)
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise ValueError(
+                f"{path} is damaged, so it is not known which run {self.folder} holds: restore "
+                "it, choose another OUT, or start over with --restart"
+            )
+        differing = dict(differences(before, self.signature))
         if differing:
             lines = "".join(f"\n  {key}: was {a}, is {b}" for key, (a, b) in differing.items())
             raise ValueError(

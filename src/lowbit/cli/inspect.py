@@ -4,14 +4,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer import Option
 
 from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint.accept import accept as accept_files
 from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.ranges import expand
 from lowbit.checkpoint.recognize import runnable_folder
@@ -31,22 +34,30 @@ def inspect(
         bool, Option("--brief", help="Show equal layers of several blocks as one line.")
     ] = False,
     verify: Annotated[bool, Option("--verify", help="The same as lowbit verify MODEL.")] = False,
+    accept: Annotated[
+        list[str] | None,
+        Option(
+            "--accept",
+            metavar="FILE",
+            help="Take the present content of FILE, such as generation_config.json, as right after "
+            "you edited it, and show nothing else. Not for weights. Repeatable. Default: none.",
+        ),
+    ] = None,
 ) -> None:
     """Show format, bits, size and error of each layer.
 
     The size of the model and the settings of its quantization are shown below the layers.
     """
     folder, screen = locate(model), console()
+    if accept:
+        accept_files(folder, accept)
+        screen.print(f"{folder}: accepted {', '.join(accept)}", soft_wrap=True)
     if verify:
         check_files(folder, screen)
+    if verify or accept:
         return
     if runnable_folder(folder).program is None:
-        found = size_of(folder)
-        screen.print(
-            f"{model} is a float model: {found.model:.2f} bits per parameter, {size(found.bytes)}; "
-            "nothing in it is quantized",
-            soft_wrap=True,
-        )
+        _print_float(folder, model, screen)
         return
     quantized = QuantizedFolder(folder)
     quantized.verify(hashes=False)
@@ -85,6 +96,15 @@ def inspect(
     for name, fact in shown.items():
         line = Text.assemble((f"{name:<{width}}", "bold"), fact)
         screen.print(line, soft_wrap=not screen.is_terminal)
+
+
+def _print_float(folder: Path, model: str, screen: Console) -> None:
+    found = size_of(folder)
+    screen.print(
+        f"{model} is a float model: {found.model:.2f} bits per parameter, {size(found.bytes)}; "
+        "nothing in it is quantized",
+        soft_wrap=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lowbit.checkpoint import QuantizedFolder, file_sha256
+from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint.hashes import problems
 from lowbit.checkpoint.recognize import quantized_folder
 from lowbit.checkpoint.verify import config_digest, quantization_section
 from lowbit.cli.screen import console, size
@@ -25,8 +26,8 @@ def check_files(folder: Path, screen: Console) -> None:
             "sha256 of each shard. Copy config.json from its source again"
         )
     wrong = 0 if _passes(screen, "config.json", _config_problem(config, section)) else 1
-    for name, facts in sorted(stated.items()):
-        wrong += not _passes(screen, name, _problem(folder, name, facts))
+    for name, problem in problems(folder, section):
+        wrong += not _passes(screen, name, problem)
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in stated:
             wrong += not _passes(screen, path.name, "is not listed in config.json")
@@ -57,15 +58,3 @@ def _config_problem(config: dict[str, Any], section: dict[str, Any]) -> str | No
     if stated is None:
         return "has no digest: it cannot be checked whether it was edited"
     return None if stated == config_digest(config) else "was edited after quantization"
-
-
-def _problem(folder: Path, name: str, facts: Any) -> str | None:
-    path = folder / name
-    if path.name != name or not path.is_file():
-        return "is missing"
-    if not isinstance(facts, dict):
-        return "has no size and hash in config.json"
-    size_now = path.stat().st_size
-    if size_now != facts.get("size"):
-        return f"has {size_now:,} bytes, not {facts.get('size')}"
-    return None if file_sha256(path) == facts.get("sha256") else "is damaged: its sha256 differs"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint import CheckpointReader
-from lowbit.checkpoint.companions import companions_of, copy_companions
+from lowbit.checkpoint.companions import companions_of
 from lowbit.checkpoint.folder import written_aside
 from lowbit.checkpoint.other_programs import LOWBIT, PROGRAMS, stated_quantization
 from lowbit.checkpoint.reader import read_json
@@ -68,8 +68,7 @@ def from_grids(
     convert = partial(_convert, reader, layers, read, section)
     companions_of(folder, trust_remote_code)  # raises for a link that leads out of the folder
     with written_aside(out) as part:
-        write_converted(reader, layers, convert, made, part)
-        copy_companions(folder, part, trust_remote_code)
+        write_converted(reader, layers, convert, made, part, trust_remote_code)
         shutil.rmtree(part / RUN)
     return out
 

@@ -34,7 +34,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from lowbit.checkpoint import CheckpointReader, TensorInfo
-from lowbit.checkpoint.companions import companions_of, copy_companions
+from lowbit.checkpoint.companions import companions_of
 from lowbit.checkpoint.folder import written_aside
 from lowbit.checkpoint.other_programs import LOWBIT, PROGRAMS, stated_quantization
 from lowbit.checkpoint.recognize import recognize, runnable_folder
@@ -134,8 +134,7 @@ def from_quip(folder: str | Path, out: str | Path, trust_remote_code: bool = Fal
         return _convert(reader, layers[name], section, dtype)
 
     with written_aside(out) as part:
-        write_converted(reader, _parts(layers), convert, made, part)
-        copy_companions(folder, part, trust_remote_code)
+        write_converted(reader, _parts(layers), convert, made, part, trust_remote_code)
         shutil.rmtree(part / RUN)
     return out
 

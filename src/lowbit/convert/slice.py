@@ -6,11 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit.checkpoint import QuantizedFolder, file_sha256
+from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint.companions import companions_of
 from lowbit.checkpoint.folder import write_folder
+from lowbit.checkpoint.hashes import FILES, OTHER_FILES, facts_of_files
 from lowbit.checkpoint.provenance import without_paths
 from lowbit.checkpoint.quantized_folder import Progress
 from lowbit.checkpoint.ranges import collapse
+from lowbit.checkpoint.reader import INDEX
 from lowbit.checkpoint.slices import widths_of
 from lowbit.checkpoint.verify import config_digest
 from lowbit.formats.base import QuantizedLinear
@@ -106,12 +109,10 @@ class _Cutting:
         return tensors
 
     def config(self, out: Path) -> dict[str, Any]:
-        """Returns config.json for the slices. out: the new folder, which holds all shards"""
+        """Returns config.json for the slices. out: the new folder, which holds all else"""
         master = self.quantized.quantization
-        files = {
-            path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in sorted(out.glob("*.safetensors"))
-        }
+        names = sorted(path.name for path in out.glob("*.safetensors"))
+        others = [Path(INDEX), *companions_of(out, code=True)]
         sliced = {
             "master": self.quantized.folder.resolve().name,
             "digest": config_digest(self.quantized.config),
@@ -120,7 +121,8 @@ class _Cutting:
         section = {
             **master,
             "modules": collapse(self.entries),
-            "files": files,
+            FILES: facts_of_files(out, names),
+            OTHER_FILES: facts_of_files(out, others),
             "made_by": {**(master.get("made_by") or {}), "sliced": sliced},
         }
         config = {**without_paths(self.quantized.config), "quantization_config": section}

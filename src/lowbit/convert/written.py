@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
-from lowbit.checkpoint.output import final_config
+from lowbit.checkpoint.companions import copy_companions
 from lowbit.version import __version__
 
 Parts = Mapping[str, TensorInfo]  # of a layer, by name within the layer
@@ -22,13 +22,15 @@ def write_converted(
     convert: Convert,
     method: dict[str, Any],
     out: Path,
+    code: bool,
 ) -> None:
-    """Writes the shards, the index and config.json; a layer goes where its first part is.
+    """Writes the folder; a layer goes to the shard of the file that holds its first part.
 
     reader: of the checkpoint.
     layers: the tensors of each layer that is converted, by the layer's name on disk.
     convert: converts one layer.
     method: how the layers were made, for made_by in config.json.
+    code: whether the Python code of the model is copied too.
     """
     inside = {f"{name}.{part}" for name, parts in layers.items() for part in parts}
     plain = {name: info.file for name, info in reader.tensors.items() if name not in inside}
@@ -52,8 +54,7 @@ def write_converted(
             if placeholder is not None:
                 tensors[placeholder] = torch.empty(0, dtype=dtype)
             writer.write_shard(index, tensors, None, {"modules": modules, "marker": placeholder})
-        records = [record for i in range(len(files)) if (record := writer.record(i))]
-        writer.finish(final_config(reader.folder, records, made_by))
+        writer.finish(reader.folder, made_by, copy_companions(reader.folder, out, code))
 
 
 def float_dtype(reader: CheckpointReader, plain: Mapping[str, str]) -> torch.dtype:

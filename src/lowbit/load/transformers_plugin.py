@@ -110,7 +110,7 @@ class LowbitQuantizer(HfQuantizer):
         if files:
             folder = QuantizedFolder(folder_of(files, model))
             if not isinstance(section, VerifiedSection):
-                folder.verify()
+                folder.verify(partial=True)
             check_files(files, folder)
             entries, attention, placeholder = folder.entries, folder.attention, folder.placeholder
             self.sliced = slices_of(folder, getattr(section, "bits", None))

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from lowbit.blocks import Stream
@@ -15,8 +16,8 @@ from lowbit.calibration import Calibration, TokenIds, TokenWindows
 from lowbit.calibration.token_ids import Rows
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.checkpoint.companions import copy_companions
-from lowbit.checkpoint.output import final_config
-from lowbit.checkpoint.writer import explained
+from lowbit.checkpoint.writer import RUN, explained
+from lowbit.config import explain
 from lowbit.events import (
     BlockResumed,
     CalibrationRead,
@@ -34,6 +35,7 @@ from lowbit.events import (
 from lowbit.formats import use_backend
 from lowbit.kernels.products import reproducible
 from lowbit.methods import Method
+from lowbit.methods.result import BlockResult
 from lowbit.models.in_memory import as_folder
 from lowbit.models.self_check import check_streaming
 from lowbit.models.tokenizer import FILES as TOKENIZER_FILES
@@ -42,6 +44,8 @@ from lowbit.pipeline.options import Place, RunOptions
 from lowbit.pipeline.plan import LONG, estimate, longest
 from lowbit.pipeline.results import left_float, result_of, run_report
 from lowbit.pipeline.warnings import settings_without_effect, too_little_text
+
+REPORT = "report.json"
 
 
 @reproducible()  # a run's bytes depend on no number of threads,
@@ -125,6 +129,8 @@ class _Run:
             for event in (self.self_check, self.dry_run):
                 if event:
                     self._log(writer, event)
+            for name, problem in writer.damaged.items():
+                self._log(writer, Warned(text=f"{name} {problem}; it is made again"))
             if writer.record(0) is None:
                 job.write_outside(writer)
             with explained(out):
@@ -168,7 +174,7 @@ class _Run:
             if record is None:
                 result = job.quantize_block(writer, step, self._logger(writer))
             else:
-                result = result_of(writer.read_shard(step.index + 1), record, job.source)
+                result = self._earlier_result(writer, step.index + 1, record)
                 resumed = BlockResumed(block=step.name, index=step.index, of=len(names))
                 self._log(writer, resumed)
             if step.index < last:
@@ -176,6 +182,17 @@ class _Run:
 
         # A finished block is visited again only to compute the inputs of the next one.
         job.source.walk(streams, visit, job.device, range(last + 1) if streams else unfinished)
+
+    def _earlier_result(
+        self, writer: CheckpointWriter, index: int, record: dict[str, Any]
+    ) -> BlockResult:
+        try:
+            return result_of(writer.read_shard(index), record, self.job.source)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{writer.folder / RUN}: the record of {record['file']} does not fit that shard or "
+                f"the model: delete it, and run the same command again ({error})"
+            ) from error
 
     def _first_streams(
         self, writer: CheckpointWriter, windows: TokenWindows | None
@@ -206,11 +223,17 @@ class _Run:
         with explained(writer.folder):
             left_out = TOKENIZER_FILES if job.options.without_tokenizer else ()
             code = job.options.trust_remote_code
-            copy_companions(job.source.folder, writer.folder, code, left_out)
+            companions = copy_companions(job.source.folder, writer.folder, code, left_out)
         records = [writer.record(i) or {} for i in range(writer.shards)]
         names = left_float(job.source, job.selection.left_float)
-        report = run_report(records, names, job.source.reader.dequantized)
-        writer.write_json("report.json", report.to_json())
+        try:
+            report = run_report(records, names, job.source.reader.dequantized)
+        except ValidationError as error:
+            raise ValueError(
+                f"{writer.folder / RUN}: a record has a report that cannot be used "
+                f"({explain(error)}): start over with --restart"
+            ) from error
+        writer.write_json(REPORT, report.to_json())
         made_by = {
             **writer.signature,
             "source": job.name,
@@ -222,7 +245,7 @@ class _Run:
                 "digest": windows.digest,
             },
         }
-        writer.finish(final_config(job.source.folder, records, made_by))
+        writer.finish(job.source.folder, made_by, [*companions, REPORT])
 
     def _logger(self, writer: CheckpointWriter) -> OnEvent:
         return lambda event: self._log(writer, event)

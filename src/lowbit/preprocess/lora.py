@@ -1,6 +1,5 @@
 """Trains low-rank adapters on the linears of the blocks with Trainer, and merges them."""
 
-import json
 import math
 import random
 import warnings
@@ -24,9 +23,8 @@ from transformers import (
 
 from lowbit.events import OnEvent, TrainingStep
 from lowbit.patterns import matches_any
+from lowbit.preprocess.kept import is_kept, keep
 from lowbit.preprocess.options import LoRA
-
-WRITTEN_LAST = "trainer_state.json"  # the last file that Trainer writes of a state
 
 
 def train(
@@ -131,15 +129,9 @@ def _check_finite(loss: float, step: int) -> None:
 
 
 def _last_state(folder: Path) -> str | None:
-    """Returns the newest complete state; the last one may be partial if the process was killed."""
+    """Returns the newest state that is as Trainer wrote it; the last one may be partial."""
     states = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
-    for state in states:
-        try:
-            json.loads((state / WRITTEN_LAST).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            continue
-        return str(state)
-    return None
+    return next((str(state) for state in states if is_kept(state)), None)
 
 
 @contextmanager
@@ -184,7 +176,7 @@ def _arguments(model: nn.Module, lora: LoRA, state: Path, seed: int) -> Training
 
 
 class _Progress(TrainerCallback):
-    """Turns the log of Trainer into events."""
+    """Turns the log of Trainer into events, and keeps the hashes of its states."""
 
     def __init__(self, steps: int, log: OnEvent) -> None:
         self.steps = steps
@@ -195,3 +187,6 @@ class _Progress(TrainerCallback):
             loss = float(logs["loss"])
             _check_finite(loss, state.global_step)
             self.log(TrainingStep(step=state.global_step, of=self.steps, loss=loss))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        keep(Path(args.output_dir) / f"checkpoint-{state.global_step}")

@@ -26,6 +26,7 @@ from lowbit.models.source import SourceModel
 from lowbit.models.tokenizer import need_tokenizer
 from lowbit.pipeline import RunOptions, quantize
 from lowbit.pipeline.options import Place, choose_device
+from lowbit.preprocess.kept import is_kept, keep
 from lowbit.preprocess.options import LoRA
 from lowbit.preprocess.packing import packed_windows
 from lowbit.version import __version__
@@ -102,9 +103,7 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
         first, dense = work / "first", work / "dense"
         stage = chosen.model_copy(update={"restart": False})
         quantize(model, first, first_pass, calibration, **dict(stage), on_event=on_event)
-        if not dense.exists():
-            shutil.rmtree(work / "dense.part", ignore_errors=True)  # of a call that was killed
-            dequantize(first, dense, verify=False, trust_remote_code=chosen.trust_remote_code)
+        _dequantized(first, dense, chosen)
         restored = _float_model(dense, chosen)
         linears = [
             f"{block}.{linear}"
@@ -129,6 +128,16 @@ def _with_described_sources(settings: Calibration | LoRA) -> dict[str, Any]:
     """Returns settings as JSON values, without the paths of their text files."""
     values = settings.model_dump(mode="json")
     return values | {"sources": described_sources(settings.sources)}
+
+
+def _dequantized(first: Path, dense: Path, options: RunOptions) -> None:
+    """Dequantizes the first pass, unless an earlier run has, and all files are as it left them."""
+    if is_kept(dense):
+        return
+    for left in (dense, dense.with_name("dense.part")):  # of a call that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    dequantize(first, dense, verify=False, trust_remote_code=options.trust_remote_code)
+    keep(dense)
 
 
 def _training() -> Callable[..., dict[str, Any]]:

@@ -1,0 +1,34 @@
+"""Accepts that somebody has edited files of a quantized folder on purpose."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowbit.checkpoint.hashes import OTHER_FILES, facts_of, is_inside, stated
+from lowbit.checkpoint.recognize import quantized_folder
+from lowbit.checkpoint.verify import config_digest, quantization_section
+from lowbit.checkpoint.writer import explained, write_json
+
+
+def accept(folder: Path, names: Sequence[str]) -> None:
+    """Takes the present content of files as right: writes their sizes and hashes to config.json.
+
+    folder: a quantized folder.
+    names: files other than weights, as `other_files` names them; one that is gone is removed there.
+
+    Raises ValueError if config.json was edited, and for a file of which it states no hash.
+    """
+    config = quantized_folder(folder).config
+    section = quantization_section(config, folder)
+    if section.get("digest") != config_digest(config):
+        raise ValueError(f"{folder}/config.json was edited after quantization: restore it first")
+    others = stated(section, OTHER_FILES)
+    for name in names:
+        if name not in others or not is_inside(name):
+            allowed = ", ".join(others) or "none, since an earlier version wrote the folder"
+            raise ValueError(f"{name!r} has no hash in {folder}/config.json: allowed are {allowed}")
+        del others[name]
+        if (folder / name).is_file():
+            others[name] = facts_of(folder / name)
+    section["digest"] = config_digest(config)
+    with explained(folder):
+        write_json(folder / "config.json", config)
