@@ -377,3 +377,8 @@ def test_the_disk_refuses(name: str) -> None:
 def test_other_errors_pass_through() -> None:
     with pytest.raises(KeyError), explained(Path("OUT")):
         raise KeyError("a bug of ours")
+
+
+def test_a_json_file_has_no_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"loss": float("nan"), "rows": [float("inf"), 1.5]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"loss": None, "rows": [None, 1.5]}

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from lowbit.cli.eval_tables import short_names, show_tasks, show_texts
+from lowbit.cli.evaluate import _warn_of_broken
 from lowbit.eval import Divergence, Evaluation, TaskScore
 
 pytestmark = pytest.mark.slow
@@ -126,3 +127,12 @@ def test_short_names() -> None:
     assert short_names(["a/m", "b/n", "owner/p"]) == ["m", "n", "p"]
     assert short_names(["a/m", "b/m"]) == ["a/m", "b/m"]
     assert short_names([".", ".."]) == [".", ".."]
+
+
+def test_a_perplexity_that_is_not_finite_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = row("good", 0.1), row("bad", 0.1)
+    text = next(iter(bad.perplexity))
+    _warn_of_broken([good, replace(bad, perplexity={text: float("nan")})])
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"warning: the perplexity of bad on {text} is not finite" in shown
+    assert "good" not in shown

@@ -175,7 +175,7 @@ class CheckpointWriter:
 
     def write_json(self, name: str, value: Any) -> None:
         with explained(self.folder):
-            write_json(self.folder / name, finite(value))
+            write_json(self.folder / name, value)
 
     def append_event(self, event: dict[str, Any]) -> None:
         with explained(self.folder), (self.folder / EVENTS).open("a") as file:
@@ -330,8 +330,9 @@ def aside(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file; numbers that are not finite become null."""
     with aside(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
 
 
 def finite(value: Any) -> Any:

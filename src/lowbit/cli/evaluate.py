@@ -1,5 +1,7 @@
 """lowbit eval: compares models in one table."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -117,9 +119,22 @@ def evaluate(  # noqa: PLR0913 (a command's options)
         write_json(json, {row.name: row.to_json() for row in found})
     screen = console()
     show_texts(screen, found)
+    _warn_of_broken(found)
     if found[0].tasks:
         screen.print()
         show_tasks(screen, found, tasks_dir)
+
+
+def _warn_of_broken(found: Sequence[Evaluation]) -> None:
+    """Says which models have a perplexity that is NaN or infinite."""
+    for row in found:
+        for text, value in row.perplexity.items():
+            if not math.isfinite(value):
+                console(stderr=True).print(
+                    f"warning: the perplexity of {row.name} on {text} is not finite: the weights "
+                    "are damaged, or too large for this dtype",
+                    style="yellow",
+                )
 
 
 def _texts(given: list[str]) -> tuple[str, ...]:
