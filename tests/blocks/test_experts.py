@@ -9,7 +9,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from lowbit.blocks.experts import Expert, ExpertNames, UnfusedExperts, is_fused, unfuse
+from lowbit.blocks.experts import Expert, ExpertNames, UnfusedExperts, layout_of, unfuse
 
 NAMES = ExpertNames("w1", "w3", "w2")
 COUNT, HIDDEN, INNER = 3, 4, 6
@@ -28,6 +28,9 @@ class Fused(nn.Module):
         for name, mark in (standard | marks).items():
             setattr(self, name, mark)
         zoo.randomise(self)
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return direct(self, hidden, index, weights)
 
 
 def direct(fused: Fused, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -74,11 +77,58 @@ def test_a_meta_module_stays_on_meta() -> None:
     assert all(parameter.is_meta for parameter in experts.parameters())
 
 
-NOT_FUSED: dict[str, Callable[[], Any]] = {
-    "transposed": lambda: Fused(is_transposed=True),
-    "interleaved": lambda: Fused(is_concatenated=False),
-    "biased": lambda: Fused(has_bias=True),
-    "without gate": lambda: Fused(has_gate=False),
+LAYOUTS: dict[str, dict[str, bool]] = {
+    "transposed": {"is_transposed": True},
+    "interleaved": {"is_concatenated": False},
+    "biased": {"has_bias": True},
+    "without gate": {"has_gate": False},
+    "transposed, biased, interleaved": {
+        "is_transposed": True,
+        "has_bias": True,
+        "is_concatenated": False,
+    },
+}
+
+
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout_computes_the_same(options: dict[str, bool]) -> None:
+    gated = options.get("has_gate", True)
+    transposed = options.get("is_transposed", False)
+    concatenated = options.get("is_concatenated", True)
+    rows = INNER * (1 + gated)
+    draw = torch.Generator().manual_seed(0)
+
+    def stack(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.randn(shape, generator=draw), requires_grad=False)
+
+    fused: Any = nn.Module()
+    first = "gate_up_proj" if gated else "up_proj"
+    reader = stack(COUNT, rows, HIDDEN)
+    down = stack(COUNT, HIDDEN, INNER)
+    biases = [torch.zeros(COUNT, rows), torch.zeros(COUNT, HIDDEN)]
+    setattr(fused, first, nn.Parameter(reader.transpose(1, 2)) if transposed else reader)
+    fused.down_proj = nn.Parameter(down.transpose(1, 2)) if transposed else down
+    if options.get("has_bias"):
+        biases = [stack(COUNT, rows), stack(COUNT, HIDDEN)]
+        setattr(fused, f"{first}_bias", biases[0])
+        fused.down_proj_bias = biases[1]
+    fused.is_transposed, fused.is_concatenated = transposed, concatenated
+    fused.act_fn = nn.functional.silu
+    fused.forward = lambda hidden, index, weights: hidden
+    experts = unfuse(fused, NAMES)
+    x = torch.randn(5, HIDDEN, generator=draw)
+    for number, expert in enumerate(experts):
+        read = x @ reader[number].T + biases[0][number]
+        inner = nn.functional.silu(read)
+        if gated:
+            step = slice(0, None, 2) if not concatenated else slice(0, INNER)
+            other = slice(1, None, 2) if not concatenated else slice(INNER, None)
+            inner = nn.functional.silu(read[:, step]) * read[:, other]
+        wanted = inner @ down[number].T + biases[1][number]
+        torch.testing.assert_close(expert(x), wanted)
+
+
+NOT_KNOWN: dict[str, Callable[[], Any]] = {
     "with a norm": lambda: Fused(has_post_expert_norm=True),
     "a linear": lambda: nn.Linear(2, 2),
     "two dimensions": lambda: SimpleNamespace(
@@ -87,10 +137,12 @@ NOT_FUSED: dict[str, Callable[[], Any]] = {
 }
 
 
-def test_what_is_fused() -> None:
-    assert is_fused(Fused()) and is_fused(zoo.make(zoo.ZOO["mixtral"]).model.layers[0].mlp.experts)
+def test_the_layout_of_mixtral() -> None:
+    layout = layout_of(zoo.make(zoo.ZOO["mixtral"]).model.layers[0].mlp.experts)
+    assert layout is not None and layout.gated
+    assert not (layout.transposed or layout.interleaved or layout.biased)
 
 
-@pytest.mark.parametrize("make", NOT_FUSED.values(), ids=NOT_FUSED)
-def test_what_is_not_is_left_alone(make: Callable[[], Any]) -> None:
-    assert not is_fused(make())
+@pytest.mark.parametrize("make", NOT_KNOWN.values(), ids=NOT_KNOWN)
+def test_what_is_not_known_is_left_alone(make: Callable[[], Any]) -> None:
+    assert layout_of(make()) is None

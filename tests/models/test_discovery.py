@@ -75,9 +75,9 @@ def test_the_tables_of_known_families_are_found(name: str) -> None:
     model = zoo.source(name)
     family = discover(build_skeleton(AutoConfig.from_pretrained(zoo.folder(name))))
     assert family.blocks == model.family.blocks
-    assert family.tuple_output == model.family.tuple_output
-    for block in model.block_names:
-        groups = groups_of(family, model.config, model.skeleton.get_submodule(block))
+    assert bool(family.tuple_output) == bool(model.family.tuple_output)
+    for index, block in enumerate(model.block_names):
+        groups = groups_of(family, model.config, model.skeleton.get_submodule(block), index)
         assert {frozenset(group.linears) for group in groups} == {
             frozenset(group.linears) for group in model.groups(block)
         }

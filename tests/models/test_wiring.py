@@ -123,7 +123,10 @@ def test_matrices_of() -> None:
     block.norm = nn.LayerNorm(4)
     block.fused = nn.Parameter(torch.zeros(2, 3, 4))
     block.b.conv = nn.Conv1d(2, 2, 1)
-    assert matrices_of(block) == ["a", "b.c", "b.conv", "fused"]
+    assert matrices_of(block) == {
+        name: block.get_parameter(f"{name}.weight" if name != "fused" else name).numel()
+        for name in ("a", "b.c", "b.conv", "fused")
+    }
 
 
 def test_a_rule_may_take_some_rows_of_a_fused_matrix() -> None:

@@ -22,15 +22,16 @@ class BlockStub(nn.Module):
     (masks, positions) each block gets. They differ within a model: sliding-window layers have other
     masks than full attention.
 
-    block: the block to replace; its signature and its plain attributes are copied.
-    tuple_output: whether the block returns a tuple.
+    block: the block to replace; the model may read its attributes.
+    tuple_output: the number of values in the tuple that the block returns; 0: it returns a tensor.
+        The stub returns None for all values but the hidden states.
     stop: whether a call raises `Stopped` instead of returning.
     """
 
-    def __init__(self, block: nn.Module, tuple_output: bool, stop: bool = False) -> None:
+    def __init__(self, block: nn.Module, tuple_output: int, stop: bool = False) -> None:
         super().__init__()
         self._signature = inspect.signature(block.forward)
-        self._attributes = {k: v for k, v in vars(block).items() if isinstance(v, str | int | bool)}
+        self._block = (block,)  # in a tuple, so that its parameters are not the stub's
         self.tuple_output = tuple_output
         self.stop = stop
         self.calls: list[Batch] = []
@@ -40,10 +41,9 @@ class BlockStub(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            attributes = self.__dict__.get("_attributes", {})
-            if name in attributes:
-                return attributes[name]
-            raise
+            if "_block" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_block"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._signature.bind(*args, **kwargs).arguments
@@ -53,7 +53,12 @@ class BlockStub(nn.Module):
         self.calls.append(Batch(hidden.detach(), dict(bound)))
         if self.stop:
             raise Stopped
-        return (hidden,) if self.tuple_output else hidden
+        return as_output(hidden, self.tuple_output)
+
+
+def as_output(hidden: Tensor, tuple_output: int) -> Any:
+    """Returns what a block returns: hidden states, alone or first in a tuple of so many values."""
+    return (hidden, *[None] * (tuple_output - 1)) if tuple_output else hidden
 
 
 def first_argument(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -66,7 +71,7 @@ def first_argument(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def call_block(block: nn.Module, batch: Batch) -> Tensor:
     """Returns the block's output for one batch: (batch, tokens, channels)."""
     out = block(batch.hidden, **batch.kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, tuple | list) else out
 
 
 @contextmanager

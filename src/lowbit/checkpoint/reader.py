@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ class CheckpointReader:
             check_finite(name, tensor, self.folder / self.tensors[name].file)
         return tensors
 
-    def digest(self, names: Container[str] | None = None) -> str:
+    def digest(self, names: Collection[str] | None = None) -> str:
         """Returns a sha256 of the names and contents of all shards.
 
         names: the tensors that the model reads, whose values are checked; None: all. Others, such

@@ -56,6 +56,7 @@ def _table(title: str, found: Estimate, before: int) -> Table:
         "peak GPU memory": size(found.device_memory) if found.device_memory else "",
         "time": f"{seconds}, on {basis['device']}",
         "derived from": _derived(found),
+        "warning": found.warning or "",
     }
     for name, fact in rows.items():
         if fact:

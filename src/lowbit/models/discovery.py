@@ -1,8 +1,8 @@
 """Makes a table for an architecture that has none, from the structure of the model.
 
-The blocks are the nn.ModuleList with the most parameters. A forward pass of each block on the meta
-device, without data, shows which linears receive the same tensor: these form a group. The table has
-no folds, because the structure does not show where a scale can be folded.
+The blocks are the nn.ModuleList with the most parameters. One block of each kind runs on the CPU
+with small weights; the linears that receive the same tensor form a group. The table has no folds,
+because the structure does not show where a scale can be folded.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.blocks.arguments import move
+from lowbit.blocks.arguments import BlockArguments
 from lowbit.blocks.capture import BlockStub, Stopped, observed
 from lowbit.blocks.experts import Expert, UnfusedExperts
 from lowbit.blocks.stream import Batch
@@ -24,6 +24,8 @@ from lowbit.models.family import Family, Group, always
 # A module with one of these names, or inside a module with one of them, is a router of experts.
 ROUTERS = ("gate", "router", "shared_expert_gate")
 TOKENS = 8  # length of the text of the forward pass
+ERRORS = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, LookupError)
+CPU = torch.device("cpu")
 
 
 def discover(model: nn.Module) -> Family:
@@ -31,34 +33,37 @@ def discover(model: nn.Module) -> Family:
 
     model: the model on the meta device, with unfused experts.
 
-    Raises ValueError if its blocks cannot be found, or do not run on the meta device.
+    Raises ValueError if its blocks cannot be found, or do not run.
     """
     path = _largest_list(model)
     architecture = type(model).__name__
+    blocks = list(model.get_submodule(path).children())
     try:
         tuple_output, calls = _calls(model, path)
-        blocks = [deepcopy(block).to("meta") for block in model.get_submodule(path).children()]
-        inputs = [_inputs(block, call) for block, call in zip(blocks, calls, strict=True)]
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        inputs = _all_inputs(blocks, calls)
+    except ERRORS as error:
         raise ValueError(
-            f"lowbit has no table for {architecture}, and cannot run its blocks without data to "
-            f"make one ({error}): add a table of about 30 lines, as CONTRIBUTING.md explains"
+            f"lowbit has no table for {architecture}, and cannot run its blocks with small weights "
+            f"to make one ({type(error).__name__}: {error}): add a table of about 30 lines, as "
+            "CONTRIBUTING.md explains"
         ) from None
-    groups: dict[tuple[str, ...], Group] = {}
+    by_block = []
     skip: set[str] = set()
     for block, block_inputs in zip(blocks, inputs, strict=True):
         linears, routers = _linears(block)
         skip.update(routers)
-        for names in _by_input(linears, block_inputs) + _expert_groups(block):
-            groups[names] = Group(names[0], names)
+        names = _by_input(linears, block_inputs) + _expert_groups(block)
+        by_block.append(tuple(Group(linears[0], linears) for linears in names))
+    union = {group.linears: group for groups in by_block for group in groups}
     return Family(
         name="discovered",
         architectures=(architecture,),
         blocks=path,
-        groups=always(*groups.values()),
+        groups=always(*union.values()),
         folds=always(),
         skip=tuple(sorted(skip)),
         tuple_output=tuple_output,
+        by_block=tuple(by_block),
     )
 
 
@@ -80,76 +85,125 @@ def _largest_list(model: nn.Module) -> str:
     return max(lists, key=lambda name: lists[name])
 
 
-def _calls(model: nn.Module, path: str) -> tuple[bool, list[Batch]]:
-    """Returns whether blocks return tuples, and the arguments of each block, on the meta device.
+def _calls(model: nn.Module, path: str) -> tuple[int, list[Batch]]:
+    """Returns the number of values in a block's tuple, and the arguments of each block.
 
-    The arguments are those for a text of TOKENS tokens. Everything outside the blocks runs on the
-    CPU, with an embedding of one row, because masks cannot always be made on the meta device.
+    The arguments are those for a text of TOKENS tokens. Everything outside the blocks runs with
+    weights of zero, which take no memory.
     """
     copy = deepcopy(model)
     blocks = list(copy.get_submodule(path).children())
     parent, _, attribute = path.rpartition(".")
     holder = copy.get_submodule(parent)
     setattr(holder, attribute, nn.ModuleList())
-    embedding = copy.get_input_embeddings()  # type: ignore[operator]
-    embedding.padding_idx = None
-    embedding.weight = nn.Parameter(torch.zeros(1, embedding.weight.shape[1]))
     for module in copy.base_model.modules():  # type: ignore[union-attr]
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.zeros(parameter.shape)))
+                zeros = torch.zeros((1,) * parameter.dim()).expand(parameter.shape)
+                setattr(module, name, nn.Parameter(zeros, requires_grad=False))
     tokens = torch.zeros(1, TOKENS, dtype=torch.long)
-    first = BlockStub(blocks[0], tuple_output=False, stop=True)
+    first = BlockStub(blocks[0], tuple_output=0, stop=True)
     setattr(holder, attribute, nn.ModuleList([first, *blocks[1:]]))
     with torch.no_grad(), suppress(Stopped):
         copy.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
-    (call,) = _to_meta(first.calls)
-    out = _on_meta(deepcopy(blocks[0]).to("meta"), call)
-    tuple_output = isinstance(out, tuple)
+    (call,) = first.calls
+    out = _run(_with_weights(blocks[0]), _apart(call))
+    tuple_output = len(out) if isinstance(out, tuple | list) else 0
     stubs = [BlockStub(block, tuple_output) for block in blocks]
     setattr(holder, attribute, nn.ModuleList(stubs))
     with torch.no_grad():
         copy.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
-    return tuple_output, _to_meta([stub.calls[0] for stub in stubs])
+    return tuple_output, [stub.calls[0] for stub in stubs]
 
 
-def _to_meta(calls: Sequence[Batch]) -> list[Batch]:
-    """Moves calls to the meta device; state that several blocks share remains shared."""
-    meta = torch.device("meta")
-    kwargs = move([call.kwargs for call in calls], meta)
-    return [Batch(call.hidden.to(meta), own) for call, own in zip(calls, kwargs, strict=True)]
+def _apart(call: Batch) -> Batch:
+    """Returns a call whose containers are copies."""
+    return Batch(call.hidden, BlockArguments.of_one_block([call.kwargs]).call(0, 0, CPU))
 
 
-def _on_meta(block: nn.Module, call: Batch) -> Any:
-    """The block's output on the meta device.
+def _with_weights(block: nn.Module) -> nn.Module:
+    """Returns a copy of a block on the CPU, with small weights.
 
-    Routing needs data, so experts are replaced by the identity.
+    The weights of a linear are one number that is repeated without taking memory; experts have
+    none, since they do not run.
     """
+    block = deepcopy(block)
+    draw = torch.Generator().manual_seed(0)
+    for module in block.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                continue
+            if isinstance(module, nn.Linear):
+                value = torch.full((1,) * parameter.dim(), 0.01).expand(parameter.shape)
+            else:
+                value = torch.rand(parameter.shape, generator=draw) * 0.1
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return block
+
+
+def _run(block: nn.Module, call: Batch) -> Any:
+    """Returns the output of a block whose experts are replaced by the identity."""
     experts = [module for module in block.modules() if isinstance(module, UnfusedExperts)]
     for module in experts:
-        module.forward = lambda hidden, index, weights: hidden  # type: ignore[assignment, method-assign]
+        module.forward = lambda hidden, *routing: hidden  # type: ignore[method-assign]
     with torch.no_grad():
-        out = block(call.hidden, **call.kwargs)
-    for module in experts:
-        del module.forward
-    return out
+        return block(call.hidden, **call.kwargs)
 
 
-def _inputs(block: nn.Module, call: Batch) -> dict[str, Tensor]:
-    """The input of every linear that runs, by name."""
-    inputs: dict[str, Tensor] = {}
-    linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    with observed(block, linears, inputs.__setitem__):
-        _on_meta(block, call)
+def _all_inputs(blocks: Sequence[nn.Module], calls: Sequence[Batch]) -> list[dict[str, int]]:
+    """Returns for each block the inputs of its linears, as in `_inputs`.
+
+    Only one block of each kind runs, if that is possible; a block that reads what another one has
+    written to their common state needs all blocks before it.
+    """
+    with suppress(*ERRORS):
+        made: dict[Any, dict[str, int]] = {}
+        for block, call in zip(blocks, calls, strict=True):
+            if kind_of(block) not in made:
+                made[kind_of(block)] = _inputs(block, _apart(call))
+        return [made[kind_of(block)] for block in blocks]
+    return [_inputs(block, call) for block, call in zip(blocks, calls, strict=True)]
+
+
+def kind_of(block: nn.Module) -> Any:
+    """Returns a value that is equal for blocks of one kind.
+
+    Their parameters have the same names and shapes, and their modules the same settings.
+    """
+    shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+    settings = tuple(
+        (name, type(module).__name__, key, value)
+        for name, module in block.named_modules()
+        if ".experts." not in f".{name}"
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, str | int | float | bool) and "idx" not in key and "index" not in key
+    )
+    return shapes, settings
+
+
+def _inputs(block: nn.Module, call: Batch) -> dict[str, int]:
+    """Returns a number for the input of every linear that runs; equal numbers are equal inputs."""
+    seen: list[Tensor] = []
+    inputs: dict[str, int] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        same = (i for i, other in enumerate(seen) if other is x)
+        inputs[name] = next(same, len(seen))
+        seen.append(x)
+
+    block = _with_weights(block)
+    linears, _ = _linears(block)
+    with observed(block, linears, note):
+        _run(block, call)
     return inputs
 
 
 def _linears(block: nn.Module) -> tuple[list[str], list[str]]:
     """Names of the linears outside experts, and of the routers, which may be of any class."""
-    experts = [f"{n}." for n, module in block.named_modules() if isinstance(module, UnfusedExperts)]
+    experts = tuple(f"{n}." for n, m in block.named_modules() if isinstance(m, UnfusedExperts))
     linears, routers = [], []
     for name, module in block.named_modules():
-        if name.startswith(tuple(experts)):
+        if name.startswith(experts):
             continue
         if hasattr(module, "weight") and any(part in ROUTERS for part in name.split(".")):
             routers.append(name)
@@ -158,20 +212,20 @@ def _linears(block: nn.Module) -> tuple[list[str], list[str]]:
     return linears, routers
 
 
-def _by_input(linears: list[str], inputs: dict[str, Tensor]) -> list[tuple[str, ...]]:
-    """Groups of linears whose input is the same tensor."""
+def _by_input(linears: list[str], inputs: dict[str, int]) -> list[tuple[str, ...]]:
+    """Returns the groups of linears whose input is the same tensor."""
     by_tensor: dict[int, list[str]] = defaultdict(list)
     for name in linears:
-        if name in inputs:  # a linear that did not run gets no group, which `SourceModel` reports
-            by_tensor[id(inputs[name])].append(name)
+        if name in inputs:  # a linear that did not run stays in float, which `SourceModel` reports
+            by_tensor[inputs[name]].append(name)
     return [tuple(names) for names in by_tensor.values()]
 
 
 def _expert_groups(block: nn.Module) -> list[tuple[str, ...]]:
-    """Two groups for each expert: gate and up projection, and the down projection."""
+    """Returns two groups for each expert: what reads its input, and the down projection."""
     groups = []
     for name, module in block.named_modules():
         if isinstance(module, Expert):
-            gate, up, down = (f"{name}.{part}" for part in vars(module.names).values())
-            groups += [(gate, up), (down,)]
+            readers, down = module.names.readers, module.names.down
+            groups += [tuple(f"{name}.{reader}" for reader in readers), (f"{name}.{down}",)]
     return groups

@@ -84,5 +84,5 @@ FALCON = Family(
     blocks="transformer.h",
     groups=_groups,
     folds=_folds,
-    tuple_output=True,
+    tuple_output=1,
 )

@@ -88,7 +88,10 @@ class Family:
     blocks: path of the list of blocks in the model.
     groups, folds: functions of the config; `always` makes one that does not depend on it.
     skip: names of matrices that are never quantized, such as routers.
-    tuple_output: whether a block returns (hidden, ...) instead of hidden.
+    tuple_output: the number of values in the tuple that a block returns, of which the hidden states
+        are the first; 0: it returns the hidden states alone.
+    by_block: the groups of each block of one model, where they were found by running it; empty: all
+        blocks have those of `groups`.
     """
 
     name: str
@@ -97,7 +100,8 @@ class Family:
     groups: Callable[[Any], tuple[Group, ...]]
     folds: Callable[[Any], tuple[FoldRule, ...]]
     skip: tuple[str, ...] = ()
-    tuple_output: bool = False
+    tuple_output: int = 0
+    by_block: tuple[tuple[Group, ...], ...] = ()
 
 
 def always(*items: Any) -> Callable[[Any], tuple[Any, ...]]:

@@ -22,6 +22,7 @@ from lowbit.blocks.capture import BlockStub, first_argument
 from lowbit.blocks.experts import UnfusedExperts
 from lowbit.blocks.walk import Step
 from lowbit.models.auto_class import auto_class
+from lowbit.models.discovery import kind_of
 from lowbit.models.sizes import context_of
 from lowbit.models.streamed import StreamedModel, load_tensors, share_tied
 
@@ -85,26 +86,11 @@ def check_streaming(model: StreamedModel, quick: bool = False) -> SelfCheck:
 
 
 def one_of_each_kind(model: StreamedModel) -> list[int]:
-    """Returns the index of the first block of each kind.
-
-    Blocks are of one kind if their parameters have the same names and shapes, and their modules the
-    same settings.
-    """
+    """Returns the index of the first block of each kind; see `kind_of`."""
     seen: dict[Any, int] = {}
     for index, name in enumerate(model.block_names):
-        seen.setdefault(_kind(model.skeleton.get_submodule(name)), index)
+        seen.setdefault(kind_of(model.skeleton.get_submodule(name)), index)
     return sorted(seen.values())
-
-
-def _kind(block: nn.Module) -> Any:
-    shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
-    settings = tuple(
-        (name, type(module).__name__, key, value)
-        for name, module in block.named_modules()
-        for key, value in sorted(vars(module).items())
-        if isinstance(value, str | int | float | bool) and "idx" not in key and "index" not in key
-    )
-    return shapes, settings
 
 
 def _windows(model: StreamedModel, length: int) -> list[Tensor]:
@@ -189,7 +175,7 @@ def _outputs(
                 raise _Between(_differs(model, f"the input of {model.block_names[index]}", error))
 
     def leave(index: int, module: nn.Module, args: Any, out: Any) -> None:
-        hidden = (out[0] if isinstance(out, tuple) else out).detach().clone()
+        hidden = (out[0] if isinstance(out, tuple | list) else out).detach().clone()
         before[:] = [hidden]
         if index in outputs:
             outputs[index].append(hidden)

@@ -1,14 +1,18 @@
 """Builds models without weights, and maps the names of tensors on disk to those in memory."""
 
+from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from accelerate import init_empty_weights
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from lowbit.blocks.experts import ExpertNames, is_fused, unfuse
+from lowbit.blocks.experts import ExpertNames, Piece, UnfusedExperts, layout_of, unfuse
+from lowbit.checkpoint.views import View
 from lowbit.kernels.products import share_products
 from lowbit.models.auto_class import auto_class
 from lowbit.models.conv1d import linears_for_conv1d
@@ -34,7 +38,7 @@ def unfuse_experts(model: PreTrainedModel, only: Iterable[str] | None = None) ->
 
     only: names in memory of linears; only experts that contain one of them are replaced. None: all.
     """
-    fused = [name for name, module in model.named_modules() if is_fused(module)]
+    fused = [name for name, module in model.named_modules() if layout_of(module)]
     if only is not None:
         wanted = list(only)
         fused = [f for f in fused if any(name.startswith(f + ".") for name in wanted)]
@@ -55,10 +59,11 @@ def _expert_names(model: PreTrainedModel) -> ExpertNames:
         if isinstance(rule, WeightConverter):
             target = rule._original_target_patterns[0].rpartition(".")[2]
             parts[target] = [s.split(".")[-2] for s in rule._original_source_patterns]
-    gate_up, down = parts.get("gate_up_proj", []), parts.get("down_proj", [])
-    if len(gate_up) != 2 or len(down) != 1:
+    readers, down = parts.get("gate_up_proj", parts.get("up_proj", [])), parts.get("down_proj", [])
+    if len(readers) not in (1, 2) or len(down) != 1:
         return ExpertNames("gate_proj", "up_proj", "down_proj")
-    return ExpertNames(*gate_up, *down)
+    gate = readers[0] if len(readers) == 2 else None
+    return ExpertNames(gate, readers[-1], *down)
 
 
 def memory_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, str]:
@@ -68,7 +73,7 @@ def memory_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str,
         float weight.
     """
     rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
-    modules = {name: True for name, _ in model.named_modules()}
+    modules = {name: True for name, _ in model.named_modules() if name}
     state = _StateWithModules(model.state_dict(), modules)
     return {
         name: rename_source_key(name, rules, [], model.base_model_prefix, state)[0]
@@ -88,3 +93,93 @@ class _StateWithModules(dict[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         return super().get(key, self.modules.get(key.rpartition(".")[0], default))
+
+
+def views_of(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, View]:
+    """Returns the tensors of a model that its folder stores in another form, by name in memory.
+
+    These are the matrices of experts that are stacked on disk, and what transformers computes from
+    stored tensors when it loads the model (`WeightConverter`), such as a convolution that is stored
+    in three parts.
+
+    model: with unfused experts.
+    """
+    state = model.state_dict()
+    conversions = get_model_conversion_mapping(model)
+    renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
+    prefix = model.base_model_prefix
+    known = _StateWithModules(state, {name: True for name, _ in model.named_modules() if name})
+    stacks = {n: m for n, m in model.named_modules() if isinstance(m, UnfusedExperts)}
+    views: dict[str, View] = {}
+    converted: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    for disk in disk_names:
+        plain = rename_source_key(disk, renamings, [], prefix, known)[0]
+        if plain in state:
+            continue
+        path, _, stack = plain.rpartition(".")
+        if path in stacks:
+            views |= _experts_of(stacks[path], path, stack, disk)
+            continue
+        target, pattern = rename_source_key(disk, renamings, converters, prefix, known)
+        if pattern is not None and target in state:
+            converted[target].append((pattern, disk))
+    for target, parts in converted.items():
+        views |= _converted(model, by_pattern[parts[0][0]], target, parts)
+    return views
+
+
+def _experts_of(experts: UnfusedExperts, path: str, stack: str, disk: str) -> dict[str, View]:
+    """Returns views of all matrices that one stack holds."""
+    views = {}
+    for name, piece in experts.layout.pieces(experts.names).items():
+        if piece.stack == stack:
+            for number in range(len(experts)):
+                linear, _, attribute = name.partition(".")
+                shape = getattr(getattr(experts[number], linear), attribute).shape
+                make = partial(_one_expert, piece, number)
+                views[f"{path}.{number}.{name}"] = View((disk,), make, tuple(shape))
+    return views
+
+
+def _one_expert(piece: Piece, number: int, stacks: list[Any]) -> Tensor:
+    return piece.of(stacks[0], number)
+
+
+def _converted(
+    model: PreTrainedModel, rule: WeightConverter, target: str, parts: list[tuple[str, str]]
+) -> dict[str, View]:
+    """Returns views of the tensors that a rule makes of stored tensors.
+
+    target: the name in memory of the first of them.
+    parts: the patterns of the rule, and the names on disk that match them.
+    """
+    state = model.state_dict()
+    first = rule.target_patterns[0]
+    disk = tuple(name for _, name in parts)
+
+    def make(pattern: str, stored: list[Any]) -> Tensor:
+        collected: dict[str, Any] = defaultdict(list)
+        for (source, _), tensor in zip(parts, stored, strict=True):
+            collected[source].append(tensor[...])
+        for operation in rule.operations:
+            collected = operation.convert(
+                collected,
+                source_patterns=rule.source_patterns,
+                target_patterns=rule.target_patterns,
+                full_layer_name=target,
+                model=model,
+                config=model.config,
+                missing_keys=None,
+            )
+        made = collected[pattern]
+        one: Tensor = made[0] if isinstance(made, list) else made
+        return one
+
+    views = {}
+    for pattern in rule.target_patterns:
+        name = target.replace(first, pattern)
+        if name in state:
+            views[name] = View(disk, partial(make, pattern), tuple(state[name].shape))
+    return views

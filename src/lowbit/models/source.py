@@ -1,5 +1,6 @@
 """The float model that is quantized; it is read from its folder block by block."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,17 +12,22 @@ from lowbit.models.streamed import StreamedModel, load_config
 from lowbit.models.wiring import folds_of, groups_of, matrices_of
 from lowbit.patterns import matches_any
 
+SOME_FLOAT = 0.02  # the share of a block's weights in float from which on a run warns
+MOST_FLOAT = 0.5  # the largest share of all weights in blocks that may stay in float unnamed
+
 
 class SourceModel(StreamedModel):
     """A streamed float model with the linear groups, folds and attentions of its blocks.
 
     folder: the folder of the float model.
-    allow_float: patterns of matrices (names in memory) that may stay in float although they are in
-        no group.
+    allow_float: patterns of matrices (names in memory) that are known to be in no group, and stay
+        in float without a warning.
     left_float: attribute, full names of the matrices that stay in float.
+    float_shares: attribute, for each block the share of its weights in matrices that stay in float
+        and that neither the table of the family nor `allow_float` names.
 
-    Raises ValueError if the model is already quantized, if a tensor is missing, and for a matrix in
-    a block that is in no group and may not stay in float.
+    Raises ValueError if the model is already quantized, if a tensor is missing, and if more than
+    half of the weights would stay in float without being named.
     """
 
     def __init__(
@@ -31,7 +37,8 @@ class SourceModel(StreamedModel):
         config = load_config(folder, trust_remote_code)
         super().__init__(folder, config, trust_remote_code)
         note_unread(folder, self.skeleton, self.unread)
-        self.left_float = self._check_groups(allow_float)
+        self._groups: dict[str, tuple[LinearGroup, ...]] = {}
+        self.left_float, self.float_shares = self._check_groups(allow_float)
 
     def digest(self) -> str:
         """Returns a sha256 of the names and contents of all shards.
@@ -50,6 +57,11 @@ class SourceModel(StreamedModel):
         ends = ((disk, memory.removeprefix(name)) for memory, disk in inside)
         return next(disk.removesuffix(end) for disk, end in ends if disk.endswith(end))
 
+    def is_view(self, start: str) -> bool:
+        """Returns whether tensors whose names in memory start so are stored in another form."""
+        views = getattr(self.reader, "views", {})
+        return any(d in views for m, d in self.disk_names.items() if m.startswith(start))
+
     def block_tensors(self, name: str) -> list[str]:
         """Returns the names on disk of all tensors of a block."""
         return [d for m, d in self.disk_names.items() if m.startswith(f"{name}.")]
@@ -60,7 +72,11 @@ class SourceModel(StreamedModel):
         return [name for name in self.reader.tensors if name not in inside]
 
     def groups(self, name: str) -> tuple[LinearGroup, ...]:
-        return groups_of(self.family, self.config, self.skeleton.get_submodule(name))
+        if name not in self._groups:
+            block = self.skeleton.get_submodule(name)
+            index = self.block_names.index(name)
+            self._groups[name] = groups_of(self.family, self.config, block, index)
+        return self._groups[name]
 
     def folds(self, name: str) -> tuple[Fold, ...]:
         return folds_of(self.family, self.config, self.skeleton.get_submodule(name))
@@ -68,27 +84,56 @@ class SourceModel(StreamedModel):
     def attentions(self, name: str) -> tuple[str, ...]:
         return attentions_of(self.skeleton.get_submodule(name))
 
-    def _check_groups(self, allow_float: Sequence[str]) -> list[str]:
-        """Checks that every matrix of a block is in one group, or may stay in float.
+    def _check_groups(self, allow_float: Sequence[str]) -> tuple[list[str], dict[str, float]]:
+        """Finds the matrices that stay in float: those that no group of linears holds.
 
-        Returns the full names of those that stay in float.
+        Returns their full names, and for each block its share of weights that stay in float
+        although neither `allow_float` nor the table of the family names them.
         """
-        problems, left = [], []
+        left, shares, unnamed = [], {}, []
+        lost = total = 0
         for name in self.block_names:
-            grouped = [linear for group in self.groups(name) for linear in group.linears]
-            for matrix in matrices_of(self.skeleton.get_submodule(name)):
-                full = f"{name}.{matrix}"
-                allowed = matrix in self.family.skip or matches_any(full, allow_float)
-                count = grouped.count(matrix)
-                if count == 0 and allowed:
-                    left.append(full)
-                elif count != 1:
-                    problems.append(f"{full} (in {count} groups)")
-        if problems:
-            shown = "\n  ".join(problems[:8])
+            counts = Counter(linear for group in self.groups(name) for linear in group.linears)
+            twice = next((linear for linear, count in counts.items() if count > 1), None)
+            if twice is not None:
+                raise ValueError(
+                    f"{name}.{twice} is in {counts[twice]} groups of linears, but must be in one: "
+                    "please report this architecture"
+                )
+            matrices = matrices_of(self.skeleton.get_submodule(name))
+            own = [matrix for matrix in matrices if matrix not in counts]
+            left += [f"{name}.{matrix}" for matrix in own]
+            other = [matrix for matrix in own if not self._allowed(name, matrix, allow_float)]
+            unnamed += [f"{name}.{matrix}" for matrix in other]
+            weights = sum(matrices[matrix] for matrix in other)
+            shares[name] = weights / max(1, sum(matrices.values()))
+            lost += weights
+            total += sum(matrices.values())
+        if lost > MOST_FLOAT * total:
+            shown = "\n  ".join(unnamed[:8])
             raise ValueError(
-                f"{len(problems)} matrices of {type(self.skeleton).__name__} are not in exactly "
-                f"one group of linears:\n  {shown}\nAdd a table for this architecture, as "
-                "CONTRIBUTING.md explains, or leave them in float with --allow-float PATTERN"
+                f"{lost / total:.0%} of the weights in blocks of {type(self.skeleton).__name__} "
+                f"are in {len(unnamed)} parameters that are no nn.Linear and no stack of experts "
+                f"that lowbit knows, so they would stay in float:\n  {shown}\nLeave them in float "
+                "with --allow-float PATTERN, or report this architecture"
             )
-        return left
+        return left, shares
+
+    def float_warnings(self) -> list[str]:
+        """Returns a sentence on the block with the most weights in float; [] below SOME_FLOAT.
+
+        What the table of the family or `allow_float` names does not count.
+        """
+        block = max(self.float_shares, key=lambda name: self.float_shares[name])
+        if self.float_shares[block] < SOME_FLOAT:
+            return []
+        sizes = matrices_of(self.skeleton.get_submodule(block))
+        inside = [n.removeprefix(f"{block}.") for n in self.left_float if n.startswith(f"{block}.")]
+        largest = sorted(inside, key=lambda name: -sizes[name])[:4]
+        return [
+            f"{self.float_shares[block]:.0%} of the weights of {block} stay in float, since they "
+            f"are no linear layer that runs with the text: {', '.join(largest)}"
+        ]
+
+    def _allowed(self, block: str, matrix: str, allow_float: Sequence[str]) -> bool:
+        return matrix in self.family.skip or matches_any(f"{block}.{matrix}", allow_float)

@@ -17,18 +17,19 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 
-from lowbit.blocks.capture import BlockStub
+from lowbit.blocks.capture import BlockStub, as_output
 from lowbit.blocks.stream import Batch, Stream
 from lowbit.blocks.walk import Step
 from lowbit.checkpoint import CheckpointReader, open_checkpoint
 from lowbit.checkpoint.other_programs import INNER
 from lowbit.checkpoint.reader import read_json
 from lowbit.checkpoint.recognize import check_config
+from lowbit.checkpoint.views import ViewingReader
 from lowbit.models import family_of
 from lowbit.models.auto_class import auto_class
 from lowbit.models.fitting import missing_tensors, wrong_shape
 from lowbit.models.sizes import without_null_sizes
-from lowbit.models.skeleton import build_skeleton, memory_names
+from lowbit.models.skeleton import build_skeleton, memory_names, views_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Progress = Callable[[int, int], None]  # number of steps done, number of all steps
@@ -69,6 +70,9 @@ class StreamedModel:
             ) from error
         prepare(self.skeleton)
         self.family = family_of(self.config, self.skeleton)
+        views = views_of(self.skeleton, self.reader.tensors)
+        if views:
+            self.reader = ViewingReader(self.reader, views)
         names = memory_names(self.skeleton, self.reader.tensors)
         state = self.skeleton.state_dict()
         self.disk_names = {memory: disk for disk, memory in names.items() if memory in state}
@@ -193,10 +197,10 @@ class ModelWithoutBlocks:
 
     model: its blocks are replaced by stubs, so their parameters may be on the meta device.
     blocks: path of the list of blocks.
-    tuple_output: whether a block returns (hidden, ...) instead of hidden.
+    tuple_output: as in `Family`.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: str, tuple_output: bool) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: str, tuple_output: int) -> None:
         self.model = model
         children = list(model.get_submodule(blocks).children())
         self.stubs = [BlockStub(block, tuple_output) for block in children[:-1]]
@@ -254,7 +258,7 @@ class LastBlockStub(BlockStub):
         unchanged = super().forward(*args, **kwargs)
         if self.hidden is None:
             return unchanged
-        return (self.hidden,) if self.tuple_output else self.hidden
+        return as_output(self.hidden, self.tuple_output)
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -10,8 +10,15 @@ from lowbit.blocks import Fold, LinearGroup
 from lowbit.models.family import Family, FoldRule, rotary_channels
 
 
-def groups_of(family: Family, config: Any, block: nn.Module) -> tuple[LinearGroup, ...]:
-    """Returns the groups of a block; a rule for experts makes one group for each expert."""
+def groups_of(
+    family: Family, config: Any, block: nn.Module, index: int = 0
+) -> tuple[LinearGroup, ...]:
+    """Returns the groups of a block; a rule for experts makes one group for each expert.
+
+    index: the index of the block, from 0.
+    """
+    if family.by_block:
+        return tuple(LinearGroup(group.name, group.linears) for group in family.by_block[index])
     modules = dict(block.named_modules())
     groups: list[LinearGroup] = []
     for group in family.groups(config):
@@ -35,10 +42,16 @@ def folds_of(family: Family, config: Any, block: nn.Module) -> tuple[Fold, ...]:
     return tuple(folds)
 
 
-def matrices_of(block: nn.Module) -> list[str]:
-    """Returns the names of a block's parameters with two or more dimensions, without ".weight"."""
-    matrices = [name for name, parameter in block.named_parameters() if parameter.dim() >= 2]
-    return sorted({name.removesuffix(".weight") for name in matrices})
+def matrices_of(block: nn.Module) -> dict[str, int]:
+    """Returns the number of weights of a block's parameters with two or more dimensions, by name.
+
+    The names have no ".weight" at the end.
+    """
+    return {
+        name.removesuffix(".weight"): parameter.numel()
+        for name, parameter in sorted(block.named_parameters())
+        if parameter.dim() >= 2
+    }
 
 
 def _expand(pattern: str, modules: dict[str, nn.Module]) -> list[str]:

@@ -189,8 +189,10 @@ class Job:
             attentions=self.source.attentions(name),
         )
         with PeakMemory(self.device) as peak:
-            result = self._result(task)
-            pack_float_experts(block, result)
+            result = self._result(task) if task.groups else BlockResult()
+            pack_float_experts(
+                block, result, lambda path: self.source.is_view(f"{step.name}.{path}.")
+            )
             result = as_stored(result, self.source, name)
             first = not any((writer.record(i) or {}).get("modules") for i in range(index + 1))
             tensors, record = shard_of(result, self.source, name, first)

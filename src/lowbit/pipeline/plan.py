@@ -52,6 +52,7 @@ class Estimate:
     seconds: seconds of the whole run.
     seconds_per_block: mean seconds of a block.
     basis: what the dry run measured: which blocks, how many batches, on which device.
+    warning: what the run will warn of; None: nothing.
     """
 
     linears: float
@@ -63,6 +64,7 @@ class Estimate:
     seconds: float
     seconds_per_block: float
     basis: dict[str, Any]
+    warning: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -141,6 +143,7 @@ def estimate(job: Job, windows: TokenWindows | None, preparation: float = 0.0) -
             "seconds": dry_run_seconds,
             "streams": streams,
         },
+        warning=next(iter(job.source.float_warnings()), None),
     )
 
 

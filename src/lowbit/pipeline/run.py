@@ -126,6 +126,7 @@ class _Run:
             )
             self._log(writer, started)
             self._warn(writer, settings_without_effect(job))
+            self._warn(writer, job.source.float_warnings())
             for event in (self.self_check, self.dry_run):
                 if event:
                     self._log(writer, event)

@@ -1,6 +1,6 @@
 """Selects the linears that a run quantizes: all of them, less what --skip and --only exclude."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -69,22 +69,27 @@ class Selection:
         return wanted and not matches_any(name, self.skip)
 
 
-def pack_float_experts(block: nn.Module, result: BlockResult) -> None:
-    """Stores the float matrices of experts in format `dense` where other ones are quantized.
+def pack_float_experts(
+    block: nn.Module, result: BlockResult, stacked: Callable[[str], bool]
+) -> None:
+    """Stores the float matrices of experts in format `dense` where transformers cannot join them.
 
     transformers joins the float matrices of all experts into one tensor when it loads a model, and
-    cannot do that with only some of them.
+    cannot do that with only some of them, or if it expects them to be stacked on disk.
+
+    stacked: whether the source model has the experts of a path inside the block stacked on disk.
     """
     for path, experts in block.named_modules():
         if not isinstance(experts, UnfusedExperts):
             continue
         linears = [name for name, m in experts.named_modules() if isinstance(m, nn.Linear)]
         names = [f"{path}.{name}" for name in linears]
-        if not any(name in result.linears for name in names):
+        if not stacked(path) and not any(name in result.linears for name in names):
             continue
         for name in names:
             if name not in result.linears:
                 linear = block.get_submodule(name)
-                assert isinstance(linear, nn.Linear) and linear.bias is None
+                assert isinstance(linear, nn.Linear)
                 weight = result.tensors.pop(f"{name}.weight", linear.weight)
-                result.linears[name] = DenseLinear.from_weight(weight.detach(), None)
+                bias = result.tensors.pop(f"{name}.bias", linear.bias)
+                result.linears[name] = DenseLinear.from_weight(weight.detach(), bias)
