@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import zoo
 from quantized import folder as small_folder
+from quantized import master as small_master
 from quantized import source as letters  # its tokens are characters
 from quantized import text as random_text
 
@@ -84,7 +85,7 @@ def test_models_of_different_contexts_need_one_seqlen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])  # whose layers have other names on disk
 def test_a_row_for_each_width_is_that_of_the_slice(name: str, tmp_path: Path) -> None:
-    master, text = small_folder(name, "matquant"), random_text()
+    master, text = small_master(name, rounding="joint"), random_text()
     plan = tmp_path / "plan.yaml"
     plan.write_text("self_attn.*: 3\nexperts.*: 6\n" if name == "mixtral" else "mlp.*: 3\n")
     options = dict(texts=(text,), seqlen=16, limit=3)
