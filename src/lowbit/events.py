@@ -118,6 +118,7 @@ class DryRunFinished(Event):
     seconds: float
     seconds_per_block: float
     basis: dict[str, Any]
+    warning: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,7 +143,7 @@ MISTAKES = [
     ((*RTN_METHOD, "--set", "bits=four"), "bits: should be a valid integer"),
     ((*RTN_METHOD, "--set", "bits"), "--set takes FIELD=VALUE, not 'bits'"),
     ((*RTN_METHOD, "--set", "bits="), "--set takes FIELD=VALUE, not 'bits='"),
-    ((*RTN_METHOD, "--set", "bits=["), "--set bits: '[' is not a number, a word or a list"),
+    ((*RTN_METHOD, "--set", "bits=["), "--set bits cannot be read as YAML: line 1"),
     ((*RTN_METHOD, "--streams", "tape"), "streams: should be 'auto', 'memory' or 'disk'"),
     ((*RTN_METHOD, "--device", "gpu"), "'gpu' is not known: use cpu, cuda:N or auto"),
     ((*RTN_METHOD, "--seed", "-1"), "seed: should be greater than or equal to 0 (got -1)"),

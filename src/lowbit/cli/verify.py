@@ -36,7 +36,7 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Check the files of a quantized model, or an exported folder against its source."""
+    """Check the files of a quantized or exported folder."""
     screen = console()
     if against is None:
         check_files(locate(model), screen)
