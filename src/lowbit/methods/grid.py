@@ -26,8 +26,7 @@ ZERO_BITS = 8  # bits of a zero point if fine_zeros is set
 FineZeros = bool | Literal["auto"]
 FINE_ZEROS = (
     "Whether zero points have 8 bits, so that they can lie between two codes, which costs 8 - bits "
-    'for each group; "auto": at 2 bits, where the perplexity falls by 1 to 16 %. Engines whose '
-    "zero points are codes, such as GPTQ's, need False."
+    'for each group; "auto": at 2 bits; GPTQ and other layouts need False.'
 )
 
 

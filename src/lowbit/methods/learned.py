@@ -64,8 +64,8 @@ class LearningMethod(Method):
     init: Literal["auto", "minmax", "awq"] = Field(
         "auto",
         description='What learning starts from: "minmax", the whole range, as published; "awq", a '
-        'search for scales and ranges; "auto": "awq" for weights alone, "minmax" if activations '
-        "are rounded too, which the search does not see.",
+        'search for scales and ranges; "auto": "awq", but "minmax" if activations are '
+        "rounded too.",
     )
     damping: Damping = damping_field(", where codes are chosen by a Hessian")
     min_tokens: int = Field(

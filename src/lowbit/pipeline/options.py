@@ -74,7 +74,7 @@ class RunOptions(Config):
     without_tokenizer: bool = option(
         False,
         "Whether OUT gets no tokenizer; otherwise a model whose tokenizer is missing or damaged is "
-        "refused. Methods that read calibration text need a tokenizer all the same.",
+        "refused; methods that read calibration text need a tokenizer all the same.",
         shapes_result=False,
     )
     trust_remote_code: bool = option(

@@ -72,8 +72,7 @@ class MatQuant(LearningMethod):
     weights: list[float] = Field(
         [12.0, 12.0, 1.0],
         description="Weight of each slice's error in the loss, in the order of widths; each is "
-        "above 0. The error of 2 bits is some hundred times that of 4, so with equal weights the "
-        "slices of 8 and 4 bits hardly count.",
+        "above 0; the error of 2 bits is some hundred times that of 4.",
     )
     group_size: GroupSize = Field(
         None,
