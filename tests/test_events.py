@@ -19,7 +19,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "checking": {"blocks": 12},
     "checked": {"blocks": 12, "tokens": 256, "error": 1e-7},
     "rehearsal": {"blocks": 12},
-    "rehearsed": SIZES | TIMES | {"warning": None},
+    "rehearsed": SIZES | TIMES | {"warning": "odd"},
     "capture": {"samples": 128, "seqlen": 2048},
     "block": PLACE,
     "epoch": PLACE | {"epoch": 1, "loss": 0.5},
