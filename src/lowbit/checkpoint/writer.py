@@ -330,9 +330,13 @@ def aside(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file; numbers that are not finite become null."""
+    """Writes a JSON file; numbers that are not finite become null, except in a model's config.
+
+    The config.json of Mamba has an Infinity, which transformers reads.
+    """
+    kept = value if path.name == "config.json" else finite(value)
     with aside(path) as part:
-        part.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def finite(value: Any) -> Any:
