@@ -26,6 +26,7 @@ from lowbit.exporters.folder import FolderExporter
 from lowbit.exporters.grid import (
     Grid,
     Refused,
+    Rows,
     divides,
     grid_of,
     half_scales,
@@ -66,9 +67,9 @@ class AwqExporter(FolderExporter):
     def common_size(self) -> int:
         """Returns the largest group size that fits all layers; 0: none does."""
         if self._size is None:
-            names = self.folder.entries
-            grids = [g for name in names if (g := grid_of(self.layer(name))) is not None]
-            sizes = (n for n in GROUPS if all(divides(grid, n) for grid in grids))
+            grids = (grid_of(self.layer(name)) for name in self.folder.entries)
+            kinds = {Rows.of(grid) for grid in grids if grid is not None}
+            sizes = (n for n in GROUPS if all(divides(rows, n) for rows in kinds))
             self._size = next(sizes, 0)
         return self._size
 

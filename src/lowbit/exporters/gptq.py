@@ -31,6 +31,7 @@ from lowbit.exporters.folder import FolderExporter
 from lowbit.exporters.grid import (
     Grid,
     Refused,
+    Rows,
     divides,
     half_scales,
     regrouped,
@@ -82,22 +83,22 @@ class GptqExporter(FolderExporter):
     def common_shape(self) -> tuple[int, int]:
         """Returns the width of all layers, and their group size; -1: a whole row."""
         if self._shape is None:
-            grids = [g for name in self.folder.entries if (g := self._fitted(name)) is not None]
-            if not grids:
+            kinds = {rows for name in self.folder.entries if (rows := self._fitted(name))}
+            if not kinds:
                 return WIDTHS[-1], -1
-            bits = max(grid.bits for grid in grids)
-            if all(grid.per_row for grid in grids):
+            bits = max(rows.bits for rows in kinds)
+            if all(rows.per_row for rows in kinds):
                 self._shape = bits, -1
             else:
-                fits = (n for n in GROUPS if all(divides(grid, n) for grid in grids))
+                fits = (n for n in GROUPS if all(divides(rows, n) for rows in kinds))
                 self._shape = bits, next(fits, 0)
         return self._shape
 
-    def _fitted(self, name: str) -> Grid | None:
-        """Returns a layer's grid in a width that the readers know; None: it is refused anyway."""
+    def _fitted(self, name: str) -> Rows | None:
+        """Returns a layer's rows in a width that the readers know; None: it is refused anyway."""
         try:
             grid = with_whole_zeros(grid_for(self, self.layer(name)))
-            return widened(grid, min(width for width in WIDTHS if width >= grid.bits))
+            return Rows.of(widened(grid, min(width for width in WIDTHS if width >= grid.bits)))
         except Refused:
             return None
 

@@ -86,6 +86,27 @@ class Grid:
         return float(steps.nan_to_num(torch.inf, torch.inf).max()) if steps.numel() else 0.0
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How the rows of a grid are cut, without their numbers; the fields are those of `Grid`.
+
+    Layouts with one width and group size for the whole model keep these of all layers.
+    """
+
+    bits: int
+    in_features: int
+    group_size: int
+
+    @classmethod
+    def of(cls, grid: Grid) -> "Rows":
+        return cls(grid.bits, grid.in_features, grid.group_size)
+
+    @property
+    def per_row(self) -> bool:
+        """Whether a whole row is one group."""
+        return self.group_size == self.in_features
+
+
 def grid_of(layer: QuantizedLinear) -> Grid | None:
     """Returns the grid of a layer at its present width; None: its weight is on no such grid."""
     if isinstance(layer, UniformLinear):
@@ -139,7 +160,7 @@ def regrouped(grid: Grid, size: int) -> Grid:
     return replace(grid, scale=grid.scale[:, first], zero=grid.zero[:, first], group_size=size)
 
 
-def divides(grid: Grid, size: int) -> bool:
+def divides(grid: "Grid | Rows", size: int) -> bool:
     """Returns whether `regrouped` can write groups of this size."""
     groups = group_count(grid.in_features, grid.group_size)
     whole = groups == 1 or grid.group_size % size == 0
