@@ -43,7 +43,7 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
     assert made_by["source"] == quantized.source().name  # a name, no path
     with pytest.raises(ValueError, match="has no tokenizer"):
         lowbit.evaluate([out], texts=(quantized.text(),), seqlen=16)
-    with pytest.raises(ValueError, match="has no tokenizer"):
+    with pytest.raises(ValueError, match="give the model with its tokenizer"):
         lowbit.quantize(model, tmp_path / "other", METHODS["gptq"], quantized.calibration())
 
 

@@ -58,7 +58,7 @@ RVQ4 = QUIP | {"codebook": "E8P12RVQ4B"}
 D4 = {"codebook": "D4"}
 MIXED: dict[str, Any] = W3 | {"salient_ratio": 0.1, "alignment": 4, "min_tokens": 8}
 UNSORTED = MIXED | {"sort": "none", "clip": False}
-PTQ: dict[str, Any] = {"epochs": 3, "min_tokens": 8}
+PTQ: dict[str, Any] = {"epochs": 3, "min_tokens": 8, "init": "reference"}
 SIGNS = PTQ | {"salient_ratio": 0, "epochs": 0}  # of a row about its mean, one scale for each row
 MORE = {"salient_ratio": 0.4}
 A4 = {"bits": 4, "activation_bits": 4}
@@ -113,7 +113,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "ptq161": Example(PTQ161(**PTQ), "ptq161, mask", "rowlr", "row_lr", MORE),
     "ptq161, als, refit": Example(
-        PTQ161(**PTQ, init="als", refit_salient=True),
+        PTQ161(**PTQ | {"init": "als"}, refit_salient=True),
         "ptq161, mask",
         "refit_salent",
         "refit_salient",

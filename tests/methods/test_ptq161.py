@@ -25,7 +25,7 @@ from lowbit.solvers.gptq import ordered_factor
 pytestmark = pytest.mark.slow
 
 every_family = pytest.mark.parametrize("name", zoo.ZOO)
-QUICK: dict[str, Any] = {"epochs": 3, "min_tokens": 8}
+QUICK: dict[str, Any] = {"epochs": 3, "min_tokens": 8, "init": "reference"}
 TRAINED: dict[str, Any] = QUICK | {"init": "als", "refit_salient": True}
 
 
@@ -125,7 +125,7 @@ def test_a_linear_of_its_own_ratio_has_a_mask_of_its_own() -> None:
 @pytest.mark.parametrize("name", ["llama", "opt", "falcon 11b", "qwen3_moe"])
 def test_learning_helps_and_the_report_is_true(name: str, options: dict[str, Any]) -> None:
     task = zoo.task(name)
-    method = PTQ161(**QUICK, **options)
+    method = PTQ161(**QUICK | options)
     result = method.quantize(task)
     report = result.report
     before, after, curve = (getattr(report.training, key) for key in ("before", "after", "curve"))
@@ -204,7 +204,7 @@ def test_rates_go_to_their_groups() -> None:
 
 def test_without_mask_and_learning_it_is_signs_with_a_mean_scale() -> None:
     task = zoo.task("opt")
-    result = PTQ161(salient_ratio=0, epochs=0).quantize(task)
+    result = PTQ161(salient_ratio=0, epochs=0, init="reference").quantize(task)
     for name, layer in result.linears.items():
         weight = task.block.get_parameter(f"{name}.weight")
         centred = weight - weight.mean(1, keepdim=True)
@@ -314,7 +314,7 @@ def test_training_that_blows_up_falls_back_and_says_so() -> None:
     task = zoo.task("llama")
     events: list[Event] = []
     task.log = zoo.log(events.append)
-    report = PTQ161(epochs=2, row_lr=1e5).quantize(task).report
+    report = PTQ161(epochs=2, row_lr=1e5, init="reference").quantize(task).report
     assert len(report.training.failures) == 3
     assert report.loss_after == report.loss_before == report.loss_rtn
     assert [e.kind for e in events].count("warning") == 3
@@ -324,7 +324,7 @@ def test_what_is_worse_than_mean_scales_is_dropped(monkeypatch: pytest.MonkeyPat
     task = zoo.task("opt")
     events: list[Event] = []
     task.log = zoo.log(events.append)
-    wanted = PTQ161(epochs=0).quantize(task)
+    wanted = PTQ161(epochs=0, init="reference").quantize(task)
 
     def bad(weight: Tensor, importance: Tensor, with_mean: bool) -> Any:
         binary = binarized(weight, with_mean)

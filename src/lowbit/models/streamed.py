@@ -68,8 +68,8 @@ class StreamedModel:
             raise ValueError(
                 f"no model can be built from {folder}/config.json: {name}: {error}"
             ) from error
+        self.family = family_of(self.config, self.skeleton)  # found with float linears
         prepare(self.skeleton)
-        self.family = family_of(self.config, self.skeleton)
         views = views_of(self.skeleton, self.reader.tensors)
         if views:
             self.reader = ViewingReader(self.reader, views)

@@ -108,8 +108,9 @@ class Job:
         if self.tokenizer is None:
             raise ValueError(
                 f"{self.method.name} reads calibration text, for which the model needs a "
-                "tokenizer: leave out --without-tokenizer, pass token ids (lowbit.TokenIds), or "
-                "choose a method without calibration, such as rtn"
+                "tokenizer: give the model with its tokenizer (and leave out --without-tokenizer), "
+                "pass token ids (lowbit.TokenIds), or choose a method without calibration text, "
+                "such as rtn"
             )
         windows = token_windows(self.calibration, self.tokenizer, context, self.options.cache)
         largest, rows = int(windows.tokens.max()), self.source.vocabulary
