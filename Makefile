@@ -4,7 +4,7 @@ READY  := .venv/.installed
 ENGINES := .venv-engines/bin/python
 HOOKS   = $$(git rev-parse --git-path hooks)
 
-.PHONY: demo quick test test-families test-engines lint bench hooks mutants
+.PHONY: demo quick test test-families test-engines lint bench hooks mutants fuzz
 
 demo:  $(READY) ; OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} .venv/bin/python examples/demo.py
 quick: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not slow and not families"
@@ -14,6 +14,7 @@ test-engines: $(READY) $(ENGINES)
 	OMP_NUM_THREADS=1 LOWBIT_ENGINES=$(ENGINES) .venv/bin/python -m pytest -n 2 -q tests/engines
 lint:  $(READY) ; .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 bench: $(READY) ; .venv/bin/python benchmarks/perplexity.py $(ARGS)
+fuzz:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python tests/fuzz/run.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
 mutants: $(READY)
 	.venv/bin/pip install -q -e '.[mutants]' -c constraints.txt
 	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/mutants.py $(ARGS)
