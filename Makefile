@@ -2,6 +2,8 @@
 PYTHON ?= python3
 READY  := .venv/.installed
 ENGINES := .venv-engines/bin/python
+# The tests start hundreds of processes; each would compile the package and the tests anew.
+unexport PYTHONDONTWRITEBYTECODE
 HOOKS   = $$(git rev-parse --git-path hooks)
 
 .PHONY: demo quick test test-families test-engines lint bench hooks mutants fuzz

@@ -8,7 +8,7 @@ import ast
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -139,6 +139,10 @@ class Module:
     def tree(self) -> ast.Module:
         return ast.parse(self.text, filename=str(self.path))
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
+
     def at(self, line: int) -> str:
         return f"src/lowbit/{self.inside.as_posix()}:{line}"
 
@@ -146,7 +150,7 @@ class Module:
     def imports(self) -> list[tuple[int, str]]:
         """Line and absolute name of each import, as in (7, "lowbit.blocks.folding.apply")."""
         imports: list[tuple[int, str]] = []
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 imports += [(node.lineno, alias.name) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -164,6 +168,7 @@ class Module:
         return ".".join([*above, *([node.module] if node.module else [])])
 
 
+@cache
 def modules(src: Path = ROOT / "src") -> list[Module]:
     return [Module(src, path) for path in sorted((src / "lowbit").rglob("*.py"))]
 
@@ -257,7 +262,7 @@ def public_names_only(module: Module) -> Iterator[str]:
 
 def prints(module: Module) -> Iterator[str]:
     """Only cli prints."""
-    for node in ast.walk(module.tree) if module.package != "cli" else ():
+    for node in module.nodes if module.package != "cli" else ():
         if isinstance(node, ast.Call) and dotted(node.func) == "print":
             yield f"{module.at(node.lineno)} prints, which {module.package} may not (only cli does)"
 
@@ -265,9 +270,7 @@ def prints(module: Module) -> Iterator[str]:
 def global_seeds(module: Module) -> Iterator[str]:
     """Randomness comes from a torch.Generator that is passed in."""
     called = [
-        (node.lineno, dotted(node.func))
-        for node in ast.walk(module.tree)
-        if isinstance(node, ast.Call)
+        (node.lineno, dotted(node.func)) for node in module.nodes if isinstance(node, ast.Call)
     ]
     for line, name in called + module.imports:
         if name in SEEDS:
@@ -283,7 +286,7 @@ def long_files(module: Module) -> Iterator[str]:
 
 def long_functions(module: Module) -> Iterator[str]:
     """The body of a function has at most BODY_LINES lines."""
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node, clean=False) else node.body
             lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0

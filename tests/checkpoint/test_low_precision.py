@@ -19,6 +19,8 @@ from lowbit.checkpoint import CheckpointReader, open_checkpoint
 from lowbit.checkpoint.output import size_of
 from lowbit.methods import RTN
 
+pytestmark = pytest.mark.slow
+
 FP8_MAX = 448.0
 Parts = dict[str, Tensor]
 

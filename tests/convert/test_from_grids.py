@@ -15,6 +15,8 @@ from lowbit.checkpoint.reader import CheckpointReader
 from lowbit.exporters.grid import grid_of
 from lowbit.methods import RTN
 
+pytestmark = pytest.mark.slow
+
 WIDE = zoo.GQA | {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
 NAME = "model.layers.1.mlp.up_proj"
 ROUND_TRIPS: dict[str, tuple[str, RTN, dict[str, Any]]] = {

@@ -21,6 +21,8 @@ from lowbit.convert import convert
 from lowbit.load import stream
 from lowbit.methods import RTN
 
+pytestmark = pytest.mark.slow
+
 FLOAT_ONLY: dict[str, Callable[[Path, Path], Any]] = {
     "quantize": lambda model, out: lowbit.quantize(model, out, RTN(), device="cpu"),
     "plan": lambda model, out: lowbit.plan(model, RTN(), device="cpu"),

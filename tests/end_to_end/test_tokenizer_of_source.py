@@ -14,6 +14,8 @@ import lowbit
 from lowbit.cli import app
 from lowbit.methods import GPTQ, RTN, Method
 
+pytestmark = pytest.mark.slow
+
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
 

@@ -1,6 +1,7 @@
 """Other programs compute with an exported folder what lowbit computes with its own."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,11 +161,14 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("model", ["llama-mini", "tinystories-656k"])
+@pytest.mark.parametrize("model", ["llama-mini", "opt-mini"])
 def test_tokens(model: str, ask: Ask, tmp_path: Path) -> None:
+    """opt-mini has a tokenizer of another kind; a Llama stands for its model in llama.cpp."""
     folder = zoo.MODELS / model
-    if not folder.exists():
-        pytest.skip(f"{model} is not here")
+    if model == "opt-mini":
+        folder = zoo.write(zoo.Line("llama", WIDE | {"vocab_size": 2048}), tmp_path / "llama")
+        for path in (zoo.MODELS / model).glob("*token*"):
+            shutil.copy(path, folder)
     made = lowbit.quantize(folder, tmp_path / "made", RTN(bits=4, symmetric=True, group_size=32))
     lowbit.export(made, tmp_path / "dest", "gguf", allow_lossy=True)
     found = ask("llama_cpp", tmp_path / "dest" / "dest.gguf", texts=TEXTS)["tokens"]

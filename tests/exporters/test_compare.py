@@ -14,6 +14,8 @@ from lowbit.cli import app
 from lowbit.exporters import TARGETS
 from lowbit.methods import RTN
 
+pytestmark = pytest.mark.slow
+
 WIDE = zoo.GQA | {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
 WEIGHTS = ("*.safetensors", "*.gguf", "*.bin")
 

@@ -15,6 +15,8 @@ from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.reader import CheckpointReader
 from lowbit.methods import RTN, MatQuant, OmniQuant
 
+pytestmark = pytest.mark.slow
+
 ALL = {
     f"{bits} bits, {'symmetric' if symmetric else 'asymmetric'}, {size or 'rows'}": (
         bits,

@@ -14,6 +14,8 @@ from lowbit.exporters.gguf.tokenizer import SPLITS, tokenizer_keys
 from lowbit.exporters.grid import Grid
 from lowbit.methods import RTN
 
+pytestmark = pytest.mark.slow
+
 gguf = pytest.importorskip("gguf")
 WIDE = zoo.GQA | {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
 

@@ -16,6 +16,8 @@ from lowbit.exporters.mlc import _packed
 from lowbit.exporters.mlc.tensor_cache import CacheReader
 from lowbit.methods import RTN, MatQuant
 
+pytestmark = pytest.mark.slow
+
 SYMMETRIC = RTN(bits=4, symmetric=True, group_size=32)
 BIASED = {"attention_bias": True}
 

@@ -16,6 +16,8 @@ from lowbit.exporters import TARGETS, Exporter, Step
 from lowbit.exporters.compressed_tensors import CompressedTensorsExporter
 from lowbit.methods import PTQ161, RTN, MixedQuant, QuIP
 
+pytestmark = pytest.mark.slow
+
 LATTICE = QuIP(codebook="HI", scale=2.9, row_scale="always", tune_iters=0, min_tokens=8)
 NO_GRID = {
     "lattice": LATTICE,

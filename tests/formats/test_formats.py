@@ -270,6 +270,7 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
 BACKENDS = [(name, b.name) for name, format_ in FORMATS.items() for b in format_.backends]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(("name", "backend"), BACKENDS, ids=lambda name: name)
 def test_a_fault_in_a_backend_is_noticed(

@@ -19,6 +19,8 @@ from lowbit.models.self_check import check_streaming, one_of_each_kind
 from lowbit.models.source import SourceModel
 from lowbit.models.streamed import ModelWithoutBlocks
 
+pytestmark = pytest.mark.slow
+
 CODE = Path(__file__).parents[1] / "remote_code" / "modeling_tiny.py"
 
 

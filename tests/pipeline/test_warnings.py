@@ -9,6 +9,8 @@ import quantized
 from lowbit.events import Event, Warned
 from lowbit.methods import GPTQ, RTN, MatQuant, Method, MixedQuant, OmniQuant, QuIP
 
+pytestmark = pytest.mark.slow
+
 NO_EFFECT = "has no effect in this model"
 W4 = {"bits": 4, "group_size": 16}
 # Settings that act through folds alone. gpt_neox has no table, and so no folds.

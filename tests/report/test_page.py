@@ -15,6 +15,8 @@ from browser import BROWSER, PHONE, look
 from lowbit.report import read_results, read_run, render
 from lowbit.report.page import MOST_NAMES, fallback_groups, setting
 
+pytestmark = pytest.mark.slow
+
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs a browser")
 
 EVIL = "</style><script>document.title='evil'</script><img src=http://evil.invalid/x onerror=a>"
