@@ -111,7 +111,10 @@ def sample(count: int, seed: int, only: str) -> list[tuple[Path, str, str]]:
         if changed is None or not differs(code, changed):
             continue
         (line, _), _ = place
-        before, after = (text.splitlines()[line - 1].strip() for text in (code, changed))
+        # A fault may remove lines, so that the changed code ends before this one.
+        before, after = (
+            (text.splitlines()[line - 1 :] or [""])[0].strip() for text in (code, changed)
+        )
         label = f"{file.relative_to(SOURCE)}:{line} {type(operator).__name__}"
         found.append((file, changed, f"{label}: {before}  ->  {after}"))
         if len(found) == count:
