@@ -20,9 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import hypothesis  # noqa: F401  (this and the next three are imported once, before all forks)
 import pytest
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401  (imported once, before all forks)
+import torch._dynamo
+import transformers.models.llama.modeling_llama  # noqa: F401
 from cosmic_ray.ast import Visitor, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
@@ -31,7 +33,7 @@ from results import append
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lowbit"
 PACKAGES = ("solvers", "formats", "blocks")
-TIMEOUT = 400  # seconds for the tests of a mutant; one that takes longer is killed
+TIMEOUT = 900  # seconds for the tests of a mutant; one that takes longer is killed
 METHODS = ("methods/test_gptq.py", "methods/test_omniquant.py", "methods/test_mixedquant.py")
 # Tests of a package, in order, which run where the module's own tests see nothing.
 OF_PACKAGE = {
@@ -158,7 +160,7 @@ def killed_by(file: Path, code: str) -> str | None:
     """Returns the tests that see a mutant; None if it survives."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder)
-        shutil.copytree(SOURCE, source / "lowbit", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(SOURCE, source / "lowbit")  # with what is compiled already
         (source / "lowbit" / file.relative_to(SOURCE)).write_text(code)
         deadline = time.monotonic() + TIMEOUT
         return next((t for t in tests_of(file) if fails(t, source, deadline)), None)
