@@ -2,16 +2,18 @@
 PYTHON ?= python3
 READY  := .venv/.installed
 ENGINES := .venv-engines/bin/python
+NATIVE := cmake/CMakeLists.txt $(wildcard src/lowbit/kernels/native/*.[ch])
 # The tests start hundreds of processes; each would compile the package and the tests anew.
 unexport PYTHONDONTWRITEBYTECODE
 HOOKS   = $$(git rev-parse --git-path hooks)
 
-.PHONY: demo quick test test-families test-engines lint bench hooks mutants fuzz
+.PHONY: demo quick test test-families test-kernels test-engines lint bench hooks mutants fuzz
 
 demo:  $(READY) ; OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} .venv/bin/python examples/demo.py
-quick: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not slow and not families"
-test:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not families"
+quick: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not slow and not families and not exhaustive"
+test:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not families and not exhaustive"
 test-families: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/end_to_end/test_architectures.py
+test-kernels: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/kernels/native
 test-engines: $(READY) $(ENGINES)
 	OMP_NUM_THREADS=1 LOWBIT_ENGINES=$(ENGINES) .venv/bin/python -m pytest -n 2 -q tests/engines
 lint:  $(READY) ; .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
@@ -23,11 +25,12 @@ mutants: $(READY)
 hooks: $(READY) ; @mkdir -p $(HOOKS) && printf '#!/bin/sh\nmake lint && .venv/bin/python -m pytest -q tests/test_layers.py\n' > $(HOOKS)/pre-commit && chmod +x $(HOOKS)/pre-commit
 
 # torch comes first and alone: which build it is decides what else is downloaded.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowbit needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q torch==2.13.0 -c constraints.txt
 	.venv/bin/pip install -q -e '.[dev]' -c constraints.txt
+	@.venv/bin/python -c 'from lowbit.kernels.native import why_not; reason = why_not(); reason and print(reason)'
 	@touch $@
 
 # The programs that read exported folders, in an environment without lowbit.

@@ -8,7 +8,12 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never use the network; the hub reads this when imported
 
 NO_GPU = "needs a CUDA device"
-MAY_SKIP = (NO_GPU, "needs a browser")  # how the reason of an allowed skip starts
+# How the reason of an allowed skip starts
+MAY_SKIP = (
+    NO_GPU,
+    "needs a browser",
+    "needs a compiler",
+)
 ON_CI = os.environ.get("CI") == "true"
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lowbit
 from lowbit.checkpoint import CheckpointReader
 from lowbit.formats.base import QuantizedLinear
+from lowbit.kernels.native import why_not
 from lowbit.load import load_model, stream
 
 pytestmark = pytest.mark.slow
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.slow
 LINEAR = "model.layers.1.mlp.up_proj"
 PATTERN = "model.layers.{0-1}.mlp.up_proj"
 HALVES = [torch.float16, torch.bfloat16]
+# Kernels round inputs to 16 bits, where a difference of 1e-7 may become one of 6e-5.
+EQUAL = 1e-5 if why_not() else 2e-4
 every_family = pytest.mark.parametrize("name", zoo.ZOO)
 
 
@@ -163,7 +166,7 @@ def test_decoding_with_a_cache_is_prefill(name: str) -> None:
     decoded = torch.stack(out.logits, dim=1)
     whole = quantized.logits(model, out.sequences)[:, prompt.shape[1] - 1 : -1]
     assert decoded.shape == whole.shape == (1, 6, zoo.VOCABULARY)
-    assert zoo.error(decoded, whole) < 1e-5
+    assert zoo.error(decoded, whole) < EQUAL
 
 
 @every_family
@@ -184,7 +187,7 @@ def test_padding_changes_nothing(name: str) -> None:
     for i, row in enumerate(rows):
         assert (
             zoo.error(padded[i : i + 1, longest - row.shape[1] :], quantized.logits(model, row))
-            < 1e-5
+            < EQUAL
         )
 
 

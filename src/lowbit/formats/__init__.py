@@ -80,6 +80,19 @@ def use_backend(name: str) -> Iterator[None]:
         yield
 
 
+def set_input_bits(model: nn.Module, bits: int) -> None:
+    """Sets to how many bits kernels round the inputs of a model's layers, 16 or 8.
+
+    Layers that round their inputs themselves are not changed by it, and neither is what torch
+    computes. Raises ValueError for another number of bits.
+    """
+    if bits not in (8, 16):
+        raise ValueError(f"inputs is {bits}: allowed are 8 and 16")
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.set_input_bits(bits)
+
+
 def repack(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Repacks the tensors of a model's layers for their backends, which the first forward would do.
 

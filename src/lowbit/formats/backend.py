@@ -47,12 +47,16 @@ class Backend(ABC, Generic[Layer]):
         """
         return {}
 
+    def prepare(self, layer: Layer, x: Tensor) -> Tensor:
+        """Returns the input as `multiply` reads it: (..., in_features) -> (..., width)."""
+        return layer.prepared(x)
+
     @abstractmethod
     def multiply(self, layer: Layer, packed: dict[str, Tensor], prepared: Tensor) -> Tensor:
         """Multiplies by the layer's weight, without the bias.
 
         packed: the result of `repack`.
-        prepared: (tokens, width), the input after the layer's `prepare`; at least one token.
+        prepared: (tokens, width), the result of `prepare`; at least one token.
 
         Returns (tokens, out_features) of any float dtype; `forward` casts it to the input's dtype.
         """

@@ -38,6 +38,7 @@ class QuantizedLinear(nn.Module):
     and `at` and `set_bits` choose one. `lowbit.formats.widths` does this for whole models.
 
     activation: how `forward` rounds its input; None: it does not, or `prepare` does.
+    input_bits: 16 or 8; to how many bits kernels round inputs that the layer does not round itself.
     stored_as: the layer's name in the folder that it was loaded from; None: it was not loaded.
     bias: (out_features,) in the checkpoint's dtype, or None.
     """
@@ -47,6 +48,7 @@ class QuantizedLinear(nn.Module):
     backends: ClassVar[tuple[Backend[Any], ...]]
     spec: LayerEntry
     activation: Activation | None = None
+    input_bits: int = 16
     stored_as: str | None = None
     bias: Tensor | None
 
@@ -236,12 +238,13 @@ class QuantizedLinear(nn.Module):
         if not x.numel():
             return x.new_zeros(*x.shape[:-1], self.out_features)
         with _without_autocast(x.device):
-            prepared = self.prepared(x)
-            rows = prepared.reshape(-1, prepared.shape[-1])
+            tokens = x.numel() // self.in_features
             gradients = torch.is_grad_enabled() and (
-                rows.requires_grad or any(tensor.requires_grad for tensor in self.own_tensors())
+                x.requires_grad or any(tensor.requires_grad for tensor in self._read_tensors())
             )
-            backend = choose(self, x.device, x.dtype, len(rows), gradients)
+            backend = choose(self, x.device, x.dtype, tokens, gradients)
+            prepared = backend.prepare(self, x)
+            rows = prepared.reshape(-1, prepared.shape[-1])
             with torch.set_grad_enabled(gradients):
                 y = backend.multiply(self, self._repacked.of(self, backend), rows)
                 y = y if self.bias is None else y + self.bias.to(y.dtype)
@@ -270,6 +273,11 @@ class QuantizedLinear(nn.Module):
         """Repacks the tensors now, instead of in the first forward with this number of tokens."""
         self._repacked.of(self, self.backend_for(tokens, dtype=dtype))
 
+    def _read_tensors(self) -> list[Tensor]:
+        """Returns the tensors that a forward reads: the layer's own, and what its owner shares."""
+        owner = self.owner
+        return self.own_tensors() + ([] if owner is self else owner.shared_tensors())
+
     def own_tensors(self) -> list[Tensor]:
         """The layer's parameters, without those of the owner."""
         return [tensor for tensor in self._parameters.values() if tensor is not None]
@@ -291,6 +299,12 @@ class QuantizedLinear(nn.Module):
     def set_bits(self, bits: int) -> None:
         """Sets the bit width of later forwards. Raises ValueError if the layer cannot run at it."""
         raise ValueError(self._one_width(bits))
+
+    def set_input_bits(self, bits: int) -> None:
+        """Sets `input_bits` of later forwards, and repacks what depends on it."""
+        if bits != self.input_bits:
+            self.input_bits = bits
+            self._repacked = Repacked()
 
     def _one_width(self, bits: int) -> str:
         return f"it is a {self.format} layer, which has one width only: it cannot use {bits} bits"

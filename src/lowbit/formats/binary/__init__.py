@@ -46,6 +46,7 @@ from torch import Tensor
 
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import reference
+from lowbit.formats.binary.cpu import Cpu
 from lowbit.formats.binary.lookup import Lookup
 from lowbit.formats.binary.weight import Weight
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
@@ -162,7 +163,7 @@ class BinaryLinear(QuantizedLinear):
 
     format = "binary"
     Entry = BinaryEntry
-    backends = (Lookup(), Weight(), reference.Reference())
+    backends = (Cpu(), Lookup(), Weight(), reference.Reference())
 
     spec: BinaryEntry
     sign: Tensor

@@ -52,6 +52,7 @@ from lowbit.formats.checks import check_shape, dtype_name, finite, storable
 from lowbit.formats.entry import LayerEntry, ScaleName
 from lowbit.formats.lattice import reference
 from lowbit.formats.lattice.codebooks import CODEBOOKS, Codebook, codebook
+from lowbit.formats.lattice.cpu import Cpu
 from lowbit.formats.lattice.incoherence import Rotation, Stored, restore_weight, rotation
 from lowbit.formats.tiles import product_dtype
 from lowbit.kernels.hadamard import Kind
@@ -159,7 +160,7 @@ class LatticeLinear(QuantizedLinear):
 
     format = "lattice"
     Entry = LatticeEntry
-    backends = (reference.Reference(),)
+    backends = (Cpu(), reference.Reference())
 
     spec: LatticeEntry
     packed: Tensor

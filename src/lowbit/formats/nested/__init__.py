@@ -47,6 +47,7 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
 from lowbit.formats.entry import LayerEntry, ScaleName, Size
 from lowbit.formats.nested import reference
+from lowbit.formats.nested.cpu import Cpu
 from lowbit.formats.uniform import UniformLinear
 from lowbit.formats.uniform.reference import group_count, quantize
 from lowbit.kernels.bits import pack, packed_bytes
@@ -136,7 +137,7 @@ class NestedLinear(QuantizedLinear):
 
     format = "nested"
     Entry = NestedEntry
-    backends = (reference.Reference(),)
+    backends = (Cpu(), reference.Reference())
 
     spec: NestedEntry
     master: Tensor

@@ -49,6 +49,7 @@ from torch import Tensor
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
 from lowbit.formats.sorted_group import reference
+from lowbit.formats.sorted_group.cpu import Cpu
 from lowbit.formats.sorted_group.entry import (
     InputOrder,
     SortedGroupEntry,
@@ -76,7 +77,7 @@ class SortedGroupLinear(QuantizedLinear):
 
     format = "sorted_group"
     Entry = SortedGroupEntry
-    backends = (reference.Reference(),)
+    backends = (Cpu(), reference.Reference())
 
     spec: SortedGroupEntry
     packed: Tensor
@@ -226,6 +227,12 @@ class SortedGroupLinear(QuantizedLinear):
             -1, _checked(permutation, self.in_features), values
         )
 
+    def reordered(self, x: Tensor) -> Tensor:
+        """Returns x in the layer's order: (..., in), same dtype."""
+        owner = self.owner
+        assert isinstance(owner, SortedGroupLinear)
+        return x if owner.permutation is None else x.index_select(-1, owner.permutation.int())
+
     def prepare(self, x: Tensor) -> Tensor:
         """Brings the inputs into the layer's order and rounds them.
 
@@ -235,8 +242,7 @@ class SortedGroupLinear(QuantizedLinear):
         salient inputs, in float64 if x is, else in float32. If the layer does not round inputs: x
         in the layer's order, (..., in) in its own dtype.
         """
-        if self.permutation is not None:
-            x = x.index_select(-1, self.permutation.int())
+        x = self.reordered(x)
         if self.spec.activation is None:
             return x
         x = x if x.dtype == torch.float64 else x.float()

@@ -44,6 +44,7 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
 from lowbit.formats.entry import LayerEntry, ScaleName, Size
 from lowbit.formats.uniform import reference
+from lowbit.formats.uniform.cpu import Cpu
 from lowbit.formats.uniform.reference import UniformLayout
 from lowbit.kernels.bits import pack, packed_bytes, unpack
 
@@ -107,7 +108,7 @@ class UniformLinear(QuantizedLinear):
 
     format = "uniform"
     Entry = UniformEntry
-    backends = (reference.Reference(),)
+    backends = (Cpu(), reference.Reference())
 
     spec: UniformEntry
     packed: Tensor

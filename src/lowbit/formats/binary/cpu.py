@@ -1,0 +1,45 @@
+"""Multiplies signs and salient codes of the binary format with the compiled kernels."""
+
+from typing import TYPE_CHECKING
+
+from lowbit.formats.native import NativeBackend, rounding
+from lowbit.kernels.native import Part
+
+if TYPE_CHECKING:
+    from lowbit.formats.binary import BinaryLinear
+
+
+class Cpu(NativeBackend["BinaryLinear"]):
+    """The plain channels are codes of 1 bit, and the salient ones codes of 4 bits, in one call."""
+
+    def parts(self, layer: "BinaryLinear") -> list[Part]:
+        salient = layer.spec.salient
+        plain = Part(
+            first=0,
+            inputs=layer.plain,
+            group_size=layer.plain,
+            codes=[layer.sign],
+            stream_bits=1,
+            bits=1,
+            scale=-layer.row_scale.unsqueeze(1),  # of 2 * bit - 1
+            zero=1,
+            shift=1,
+            rounding=rounding(layer),
+            mean=layer.row_mean,
+            columns=layer.column_scale,
+        )
+        if not salient:
+            return [plain]
+        assert layer.salient is not None and layer.salient_scale is not None
+        codes = Part(
+            first=layer.plain,
+            inputs=salient,
+            group_size=salient,
+            codes=[layer.salient],
+            stream_bits=4,
+            bits=4,
+            scale=layer.salient_scale.unsqueeze(1),
+            zero=layer.zeros().unsqueeze(1),
+            rounding=rounding(layer),
+        )
+        return [plain, codes]

@@ -1,0 +1,76 @@
+"""Multiplies integer codes of the sorted_group format with the compiled kernels."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowbit.formats.native import NativeBackend, rounding
+from lowbit.formats.sorted_group.reference import salient_weight, top_code
+from lowbit.kernels.native import Part, Rounding
+
+if TYPE_CHECKING:
+    from lowbit.formats.sorted_group import SortedGroupLinear
+
+EXACT = 2**31  # integer sums stay below it
+
+
+class Cpu(NativeBackend["SortedGroupLinear"]):
+    """Rounds inputs as the reference does. Without salient inputs it gives the same bits.
+
+    Salient weights are multiplied in float.
+    """
+
+    def supports(
+        self,
+        layer: "SortedGroupLinear",
+        device: torch.device,
+        dtype: torch.dtype,
+        tokens: int,
+        gradients: bool,
+    ) -> bool:
+        spec, owner = layer.spec, layer.owner
+        if spec.activation is not None:
+            size = min(spec.group_size or spec.kept, spec.kept)
+            if 2**spec.bits * top_code(spec.activation.bits) * size >= EXACT:
+                return False
+        # Only the reference asks an offloaded owner for what it prepared.
+        if owner is not layer and owner.is_offloaded() and not layer.packed.is_meta:
+            return False
+        return super().supports(layer, device, dtype, tokens, gradients)
+
+    def prepare(self, layer: "SortedGroupLinear", x: Tensor) -> Tensor:
+        return layer.reordered(x)  # the kernel rounds it
+
+    def parts(self, layer: "SortedGroupLinear") -> list[Part]:
+        spec = layer.spec
+        rounded = rounding(layer)
+        if spec.activation is not None:
+            rounded = Rounding("groups", top_code(spec.activation.bits))
+        codes = Part(
+            first=0,
+            inputs=spec.kept,
+            group_size=spec.group_size or spec.kept,
+            codes=[layer.packed],
+            stream_bits=spec.bits,
+            bits=spec.bits,
+            scale=layer.scale,
+            zero=2 ** (spec.bits - 1),
+            rounding=rounded,
+        )
+        if not spec.salient:
+            return [codes]
+        tensors = layer.salient_tensors()
+        weight = tensors[0] if len(tensors) == 1 else salient_weight(*tensors)
+        salient = Part(
+            first=spec.kept,
+            inputs=spec.salient,
+            group_size=spec.salient,
+            codes=None,
+            stream_bits=8,
+            bits=8,
+            scale=weight,
+            zero=0,
+            rounding=rounded,
+        )
+        return [codes, salient]

@@ -1,0 +1,28 @@
+"""Products with packed weights on the CPU, in C.
+
+library.py: finds and loads the compiled library, and chooses an instruction set.
+planes.py:  packs the codes of a layer as the library reads them, and unpacks them.
+product.py: the operator that multiplies.
+
+The C files: lowbit_kernels.h describes the packed layer, layout.c packs, rounding.h rounds inputs,
+dispatch.c runs a product on torch's threads, and there is one file for each instruction set.
+portable.c is plain C and the definition: the others give equal bits.
+"""
+
+from lowbit.kernels.native.library import INSTRUCTION_SETS, available, chosen, why_not
+from lowbit.kernels.native.planes import Part, Rounding, pack_layer, stored_codes, stored_scales
+from lowbit.kernels.native.product import multiply, multiply_op
+
+__all__ = [
+    "INSTRUCTION_SETS",
+    "Part",
+    "Rounding",
+    "available",
+    "chosen",
+    "multiply",
+    "multiply_op",
+    "pack_layer",
+    "stored_codes",
+    "stored_scales",
+    "why_not",
+]

@@ -1,0 +1,261 @@
+/* Chooses the instruction set, and runs a product on torch's threads. */
+
+#include "sums.h"
+
+#include <stdlib.h>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define X86 1
+#if defined(_MSC_VER)
+#include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
+#endif
+
+enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+enum { TOKENS_FOR_THREADS = 8, TILES_FOR_A_THREAD = 16 };
+
+LOWBIT_EXPORT int32_t lowbit_abi(void) { return LOWBIT_ABI; }
+
+#ifdef X86
+static void cpuid(int leaf, unsigned *a, unsigned *b, unsigned *c, unsigned *d) {
+#if defined(_MSC_VER)
+    int r[4];
+    __cpuidex(r, leaf, 0);
+    *a = r[0], *b = r[1], *c = r[2], *d = r[3];
+#else
+    *a = *b = *c = *d = 0;
+    __get_cpuid_count(leaf, 0, a, b, c, d);
+#endif
+}
+
+/* The registers that the operating system saves. */
+static uint64_t saved_registers(void) {
+#if defined(_MSC_VER)
+    return _xgetbv(0);
+#else
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+#endif
+}
+#endif
+
+/* The widest instruction set that the processor, the system and this library have. */
+LOWBIT_EXPORT int32_t lowbit_widest(void) {
+#ifdef X86
+    unsigned a, b, c, d, b7, c7;
+    cpuid(1, &a, &b, &c, &d);
+    int osxsave = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1;
+    if (!osxsave || !avx || !f16c) return PORTABLE;
+    uint64_t saved = saved_registers();
+    cpuid(7, &a, &b7, &c7, &d);
+    if ((saved & 0x6) != 0x6 || !(b7 >> 5 & 1) || !lowbit_avx2.rows) return PORTABLE;
+    int foundation = b7 >> 16 & 1, dq = b7 >> 17 & 1, bw = b7 >> 30 & 1, vl = b7 >> 31 & 1;
+    int vnni = c7 >> 11 & 1;
+    if ((saved & 0xe6) != 0xe6 || !(foundation && dq && bw && vl && vnni) || !lowbit_avx512.rows)
+        return AVX2;
+    return AVX512;
+#else
+    return PORTABLE;
+#endif
+}
+
+static const lowbit_set *set_of(int32_t number) {
+    return number == AVX512 ? &lowbit_avx512 : number == AVX2 ? &lowbit_avx2 : &lowbit_portable;
+}
+
+LOWBIT_EXPORT int32_t lowbit_rows(int32_t set) { return set_of(set)->rows; }
+
+typedef void (*range_function)(int64_t begin, int64_t end, void *context);
+typedef int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, range_function, void *);
+
+/* A product of several layers with the same inputs. */
+typedef struct {
+    const float *x;
+    int64_t tokens, stride; /* stride: from one token to the next, in floats */
+    int32_t set, count;
+    const lowbit_layer *const *layers;
+    float *const *outputs; /* of each layer: [token][output] */
+    parallel_for parallel; /* torch_parallel_for, or NULL for one thread */
+} lowbit_call;
+
+typedef struct {
+    const lowbit_call *call;
+    const lowbit_set *set;
+    lowbit_inputs inputs[LOWBIT_PARTS];
+} work;
+
+static void run(parallel_for parallel, int64_t count, int64_t grain, range_function function,
+                void *context) {
+    if (parallel == NULL || count <= grain)
+        function(0, count, context);
+    else
+        parallel(0, count, grain, function, context);
+}
+
+static void round_range(int64_t begin, int64_t end, void *context) {
+    const work *w = context;
+    const lowbit_layer *layer = w->call->layers[0];
+    for (int32_t i = 0; i < layer->parts; i++)
+        if (layer->part[i].spec.kind == LOWBIT_PLANES)
+            w->set->round(layer, &layer->part[i], w->call->x, w->call->stride, &w->inputs[i], begin,
+                          end);
+}
+
+/* Adds the product with float weights: one input after the other, without fused operations. */
+static void add_floats(const work *w, const lowbit_layer *layer, const lowbit_part *part,
+                       int64_t tile, int64_t token, float *y) {
+    const float *x = w->call->x + token * w->call->stride + part->spec.first;
+    int32_t bytes = part->spec.scale_bytes;
+    const uint8_t *weights = (const uint8_t *)lowbit_at(layer, part->scales) +
+                             tile * part->spec.inputs * layer->rows * bytes;
+    for (int64_t i = 0; i < part->spec.inputs; i++, weights += layer->rows * bytes)
+        for (int row = 0; row < layer->rows; row++) y[row] += x[i] * scale_of(weights, bytes, row);
+}
+
+/* The product for a token whose inputs cannot be summed as integers, row by row in float. */
+static void add_unusual(const work *w, const lowbit_layer *layer, const lowbit_part *part,
+                        const lowbit_inputs *in, int64_t tile, int64_t token, float *y) {
+    const lowbit_spec *spec = &part->spec;
+    const lowbit_piece *piece = lowbit_at(layer, part->piece_table);
+    const float *x = w->call->x + token * w->call->stride + spec->first;
+    const float *columns = part->columns ? lowbit_at(layer, part->columns) : NULL;
+    const float *means = part->means ? lowbit_at(layer, part->means) : NULL;
+    int broken = in->state[token] == LOWBIT_BROKEN, rows = layer->rows;
+    uint8_t codes[(LOWBIT_PIECE + LOWBIT_PADDING) * LOWBIT_MOST_ROWS];
+    for (int64_t p = 0; p < part->pieces; p++, piece++) {
+        const uint8_t *scales = scales_of(layer, part, tile, piece->group);
+        float step = in->step[token * in->pieces + p];
+        lowbit_unpack_piece(layer, part, tile, piece, codes);
+        for (int32_t i = 0; i < piece->count; i++) {
+            int64_t at = token * in->padded + piece->begin + i;
+            float value = x[piece->source + i];
+            if (columns) value *= columns[piece->source + i];
+            if (broken && spec->rounding != LOWBIT_GROUPS) value = x[piece->source + i] * 0.0f;
+            if (!broken && spec->rounding != LOWBIT_GROUPS)
+                value = step * (float)((in->high ? 128 * in->high[at] : 0) + in->low[at]);
+            for (int row = 0; row < rows; row++) {
+                int32_t zero = spec->has_zeros ? scales[rows * spec->scale_bytes + row] : spec->zero;
+                int32_t code = codes[i / 4 * 4 * rows + 4 * row + i % 4];
+                float weight = (float)((code << spec->shift) - zero) * spec->unit *
+                               scale_of(scales, spec->scale_bytes, row);
+                y[row] += value * (means ? weight + means[tile * rows + row] : weight);
+            }
+        }
+    }
+}
+
+/* Adds a part's product to y[token][tile][row]. */
+static void add_part(const work *w, const lowbit_layer *layer, int index, int64_t tile, int tiles,
+                     int64_t token, int tokens, float *y) {
+    const lowbit_part *part = &layer->part[index];
+    const lowbit_inputs *in = &w->inputs[index];
+    int rows = layer->rows;
+    float own[LOWBIT_BLOCK * 2 * LOWBIT_MOST_ROWS];
+    if (part->spec.kind == LOWBIT_PLANES)
+        w->set->multiply(layer, part, in, tile, tiles, token, tokens, own);
+    const float *means = part->means ? lowbit_at(layer, part->means) : NULL;
+    for (int m = 0; m < tokens; m++) {
+        for (int t = 0; t < tiles; t++) {
+            float *to = y + (m * tiles + t) * rows, *from = own + (m * tiles + t) * rows;
+            if (part->spec.kind == LOWBIT_FLOATS) {
+                add_floats(w, layer, part, tile + t, token + m, to);
+            } else if (in->state[token + m] != LOWBIT_FINE) {
+                add_unusual(w, layer, part, in, tile + t, token + m, to);
+            } else {
+                for (int row = 0; row < rows; row++) {
+                    float value = from[row] * part->spec.unit;
+                    if (means)
+                        value = value + means[(tile + t) * rows + row] * in->total[token + m];
+                    to[row] += value;
+                }
+            }
+        }
+    }
+}
+
+static void write_outputs(const lowbit_layer *layer, int64_t tile, int tiles, int64_t token,
+                          int tokens, const float *y, float *output) {
+    for (int m = 0; m < tokens; m++) {
+        for (int t = 0; t < tiles; t++) {
+            int64_t first = (tile + t) * layer->rows, count = layer->outputs - first;
+            if (count > layer->rows) count = layer->rows;
+            memcpy(output + (token + m) * layer->outputs + first, y + (m * tiles + t) * layer->rows,
+                   (size_t)count * sizeof(float));
+        }
+    }
+}
+
+static void multiply_range(const work *w, const lowbit_layer *layer, int64_t begin, int64_t end,
+                           float *output) {
+    int64_t all = w->call->tokens;
+    float y[LOWBIT_BLOCK * 2 * LOWBIT_MOST_ROWS];
+    int pair = all > 1 ? w->set->pair : 1;
+    for (int64_t tile = begin; tile < end; tile += pair) {
+        int tiles = end - tile < pair ? (int)(end - tile) : pair;
+        for (int64_t token = 0; token < all; token += LOWBIT_BLOCK) {
+            int tokens = all - token < LOWBIT_BLOCK ? (int)(all - token) : LOWBIT_BLOCK;
+            memset(y, 0, (size_t)(tokens * tiles * layer->rows) * sizeof(float));
+            for (int32_t i = 0; i < layer->parts; i++)
+                add_part(w, layer, i, tile, tiles, token, tokens, y);
+            write_outputs(layer, tile, tiles, token, tokens, y, output);
+        }
+    }
+}
+
+/* Tiles are numbered through all layers. */
+static void multiply_tiles(int64_t begin, int64_t end, void *context) {
+    const work *w = context;
+    int64_t first = 0;
+    for (int32_t i = 0; i < w->call->count; i++) {
+        const lowbit_layer *layer = w->call->layers[i];
+        int64_t from = begin > first ? begin - first : 0, to = end - first;
+        if (to > layer->tiles) to = layer->tiles;
+        if (from < to) multiply_range(w, layer, from, to, w->call->outputs[i]);
+        first += layer->tiles;
+    }
+}
+
+static void *take(char **memory, int64_t bytes) {
+    void *taken = *memory;
+    *memory += (bytes + 63) / 64 * 64;
+    return taken;
+}
+
+static int64_t input_bytes(const lowbit_part *part, int64_t tokens) {
+    return tokens * (4 * part->padded + 8 * part->pieces + 5) + 64 * 8;
+}
+
+static void place_inputs(const lowbit_part *part, const lowbit_set *set, int64_t tokens,
+                         lowbit_inputs *in, char **memory) {
+    in->padded = part->padded;
+    in->pieces = part->pieces;
+    in->low = take(memory, tokens * part->padded);
+    in->high = part->spec.halves == 2 ? take(memory, tokens * part->padded) : NULL;
+    in->wide = set->wide ? take(memory, 2 * tokens * part->padded) : NULL;
+    in->step = take(memory, 4 * tokens * part->pieces);
+    in->sum = take(memory, 4 * tokens * part->pieces);
+    in->total = take(memory, 4 * tokens);
+    in->state = take(memory, tokens);
+}
+
+/* Multiplies. Returns 0, or 1 if there is not enough memory. */
+LOWBIT_EXPORT int32_t lowbit_multiply(const lowbit_call *call) {
+    work w = {call, set_of(call->set), {{0}}};
+    const lowbit_layer *first = call->layers[0];
+    int64_t bytes = 64, tiles = 0;
+    for (int32_t i = 0; i < first->parts; i++) bytes += input_bytes(&first->part[i], call->tokens);
+    void *memory = malloc((size_t)bytes);
+    if (memory == NULL) return 1;
+    char *free_memory = (char *)(((uintptr_t)memory + 63) / 64 * 64);
+    for (int32_t i = 0; i < first->parts; i++)
+        if (first->part[i].spec.kind == LOWBIT_PLANES)
+            place_inputs(&first->part[i], w.set, call->tokens, &w.inputs[i], &free_memory);
+    for (int32_t i = 0; i < call->count; i++) tiles += call->layers[i]->tiles;
+    run(call->parallel, call->tokens, TOKENS_FOR_THREADS, round_range, &w);
+    run(call->parallel, tiles, TILES_FOR_A_THREAD, multiply_tiles, &w);
+    free(memory);
+    return 0;
+}

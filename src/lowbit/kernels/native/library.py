@@ -1,0 +1,136 @@
+"""Finds and loads the compiled library, and chooses its instruction set.
+
+The environment variable LOWBIT_KERNELS forces one: off (torch computes everything), portable, avx2
+or avx512. It is read once.
+"""
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+ABI = 1  # LOWBIT_ABI in lowbit_kernels.h
+VARIABLE = "LOWBIT_KERNELS"
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")  # numbered as in dispatch.c
+NAMES = ("lowbit_kernels.so", "lowbit_kernels.dll", "lowbit_kernels.dylib")
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded library.
+
+    functions: its C functions.
+    widest: number of the widest instruction set that this machine can run.
+    """
+
+    functions: ctypes.CDLL
+    widest: int
+
+
+@lru_cache
+def _load() -> Library | str:
+    """Returns the library, or the reason why there is none."""
+    here = Path(__file__).parent
+    paths = [here / name for name in NAMES if (here / name).is_file()]
+    if not paths:
+        return "the kernels were not compiled: install a C compiler, and then lowbit again"
+    try:
+        functions = ctypes.CDLL(str(paths[0]))
+        abi = functions.lowbit_abi()
+    except (OSError, AttributeError) as error:
+        return f"the kernel library {paths[0].name} cannot be loaded: {error}"
+    if abi != ABI:
+        return (
+            f"the kernel library {paths[0].name} has version {abi}, but lowbit needs {ABI}: "
+            "install lowbit again"
+        )
+    functions.lowbit_layout.restype = ctypes.c_int64
+    return Library(functions, functions.lowbit_widest())
+
+
+def functions() -> ctypes.CDLL:
+    """Returns the C functions. Raises ValueError with the reason if there is no library."""
+    library = _load()
+    if isinstance(library, str):
+        raise ValueError(library)
+    return library.functions
+
+
+def available() -> tuple[str, ...]:
+    """Returns the instruction sets that this machine can run; empty if there is no library."""
+    library = _load()
+    return () if isinstance(library, str) else INSTRUCTION_SETS[: library.widest + 1]
+
+
+@torch.compiler.assume_constant_result
+def why_not() -> str | None:
+    """Returns why torch computes everything instead of the kernels; None: the kernels run."""
+    if os.environ.get(VARIABLE) == "off":
+        return f"{VARIABLE} is off"
+    library = _load()
+    return library if isinstance(library, str) else None
+
+
+@lru_cache
+def chosen() -> str:
+    """Returns the instruction set that products run with.
+
+    Raises ValueError for a wrong LOWBIT_KERNELS, and if there is no library.
+    """
+    wanted, names = os.environ.get(VARIABLE, ""), available()
+    if wanted and wanted != "off" and wanted not in INSTRUCTION_SETS:
+        raise ValueError(
+            f"{VARIABLE} is {wanted!r}: allowed are off, {', '.join(INSTRUCTION_SETS)}"
+        )
+    if not names:
+        raise ValueError(why_not())
+    if wanted in INSTRUCTION_SETS and wanted not in names:
+        raise ValueError(
+            f"{VARIABLE} is {wanted!r}, which this machine cannot run: allowed are off, "
+            f"{', '.join(names)}"
+        )
+    return wanted if wanted in names else names[-1]
+
+
+@lru_cache
+def rows(instruction_set: str) -> int:
+    """Returns the rows of a tile of packed weights."""
+    number: int = functions().lowbit_rows(INSTRUCTION_SETS.index(instruction_set))
+    return number
+
+
+class _Threads:
+    """Torch's own loop over its threads, which the library calls.
+
+    A second pool of threads beside torch's would make both many times slower. It is part of torch's
+    stable C interface; older versions of torch do not have it, and then one thread runs.
+    """
+
+    def __init__(self) -> None:
+        self.loop: int | None = None
+
+    def find(self) -> None:
+        try:
+            library = ctypes.CDLL(_torch_library())
+            self.loop = ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            self.loop = None
+
+    def forget(self) -> None:
+        """Threads do not survive a fork, and OpenMP would wait for them forever."""
+        self.loop = None
+
+
+def _torch_library() -> str:
+    folder = Path(torch.__file__).parent / "lib"
+    names = ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll")
+    return str(next((folder / name for name in names if (folder / name).is_file()), folder))
+
+
+threads = _Threads()
+threads.find()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=threads.forget)
