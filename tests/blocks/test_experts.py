@@ -8,6 +8,8 @@ import pytest
 import torch
 import zoo
 from torch import Tensor, nn
+from transformers.models.dbrx.modeling_dbrx import DbrxExperts
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 
 from lowbit.blocks.experts import Expert, ExpertNames, UnfusedExperts, layout_of, unfuse
 
@@ -126,6 +128,30 @@ def test_every_layout_computes_the_same(options: dict[str, bool]) -> None:
             inner = nn.functional.silu(read[:, step]) * read[:, other]
         wanted = inner @ down[number].T + biases[1][number]
         torch.testing.assert_close(expert(x), wanted)
+
+
+def test_the_rows_of_dbrx() -> None:
+    config = SimpleNamespace(
+        hidden_size=HIDDEN, ffn_hidden_size=INNER, moe_num_experts=COUNT, ffn_act_fn={}
+    )
+    fused = DbrxExperts(config).requires_grad_(False)
+    zoo.randomise(fused)
+    hidden, weights = torch.randn(2, 2, HIDDEN), torch.rand(4, 2)
+    index = torch.tensor([[0, 2], [2, 0], [2, 1], [0, 2]])
+    wanted = fused(hidden, index, weights)
+    torch.testing.assert_close(unfuse(fused, NAMES)(hidden, index, weights), wanted)
+
+
+def test_the_products_of_jetmoe() -> None:
+    fused = JetMoeParallelExperts(COUNT, HIDDEN, INNER).requires_grad_(False)
+    zoo.randomise(fused)
+    x = torch.randn(5, HIDDEN)
+    experts = unfuse(fused, NAMES)
+    torch.testing.assert_close(experts(x, [2, 0, 3]), fused(x, [2, 0, 3]))
+    assert experts.zeros(x, [2, 0, 3]).shape == (5, INNER)
+    assert [name for name, _ in experts.named_parameters()] == [
+        f"{i}.linear.weight" for i in range(COUNT)
+    ]
 
 
 NOT_KNOWN: dict[str, Callable[[], Any]] = {

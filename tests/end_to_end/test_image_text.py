@@ -21,17 +21,14 @@ from lowbit.models.streamed import load_config
 
 pytestmark = pytest.mark.slow
 
-# Experts that are fused on disk, and small parameters that belong to no group.
 BARE: dict[str, Any] = {"device": "cpu", "without_tokenizer": True}
-UNKNOWN = ("qwen3_vl_moe", "qwen3_5", "llama4")
-WORKING = [name for name in image_text_zoo.IMAGE_TEXT if name not in UNKNOWN]
 
 
 def test_the_number_of_working_families_only_goes_up() -> None:
-    assert len(WORKING) >= 9
+    assert len(image_text_zoo.IMAGE_TEXT) >= 12
 
 
-@pytest.mark.parametrize("name", WORKING)
+@pytest.mark.parametrize("name", image_text_zoo.IMAGE_TEXT)
 def test_the_language_model_is_quantized(name: str, tmp_path: Path) -> None:
     model = image_text_zoo.folder(name)
     out = lowbit.quantize(model, tmp_path / "out", RTN(bits=8, group_size=16), **BARE)
@@ -48,7 +45,8 @@ def test_the_language_model_is_quantized(name: str, tmp_path: Path) -> None:
     assert linears and all(n.startswith(tuple(f"{block}." for block in blocks)) for n in linears)
     before, after = CheckpointReader(model), CheckpointReader(out)
     replaced = {f"{n}.weight" for n in QuantizedFolder(out).entries}
-    kept = [n for n in before.tensors if n not in replaced]
+    # The experts of Llama 4 and Qwen3-VL-MoE are stacked in one tensor before, but not after.
+    kept = [n for n in before.tensors if n not in replaced and ".experts." not in n]
     assert sum("vis" in n for n in kept) > 10  # the vision tower
     floats, stored = before.read(kept), after.read(kept)
     assert all(torch.equal(stored[n], floats[n]) for n in kept)

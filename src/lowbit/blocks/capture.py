@@ -24,12 +24,13 @@ class BlockStub(nn.Module):
 
     block: the block to replace; the model may read its attributes.
     tuple_output: the number of values in the tuple that the block returns; 0: it returns a tensor.
-        The stub returns None for all values but the hidden states.
     stop: whether a call raises `Stopped` instead of returning.
+    others: attribute, what the stub returns besides the hidden states, by position; None elsewhere.
     """
 
     def __init__(self, block: nn.Module, tuple_output: int, stop: bool = False) -> None:
         super().__init__()
+        self.others: dict[int, Tensor] = {}
         self._signature = inspect.signature(block.forward)
         self._block = (block,)  # in a tuple, so that its parameters are not the stub's
         self.tuple_output = tuple_output
@@ -53,12 +54,13 @@ class BlockStub(nn.Module):
         self.calls.append(Batch(hidden.detach(), dict(bound)))
         if self.stop:
             raise Stopped
-        return as_output(hidden, self.tuple_output)
+        return self.output(hidden)
 
-
-def as_output(hidden: Tensor, tuple_output: int) -> Any:
-    """Returns what a block returns: hidden states, alone or first in a tuple of so many values."""
-    return (hidden, *[None] * (tuple_output - 1)) if tuple_output else hidden
+    def output(self, hidden: Tensor) -> Any:
+        """Returns what the block returns: hidden states, alone or first in a tuple."""
+        if not self.tuple_output:
+            return hidden
+        return (hidden, *[self.others.get(i) for i in range(1, self.tuple_output)])
 
 
 def first_argument(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

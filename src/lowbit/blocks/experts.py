@@ -2,12 +2,15 @@
 
 transformers 5 keeps the experts of a layer in two 3-D parameters, gate_up_proj (experts, 2 * inner,
 hidden) and down_proj (experts, hidden, inner). `ExpertLayout` describes the variants: without a
-gate, transposed, with biases, with gate and up projection interleaved row by row.
+gate, transposed, with biases, with gate and up projection interleaved row by row. DBRX keeps three
+2-D parameters (`RowsLayout`), JetMoE one 3-D parameter for each of two products (`ProductLayout`).
 """
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -38,16 +41,23 @@ class Piece:
     stack: the name of the stacked parameter.
     rows: the part of its output channels.
     transposed: whether the stack keeps it as (in, out).
+    height: in a 2-D stack, the rows of one expert; None: the first dimension counts the experts.
     """
 
     stack: str
     rows: slice
     transposed: bool
+    height: int | None = None
 
     def of(self, stack: Any, expert: int) -> Tensor:
         """Returns the tensor of one expert. stack: the parameter, or what can be sliced like it"""
-        one: Tensor = stack[expert]
-        return one[..., self.rows].T if self.transposed or one.dim() == 1 else one[self.rows]
+        if self.height is None:
+            one: Tensor = stack[expert]
+        else:
+            one = stack[expert * self.height : (expert + 1) * self.height]
+        if one.dim() == 1 or not self.transposed:
+            return one[self.rows]
+        return one[:, self.rows].T
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,27 @@ class ExpertLayout:
         return pieces
 
 
+@dataclass(frozen=True)
+class RowsLayout(ExpertLayout):
+    """The matrices of all experts one below the other, (inner, hidden) each; down is transposed."""
+
+    def pieces(self, names: ExpertNames) -> dict[str, Piece]:
+        every, gate = slice(None), names.gate
+        return {
+            f"{gate}.weight": Piece("mlp.w1", every, False, self.inner),
+            f"{names.up}.weight": Piece("mlp.v1", every, False, self.inner),
+            f"{names.down}.weight": Piece("mlp.w2", every, True, self.inner),
+        }
+
+
+@dataclass(frozen=True)
+class ProductLayout(ExpertLayout):
+    """One stack (experts, out, in) of linears, each for a part of the input."""
+
+    def pieces(self, names: ExpertNames) -> dict[str, Piece]:
+        return {"linear.weight": Piece("weight", slice(None), False)}
+
+
 class Expert(nn.Module):
     """One expert: down(activation(gate(x), up(x))), or down(activation(up(x))) without a gate."""
 
@@ -111,6 +142,25 @@ class Expert(nn.Module):
         out: Tensor = getattr(self, self.names.down)(self.activation(*read))
         return out
 
+    def groups(self) -> list[tuple[str, ...]]:
+        """Returns the names of linears that read the same input."""
+        return [self.names.readers, (self.names.down,)]
+
+
+class ExpertLinear(nn.Module):
+    """One linear of a `ProductLayout`."""
+
+    def __init__(self, layout: ExpertLayout) -> None:
+        super().__init__()
+        self.linear = nn.Linear(layout.hidden, layout.inner, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x)
+        return out
+
+    def groups(self) -> list[tuple[str, ...]]:
+        return [("linear",)]
+
 
 class UnfusedExperts(nn.ModuleList):
     """Replaces a fused experts module; takes the same arguments and returns the same result.
@@ -124,12 +174,13 @@ class UnfusedExperts(nn.ModuleList):
     names: ExpertNames
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Returns the weighted sum of each token's experts: (tokens, hidden).
+        """Returns the weighted sum of each token's experts, in the shape of `hidden`.
 
-        hidden: (tokens, hidden).
+        hidden: (..., hidden), of as many tokens as the others.
         top_k_index: (tokens, k) int64, the experts of each token.
         top_k_weights: (tokens, k), the weights of their outputs.
         """
+        shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
         total = torch.zeros_like(hidden)
         for number in top_k_index.unique().tolist():
             if number >= len(self) and not self.identity:
@@ -138,7 +189,11 @@ class UnfusedExperts(nn.ModuleList):
             out = hidden[token] if number >= len(self) else self[number](hidden[token])
             out = out * top_k_weights[token, choice, None]
             total.index_add_(0, token, out.to(total.dtype))
-        return total
+        return total.view(shape)
+
+    def zeros(self, hidden: Tensor, *routing: Any) -> Tensor:
+        """Returns zeros in the shape of the result of `forward`, without any weights."""
+        return torch.zeros_like(hidden)
 
 
 class SortedExperts(UnfusedExperts):
@@ -150,8 +205,46 @@ class SortedExperts(UnfusedExperts):
         return torch.cat([expert(part) for expert, part in zip(self, parts, strict=True)])
 
 
+class SplitExperts(UnfusedExperts):
+    """Linears that each get a part of the rows of the input (JetMoE)."""
+
+    def forward(self, inputs: Tensor, sizes: Any) -> Tensor:  # type: ignore[override]
+        """Returns (rows, out). inputs: (rows, in); sizes: the number of rows of each linear"""
+        parts = inputs.split(sizes, dim=0)
+        return torch.cat([expert(part) for expert, part in zip(self, parts, strict=True)])
+
+    def zeros(self, hidden: Tensor, *routing: Any) -> Tensor:
+        return hidden.new_zeros(*hidden.shape[:-1], self.layout.inner)
+
+
 def layout_of(module: nn.Module) -> ExpertLayout | None:
     """Returns how a module keeps its experts; None if it holds none, or in a way not known here."""
+    return _stacks_layout(module) or _rows_layout(module) or _product_layout(module)
+
+
+def _rows_layout(module: nn.Module) -> ExpertLayout | None:
+    mlp = getattr(module, "mlp", None)
+    stacks = [getattr(mlp, name, None) for name in ("w1", "v1", "w2")]
+    count = getattr(module, "num_experts", None)
+    if count is None or not all(isinstance(stack, nn.Parameter) for stack in stacks):
+        return None
+    shapes = {tuple(stack.shape) for stack in stacks if stack is not None}
+    rows, hidden = shapes.pop()
+    if shapes or rows % count:
+        return None
+    return RowsLayout("mlp.w1", count, hidden, rows // count, True, False, False, False)
+
+
+def _product_layout(module: nn.Module) -> ExpertLayout | None:
+    sizes = [getattr(module, n, None) for n in ("num_experts", "output_size", "input_size")]
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or list(weight.shape) != sizes:
+        return None
+    count, out, columns = weight.shape
+    return ProductLayout("weight", count, columns, out, False, False, False, False)
+
+
+def _stacks_layout(module: nn.Module) -> ExpertLayout | None:
     first = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
     reader, down = getattr(module, first, None), getattr(module, "down_proj", None)
     if not isinstance(reader, nn.Parameter) or not isinstance(down, nn.Parameter):
@@ -185,16 +278,21 @@ def unfuse(fused: nn.Module, names: ExpertNames) -> UnfusedExperts:
     assert layout is not None
     if (names.gate is not None) != layout.gated:
         names = ExpertNames("gate_proj" if layout.gated else None, "up_proj", "down_proj")
-    activation = _activation(fused, layout)
-    experts = _kind(fused)()
+    product = isinstance(layout, ProductLayout)
+    experts = SplitExperts() if product else _kind(fused)()
     experts.identity = hasattr(fused, "identity_expert")
     experts.layout, experts.names = layout, names
     pieces = layout.pieces(names)
+    one = (
+        partial(ExpertLinear, layout)
+        if product
+        else partial(Expert, layout, names, _activation(fused, layout))
+    )
     for number in range(layout.count):
         with torch.device("meta"):
-            expert = Expert(layout, names, activation)
+            expert = one()
         for name, piece in pieces.items():
-            tensor = piece.of(getattr(fused, piece.stack), number).detach()
+            tensor = piece.of(attrgetter(piece.stack)(fused), number).detach()
             linear, _, attribute = name.partition(".")
             parameter = nn.Parameter(tensor.clone(), requires_grad=False)
             setattr(getattr(expert, linear), attribute, parameter)
@@ -213,7 +311,8 @@ def _activation(fused: nn.Module, layout: ExpertLayout) -> Callable[..., Tensor]
     own = getattr(type(fused), "_apply_gate", None)
     if layout.gated and own is not None and own.__name__ == "_apply_gate":
         return _OwnGate(fused, layout.interleaved)
-    act: Callable[[Tensor], Tensor] = fused.act_fn  # type: ignore[assignment]
+    path = "mlp.activation_fn" if isinstance(layout, RowsLayout) else "act_fn"
+    act: Callable[[Tensor], Tensor] = attrgetter(path)(fused)
     return _Gate(act) if layout.gated else act
 
 

@@ -24,14 +24,15 @@ def install(
     """Replaces linears and parameters of a block, in place.
 
     linears: the new modules, by the name of the linear that each replaces. They are moved to the
-        device of that linear.
+        device of that linear, and told its dtype.
     tensors: new values of other parameters, by name.
     attention: how attention modules round their queries, keys and values, by the module's name; see
         `round_attention`.
     """
     for name, linear in linears.items():
         old = block.get_submodule(name)
-        replace_module(block, name, linear.to(next(old.parameters()).device))
+        weight: Any = old.weight
+        replace_module(block, name, linear.to(weight.device, weight.dtype))
     with torch.no_grad():
         for name, tensor in tensors.items():
             block.get_parameter(name).copy_(tensor)

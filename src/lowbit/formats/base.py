@@ -12,6 +12,7 @@ from lowbit.formats.activation import Activation
 from lowbit.formats.backend import Backend, choose
 from lowbit.formats.checks import check_shape, dtype_name
 from lowbit.formats.entry import LayerEntry
+from lowbit.formats.packed_weight import PackedWeight
 from lowbit.formats.repacked import Repacked
 from lowbit.formats.sharing import LastInput
 
@@ -40,6 +41,8 @@ class QuantizedLinear(nn.Module):
     activation: how `forward` rounds its input; None: it does not, or `prepare` does.
     input_bits: 16 or 8; to how many bits kernels round inputs that the layer does not round itself.
     stored_as: the layer's name in the folder that it was loaded from; None: it was not loaded.
+    float_dtype: the dtype that a float linear would have here, which `weight.dtype` answers; `to`,
+        `half` and the like set it.
     bias: (out_features,) in the checkpoint's dtype, or None.
     """
 
@@ -56,6 +59,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.spec = spec
         self.out_features, self.in_features = spec.shape
+        self.float_dtype = getattr(torch, spec.dtype or "float32")
         self._owner: tuple[QuantizedLinear, ...] = ()  # in a tuple, so that it is not a submodule
         self._last_input = LastInput()
         self._repacked = Repacked()
@@ -158,6 +162,11 @@ class QuantizedLinear(nn.Module):
                 if tensor.is_floating_point() != own.is_floating_point():
                     raise ValueError(f"{name} is {tensor.dtype}: allowed is {own.dtype}")
                 own.copy_(tensor.detach())
+
+    @property
+    def weight(self) -> PackedWeight:
+        """What code of a model sees that looks at the weight of a linear."""
+        return PackedWeight(self)
 
     @abstractmethod
     def dequantize(self) -> Tensor:
@@ -320,6 +329,8 @@ class QuantizedLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        device = self.own_tensors()[0].device
+        self.float_dtype = fn(torch.empty(1, dtype=self.float_dtype, device=device)).dtype
         return super()._apply(keep_dtype, recurse)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -179,3 +179,11 @@ def share_products(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = ProductLinear
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Returns whether a module is an nn.Linear with its own forward, not that of another class."""
+    return isinstance(module, nn.Linear) and type(module).forward in (
+        nn.Linear.forward,
+        ProductLinear.forward,
+    )

@@ -169,6 +169,7 @@ def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) 
         new.stored_as = weight.removesuffix(".weight")
         layers[new.stored_as] = new
         _check_fits(name, old, new)
+        new.float_dtype = old.get_parameter("weight").dtype
         path, _, attribute = name.rpartition(".")
         parent = model.get_submodule(path)
         setattr(parent, attribute, new)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -33,4 +34,6 @@ def auto_class(config: Any) -> Any:
 def language_model(model: Any) -> str:
     """Returns the path of the part of a model that reads text; "" if that is the whole model."""
     decoder = model.get_decoder()
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        return ""  # ModernBERT calls its output layer the decoder
     return next((name for name, module in model.named_modules() if module is decoder), "")

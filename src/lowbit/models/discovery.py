@@ -9,15 +9,21 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lowbit.blocks.arguments import BlockArguments
 from lowbit.blocks.capture import BlockStub, Stopped, observed
-from lowbit.blocks.experts import Expert, UnfusedExperts
+from lowbit.blocks.experts import Expert, ExpertLinear, UnfusedExperts
+from lowbit.blocks.handed import Handed, hand_on, with_dictionary
 from lowbit.blocks.stream import Batch
+from lowbit.kernels.products import is_linear
 from lowbit.models.auto_class import language_model
 from lowbit.models.family import Family, Group, always
 
@@ -39,8 +45,10 @@ def discover(model: nn.Module) -> Family:
     architecture = type(model).__name__
     blocks = list(model.get_submodule(path).children())
     try:
-        tuple_output, calls = _calls(model, path)
-        inputs = _all_inputs(blocks, calls)
+        traced = _trace(model, path)
+        inputs = _all_inputs(blocks, traced)
+    except _NotSupported as error:
+        raise ValueError(f"{architecture} cannot be run block by block: {error}") from None
     except ERRORS as error:
         raise ValueError(
             f"lowbit has no table for {architecture}, and cannot run its blocks with small weights "
@@ -52,6 +60,7 @@ def discover(model: nn.Module) -> Family:
     for block, block_inputs in zip(blocks, inputs, strict=True):
         linears, routers = _linears(block)
         skip.update(routers)
+        linears = [name for name in linears if name not in traced.changed]
         names = _by_input(linears, block_inputs) + _expert_groups(block)
         by_block.append(tuple(Group(linears[0], linears) for linears in names))
     union = {group.linears: group for groups in by_block for group in groups}
@@ -62,7 +71,8 @@ def discover(model: nn.Module) -> Family:
         groups=always(*union.values()),
         folds=always(),
         skip=tuple(sorted(skip)),
-        tuple_output=tuple_output,
+        tuple_output=traced.tuple_output,
+        handed=traced.handed,
         by_block=tuple(by_block),
     )
 
@@ -85,12 +95,28 @@ def _largest_list(model: nn.Module) -> str:
     return max(lists, key=lambda name: lists[name])
 
 
-def _calls(model: nn.Module, path: str) -> tuple[int, list[Batch]]:
-    """Returns the number of values in a block's tuple, and the arguments of each block.
+class _NotSupported(ValueError):
+    """The model runs its blocks in a way that a walk over blocks cannot follow."""
 
-    The arguments are those for a text of TOKENS tokens. Everything outside the blocks runs with
-    weights of zero, which take no memory.
+
+@dataclass(frozen=True)
+class _Trace:
+    """What one forward pass of TOKENS tokens shows, with the blocks replaced by stubs.
+
+    calls: the arguments of each block.
+    tuple_output, handed: as in `Family`.
+    changed: names, relative to a block, of linears whose weight the model changes in place.
     """
+
+    calls: list[Batch]
+    tuple_output: int
+    handed: Handed
+    changed: frozenset[str]
+
+
+def _trace(model: nn.Module, path: str) -> _Trace:
+    """Runs a model twice with weights of zero, which take no memory: first up to its first block,
+    which then runs alone, and then whole."""
     copy = deepcopy(model)
     blocks = list(copy.get_submodule(path).children())
     parent, _, attribute = path.rpartition(".")
@@ -104,16 +130,62 @@ def _calls(model: nn.Module, path: str) -> tuple[int, list[Batch]]:
     tokens = torch.zeros(1, TOKENS, dtype=torch.long)
     first = BlockStub(blocks[0], tuple_output=0, stop=True)
     setattr(holder, attribute, nn.ModuleList([first, *blocks[1:]]))
-    with torch.no_grad(), suppress(Stopped):
+    with torch.no_grad(), _Changes() as changes, suppress(Stopped):
         copy.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
     (call,) = first.calls
     out = _run(_with_weights(blocks[0]), _apart(call))
     tuple_output = len(out) if isinstance(out, tuple | list) else 0
+    others = {i: torch.zeros(()) for i in range(1, tuple_output) if isinstance(out[i], Tensor)}
     stubs = [BlockStub(block, tuple_output) for block in blocks]
+    for stub in stubs:
+        stub.others = {i: zero.clone() for i, zero in others.items()}
     setattr(holder, attribute, nn.ModuleList(stubs))
-    with torch.no_grad():
+    with torch.no_grad(), changes:
         copy.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
-    return tuple_output, [stub.calls[0] for stub in stubs]
+    most, least = (limit(len(stub.calls) for stub in stubs) for limit in (max, min))
+    if most > 1:
+        raise _NotSupported(
+            f"a forward pass runs the blocks of {path} {most} times (a recurrence over depth), "
+            "which lowbit does not support"
+        )
+    if least < 1:
+        raise _NotSupported(f"a forward pass with text does not run all blocks of {path}")
+    handed = _handed(stubs)
+    calls = with_dictionary([stub.calls[0] for stub in stubs], handed)
+    names = {
+        name.removesuffix(".weight")
+        for block in blocks
+        for name, parameter in block.named_parameters()
+        if id(parameter) in changes.changed
+    }
+    return _Trace(calls, tuple_output, handed, frozenset(names))
+
+
+class _Changes(TorchFunctionMode):
+    """Records which parameters are changed in place while it is active (RWKV divides weights)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and args:
+            self.changed.add(id(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def _handed(stubs: Sequence[BlockStub]) -> Handed:
+    """Returns the arguments of blocks that are values which the block before has returned."""
+    found: dict[str, int] = {}
+    for before, after in pairwise(stubs):
+        for name, value in after.calls[0].kwargs.items():
+            for position, other in before.others.items():
+                if value is other:
+                    found[name] = position
+    return tuple(found.items())
 
 
 def _apart(call: Batch) -> Batch:
@@ -133,7 +205,7 @@ def _with_weights(block: nn.Module) -> nn.Module:
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.is_meta:
                 continue
-            if isinstance(module, nn.Linear):
+            if is_linear(module):
                 value = torch.full((1,) * parameter.dim(), 0.01).expand(parameter.shape)
             else:
                 value = torch.rand(parameter.shape, generator=draw) * 0.1
@@ -142,27 +214,38 @@ def _with_weights(block: nn.Module) -> nn.Module:
 
 
 def _run(block: nn.Module, call: Batch) -> Any:
-    """Returns the output of a block whose experts are replaced by the identity."""
+    """Returns the output of a block whose experts return zeros."""
     experts = [module for module in block.modules() if isinstance(module, UnfusedExperts)]
     for module in experts:
-        module.forward = lambda hidden, *routing: hidden  # type: ignore[method-assign]
+        module.forward = module.zeros  # type: ignore[method-assign, assignment]
     with torch.no_grad():
         return block(call.hidden, **call.kwargs)
 
 
-def _all_inputs(blocks: Sequence[nn.Module], calls: Sequence[Batch]) -> list[dict[str, int]]:
+def _all_inputs(blocks: Sequence[nn.Module], traced: _Trace) -> list[dict[str, int]]:
     """Returns for each block the inputs of its linears, as in `_inputs`.
 
     Only one block of each kind runs, if that is possible; a block that reads what another one has
     written to their common state needs all blocks before it.
     """
+    kinds = [kind_of(block) for block in blocks]
     with suppress(*ERRORS):
         made: dict[Any, dict[str, int]] = {}
-        for block, call in zip(blocks, calls, strict=True):
-            if kind_of(block) not in made:
-                made[kind_of(block)] = _inputs(block, _apart(call))
-        return [made[kind_of(block)] for block in blocks]
-    return [_inputs(block, call) for block, call in zip(blocks, calls, strict=True)]
+        for block, call, kind in zip(blocks, traced.calls, kinds, strict=True):
+            if kind not in made:
+                made[kind] = _inputs(_handing(block, 0, traced.handed), _apart(call))
+        return [made[kind] for kind in kinds]
+    found = []
+    for index, (block, call) in enumerate(zip(blocks, traced.calls, strict=True)):
+        found.append(_inputs(_handing(block, index, traced.handed), call))
+    return found
+
+
+def _handing(block: nn.Module, index: int, handed: Handed) -> nn.Module:
+    """Returns a copy of a block with small weights that hands on values."""
+    made = _with_weights(block)
+    hand_on(made, index, handed)
+    return made
 
 
 def kind_of(block: nn.Module) -> Any:
@@ -182,7 +265,10 @@ def kind_of(block: nn.Module) -> Any:
 
 
 def _inputs(block: nn.Module, call: Batch) -> dict[str, int]:
-    """Returns a number for the input of every linear that runs; equal numbers are equal inputs."""
+    """Returns a number for the input of every linear that runs; equal numbers are equal inputs.
+
+    block: with weights.
+    """
     seen: list[Tensor] = []
     inputs: dict[str, int] = {}
 
@@ -191,11 +277,22 @@ def _inputs(block: nn.Module, call: Batch) -> dict[str, int]:
         inputs[name] = next(same, len(seen))
         seen.append(x)
 
-    block = _with_weights(block)
     linears, _ = _linears(block)
+    other: set[str] = set()
+    for name in linears:
+        module = block.get_submodule(name)
+        if not is_linear(module):
+            module.register_forward_hook(partial(_note_other, other, name))
     with observed(block, linears, note):
         _run(block, call)
-    return inputs
+    return {name: number for name, number in inputs.items() if name not in other}
+
+
+def _note_other(other: set[str], name: str, module: Any, args: tuple[Tensor], out: Tensor) -> None:
+    """Notes a class derived from nn.Linear that computes something else (in DeepSeek-V4)."""
+    wanted = nn.functional.linear(args[0], module.weight, module.bias)
+    if out.shape != wanted.shape or not torch.allclose(out, wanted, atol=1e-5):
+        other.add(name)
 
 
 def _linears(block: nn.Module) -> tuple[list[str], list[str]]:
@@ -222,10 +319,10 @@ def _by_input(linears: list[str], inputs: dict[str, int]) -> list[tuple[str, ...
 
 
 def _expert_groups(block: nn.Module) -> list[tuple[str, ...]]:
-    """Returns two groups for each expert: what reads its input, and the down projection."""
-    groups = []
-    for name, module in block.named_modules():
-        if isinstance(module, Expert):
-            readers, down = module.names.readers, module.names.down
-            groups += [tuple(f"{name}.{reader}" for reader in readers), (f"{name}.{down}",)]
-    return groups
+    """Returns the groups of all experts, such as what reads the input, and the down projection."""
+    return [
+        tuple(f"{name}.{linear}" for linear in group)
+        for name, module in block.named_modules()
+        if isinstance(module, Expert | ExpertLinear)
+        for group in module.groups()
+    ]

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lowbit.blocks.handed import Handed
+
 
 @dataclass(frozen=True)
 class Group:
@@ -92,6 +94,7 @@ class Family:
         are the first; 0: it returns the hidden states alone.
     by_block: the groups of each block of one model, where they were found by running it; empty: all
         blocks have those of `groups`.
+    handed: what a block hands to the next one besides the hidden states: `lowbit.blocks.handed`.
     """
 
     name: str
@@ -102,6 +105,7 @@ class Family:
     skip: tuple[str, ...] = ()
     tuple_output: int = 0
     by_block: tuple[tuple[Group, ...], ...] = ()
+    handed: Handed = ()
 
 
 def always(*items: Any) -> Callable[[Any], tuple[Any, ...]]:

@@ -107,15 +107,24 @@ def _continue(
     # Only the last logits are needed; those of all tokens of a long prompt would take gigabytes.
     parameters = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    # A model that keeps another kind of state (Mamba) reads the whole text for every token.
     cached = "past_key_values" in parameters
     cache, ids, new = None, list(prompt), prompt
     for _ in range(count):
         state = {"past_key_values": cache, "use_cache": True} if cached else {"use_cache": False}
+        read = torch.tensor([new if cache is not None else ids], device=device)
         with torch.no_grad():
-            # A model that keeps another kind of state (Mamba) reads the whole text every time.
-            read = torch.tensor([new if cache is not None else ids], device=device)
-            out = model(input_ids=read, **state, **last)
-        cache = getattr(out, "past_key_values", None)
+            try:
+                out = model(input_ids=read, **state, **last)
+            except torch.OutOfMemoryError:
+                raise
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                if not cached:
+                    raise
+                # It needs more than its cache to continue (CPM-Ant, BLT).
+                cached, whole = False, torch.tensor([ids], device=device)
+                out = model(input_ids=whole, use_cache=False, **last)
+        cache = getattr(out, "past_key_values", None) if cached else None
         new = [_choose(out.logits[0, -1], temperature, draw)]
         ids += new
         yield new[0]

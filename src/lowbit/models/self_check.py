@@ -72,14 +72,15 @@ def check_streaming(model: StreamedModel, quick: bool = False) -> SelfCheck:
         loaded = _block_by_block(model, chosen) if here else _loaded(model)
         whole, logits = _outputs(loaded, model, chosen, tokens)
     else:
-        chosen = one_of_each_kind(model)
+        everything = list(range(len(model.block_names)))
+        chosen = everything if model.family.handed else one_of_each_kind(model)
         try:
             whole, logits = _outputs(_block_by_block(model, chosen), model, chosen, tokens)
         except _Between:
             raise
         except (RuntimeError, KeyError, TypeError, AttributeError, IndexError, ValueError):
             # These blocks read state that other blocks write.
-            chosen = list(range(len(model.block_names)))
+            chosen = everything
             whole, logits = _outputs(_block_by_block(model, chosen), model, chosen, tokens)
     error = _compare(model, chosen, tokens, whole, logits)
     return SelfCheck(len(chosen), sum(window.numel() for window in tokens), error)
@@ -147,7 +148,7 @@ def _block_by_block(model: StreamedModel, chosen: Iterable[int]) -> Any:
         empty = dict(block.state_dict())
 
         def fill(module: nn.Module, args: Any, name: str = name) -> None:
-            load_tensors(module, name, model.disk_names, model.reader)
+            load_tensors(module, name, model.names_to_load, model.reader)
 
         def free(module: nn.Module, args: Any, out: Any, empty: Any = empty) -> None:
             module.load_state_dict(empty, assign=True)

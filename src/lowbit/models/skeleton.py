@@ -75,10 +75,19 @@ def memory_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str,
     rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
     modules = {name: True for name, _ in model.named_modules() if name}
     state = _StateWithModules(model.state_dict(), modules)
-    return {
-        name: rename_source_key(name, rules, [], model.base_model_prefix, state)[0]
-        for name in disk_names
-    }
+    prefix = model.base_model_prefix
+    return {name: _in_memory(name, rules, prefix, state) for name in disk_names}
+
+
+def _in_memory(
+    name: str, rules: list[WeightRenaming], prefix: str, state: "_StateWithModules"
+) -> str:
+    """Returns the name in memory of one tensor, as transformers finds it."""
+    renamed: str = rename_source_key(name, rules, [], prefix, state)[0]
+    if state.get(renamed) is None:
+        plain: str = rename_source_key(name, [], [], prefix, state)[0]
+        return plain if state.get(plain) is not None else renamed
+    return renamed
 
 
 class _StateWithModules(dict[str, Any]):
@@ -115,11 +124,12 @@ def views_of(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, Vie
     converted: dict[str, list[tuple[str, str]]] = defaultdict(list)
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     for disk in disk_names:
-        plain = rename_source_key(disk, renamings, [], prefix, known)[0]
+        plain = _in_memory(disk, renamings, prefix, known)
         if plain in state:
             continue
-        path, _, stack = plain.rpartition(".")
-        if path in stacks:
+        path = next((path for path in stacks if plain.startswith(f"{path}.")), None)
+        if path is not None:
+            stack = plain.removeprefix(f"{path}.")
             views |= _experts_of(stacks[path], path, stack, disk)
             continue
         target, pattern = rename_source_key(disk, renamings, converters, prefix, known)

@@ -1,7 +1,7 @@
 """The float model that is quantized; it is read from its folder block by block."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lowbit.blocks import Fold, LinearGroup
@@ -75,8 +75,17 @@ class SourceModel(StreamedModel):
         if name not in self._groups:
             block = self.skeleton.get_submodule(name)
             index = self.block_names.index(name)
-            self._groups[name] = groups_of(self.family, self.config, block, index)
+            groups = groups_of(self.family, self.config, block, index)
+            self._groups[name] = tuple(self._without_shared(name, groups))
         return self._groups[name]
+
+    def _without_shared(self, block: str, groups: Iterable[LinearGroup]) -> Iterator[LinearGroup]:
+        """Yields the groups without linears that several blocks have in common: they stay float."""
+        shared = {*self.shared, *self.shared.values()}
+        for group in groups:
+            own = tuple(n for n in group.linears if f"{block}.{n}.weight" not in shared)
+            if own:
+                yield LinearGroup(group.name, own)
 
     def folds(self, name: str) -> tuple[Fold, ...]:
         return folds_of(self.family, self.config, self.skeleton.get_submodule(name))
@@ -101,6 +110,8 @@ class SourceModel(StreamedModel):
                     "please report this architecture"
                 )
             matrices = matrices_of(self.skeleton.get_submodule(name))
+            for later in self.shared:  # the earlier block counts it
+                matrices.pop(later.removeprefix(f"{name}.").removesuffix(".weight"), None)
             own = [matrix for matrix in matrices if matrix not in counts]
             left += [f"{name}.{matrix}" for matrix in own]
             other = [matrix for matrix in own if not self._allowed(name, matrix, allow_float)]
@@ -114,8 +125,9 @@ class SourceModel(StreamedModel):
             raise ValueError(
                 f"{lost / total:.0%} of the weights in blocks of {type(self.skeleton).__name__} "
                 f"are in {len(unnamed)} parameters that are no nn.Linear and no stack of experts "
-                f"that lowbit knows, so they would stay in float:\n  {shown}\nLeave them in float "
-                "with --allow-float PATTERN, or report this architecture"
+                "that lowbit knows, or that several blocks have in common, so they would stay in "
+                f"float:\n  {shown}\nLeave them in float with --allow-float PATTERN, or report "
+                "this architecture"
             )
         return left, shares
 
@@ -132,7 +144,8 @@ class SourceModel(StreamedModel):
         largest = sorted(inside, key=lambda name: -sizes[name])[:4]
         return [
             f"{self.float_shares[block]:.0%} of the weights of {block} stay in float, since they "
-            f"are no linear layer that runs with the text: {', '.join(largest)}"
+            "are no linear layer that runs with the text, or are in several blocks: "
+            f"{', '.join(largest)}"
         ]
 
     def _allowed(self, block: str, matrix: str, allow_float: Sequence[str]) -> bool:

@@ -17,7 +17,8 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 
-from lowbit.blocks.capture import BlockStub, as_output
+from lowbit.blocks.capture import BlockStub
+from lowbit.blocks.handed import Handed, hand_on, with_dictionary
 from lowbit.blocks.stream import Batch, Stream
 from lowbit.blocks.walk import Step
 from lowbit.checkpoint import CheckpointReader, open_checkpoint
@@ -45,6 +46,8 @@ class StreamedModel:
         ignores conversions); everything else becomes float32.
 
     unread: attribute, tensors of the folder that the model does not read.
+    shared: attribute, tensors that a block has in common with an earlier block (Zamba): the name in
+        memory in the earlier block, by that in the later one.
 
     Raises ValueError if config.json does not describe a model, and for a tensor that is missing or
     has the wrong shape or dtype.
@@ -82,6 +85,9 @@ class StreamedModel:
             f"{self.family.blocks}.{i}" for i in range(len(list(blocks.children())))
         ]
         self._check_complete()
+        tied = self.skeleton.all_tied_weights_keys.items()
+        inside = f"{self.family.blocks}."
+        self.shared = {t: s for t, s in tied if t.startswith(inside) and s.startswith(inside)}
 
     @property
     def vocabulary(self) -> int:
@@ -89,10 +95,16 @@ class StreamedModel:
         embedding: Any = self.skeleton.get_input_embeddings()
         return int(embedding.weight.shape[0])
 
+    @property
+    def names_to_load(self) -> dict[str, str]:
+        """Names on disk by names in memory, of shared tensors under each of their names."""
+        return self.disk_names | {t: self.disk_names[s] for t, s in self.shared.items()}
+
     def load_block(self, name: str, device: torch.device | str = "cpu") -> nn.Module:
         """Returns a block with its weights, in float32."""
         block = deepcopy(self.skeleton.get_submodule(name))
-        load_tensors(block, name, self.disk_names, self.reader)
+        load_tensors(block, name, self.names_to_load, self.reader)
+        hand_on(block, self.block_names.index(name), self.family.handed)
         return block.to(device)
 
     def without_blocks(
@@ -105,7 +117,10 @@ class StreamedModel:
         model: Any = deepcopy(self.skeleton)
         if not head and not model.all_tied_weights_keys and model.get_output_embeddings():
             model.set_output_embeddings(nn.Identity())
-        without_blocks = ModelWithoutBlocks(model, self.family.blocks, self.family.tuple_output)
+        family = self.family
+        without_blocks = ModelWithoutBlocks(
+            model, family.blocks, family.tuple_output, family.handed
+        )
         load_tensors(model, "", self.disk_names, self.reader)
         share_tied(model)
         model.to(device)
@@ -197,11 +212,14 @@ class ModelWithoutBlocks:
 
     model: its blocks are replaced by stubs, so their parameters may be on the meta device.
     blocks: path of the list of blocks.
-    tuple_output: as in `Family`.
+    tuple_output, handed: as in `Family`.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: str, tuple_output: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, blocks: str, tuple_output: int, handed: Handed = ()
+    ) -> None:
         self.model = model
+        self.handed = handed
         children = list(model.get_submodule(blocks).children())
         self.stubs = [BlockStub(block, tuple_output) for block in children[:-1]]
         self.last = LastBlockStub(children[-1], tuple_output)
@@ -216,7 +234,7 @@ class ModelWithoutBlocks:
         """
         with torch.no_grad():
             self.model.base_model(input_ids=tokens.to(self._device), use_cache=False)
-        return [stub.calls.pop() for stub in self.stubs]
+        return with_dictionary([stub.calls.pop() for stub in self.stubs], self.handed)
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Returns the logits for given outputs of the last block.
@@ -258,7 +276,7 @@ class LastBlockStub(BlockStub):
         unchanged = super().forward(*args, **kwargs)
         if self.hidden is None:
             return unchanged
-        return as_output(self.hidden, self.tuple_output)
+        return self.output(self.hidden)
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
