@@ -78,8 +78,10 @@ SIBLINGS: dict[str, set[str]] = {
         "exporter",
         "folder",
         "grid",
+        "parallel",
         "plan",
         "run",
+        "stacking",
     },
 }
 

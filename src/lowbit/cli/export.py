@@ -46,6 +46,10 @@ def export(  # noqa: PLR0913 (a command's options)
         bool, Option("--drop-activations", help=meaning(ExportOptions, "drop_activations"))
     ] = False,
     gptq_v2: Annotated[bool, Option("--gptq-v2", help=meaning(ExportOptions, "gptq_v2"))] = False,
+    tensor_parallel: Annotated[
+        int | None,
+        Option(min=1, metavar="N", help=meaning(ExportOptions, "tensor_parallel")),
+    ] = None,
     check_only: Annotated[
         bool, Option("--check-only", help="Show what would become of each layer; write nothing.")
     ] = False,
@@ -62,6 +66,7 @@ def export(  # noqa: PLR0913 (a command's options)
         allow_lossy=allow_lossy,
         drop_activations=drop_activations,
         gptq_v2=gptq_v2,
+        tensor_parallel=tensor_parallel,
     ).model_dump()
     with stepping_bar() as on_step:
         if check_only or dest is None:

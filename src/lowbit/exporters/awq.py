@@ -46,6 +46,7 @@ class AwqExporter(FolderExporter):
 
     name = "awq"
     readers = "vLLM, SGLang, MLC"
+    parallel = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -53,7 +54,7 @@ class AwqExporter(FolderExporter):
 
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
         grid = grid_for(self, layer)
-        changed = self._fitting(grid)
+        changed = self._fitting(name, grid)
         tensors = {
             "qweight": _words(changed.codes.T),
             "qzeros": _words(changed.zero.T),
@@ -65,26 +66,36 @@ class AwqExporter(FolderExporter):
         return StoredLayer(container, tensors, regrouping(grid, changed))
 
     def common_size(self) -> int:
-        """Returns the largest group size that fits all layers; 0: none does."""
+        """Returns the largest group size of all layers that have one; 0: none has."""
         if self._size is None:
-            grids = (grid_of(self.layer(name)) for name in self.folder.entries)
-            kinds = {Rows.of(grid) for grid in grids if grid is not None}
+            kinds = {rows for name in self.folder.entries if (rows := self._rows(name))}
             sizes = (n for n in GROUPS if all(divides(rows, n) for rows in kinds))
-            self._size = next(sizes, 0)
+            self._size = next(sizes, 0) if kinds else 0
         return self._size
 
-    def _fitting(self, grid: Grid) -> Grid:
-        grid, size = half_scales(with_whole_zeros(grid)), self.common_size()
+    def _rows(self, name: str) -> Rows | None:
+        """Returns how a layer's rows are cut; None: it is refused anyway."""
+        grid = grid_of(self.layer(name))
+        try:
+            rows = None if grid is None else Rows.of(grid, self.part(name).inputs)
+        except Refused:
+            return None
+        return rows if rows is not None and divides(rows, min(GROUPS)) else None
+
+    def _fitting(self, name: str, grid: Grid) -> Grid:
+        part, size = self.part(name), self.common_size()
+        grid = half_scales(with_whole_zeros(grid))
         if grid.bits > BITS:
             raise Refused(f"it has codes of {grid.bits} bits, and this layout has {BITS}: use ct")
-        if size == 0:
+        if not size or not divides(Rows.of(grid, part.inputs), size):
+            groups = "rows" if grid.per_row else f"groups of {grid.group_size}"
             raise Refused(
-                f"no group size of {', '.join(map(str, GROUPS))} fits the rows of all layers, and "
-                "this layout has one for the whole model: export to ct"
+                f"{part} in {groups} cannot be written in groups of "
+                f"{', '.join(map(str, GROUPS))}, and this layout has no others: export to ct"
             )
-        if grid.out_features % len(ORDER):
+        if part.outputs % len(ORDER):
             raise Refused(
-                f"it has {grid.out_features} outputs, and this layout needs a multiple of 8: "
+                f"{part} has {part.outputs} outputs, and this layout needs a multiple of 8: "
                 "export to ct"
             )
         return regrouped(widened(grid, BITS), size)

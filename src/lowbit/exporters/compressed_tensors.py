@@ -16,6 +16,7 @@ Source: github.com/vllm-project/compressed-tensors, compressors/pack_quantized.
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
@@ -27,11 +28,21 @@ from torch.nn import functional
 from lowbit.exporters.bitstream import by_column, stream_codes
 from lowbit.exporters.exporter import StoredLayer, grid_for, regrouping
 from lowbit.exporters.folder import FolderExporter
-from lowbit.exporters.grid import Grid, Refused, divides, grid_of, regrouped, with_whole_zeros
+from lowbit.exporters.grid import (
+    Grid,
+    Refused,
+    grid_of,
+    regrouped,
+    widened,
+    with_whole_zeros,
+)
+from lowbit.exporters.parallel import Part
+from lowbit.exporters.stacking import Kind, partly_quantized, stack_of, stacks_of
 from lowbit.formats.base import QuantizedLinear
 from lowbit.kernels.bits import pack
 
 PACKED, WHOLE = "pack-quantized", "int-quantized"
+WORD = 32  # bits
 SMALLEST_GROUP = 4  # inputs; smaller groups would take more bits for scales than for codes
 Scheme = tuple[str, int, int | None, bool]  # container, bits, group size or None, symmetric
 
@@ -40,25 +51,103 @@ class CompressedTensorsExporter(FolderExporter):
     """Writes the compressed-tensors layout, exact for every grid of 2 to 8 bits.
 
     Layers of different bits, group sizes or symmetry become several schemes of one config.json.
+    Layers that vLLM stacks get one scheme, for which the narrower ones are widened.
     """
 
     name = "ct"
     readers = "vLLM, SGLang, transformers with compressed-tensors"
+    parallel = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.schemes: dict[str, Scheme] = {}
-        self.common = _common_group(self.folder.entries)
+        self._stacks = stacks_of(self.folder.entries)
+        self._kinds: dict[str, Kind] = {}
+        self._common: dict[str, int | None] = {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        notes = []
+        fine = [name for name, (_, bits, *_) in self.schemes.items() if self._is_wider(name, bits)]
+        if fine:
+            notes.append(
+                f"{len(fine)} layers take {self.schemes[fine[0]][1]} bits for a weight instead of "
+                f"{self.folder.entries[fine[0]]['bits']}, because their zero points are fractions "
+                "of a code: quantize with fine_zeros=false, or export to mlx or gguf, which take "
+                "fractions"
+            )
+        if partly := partly_quantized(self.folder.entries, self.float_modules()):
+            notes.append(
+                f"only some linears of {partly[0]} are quantized: transformers reads that, but "
+                "vLLM stacks them and does not"
+            )
+        return tuple(notes)
+
+    def _is_wider(self, name: str, bits: int) -> bool:
+        """Returns whether a layer is stored in more bits because of its zero points."""
+        entry = self.folder.entries[name]
+        return bool(entry.get("zero_shift")) and bits > entry["bits"]
 
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
-        whole = _as_int8(layer, self.options.drop_activations)
-        stored = _int8(whole) if whole is not None else _packed(grid_for(self, layer), self.common)
-        tensors, scheme, changes = stored
+        part, whole = self.part(name), _as_int8(layer, self.options.drop_activations)
+        if whole is not None:
+            tensors, scheme, changes = _int8(whole)
+        else:
+            grid, kind = grid_for(self, layer), self._kind_of_stack(name)
+            changed = _in_kind(grid, kind)
+            tensors, scheme = _packed(changed, kind.symmetric, part)
+            changes = regrouping(grid, changed)
         if layer.bias is not None:
             tensors["bias"] = self.store_float(name, layer.bias.detach())
         self.schemes[name] = scheme
         loss = None if whole is None else "inputs are rounded to 8 bits by the program's own rule"
         return StoredLayer(_described(scheme), tensors, changes, loss)
+
+    def _kind_of_stack(self, name: str) -> Kind:
+        """Returns the kind in which a layer and those that vLLM stacks with it are stored."""
+        own = self._kind(name)
+        others = (self._kind_or_none(other) for other in self._stacks[stack_of(name)])
+        kind = Kind.joined([own, *(other for other in others if other is not None)])
+        size = self._common_size()
+        if not kind.symmetric and size and kind.group_size != size and kind.part % size == 0:
+            return replace(kind, group_size=size)
+        return kind
+
+    def _kind(self, name: str) -> Kind:
+        """Returns the kind of a layer by itself. Raises Refused if it has none."""
+        if name not in self._kinds:
+            entry, part = self.folder.entries[name], self.part(name).inputs
+            if entry["format"] == "uniform" and not entry["zero_shift"]:
+                bits, columns = entry["bits"], entry["shape"][1]
+                size = min(entry["group_size"] or columns, columns)
+            else:  # the numbers decide how many bits the codes need
+                grid = with_whole_zeros(grid_for(self, self.layer(name)))
+                bits, columns, size = grid.bits, grid.in_features, grid.group_size
+            group = None if size == columns else _dividing(size, columns, part)
+            self._kinds[name] = Kind(bits, bool(entry["symmetric"]), group, part)
+        return self._kinds[name]
+
+    def _kind_or_none(self, name: str) -> Kind | None:
+        try:
+            return self._kind(name)
+        except Refused:
+            return None
+
+    def _common_size(self) -> int | None:
+        """Returns one group size for all asymmetric layers; None: they need no common one.
+
+        transformers 5 reads asymmetric layers in one scheme only. Layers whose rows the group size
+        does not divide get smaller groups, and all others must then have these too.
+        """
+        if "size" not in self._common:
+            kinds = [self._kind_or_none(name) for name in self.folder.entries]
+            asymmetric = [kind for kind in kinds if kind is not None and not kind.symmetric]
+            sizes = {kind.group_size or kind.part for kind in asymmetric}
+            rows = all(kind.group_size is None for kind in asymmetric)
+            common = gcd(*sizes)
+            fits = not rows and len(sizes) > 1 and common >= SMALLEST_GROUP
+            self._common["size"] = common if fits else None
+        return self._common["size"]
 
     def decode(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         container, bits, _, symmetric = self.schemes[name]
@@ -112,50 +201,44 @@ def _int8(grid: Grid) -> tuple[dict[str, Tensor], Scheme, tuple[str, ...]]:
     return {"weight": codes, "weight_scale": grid.scale}, (WHOLE, 8, None, True), ()
 
 
-def _packed(grid: Grid, common: int | None) -> tuple[dict[str, Tensor], Scheme, tuple[str, ...]]:
-    changed = _dividing(with_whole_zeros(grid))
-    if common is not None and not changed.symmetric and divides(changed, common):
-        changed = regrouped(changed, common)
-    bits, symmetric = changed.bits, changed.symmetric
+def _in_kind(grid: Grid, kind: Kind) -> Grid:
+    """Returns a grid in the width and the groups of a kind."""
+    changed = widened(with_whole_zeros(grid), kind.bits)
+    return regrouped(changed, kind.group_size or changed.in_features)
+
+
+def _packed(grid: Grid, symmetric: bool, part: Part) -> tuple[dict[str, Tensor], Scheme]:
+    bits = grid.bits
+    words = part.inputs * bits % WORD == 0 and (symmetric or part.outputs * bits % WORD == 0)
+    if part.devices > 1 and not words:
+        raise Refused(
+            f"{part} does not fill words of {WORD} bits with its codes of {bits} bits: choose "
+            "another --tensor-parallel, or leave it out"
+        )
     tensors = {
-        "weight_packed": _words(pack(changed.codes, bits)),
-        "weight_scale": changed.scale,
-        "weight_shape": torch.tensor(changed.codes.shape, dtype=torch.int64),
+        "weight_packed": _words(pack(grid.codes, bits)),
+        "weight_scale": grid.scale,
+        "weight_shape": torch.tensor(grid.codes.shape, dtype=torch.int64),
     }
     if not symmetric:
-        stream = pack(changed.zero.T.to(torch.uint8).contiguous(), bits)
+        stream = pack(grid.zero.T.to(torch.uint8).contiguous(), bits)
         tensors["weight_zero_point"] = _words(stream).T.contiguous()
-    size = None if changed.per_row else changed.group_size
-    return tensors, (PACKED, bits, size, symmetric), regrouping(grid, changed)
+    return tensors, (PACKED, bits, None if grid.per_row else grid.group_size, symmetric)
 
 
-def _common_group(entries: Mapping[str, dict[str, Any]]) -> int | None:
-    """Returns one group size for all asymmetric layers; None: they need no common one.
+def _dividing(size: int, columns: int, part: int) -> int:
+    """Returns the largest group size that divides groups, rows and the parts of rows.
 
-    transformers 5 reads asymmetric layers in one scheme only. Layers whose rows the group size does
-    not divide get smaller groups, and all others must then have these too.
+    The readers demand that. Raises Refused if it would be too small.
     """
-    sizes = set()
-    for entry in entries.values():
-        if entry.get("symmetric") is False:
-            columns = entry["shape"][1]
-            size = min(entry["group_size"] or columns, columns)
-            sizes.add(size if columns % size == 0 else gcd(columns, size))
-    common = gcd(*sizes)
-    return common if len(sizes) > 1 and common >= SMALLEST_GROUP else None
-
-
-def _dividing(grid: Grid) -> Grid:
-    """Returns the grid in groups that divide a row, which the readers demand."""
-    if divides(grid, grid.group_size):
-        return grid
-    sizes = (n for n in range(grid.group_size, SMALLEST_GROUP - 1, -1) if divides(grid, n))
-    if (size := next(sizes, None)) is None:
+    common = gcd(size, columns, part)
+    if common < min(size, SMALLEST_GROUP):
         raise Refused(
-            f"its rows of {grid.in_features} inputs cannot be cut into groups that divide them: "
-            "quantize with another group_size, or export it with --to dense"
+            f"its rows of {columns} inputs cannot be cut into groups that divide them"
+            + (f" and the {part} inputs of one device" if part < columns else "")
+            + ": quantize with another group_size, or export it with --to dense"
         )
-    return regrouped(grid, size)
+    return common
 
 
 def _words(stream: Tensor) -> Tensor:

@@ -19,8 +19,10 @@ class DenseExporter(FolderExporter):
 
     name = "dense"
     readers = "every program"
+    parallel = True
 
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
+        self.part(name)  # raises if it cannot be cut
         dtype = self.options.float_dtype or self.folder.float_dtype(name)
         tensors = {"weight": float_weight(layer.dequantize(), dtype)}
         if layer.bias is not None:

@@ -14,6 +14,7 @@ from lowbit.checkpoint.quantized_folder import QuantizedFolder
 from lowbit.checkpoint.slices import entries_with_widths, widths_of
 from lowbit.config import Config
 from lowbit.exporters.grid import Grid, Refused, grid_of
+from lowbit.exporters.parallel import Part, check_heads, part_of
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.widths import WidthPlan
 
@@ -50,6 +51,12 @@ class ExportOptions(Config):
         description="Write GPTQ's second layout, which GPTQModel reads and which can hold "
         "asymmetric layers.",
     )
+    tensor_parallel: int | None = Field(
+        None,
+        ge=1,
+        description="Number of devices that will share each layer in vLLM or SGLang: groups are "
+        "made to fit their parts, and layers that cannot be cut are refused; None: one.",
+    )
 
     @property
     def float_dtype(self) -> torch.dtype | None:
@@ -78,12 +85,14 @@ class Exporter(ABC):
 
     name: what `--to` calls it.
     readers: the programs that read the result, for help texts.
+    parallel: whether these programs can share each layer among several devices.
 
     The constructor raises ValueError for a model that the target cannot hold at all.
     """
 
     name: ClassVar[str]
     readers: ClassVar[str]
+    parallel: ClassVar[bool] = False
 
     def __init__(self, folder: QuantizedFolder, options: ExportOptions) -> None:
         self.folder = folder
@@ -94,6 +103,24 @@ class Exporter(ABC):
                 f"bits is {options.bits}, but {folder.folder} has layers of one width only: only "
                 "folders made by matquant have slices. Leave bits out"
             )
+        if (devices := options.tensor_parallel) is not None:
+            self._check_parallel(devices)
+
+    def _check_parallel(self, devices: int) -> None:
+        if not self.parallel:
+            raise ValueError(
+                f"tensor_parallel is {devices}, which is about vLLM and SGLang, and they do not "
+                f"read {self.name}: leave it out"
+            )
+        check_heads(self.folder.config, devices)
+
+    def part(self, name: str) -> Part:
+        """Returns the part of a layer that one device holds. name: on disk
+
+        Raises Refused if the devices cannot hold equal parts.
+        """
+        entry = self.folder.entries[name]
+        return part_of(name, entry["shape"], self.folder.config, self.options.tensor_parallel)
 
     def _bits(self) -> WidthPlan:
         if self.options.bits is not None:

@@ -38,6 +38,7 @@ from lowbit.exporters.grid import (
     widened,
     with_whole_zeros,
 )
+from lowbit.exporters.parallel import Part
 from lowbit.formats.base import QuantizedLinear
 from lowbit.kernels.bits import pack
 
@@ -55,6 +56,7 @@ class GptqExporter(FolderExporter):
 
     name = "gptq"
     readers = "vLLM, GPTQModel, SGLang"
+    parallel = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -65,7 +67,7 @@ class GptqExporter(FolderExporter):
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
         grid = grid_for(self, layer)
         bits, size = self.common_shape()
-        changed = self._fitting(grid, bits, size)
+        changed = self._fitting(self.part(name), grid, bits, size)
         codes = pack(changed.codes, bits).view(torch.int32)
         points = (changed.zero - self.zero_offset).T.to(torch.uint8).contiguous()
         tensors = {
@@ -90,19 +92,21 @@ class GptqExporter(FolderExporter):
             if all(rows.per_row for rows in kinds):
                 self._shape = bits, -1
             else:
-                fits = (n for n in GROUPS if all(divides(rows, n) for rows in kinds))
-                self._shape = bits, next(fits, 0)
+                fitting = [rows for rows in kinds if divides(rows, GROUPS[-1])]
+                sizes = (n for n in GROUPS if all(divides(rows, n) for rows in fitting))
+                self._shape = bits, next(sizes)
         return self._shape
 
     def _fitted(self, name: str) -> Rows | None:
         """Returns a layer's rows in a width that the readers know; None: it is refused anyway."""
         try:
             grid = with_whole_zeros(grid_for(self, self.layer(name)))
-            return Rows.of(widened(grid, min(width for width in WIDTHS if width >= grid.bits)))
+            wide = widened(grid, min(width for width in WIDTHS if width >= grid.bits))
+            return Rows.of(wide, self.part(name).inputs)
         except Refused:
             return None
 
-    def _fitting(self, grid: Grid, bits: int, size: int) -> Grid:
+    def _fitting(self, part: Part, grid: Grid, bits: int, size: int) -> Grid:
         """Returns the grid in the width and groups of the model. Raises Refused if it has none."""
         grid = half_scales(with_whole_zeros(grid))
         if not grid.symmetric and not self.options.gptq_v2:
@@ -110,15 +114,16 @@ class GptqExporter(FolderExporter):
                 "it is asymmetric, which vLLM refuses in this layout: export to ct or awq, or give "
                 "--gptq-v2 for GPTQModel"
             )
-        if size == 0:
+        if size >= 0 and not divides(Rows.of(grid, part.inputs), size):
+            groups = "rows" if grid.per_row else f"groups of {grid.group_size}"
             raise Refused(
-                f"no group size of {', '.join(map(str, reversed(GROUPS)))} fits the rows of all "
-                "layers, and this layout has one for the whole model: export to ct"
+                f"{part} in {groups} cannot be written in groups of {size}, and this layout has "
+                "one group size for the whole model: export to ct"
             )
-        if grid.in_features * bits % WORD or grid.out_features * bits % WORD:
+        if part.inputs * bits % WORD or part.outputs * bits % WORD:
             raise Refused(
-                f"its shape {grid.out_features} x {grid.in_features} at {bits} bits does not fill "
-                f"words of {WORD} bits, which this layout needs: export to ct"
+                f"{part} at {bits} bits does not fill words of {WORD} bits, which this layout "
+                "needs: export to ct"
             )
         grid = widened(grid, bits)
         return regrouped(grid, grid.in_features if size < 0 else size)

@@ -96,10 +96,11 @@ class Rows:
     bits: int
     in_features: int
     group_size: int
+    part: int  # inputs of a row that one device holds
 
     @classmethod
-    def of(cls, grid: Grid) -> "Rows":
-        return cls(grid.bits, grid.in_features, grid.group_size)
+    def of(cls, grid: Grid, part: int) -> "Rows":
+        return cls(grid.bits, grid.in_features, grid.group_size, part)
 
     @property
     def per_row(self) -> bool:
@@ -164,7 +165,8 @@ def divides(grid: "Grid | Rows", size: int) -> bool:
     """Returns whether `regrouped` can write groups of this size."""
     groups = group_count(grid.in_features, grid.group_size)
     whole = groups == 1 or grid.group_size % size == 0
-    return whole and grid.in_features % size == 0
+    part = grid.part if isinstance(grid, Rows) else grid.in_features
+    return whole and part % size == 0
 
 
 def largest_group(grid: Grid, sizes: tuple[int, ...]) -> int | None:
@@ -195,16 +197,21 @@ def widened(grid: Grid, bits: int, shifted: bool | None = None) -> Grid:
 def with_whole_zeros(grid: Grid) -> Grid:
     """Returns the same weight with zero points that are whole codes.
 
-    Where a zero point is a fraction of a code, the codes get `zero_shift` more bits.
+    Where zero points are fractions of a code, codes get as many more bits as the fractions have.
+    No container with fewer bits is exact: the numbers of a group with one odd zero point are
+    2**zero_shift apart, and all groups of a layer have codes of one width.
 
-    Raises Refused if that takes more than 8 bits, or changes a scale.
+    Raises Refused if that takes more than 8 bits.
     """
-    unit = 2**grid.zero_shift
-    if unit == 1:
+    if grid.zero_shift == 0:
         return grid
-    if bool((grid.zero % unit == 0).all()):
-        return replace(grid, zero=grid.zero // unit, zero_shift=0)
-    bits, scale = grid.bits + grid.zero_shift, grid.scale / unit
+    shift = grid.zero_shift
+    while shift and bool((grid.zero % 2 ** (grid.zero_shift - shift + 1) == 0).all()):
+        shift -= 1
+    zero, unit = grid.zero // 2 ** (grid.zero_shift - shift), 2**shift
+    if shift == 0:
+        return replace(grid, zero=zero, zero_shift=0)
+    bits, scale = grid.bits + shift, grid.scale / unit
     if bits > WIDEST:
         raise Refused(
             f"its zero points are fractions of a code, and codes of {grid.bits} bits that hold "
@@ -214,7 +221,7 @@ def with_whole_zeros(grid: Grid) -> Grid:
     if not torch.equal(scale.float() * unit, grid.scale.float()):
         scale = grid.scale.float() / unit
     codes = grid.codes.to(torch.int32) * unit
-    return Grid(codes.to(torch.uint8), scale, grid.zero, bits, grid.group_size)
+    return Grid(codes.to(torch.uint8), scale, zero, bits, grid.group_size)
 
 
 def half_scales(grid: Grid) -> Grid:

@@ -49,7 +49,7 @@ def silent(step: Step) -> None:
     """Reports no progress."""
 
 
-def plan_export(
+def plan_export(  # noqa: PLR0913 (the options of an export)
     folder: str | Path,
     to: str,
     *,
@@ -58,6 +58,7 @@ def plan_export(
     allow_lossy: bool = False,
     drop_activations: bool = False,
     gptq_v2: bool = False,
+    tensor_parallel: int | None = None,
     on_step: Any = silent,
 ) -> ExportPlan:
     """Returns what would become of each layer of a quantized folder; writes nothing.
@@ -78,6 +79,7 @@ def export(  # noqa: PLR0913 (the options of an export)
     allow_lossy: bool = False,
     drop_activations: bool = False,
     gptq_v2: bool = False,
+    tensor_parallel: int | None = None,
     verify: bool = True,
     on_step: Any = silent,
 ) -> ExportPlan:
@@ -89,7 +91,8 @@ def export(  # noqa: PLR0913 (the options of an export)
     folder: a folder that lowbit has quantized.
     dest: the folder to write, which must not exist.
     to: name of the target: one of TARGETS.
-    bits, dtype, allow_lossy, drop_activations, gptq_v2: the fields of `ExportOptions`.
+    bits, dtype, allow_lossy, drop_activations, gptq_v2, tensor_parallel: the fields of
+        `ExportOptions`.
     verify: whether the files of the folder are checked against their hashes first.
     on_step: called with a `Step` again and again.
 
