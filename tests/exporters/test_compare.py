@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import quantized
 import zoo
@@ -50,6 +51,38 @@ def test_every_target(to: str, made: Path, tmp_path: Path) -> None:
     assert [layer.name for layer in found.layers if layer.problem] == [
         next(layer.name for layer in found.layers if layer.problem)
     ]
+
+
+def place_of_norm(path: Path) -> int | None:
+    """Where the weight of the last norm starts in a file; None: it is in another one."""
+    if path.suffix == ".gguf":
+        tensors = {tensor.name: tensor.data_offset for tensor in gguf.GGUFReader(path).tensors}
+        return tensors["output_norm.weight"]
+    if path.suffix == ".bin":
+        (shard,) = json.loads((path.parent / "tensor-cache.json").read_text())["records"]
+        return {r["name"]: r["byteOffset"] for r in shard["records"]}["model.norm.weight"]
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    found = json.loads(data[8 : 8 + size]).get("model.norm.weight")
+    return None if found is None else 8 + size + found["data_offsets"][0]
+
+
+def spoil_norm(dest: Path) -> None:
+    for path in [path for pattern in WEIGHTS for path in dest.glob(pattern)]:
+        if (place := place_of_norm(path)) is not None:
+            data = bytearray(path.read_bytes())
+            data[place] ^= 1
+            path.write_bytes(data)
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_tensor_of_no_layer(to: str, made: Path, tmp_path: Path) -> None:
+    lowbit.export(made, tmp_path / "dest", to)
+    spoil_norm(tmp_path / "dest")
+    found = lowbit.verify(tmp_path / "dest", made)
+    name = "output_norm.weight" if to == "gguf" else "model.norm.weight"
+    assert found is not None
+    assert found.problems == (f"tensor {name} is not what the export writes",)
 
 
 def test_another_width_in_config_json(made: Path, tmp_path: Path) -> None:

@@ -94,6 +94,19 @@ def _differing(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str | Non
     return next((f"{key} differs" for key in wanted if not _equal(wanted[key], found[key])), None)
 
 
+def float_problems(exporter: Exporter, folder: Path) -> Iterator[str]:
+    """Yields a sentence for each tensor of no quantized layer that is not as the export writes it.
+
+    exporter: of the quantized folder; it has planned all layers.
+    folder: the written folder.
+    """
+    for name, wanted, found in exporter.floats(folder):
+        if found is None:
+            yield f"tensor {name} is missing"
+        elif not _equal(wanted, found):
+            yield f"tensor {name} is not what the export writes"
+
+
 def _equal(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors have the same bytes; torch compares no unsigned words."""
     if first.dtype != second.dtype or first.shape != second.shape:
@@ -106,8 +119,10 @@ def compare(folder: Path, exporter: Exporter, progress: Progress) -> Comparison:
     """Compares an exported folder with the quantized folder of an exporter."""
     plan = make_plan(exporter)
     layers = tuple(compared(exporter, folder, plan, progress))
-    problem = exporter.misdescribed(folder)
-    return Comparison(plan.target, layers, () if problem is None else (problem,))
+    problems = list(float_problems(exporter, folder))
+    if (problem := exporter.misdescribed(folder)) is not None:
+        problems.append(problem)
+    return Comparison(plan.target, layers, tuple(problems))
 
 
 def recorded(folder: Path) -> tuple[str, ExportOptions]:

@@ -1,7 +1,7 @@
 """The base class of all targets of `lowbit export`, and what they have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -179,6 +179,14 @@ class Exporter(ABC):
     @abstractmethod
     def read(self, folder: Path, name: str) -> dict[str, Tensor]:
         """Reads the tensors of one layer back from a written folder, by name within the layer."""
+
+    @abstractmethod
+    def floats(self, folder: Path) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Yields the tensors of a written folder that belong to no quantized layer.
+
+        Each comes as its name in the folder, the tensor that the export writes, and the tensor that
+        is there; None: it is missing.
+        """
 
     def misdescribed(self, folder: Path) -> str | None:
         """Says what the files of a written folder state wrongly about its layers; None: nothing.

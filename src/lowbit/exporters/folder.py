@@ -64,6 +64,14 @@ class FolderExporter(Exporter):
         mine = [key for key in reader.tensors if key.startswith(f"{name}.")]
         return {key.removeprefix(f"{name}."): value for key, value in reader.read(mine).items()}
 
+    def floats(self, folder: Path) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        renamed, reader = canonical_names(self.folder), self._reader_of(folder)
+        for shard in self.folder.shards():
+            for source in shard.others:
+                name = renamed.get(source, source)
+                wanted = self.store_float(source, self.folder.reader.read([source])[source])
+                yield name, wanted, reader.read([name])[name] if name in reader.tensors else None
+
     def float_modules(self) -> list[str]:
         """Returns the names of all modules with a float matrix, which readers must not convert."""
         stored = self.folder.reader.tensors

@@ -19,7 +19,6 @@ Source: github.com/ml-explore/mlx, docs of mlx.core.quantize.
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,11 +106,11 @@ class MlxExporter(FolderExporter):
             return tensors["weight"].float()
         settings, words = self.settings[name], tensors["weight"].view(torch.int32)
         columns = tensors["scales"].shape[1] * settings["group_size"]
-        codes = stream_codes(words, settings["bits"], columns).astype(np.float32)
-        scale = by_column(tensors["scales"].float().numpy(), columns)
-        return torch.from_numpy(
-            scale * codes + by_column(tensors["biases"].float().numpy(), columns)
-        )
+        codes = stream_codes(words, settings["bits"], columns)
+        # In float64, so that this finds what the container rounds, not what the sum rounds.
+        scale = by_column(tensors["scales"].double().numpy(), columns)
+        weight = scale * codes + by_column(tensors["biases"].double().numpy(), columns)
+        return torch.from_numpy(weight).float()
 
     def quantization(self) -> dict[str, Any]:
         return self._section()

@@ -1,6 +1,7 @@
 """Exports a quantized folder: plans every layer, writes, reads back and compares."""
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ from lowbit.checkpoint.verify import config_digest
 from lowbit.checkpoint.writer import write_json
 from lowbit.config import unknown_name
 from lowbit.exporters.awq import AwqExporter
-from lowbit.exporters.compare import RECORD, Comparison, compare, compared, recorded
+from lowbit.exporters.compare import (
+    RECORD,
+    Comparison,
+    compare,
+    compared,
+    float_problems,
+    recorded,
+)
 from lowbit.exporters.compressed_tensors import CompressedTensorsExporter
 from lowbit.exporters.dense import DenseExporter
 from lowbit.exporters.exporter import Exporter, ExportOptions, FloatDtype, Progress
@@ -153,13 +161,18 @@ def _reporter(on_step: Any, name: str) -> Progress:
 
 
 def _check(exporter: Exporter, part: Path, plan: ExportPlan, progress: Progress) -> None:
-    """Raises ValueError if a layer that was read back is not as it was planned."""
-    for layer in compared(exporter, part, plan, progress):
-        if layer.problem is not None:
-            raise ValueError(
-                f"layer {layer.name} was read back, and {layer.problem}: nothing was kept. The "
-                "disk may be faulty, or this is an error of lowbit; please report it"
-            )
+    """Raises ValueError if what was read back is not as it was planned."""
+    layers = compared(exporter, part, plan, progress)
+    problems = (
+        f"layer {layer.name} was read back, and {layer.problem}"
+        for layer in layers
+        if layer.problem
+    )
+    for problem in chain(problems, float_problems(exporter, part)):
+        raise ValueError(
+            f"{problem}: nothing was kept. The disk may be faulty, or this is an error of lowbit; "
+            "please report it"
+        )
 
 
 def _record(exporter: Exporter, plan: ExportPlan) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,9 +29,16 @@ from lowbit.exporters.gguf.architectures import (
     rope_freqs,
     text_config,
 )
-from lowbit.exporters.gguf.blocks import ASYMMETRIC, block_type, encode, fits_blocks
+from lowbit.exporters.gguf.blocks import (
+    ASYMMETRIC,
+    BLOCK,
+    CODE_BITS,
+    block_type,
+    encode,
+    fits_blocks,
+)
 from lowbit.exporters.gguf.tokenizer import tokenizer_keys
-from lowbit.exporters.grid import Grid, Refused, half_scales, regrouped
+from lowbit.exporters.grid import Grid, Refused, half_scales
 from lowbit.formats.base import QuantizedLinear
 
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -86,7 +94,7 @@ class GgufExporter(Exporter):
             kind, tensors, changes = self._float(name, grid)
         else:
             tensors = {"weight": encode(_scales(grid, self.options.allow_lossy), kind)}
-            changes = regrouping(grid, regrouped(grid, 32))
+            changes = regrouping(grid, replace(grid, group_size=BLOCK, bits=CODE_BITS[kind]))
         tensors["weight"] = tensors["weight"][self._rows(name, grid.out_features)]
         if layer.bias is not None:
             rows = self._rows(name, grid.out_features)
@@ -230,6 +238,16 @@ class GgufExporter(Exporter):
             if layer == name:
                 found[source] = self._tensor_of(stored[target])
         return found
+
+    def floats(self, folder: Path) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        stored = self._written(folder)
+        for name, layer, source in self._tensors:
+            if layer is None:
+                found = self._tensor_of(stored[name]) if name in stored else None
+                wanted = torch.from_numpy(self._float_data(name, source))
+                if found is not None and found.dtype == torch.bfloat16:
+                    wanted = wanted.view(torch.bfloat16)
+                yield name, wanted, found
 
     def _written(self, folder: Path) -> dict[str, Any]:
         """Returns the tensors of the written file by name; they are mapped, not read."""

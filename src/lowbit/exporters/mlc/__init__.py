@@ -142,13 +142,25 @@ class MlcExporter(Exporter):
         return self.store(layer, self.layer(layer)).tensors
 
     def read(self, folder: Path, name: str) -> dict[str, Tensor]:
-        if self._cache is None or self._cache.folder != folder:
-            self._cache = CacheReader(folder)
+        cache = self._cache_of(folder)
         if name == HEAD:
-            return {"weight": self._cache.read(f"{HEAD}.weight")}
+            return {"weight": cache.read(f"{HEAD}.weight")}
         fused, rows = self._part_of(name)
         keys = [key for key in ("q_weight", "q_scale", "bias") if f"{fused}.{key}" in self.targets]
-        return {key: self._cache.read(f"{fused}.{key}")[rows] for key in keys}
+        return {key: cache.read(f"{fused}.{key}")[rows] for key in keys}
+
+    def floats(self, folder: Path) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        cache = self._cache_of(folder)
+        for name, target in self.targets.items():
+            if target.key is None:
+                (source,) = target.sources
+                wanted = _half(source, self.folder.reader.read([source])[source])
+                yield name, wanted, cache.read(name) if name in cache.records else None
+
+    def _cache_of(self, folder: Path) -> CacheReader:
+        if self._cache is None or self._cache.folder != folder:
+            self._cache = CacheReader(folder)
+        return self._cache
 
 
 def _fitting(grid: Grid) -> Grid:
