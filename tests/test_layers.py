@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "eval": {"load", "calibration", "checkpoint", "formats", "config", "parsing"},
     "exporters": {"formats", "checkpoint", "config", "kernels", "version"},
     "convert": {"formats", "checkpoint", "config", "kernels", "version"},
+    "vllm_plugin": {"formats", "checkpoint", "kernels"},
     "report": {"checkpoint", "config", "events", "parsing", "quantities", "run_report"}
     | {"version"},
     "allocate": {"calibration", "checkpoint", "config", "eval", "formats", "load", "models"},
@@ -55,6 +56,7 @@ MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {
     "preprocess",
     "report",
     "auto_quip",
+    "vllm_plugin",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["__init__"] = {*MAY_IMPORT, "__init__"}
 MAY_IMPORT["__main__"] = {"cli"}
@@ -94,6 +96,7 @@ LIBRARY_OWNERS: dict[str, set[str]] = {
     "peft": {"preprocess"},
     "jinja2": {"report"},
     "triton": {"triton.py"},
+    "vllm": {"vllm_plugin"},
 }
 
 SEEDS = {
