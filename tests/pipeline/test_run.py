@@ -214,6 +214,7 @@ def test_companions_come_along(tmp_path: Path) -> None:
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tools.jinja").write_text("{}")
     ours = {"config.json", "events.jsonl", "model.safetensors.index.json", "report.json"}
+    ours |= {"README.md"}
     along = {"LICENSE.txt", "additional_chat_templates/tools.jinja", "generation_config.json"}
     along |= {"tokenizer.json", "tokenizer_config.json"}
     for trusted in (False, True):
@@ -222,6 +223,7 @@ def test_companions_come_along(tmp_path: Path) -> None:
         files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
         kept = {n for n in files if not n.startswith("run/") and not n.endswith(".safetensors")}
         assert kept == ours | along | ({"modeling_x.py"} if trusted else set())
+        assert "lowbit" in (out / "README.md").read_text()
 
 
 def test_provenance(tmp_path: Path) -> None:

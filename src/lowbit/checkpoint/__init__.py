@@ -21,6 +21,8 @@ records.py:          what the writer has finished; it is checked before a run co
 accept.py:           takes an edited file as right.
 folder.py:           a folder at once.
 provenance.py:       keeps paths of the maker's machine out of what is written.
+card.py:             README.md, the model card.
+card_facts.py:       what cards say of a folder.
 companions.py:       the files other than weights that belong to a model.
 output.py:           config.json of a quantized folder, and sizes in bits per weight.
 ranges.py:           names of many layers as one entry of config.json.

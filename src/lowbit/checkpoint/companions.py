@@ -5,7 +5,7 @@
 | weights in any format, and an index of weights                                | no             |
 | files that lowbit writes itself: config.json, report.json, run/, ...          | no             |
 | descriptions of other weights: of an adapter, of another quantizer            | no             |
-| README*: it describes the float model                                         | no             |
+| README*: it describes the float model; OUT gets a card of its own (card.py)   | no             |
 | NAME.changed: what somebody edited in OUT, which lowbit wrote again           | no             |
 | hidden files, and compiled Python code                                        | no             |
 | Python code                                                                   | if it may run  |

@@ -1,4 +1,4 @@
-"""Writes a model folder at once: all shards, then the index, then config.json."""
+"""Writes a model folder at once: all shards, the index, config.json, then the model card."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lowbit.checkpoint.card_facts import write_card
 from lowbit.checkpoint.companions import companions_of, copy_companions
 from lowbit.checkpoint.provenance import without_paths
 from lowbit.checkpoint.reader import INDEX
@@ -25,14 +26,15 @@ def write_folder(
     companions: Path,
     code: bool = False,
 ) -> None:
-    """Writes a model folder: shards, index, config.json and companions such as the tokenizer.
+    """Writes a model folder: shards, index, config.json, card, and companions as the tokenizer.
 
     out: the folder to write, which must not exist.
     shards: one dictionary of tensors by name on disk for each shard; they are taken one at a time.
     count: the number of shards.
     config: the content of config.json, or a function that makes it from the folder once that holds
         everything else.
-    companions: a model folder; its files other than weights (tokenizer, licences) are copied.
+    companions: the folder of the model that this one is made of; its files other than weights
+        (tokenizer, licences) are copied.
     code: whether its Python code is copied too.
 
     Raises ValueError if `out` exists, or the disk is full. After an error `out` does not exist.
@@ -41,7 +43,7 @@ def write_folder(
     with written_aside(out) as part:
         part.mkdir(parents=True)
         copy_companions(companions, part, code)
-        write_model(part, shards, count, config)
+        write_card(part, write_model(part, shards, count, config), companions)
 
 
 @contextmanager
@@ -70,8 +72,11 @@ def written_aside(out: Path) -> Iterator[Path]:
 
 def write_model(
     folder: Path, shards: Iterable[Mapping[str, Tensor]], count: int, config: ConfigJson
-) -> None:
-    """Writes shards, index and config.json into an empty folder; arguments as `write_folder`."""
+) -> dict[str, Any]:
+    """Writes shards, index and config.json into an empty folder; arguments as `write_folder`.
+
+    Returns the content of config.json.
+    """
     placed: dict[str, str] = {}
     total = 0
     for number, tensors in enumerate(shards, 1):
@@ -83,3 +88,4 @@ def write_model(
     write_json(folder / INDEX, index)
     content = config(folder) if callable(config) else without_paths(config)
     write_json(folder / "config.json", content)
+    return content

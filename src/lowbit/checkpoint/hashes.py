@@ -6,8 +6,8 @@ files:        the shards
 other_files:  every other file that lowbit wrote, such as the tokenizer and the index
 
 but not of what changes later: config.json (it has a digest of itself), events.jsonl, report.html
-and run/. README, a card that users write themselves, is not copied and has no hash. Folders of
-earlier versions have no `other_files`.
+and run/. README.md, the card, which users edit, has no hash either. Folders of earlier versions
+have no `other_files`.
 """
 
 import os

@@ -97,6 +97,13 @@ def is_snapshot(folder: Path) -> bool:
     return folder.parent.name == SNAPSHOTS and blobs.is_dir() and not blobs.is_symlink()
 
 
+def hub_id_of(folder: Path) -> str | None:
+    """Returns the hub id of a snapshot in the cache of the hub; None for any other folder."""
+    real = Path(os.path.realpath(folder))
+    kind, _, name = real.parent.parent.name.partition("--")
+    return name.replace("--", "/") if is_snapshot(real) and kind == "models" and name else None
+
+
 def _roots(folder: Path) -> list[Path]:
     """The folders inside which links of a folder may lead."""
     real = Path(os.path.realpath(folder))

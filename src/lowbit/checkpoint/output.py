@@ -8,9 +8,9 @@ from typing import Any
 
 from lowbit.checkpoint.hashes import FILES, OTHER_FILES
 from lowbit.checkpoint.provenance import without_paths
-from lowbit.checkpoint.quantized_folder import QuantizedFolder
+from lowbit.checkpoint.quantized_folder import QuantizedFolder, tensor_names
 from lowbit.checkpoint.ranges import collapse
-from lowbit.checkpoint.reader import read_json
+from lowbit.checkpoint.reader import CheckpointReader, read_json
 from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.checkpoint.verify import VERSION, config_digest
 
@@ -71,16 +71,23 @@ class Size:
 def size_of(folder: Path) -> Size:
     """Returns the size of a float or quantized folder; only the headers of its shards are read."""
     found = runnable_folder(folder)
-    reader = found.reader
-    stored = sum((folder / file).stat().st_size for file in reader.files)
-    if found.program is None:
+    entries = {} if found.program is None else QuantizedFolder(folder).entries
+    return size_of_tensors(found.reader, entries)
+
+
+def size_of_tensors(reader: CheckpointReader, entries: Mapping[str, Record]) -> Size:
+    """Returns the size of a folder from its tensors and the entries of its quantized layers.
+
+    entries: by name on disk; empty for a float model.
+    """
+    stored = sum((reader.folder / file).stat().st_size for file in reader.files)
+    entries = {name: entry for name, entry in entries.items() if entry["format"] != "dense"}
+    if not entries:
         weights = sum(prod(info.shape) for info in reader.tensors.values())
-        bits = 8 * reader.stored_bytes / weights
+        bits = 8 * reader.stored_bytes / max(weights, 1)
         return Size(bits, bits, stored)
-    quantized = QuantizedFolder(folder)
-    entries = {n: entry for n, entry in quantized.entries.items() if entry["format"] != "dense"}
     linear_weights = sum(prod(entry["shape"]) for entry in entries.values())
-    packed = {n for name in entries for n in quantized.tensors_of(name)}
+    packed = {n for name, entry in entries.items() for n in tensor_names(name, entry)}
     packed -= {f"{name}.bias" for name in entries}
     linear_bytes = sum(info.bytes for name, info in reader.tensors.items() if name in packed)
     rest = [info for name, info in reader.tensors.items() if name not in packed]

@@ -129,8 +129,7 @@ class QuantizedFolder:
 
     def tensors_of(self, name: str) -> list[str]:
         """Returns the names on disk of all tensors of one quantized layer. name: on disk"""
-        with torch.device("meta"):
-            return [f"{name}.{key}" for key in build(self.entries[name]).state_dict()]
+        return tensor_names(name, self.entries[name])
 
     def verify(self, hashes: bool = True, partial: bool = False) -> None:
         """Checks that the folder is as it was written. Raises ValueError if it is not.
@@ -230,3 +229,13 @@ class QuantizedFolder:
             raise ValueError(f"{path} does not list tensor {absent[0]}")
         if not isinstance(index.get("metadata"), dict):
             raise ValueError(f"{path}: 'metadata' must be an object")
+
+
+def tensor_names(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """Returns the names on disk of all tensors of a quantized layer.
+
+    name: of the layer, on disk.
+    entry: of the layer, in config.json.
+    """
+    with torch.device("meta"):
+        return [f"{name}.{key}" for key in build(dict(entry)).state_dict()]

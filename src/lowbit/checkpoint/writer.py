@@ -181,12 +181,19 @@ class CheckpointWriter:
         with explained(self.folder), (self.folder / EVENTS).open("a") as file:
             file.write(json.dumps(finite(event)) + "\n")
 
-    def finish(self, source: Path, made_by: dict[str, Any], others: Iterable[Path | str]) -> None:
+    def finish(
+        self,
+        source: Path,
+        made_by: dict[str, Any],
+        others: Iterable[Path | str],
+        before: Callable[[dict[str, Any]], None] = lambda config: None,
+    ) -> None:
         """Writes the index and then config.json, which makes OUT complete, and verifies OUT.
 
         source: the folder of the float model.
         made_by: how the folder was made: method, calibration, versions.
         others: names of all files that were written to OUT apart from shards.
+        before: called with the content of config.json before that is written.
 
         Raises ValueError for a file that is not as it was written.
         """
@@ -198,7 +205,9 @@ class CheckpointWriter:
             write_json(self.folder / INDEX, index)
             learned = {f"learned/{r['file']}": r["learned"] for r in records if r["learned"]}
             facts = facts_of_files(self.folder, [*others, INDEX]) | learned
-            write_json(self.folder / CONFIG, final_config(source, records, made_by, facts))
+            config = final_config(source, records, made_by, facts)
+            before(config)
+            write_json(self.folder / CONFIG, config)
             for name, problem in folder_problems(self.folder).items():
                 (self.folder / CONFIG).unlink()
                 raise ValueError(

@@ -6,7 +6,7 @@ from typing import Annotated
 from rich.console import Console
 from typer import Argument, Option
 
-from lowbit.checkpoint.companions import WEIGHTS
+from lowbit.checkpoint.companions import CARD, WEIGHTS
 from lowbit.cli.parameters import CopyCode, NewOut
 from lowbit.cli.screen import console, shortened, size
 from lowbit.convert import READERS
@@ -58,9 +58,14 @@ def not_copied(folder: Path, out: Path) -> list[str]:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and (out / path.name).is_dir():
             names += [f"{path.name}/{name}" for name in not_copied(path, out / path.name)]
-        elif not (out / path.name).exists() and path.suffix not in WEIGHTS:
+        elif path.suffix not in WEIGHTS and not _was_copied(path, out):
             names.append(path.name)
     return names
+
+
+def _was_copied(path: Path, out: Path) -> bool:
+    """Whether a file is in another folder too; a card is not: the other folder has its own."""
+    return (out / path.name).exists() and not path.name.startswith(CARD)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from lowbit.cli.screen import console, counting_bar
 from lowbit.cli.slice import parse_bits
 from lowbit.eval import EvalOptions, Evaluation, TaskOptions
 from lowbit.eval import evaluate as measure
+from lowbit.eval.card import folders_with_cards, write_cards
 
 
 def evaluate(  # noqa: PLR0913 (a command's options)
@@ -86,6 +87,14 @@ def evaluate(  # noqa: PLR0913 (a command's options)
         ),
     ] = None,
     json: JsonFile = None,
+    write_card: Annotated[
+        bool,
+        Option(
+            "--write-card",
+            help="Write the numbers into README.md, the model card, of each MODEL that is a folder "
+            "of lowbit.",
+        ),
+    ] = False,
     device: Annotated[
         str,
         Option(
@@ -114,9 +123,12 @@ def evaluate(  # noqa: PLR0913 (a command's options)
         device_map=device_map(device),
         trust_remote_code=trust_remote_code,
     )
-    found = _measure(list(dict.fromkeys([model, *(others or [])])), options)
+    models = list(dict.fromkeys([model, *(others or [])]))
+    cards = folders_with_cards(models) if write_card else {}
+    found = _measure(models, options)
     if json is not None:
         write_json(json, {row.name: row.to_json() for row in found})
+    write_cards(found, cards)
     screen = console()
     show_texts(screen, found)
     _warn_of_broken(found)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
+from lowbit.checkpoint.card_facts import write_card
 from lowbit.checkpoint.companions import copy_companions
 from lowbit.version import __version__
 
@@ -54,7 +55,12 @@ def write_converted(
             if placeholder is not None:
                 tensors[placeholder] = torch.empty(0, dtype=dtype)
             writer.write_shard(index, tensors, None, {"modules": modules, "marker": placeholder})
-        writer.finish(reader.folder, made_by, copy_companions(reader.folder, out, code))
+        writer.finish(
+            reader.folder,
+            made_by,
+            copy_companions(reader.folder, out, code),
+            lambda config: write_card(out, config, reader.folder),
+        )
 
 
 def float_dtype(reader: CheckpointReader, plain: Mapping[str, str]) -> torch.dtype:

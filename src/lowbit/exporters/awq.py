@@ -47,10 +47,15 @@ class AwqExporter(FolderExporter):
     name = "awq"
     readers = "vLLM, SGLang, MLC"
     parallel = True
+    tags = ("awq",)
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._size: int | None = None
+
+    @property
+    def usage(self) -> str:
+        return "In vLLM: `vllm serve MODEL`. In SGLang: `sglang serve --model-path MODEL`."
 
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
         grid = grid_for(self, layer)

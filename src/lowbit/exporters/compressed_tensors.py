@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowbit.checkpoint.card_facts import in_transformers
 from lowbit.exporters.bitstream import by_column, stream_codes
 from lowbit.exporters.exporter import StoredLayer, grid_for, regrouping
 from lowbit.exporters.folder import FolderExporter
@@ -57,6 +58,7 @@ class CompressedTensorsExporter(FolderExporter):
     name = "ct"
     readers = "vLLM, SGLang, transformers with compressed-tensors"
     parallel = True
+    tags = ("compressed-tensors",)
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -87,6 +89,14 @@ class CompressedTensorsExporter(FolderExporter):
         """Returns whether a layer is stored in more bits because of its zero points."""
         entry = self.folder.entries[name]
         return bool(entry.get("zero_shift")) and bits > entry["bits"]
+
+    @property
+    def usage(self) -> str:
+        return (
+            "In vLLM: `vllm serve MODEL`.\n\n"
+            "In transformers, with `pip install compressed-tensors`:\n\n"
+            f"{in_transformers(self.folder.config)}"
+        )
 
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
         part, whole = self.part(name), _as_int8(layer, self.options.drop_activations)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lowbit.checkpoint.card_facts import in_transformers
 from lowbit.exporters.exporter import StoredLayer
 from lowbit.exporters.folder import FolderExporter, float_weight
 from lowbit.formats.base import QuantizedLinear
@@ -20,6 +21,11 @@ class DenseExporter(FolderExporter):
     name = "dense"
     readers = "every program"
     parallel = True
+
+    @property
+    def usage(self) -> str:
+        code = in_transformers(self.folder.config)
+        return f"In vLLM: `vllm serve MODEL`.\n\nIn transformers:\n\n{code}"
 
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
         self.part(name)  # raises if it cannot be cut

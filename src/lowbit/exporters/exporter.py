@@ -86,6 +86,8 @@ class Exporter(ABC):
     name: what `--to` calls it.
     readers: the programs that read the result, for help texts.
     parallel: whether these programs can share each layer among several devices.
+    tags: tags of the hub for the result.
+    library: `library_name` of the hub.
 
     The constructor raises ValueError for a model that the target cannot hold at all.
     """
@@ -93,6 +95,8 @@ class Exporter(ABC):
     name: ClassVar[str]
     readers: ClassVar[str]
     parallel: ClassVar[bool] = False
+    tags: ClassVar[tuple[str, ...]] = ()
+    library: ClassVar[str] = "transformers"
 
     def __init__(self, folder: QuantizedFolder, options: ExportOptions) -> None:
         self.folder = folder
@@ -139,6 +143,11 @@ class Exporter(ABC):
     def notes(self) -> tuple[str, ...]:
         """What the user should know about the export, one sentence each."""
         return ()
+
+    @property
+    @abstractmethod
+    def usage(self) -> str:
+        """How the result is loaded, in Markdown; MODEL stands for its folder."""
 
     @abstractmethod
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.card_facts import in_transformers
 from lowbit.checkpoint.writer import write_json
 from lowbit.exporters.bitstream import stream_codes
 from lowbit.exporters.exporter import Progress, StoredLayer, grid_for, regrouping
@@ -57,12 +58,23 @@ class GptqExporter(FolderExporter):
     name = "gptq"
     readers = "vLLM, GPTQModel, SGLang"
     parallel = True
+    tags = ("gptq",)
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.zero_offset = 0 if self.options.gptq_v2 else 1
         self.symmetric = True
         self._shape: tuple[int, int] | None = None
+
+    @property
+    def usage(self) -> str:
+        if self.options.gptq_v2:
+            load = 'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("MODEL")'
+            return f"In GPTQModel, which alone reads version 2:\n\n```python\n{load}\n```"
+        return (
+            "In vLLM: `vllm serve MODEL`.\n\nIn transformers, with `pip install gptqmodel`:\n\n"
+            f"{in_transformers(self.folder.config)}"
+        )
 
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
         grid = grid_for(self, layer)

@@ -56,6 +56,8 @@ class MlxExporter(FolderExporter):
 
     name = "mlx"
     readers = "mlx-lm"
+    tags = ("mlx",)
+    library = "mlx"
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -65,6 +67,11 @@ class MlxExporter(FolderExporter):
                 f"mlx-lm has no model of the architecture {kind!r}: export to ct or dense"
             )
         self.settings: dict[str, dict[str, int]] = {}
+
+    @property
+    def usage(self) -> str:
+        commands = "`mlx_lm.generate --model MODEL --prompt PROMPT`, `mlx_lm.chat --model MODEL`"
+        return f"In mlx-lm: {commands}."
 
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
         grid = grid_for(self, layer)

@@ -20,6 +20,7 @@ class PlannedLayer:
     error: largest error of a weight, in steps of the layer's grid; 0: every weight is exact.
     loss: what the target does differently when it runs the layer; None: nothing.
     refused: why the target cannot hold it; None: it can.
+    bytes: the size of its stored weight, scales and zero points included.
     """
 
     name: str
@@ -29,6 +30,7 @@ class PlannedLayer:
     error: float = 0.0
     loss: str | None = None
     refused: str | None = None
+    bytes: int = 0
 
     @property
     def exact(self) -> bool:
@@ -92,7 +94,10 @@ def _planned(exporter: Exporter, name: str) -> PlannedLayer:
     except Refused as reason:
         return PlannedLayer(name, source, refused=str(reason))
     error = exporter.error(layer, exporter.decode(name, stored.tensors))
-    return PlannedLayer(name, source, stored.container, stored.changes, error, stored.loss)
+    size = sum(tensor.nbytes for key, tensor in stored.tensors.items() if key != "bias")
+    return PlannedLayer(
+        name, source, stored.container, stored.changes, error, stored.loss, bytes=size
+    )
 
 
 def describe(layer: QuantizedLinear) -> str:

@@ -12,6 +12,7 @@ from lowbit.checkpoint.verify import config_digest
 from lowbit.checkpoint.writer import write_json
 from lowbit.config import unknown_name
 from lowbit.exporters.awq import AwqExporter
+from lowbit.exporters.card import write_export_card
 from lowbit.exporters.compare import (
     RECORD,
     Comparison,
@@ -119,6 +120,7 @@ def export(  # noqa: PLR0913 (the options of an export)
         exporter.write(part, _reporter(on_step, "writing"))
         _check(exporter, part, plan, _reporter(on_step, "reading back"))
         write_json(part / RECORD, _record(exporter, plan))
+        write_export_card(part, exporter, plan)
     return plan
 
 

@@ -15,6 +15,7 @@ from lowbit.blocks.walk import Step
 from lowbit.calibration import Calibration, TokenIds, TokenWindows
 from lowbit.calibration.token_ids import Rows
 from lowbit.checkpoint import CheckpointWriter
+from lowbit.checkpoint.card_facts import write_card
 from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.writer import RUN, explained
 from lowbit.config import explain
@@ -246,7 +247,12 @@ class _Run:
                 "digest": windows.digest,
             },
         }
-        writer.finish(job.source.folder, made_by, [*companions, REPORT])
+        writer.finish(
+            job.source.folder,
+            made_by,
+            [*companions, REPORT],
+            lambda config: write_card(writer.folder, config, job.source.folder),
+        )
 
     def _logger(self, writer: CheckpointWriter) -> OnEvent:
         return lambda event: self._log(writer, event)

@@ -56,6 +56,8 @@ class GgufExporter(Exporter):
 
     name = "gguf"
     readers = "llama.cpp, Ollama, LM Studio"
+    tags = ("gguf",)
+    library = "gguf"
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -81,6 +83,14 @@ class GgufExporter(Exporter):
         if context < self.model_config["max_position_embeddings"]:
             return (f"the context is cut to {context:,} tokens, the window of its attention",)
         return ()
+
+    @property
+    def usage(self) -> str:
+        return (
+            "FILE stands for the file in MODEL that ends in .gguf. In llama.cpp: "
+            "`llama-cli -m FILE`, `llama-server -m FILE`. In Ollama: `ollama create NAME -f "
+            "Modelfile`, where Modelfile has the line `FROM ./FILE`."
+        )
 
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
         grid = grid_for(self, layer)

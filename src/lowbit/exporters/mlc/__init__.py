@@ -50,6 +50,8 @@ class MlcExporter(Exporter):
 
     name = "mlc"
     readers = "MLC-LLM"
+    tags = ("mlc-llm",)
+    library = "mlc-llm"
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -78,6 +80,14 @@ class MlcExporter(Exporter):
         if context < full:
             notes.append(f"the context is cut to {context:,} tokens, the window of its attention")
         return tuple(notes)
+
+    @property
+    def usage(self) -> str:
+        return (
+            "In MLC-LLM, which compiles a model library for the device first: "
+            "`mlc_llm compile MODEL --device DEVICE -o LIBRARY`, then "
+            "`mlc_llm chat MODEL --model-lib LIBRARY`."
+        )
 
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
         grid = grid_for(self, layer)
