@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exporters": {"formats", "checkpoint", "config", "kernels", "quantities", "version"},
     "convert": {"formats", "checkpoint", "config", "kernels", "version"},
     "vllm_plugin": {"formats", "checkpoint", "kernels"},
+    "upload": {"checkpoint", "exporters", "parsing", "version"},
     "report": {"checkpoint", "config", "events", "parsing", "quantities", "run_report"}
     | {"version"},
     "allocate": {"calibration", "checkpoint", "config", "eval", "formats", "load", "models"},
@@ -57,6 +58,7 @@ MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {
     "report",
     "auto_quip",
     "vllm_plugin",
+    "upload",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["__init__"] = {*MAY_IMPORT, "__init__"}
 MAY_IMPORT["__main__"] = {"cli"}

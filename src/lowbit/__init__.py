@@ -21,6 +21,7 @@ from lowbit.load import load
 from lowbit.pipeline import Estimate, RunOptions, plan, quantize
 from lowbit.preprocess import LoRA, preprocess
 from lowbit.report import write_report as report
+from lowbit.upload import push
 from lowbit.version import __version__
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "plan",
     "plan_export",
     "preprocess",
+    "push",
     "quantize",
     "report",
     "set_bits",

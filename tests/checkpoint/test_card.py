@@ -163,3 +163,18 @@ def test_a_card_that_is_no_text_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not UTF-8"):
         write_measured(tmp_path, "new")
     assert (tmp_path / "README.md").read_bytes() == b"\xff" and read_metadata(tmp_path) == {}
+
+
+def test_the_card_of_an_earlier_run_is_replaced_unless_it_was_changed(
+    model: Path, tmp_path: Path
+) -> None:
+    """As when the config.json of another run was put into OUT."""
+    out = quantized.quantize(model, tmp_path / "out")
+    own = (out / "README.md").read_text()
+    config = QuantizedFolder(out).config
+    for theirs, replaced in ((own, True), (own.replace("rtn", "gptq"), False), ("# A\n", False)):
+        (out / "README.md").write_text(theirs)
+        section = config["quantization_config"]
+        other = section | {"made_by": section["made_by"] | {"recipe": "another"}}
+        write_card(out, config | {"quantization_config": other}, model)
+        assert ("`another`" in (out / "README.md").read_text()) == replaced

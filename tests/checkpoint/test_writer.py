@@ -69,7 +69,7 @@ def test_a_finished_folder(tmp_path: Path) -> None:
     section = quantized.section(folder)
     assert list(section["files"]) == reader.files
     others = {name for name in files(folder) if not name.startswith("run/")}
-    others -= {"config.json", "events.jsonl", *reader.files}
+    others -= {"config.json", "events.jsonl", "README.md", *reader.files}
     assert section["other_files"].keys() == others
     stated = section["files"] | section["other_files"]
     assert all(facts_of(folder / name) == facts for name, facts in stated.items())

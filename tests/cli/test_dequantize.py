@@ -18,7 +18,7 @@ def test_sizes_and_what_stays_behind(lowbit, learned, tmp_path):
     files = "in model-00001-of-00007.safetensors and 6 more"
     assert lines[0] == f"{learned}: {size(before.bytes)} of weights {files}"
     assert lines[1] == f"{dense}: {size(after.bytes)} of weights {files}"
-    assert lines[2] == "not copied: events.jsonl, learned, report.json, run"
+    assert lines[2] == "not copied: README.md, events.jsonl, learned, report.json, run"
     assert lines[3].startswith(f"{before.model:.2f} → 16.00 bits per parameter")
     source = load_file(MODELS / "llama-mini" / "model.safetensors")
     found = {n: t for path in dense.glob("*.safetensors") for n, t in load_file(path).items()}

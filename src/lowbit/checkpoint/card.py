@@ -1,9 +1,11 @@
 """Reads and writes README.md, the model card: metadata for the hub, and facts for its readers.
 
 A card begins with metadata in YAML between two lines of `---`. Users edit cards, so README.md has
-no hash in config.json, and only the part between MEASURED and its end is ever written again.
+no hash in config.json, and of a card that was edited only the part between MEASURED and its end is
+written again.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ NOT_MEASURED = (
     "Nothing has been measured yet. `lowbit eval BASE MODEL --write-card` writes perplexities and "
     "the conditions under which they were measured here."
 )
+# The last line of a new card. A card that it does not fit was changed, and is the user's.
+UNCHANGED = "\n<!-- lowbit may replace this card while nobody has changed it: {} -->\n"
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,14 @@ def read_card(folder: Path) -> str:
 
 
 def write_new_card(folder: Path, source: Path, base: str | None, card: Card) -> None:
-    """Writes the card of a folder, unless there is one: that may be the user's.
+    """Writes the card of a folder, unless there is one that somebody has changed or measured.
 
     source: the folder that it was made of, whose card may state a licence.
     base: hub id of the float model; None: it is not known.
     """
-    if file_inside(folder, CARD) is None:
-        _write(folder, _text(read_metadata(source), base, card))
+    if file_inside(folder, CARD) is None or _is_unchanged(read_card(folder)):
+        text = _text(read_metadata(source), base, card)
+        _write(folder, text + UNCHANGED.format(_digest(text)))
 
 
 def write_measured(folder: Path, measured: str) -> None:
@@ -117,6 +122,15 @@ def measured_part(folder: Path) -> str | None:
 def _write(folder: Path, text: str) -> None:
     with aside(folder / CARD) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def _is_unchanged(text: str) -> bool:
+    written, begin, end = text.rpartition(UNCHANGED.partition("{}")[0])
+    return bool(begin) and begin + end == UNCHANGED.format(_digest(written))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _marked(measured: str) -> str:

@@ -18,6 +18,7 @@ from lowbit.cli.methods import methods
 from lowbit.cli.mix import mix
 from lowbit.cli.plan import plan
 from lowbit.cli.preprocess import preprocess
+from lowbit.cli.push import push
 from lowbit.cli.quantize import quantize
 from lowbit.cli.recipes import recipes
 from lowbit.cli.report import report
@@ -93,7 +94,8 @@ app.command("eval")(evaluate)
 app.command("slice")(cut)
 for command in (mix, plan, generate, inspect, report, preprocess, dequantize, export, convert):
     app.command()(command)
-app.command()(verify)
+for command in (verify, push):
+    app.command()(command)
 app.command()(methods)
 app.command()(recipes)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.folder import written_aside
+from lowbit.checkpoint.hashes import facts_of_files
 from lowbit.checkpoint.quantized_folder import QuantizedFolder
 from lowbit.checkpoint.ranges import collapse
 from lowbit.checkpoint.verify import config_digest
@@ -119,8 +120,10 @@ def export(  # noqa: PLR0913 (the options of an export)
         part.mkdir(parents=True)
         exporter.write(part, _reporter(on_step, "writing"))
         _check(exporter, part, plan, _reporter(on_step, "reading back"))
-        write_json(part / RECORD, _record(exporter, plan))
-        write_export_card(part, exporter, plan)
+        written = [path.relative_to(part) for path in part.rglob("*") if path.is_file()]
+        record = _record(exporter, plan) | {"files": facts_of_files(part, written)}
+        write_json(part / RECORD, record)
+        write_export_card(part, exporter, plan)  # users edit it, so it has no hash
     return plan
 
 

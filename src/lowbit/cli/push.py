@@ -1,0 +1,40 @@
+"""lowbit push: uploads a folder to the hub."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from lowbit.cli.screen import console, shortened, size
+from lowbit.upload import checked_repo, files_to_push
+from lowbit.upload import push as upload
+
+
+def push(
+    folder: Annotated[
+        Path, Argument(metavar="MODEL", help="Folder that lowbit has quantized or exported.")
+    ],
+    repo: Annotated[
+        str, Argument(metavar="REPO", help="Repository of the hub, as OWNER/NAME; made if absent.")
+    ],
+    private: Annotated[
+        bool, Option("--private", help="Make the repository private, if it does not exist.")
+    ] = False,
+    message: Annotated[
+        str | None, Option(help="Message of the commit. Default: it names the version of lowbit.")
+    ] = None,
+    check_only: Annotated[
+        bool, Option("--check-only", help="Check the folder and list its files; upload nothing.")
+    ] = False,
+) -> None:
+    """Upload a folder to the Hugging Face hub, once it is found whole."""
+    screen = console()
+    checked_repo(repo)
+    names = files_to_push(folder)
+    total = size(sum((folder / name).stat().st_size for name in names))
+    listed = shortened([name.as_posix() for name in names], most=8)
+    screen.print(f"{folder}: {len(names)} files, {total}: {listed}", soft_wrap=True)
+    if check_only:
+        screen.print("nothing was uploaded", style="dim")
+        return
+    screen.print(upload(folder, repo, private=private, message=message), soft_wrap=True)
