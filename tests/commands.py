@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 from lowbit.cli import app
 
 
-def call(*arguments: object, code: int = 0) -> Any:
-    """Returns exit_code, stdout and stderr of a command, and checks for tracebacks."""
+def call(*arguments: object, code: int = 0, typed: str | None = None) -> Any:
+    """Returns exit_code, stdout and stderr of a command, and checks for tracebacks.
+
+    typed: what a user types; None: nothing.
+    """
     with _loud_again():
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=typed)
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     return result

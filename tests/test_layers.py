@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exporters": {"formats", "checkpoint", "config", "kernels", "quantities", "version"},
     "convert": {"formats", "checkpoint", "config", "kernels", "version"},
     "vllm_plugin": {"formats", "checkpoint", "kernels"},
+    "server": {"config", "models", "parsing"},
     "upload": {"checkpoint", "exporters", "parsing", "version"},
     "report": {"checkpoint", "config", "events", "parsing", "quantities", "run_report"}
     | {"version"},
@@ -58,6 +59,7 @@ MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {
     "report",
     "auto_quip",
     "vllm_plugin",
+    "server",
     "upload",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["__init__"] = {*MAY_IMPORT, "__init__"}
@@ -98,6 +100,8 @@ LIBRARY_OWNERS: dict[str, set[str]] = {
     "lm_eval": {"eval/tasks.py"},
     "peft": {"preprocess"},
     "jinja2": {"report"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
     "triton": {"triton.py"},
     "vllm": {"vllm_plugin"},
 }

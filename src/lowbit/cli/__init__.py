@@ -8,6 +8,7 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
+from lowbit.cli.chat import chat
 from lowbit.cli.convert import convert
 from lowbit.cli.dequantize import dequantize
 from lowbit.cli.evaluate import evaluate
@@ -23,6 +24,7 @@ from lowbit.cli.quantize import quantize
 from lowbit.cli.recipes import recipes
 from lowbit.cli.report import report
 from lowbit.cli.screen import console
+from lowbit.cli.serve import serve
 from lowbit.cli.slice import cut
 from lowbit.cli.verify import verify
 from lowbit.config import explain
@@ -94,7 +96,7 @@ app.command("eval")(evaluate)
 app.command("slice")(cut)
 for command in (mix, plan, generate, inspect, report, preprocess, dequantize, export, convert):
     app.command()(command)
-for command in (verify, push):
+for command in (chat, serve, verify, push):
     app.command()(command)
 app.command()(methods)
 app.command()(recipes)

@@ -40,7 +40,7 @@ def generate(  # noqa: PLR0913 (a command's options)
     runnable_folder(folder)
     tokenizer = need_tokenizer(folder, trust_remote_code)
     runner = load_model(folder, device_map(device), trust_remote_code=trust_remote_code)
-    chat = bool(getattr(tokenizer, "chat_template", None)) and not raw
+    chat = generation.has_chat_template(tokenizer) and not raw
     tokens = generation.prompt_tokens(tokenizer, prompt, chat)
     pieces = generation.generate(runner, tokenizer, tokens, max_new_tokens, temperature, seed)
     if not chat:

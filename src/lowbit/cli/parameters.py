@@ -36,6 +36,14 @@ Out = Annotated[
     Argument(metavar="OUT", help="Output folder: new, empty, or of the run to continue."),
 ]
 NewOut = Annotated[Path, Argument(metavar="OUT", help="Folder to write, which must not exist.")]
+Width = Annotated[  # of commands that run a MatQuant model at one width
+    str | None,
+    Option(
+        metavar="2..8|PLAN",
+        help="Width at which a MatQuant model runs, or a YAML file of lowbit mix. Default: as "
+        "stored.",
+    ),
+]
 DEVICES = "cpu|cuda:N|auto"
 Device = Annotated[  # of commands that run block by block, on one device
     str,

@@ -6,16 +6,26 @@ It does not use transformers' generate(), which draws from torch's global random
 import inspect
 import math
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.models.sizes import context_of
+from lowbit.models.text_stream import TextStream
 from lowbit.parsing import check_unicode, shorten, single_bos
 
 LEAST_TEMPERATURE = 1e-6  # a lower one gives the same tokens, but infinite logits
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoded from a character whose last bytes are missing
+LONGEST_WITHOUT_CONTEXT = 4096  # tokens that may follow, for a model that states no context
+
+
+class ContextFull(ValueError):
+    """A prompt leaves no room in the context."""
+
+
+class TemplateError(ValueError):
+    """A chat template refuses a conversation."""
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
@@ -28,21 +38,78 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     """
     check_unicode(prompt, "the prompt")
     if chat:
-        messages = [{"role": "user", "content": prompt}]
         try:
-            prompt = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template may raise any error
-            raise ValueError(
-                f"the tokenizer's chat template refuses the prompt ({shorten(error)}): use --raw "
-                "to continue it as it is"
-            ) from None
-    ids: list[int] = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+            return chat_tokens(tokenizer, [{"role": "user", "content": prompt}])
+        except TemplateError as error:
+            raise ValueError(f"{error}: use --raw to continue it as it is") from None
+    return _tokens(tokenizer, prompt, special=True)
+
+
+def chat_tokens(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Returns the token ids of a conversation in the tokenizer's chat template.
+
+    messages: each with "role" and "content".
+
+    Raises ValueError as `prompt_tokens` does, and for a tokenizer without a chat template.
+    """
+    if not has_chat_template(tokenizer):
+        raise ValueError(
+            "the tokenizer has no chat template, as that of a model that was not trained to chat"
+        )
+    for message in messages:
+        check_unicode(message["content"], "the prompt")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template may raise any error
+        reason = shorten(error)
+        raise TemplateError(
+            f"the tokenizer's chat template refuses the prompt ({reason})"
+        ) from None
+    return _tokens(tokenizer, text, special=False)
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Returns whether a tokenizer knows how the model was trained to chat."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def _tokens(tokenizer: Any, text: str, special: bool) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
     ids = single_bos(ids, getattr(tokenizer, "bos_token_id", None))
     if not ids:
         raise ValueError("the prompt is empty: there is nothing to continue")
     return ids
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and when the text ends.
+
+    max_new_tokens: the text ends after so many tokens; None: when the context is full.
+    temperature: 0: always the most probable token.
+    top_p: only the most probable tokens are drawn whose probabilities sum up to this.
+    seed: of the random numbers.
+    stop: the text ends before the first of these strings.
+    """
+
+    max_new_tokens: int | None = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one more token adds.
+
+    text: the text that is certain now; often empty.
+    end: None while the text goes on; "stop": a token or string that ends it came; "length": it has
+        as many tokens as it may have.
+    """
+
+    text: str
+    end: Literal["stop", "length"] | None = None
 
 
 def generate(
@@ -53,21 +120,56 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yields the text that follows the prompt, piece by piece.
-
-    It ends with a token that ends the text, after `max_new_tokens`, or when the context is full.
+    """Yields the text that follows the prompt, piece by piece; for arguments see `Sampling`.
 
     prompt: token ids, from `prompt_tokens`.
-    temperature: the temperature of sampling; 0: always the most probable token.
-    seed: the seed of the random numbers for sampling.
 
-    Raises ValueError if the prompt leaves no room in the context for another token, for a token
-    that the model does not have, and if the model computes logits that are not finite.
+    Raises ValueError as `pieces` does.
+    """
+    sampling = Sampling(max_new_tokens, temperature, seed=seed)
+    for piece in pieces(model, tokenizer, prompt, sampling):
+        if piece.text:
+            yield piece.text
+
+
+def pieces(
+    model: nn.Module, tokenizer: Any, prompt: list[int], sampling: Sampling
+) -> Iterator[Piece]:
+    """Yields one piece for each token that follows the prompt, until a token or string ends it.
+
+    prompt: token ids, from `prompt_tokens`.
+
+    Raises ValueError as `room_for` does, and if the model computes logits that are not finite.
+    """
+    room = room_for(model, prompt, sampling.max_new_tokens)
+    draw = torch.Generator().manual_seed(sampling.seed)
+    ends, stream = ends_of(model, tokenizer), TextStream(tokenizer, prompt, sampling.stop)
+    choices = _continue(model, prompt, room, sampling.temperature, draw, sampling.top_p)
+    for count, token in enumerate(choices, 1):
+        if token in ends:
+            yield Piece(stream.rest(), "stop")
+            return
+        text = stream.add(token)
+        if stream.stopped:
+            yield Piece(text, "stop")
+            return
+        yield Piece(text + stream.rest(), "length") if count == room else Piece(text)
+
+
+def room_for(model: nn.Module, prompt: list[int], max_new_tokens: int | None) -> int:
+    """Returns how many tokens may follow a prompt.
+
+    max_new_tokens: the most that are wanted; None: as many as the context has room for.
+
+    Raises ValueError if the prompt leaves no room in the context for another token, and for a token
+    that the model does not have.
     """
     context = context_of(model.config)
-    room = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
-    if room <= 0 < max_new_tokens:
-        raise ValueError(
+    wanted = LONGEST_WITHOUT_CONTEXT if max_new_tokens is None else max_new_tokens
+    room = wanted if context is None else context - len(prompt)
+    room = room if max_new_tokens is None else min(room, max_new_tokens)
+    if room <= 0 < wanted:
+        raise ContextFull(
             f"the prompt has {len(prompt)} tokens, the model's context is {context}: "
             "use a shorter prompt"
         )
@@ -77,18 +179,7 @@ def generate(
             f"the prompt has token {max(prompt)}, but the model has {rows} tokens: use the "
             "tokenizer of this model, or leave out special tokens that were added to it"
         )
-    draw = torch.Generator().manual_seed(seed)
-    ends = _ends(model, tokenizer)
-    ids, shown = list(prompt), len(_text(tokenizer, prompt))
-    for token in _continue(model, prompt, room, temperature, draw):
-        if token in ends:
-            break
-        ids.append(token)
-        text = _text(tokenizer, ids)
-        if not text.endswith(UNFINISHED):
-            yield text[shown:]
-            shown = len(text)
-    yield _text(tokenizer, ids)[shown:]
+    return room
 
 
 def _rows(model: nn.Module) -> int | None:
@@ -99,7 +190,12 @@ def _rows(model: nn.Module) -> int | None:
 
 
 def _continue(
-    model: nn.Module, prompt: list[int], count: int, temperature: float, draw: torch.Generator
+    model: nn.Module,
+    prompt: list[int],
+    count: int,
+    temperature: float,
+    draw: torch.Generator,
+    top_p: float = 1.0,
 ) -> Iterator[int]:
     device = next(model.parameters()).device
     if device.type == "meta":  # offloaded: accelerate moves the inputs to the right device
@@ -125,12 +221,12 @@ def _continue(
                 cached, whole = False, torch.tensor([ids], device=device)
                 out = model(input_ids=whole, use_cache=False, **last)
         cache = getattr(out, "past_key_values", None) if cached else None
-        new = [_choose(out.logits[0, -1], temperature, draw)]
+        new = [_choose(out.logits[0, -1], temperature, draw, top_p)]
         ids += new
         yield new[0]
 
 
-def _choose(logits: Tensor, temperature: float, draw: torch.Generator) -> int:
+def _choose(logits: Tensor, temperature: float, draw: torch.Generator, top_p: float = 1.0) -> int:
     """Returns the next token. It is drawn on the CPU, so that it does not depend on the device.
 
     logits: (vocabulary,)
@@ -144,16 +240,14 @@ def _choose(logits: Tensor, temperature: float, draw: torch.Generator) -> int:
         return int(logits.argmax())
     scaled = logits.float().cpu() / max(temperature, LEAST_TEMPERATURE)
     probabilities = torch.softmax(scaled, dim=-1)
+    if top_p < 1:
+        sorted_, order = probabilities.sort(descending=True)
+        beyond = sorted_.cumsum(0) - sorted_ >= top_p  # the first one always stays
+        probabilities[order[beyond]] = 0
     return int(torch.multinomial(probabilities, 1, generator=draw))
 
 
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    # All tokens at once, because many tokenizers drop the space before the first decoded word.
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
-
-
-def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
+def ends_of(model: nn.Module, tokenizer: Any) -> set[int]:
     """Returns the tokens that end a text; chat models often have several."""
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return {*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id} - {None}
