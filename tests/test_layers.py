@@ -96,7 +96,7 @@ SIBLINGS: dict[str, set[str]] = {
 LIBRARY_OWNERS: dict[str, set[str]] = {
     "safetensors": {"checkpoint"},
     "datasets": {"calibration", "eval/tasks.py"},
-    "transformers": {"models", "load", "preprocess", "auto_quip"},
+    "transformers": {"models", "load", "preprocess", "auto_quip", "server"},
     "lm_eval": {"eval/tasks.py"},
     "peft": {"preprocess"},
     "jinja2": {"report"},

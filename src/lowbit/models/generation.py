@@ -50,12 +50,8 @@ def chat_tokens(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 
     messages: each with "role" and "content".
 
-    Raises ValueError as `prompt_tokens` does, and for a tokenizer without a chat template.
+    Raises ValueError as `prompt_tokens` does.
     """
-    if not has_chat_template(tokenizer):
-        raise ValueError(
-            "the tokenizer has no chat template, as that of a model that was not trained to chat"
-        )
     for message in messages:
         check_unicode(message["content"], "the prompt")
     try:
@@ -154,6 +150,11 @@ def pieces(
             yield Piece(text, "stop")
             return
         yield Piece(text + stream.rest(), "length") if count == room else Piece(text)
+
+
+def greedy(model: nn.Module, prompt: list[int], count: int) -> list[int]:
+    """Returns the most probable tokens that follow a prompt, whatever they are."""
+    return list(_continue(model, prompt, count, 0.0, torch.Generator()))
 
 
 def room_for(model: nn.Module, prompt: list[int], max_new_tokens: int | None) -> int:

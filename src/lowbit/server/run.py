@@ -4,10 +4,8 @@ import errno
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import uvicorn
-from torch import nn
 
 from lowbit.server.app import LOOPBACK, Service
 from lowbit.server.worker import Worker
@@ -48,8 +46,7 @@ def is_loopback(host: str) -> bool:
 
 def serve(
     bound: socket.socket,
-    model: nn.Module,
-    tokenizer: Any,
+    worker: Worker,
     name: str,
     host: str,
     on_ready: Callable[[int], None] = lambda port: None,
@@ -57,10 +54,11 @@ def serve(
     """Answers requests until SIGINT or SIGTERM; answers in the making get some seconds to end.
 
     bound: from `listener`.
+    worker: generates the text.
     name: of the model, by which clients call it.
     on_ready: called with the port once clients can connect.
     """
-    with Worker(model, tokenizer) as worker:
+    with worker:
         service = Service(worker, name, is_loopback(host))
         config = uvicorn.Config(
             service.app(),

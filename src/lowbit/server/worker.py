@@ -1,4 +1,4 @@
-"""The thread that generates for all clients, one token for each in turn.
+"""Generates text for all clients: a thread computes one token for each in turn.
 
 All work with model and tokenizer happens on this thread: neither may be used by two threads at
 once. Each request has a key-value cache and a generator of random numbers of its own, so its text
@@ -7,6 +7,7 @@ does not depend on the others.
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
@@ -22,7 +23,7 @@ Prompt = Callable[[Any], list[int]]  # a function of the tokenizer that returns 
 
 
 class Job:
-    """A request that the worker answers.
+    """A request that a worker answers.
 
     prompt: makes the token ids of the prompt.
     sampling: how tokens are chosen.
@@ -32,12 +33,14 @@ class Job:
         self.prompt = prompt
         self.sampling = sampling
         self.cancelled = False
+        self.on_cancel: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
         self._results: asyncio.Queue[int | Piece | Exception] = asyncio.Queue()
 
     def cancel(self) -> None:
         """Tells the worker that nobody waits for the answer any more."""
         self.cancelled = True
+        self.on_cancel()
 
     def put(self, result: int | Piece | Exception) -> None:
         """Called by the worker: hands a result over to the event loop."""
@@ -68,8 +71,8 @@ class Job:
         return result
 
 
-class Worker:
-    """Generates text with one model. It is a context manager, whose end stops the thread.
+class Worker(ABC):
+    """Generates text with one model. It is a context manager.
 
     model: from `lowbit.load`.
     tokenizer: of the model.
@@ -78,11 +81,44 @@ class Worker:
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
+
+    @abstractmethod
+    def __enter__(self) -> "Worker": ...
+
+    @abstractmethod
+    def __exit__(self, *error: object) -> None: ...
+
+    @abstractmethod
+    def submit(self, prompt: Prompt, sampling: Sampling) -> Job:
+        """Hands a request over to the worker. Called on the event loop."""
+
+    def prepared(self, job: Job) -> tuple[list[int], int] | None:
+        """Returns the tokens of a request and how many may follow; None if it is refused."""
+        try:
+            prompt = job.prompt(self.tokenizer)
+            room = room_for(self.model, prompt, job.sampling.max_new_tokens)
+        except ContextFull as error:
+            job.put(RequestError(str(error), code="context_length_exceeded"))
+        except ValueError as error:
+            job.put(RequestError(str(error)))
+        except Exception as error:
+            job.put(error)
+        else:
+            job.put(len(prompt))
+            return prompt, room
+        return None
+
+
+class TurnWorker(Worker):
+    """Computes one token for each request in turn. The end of the context stops its thread."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        super().__init__(model, tokenizer)
         self._arriving: SimpleQueue[Job | None] = SimpleQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lowbit-worker", daemon=True)
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> "TurnWorker":
         self._thread.start()
         return self
 
@@ -92,7 +128,6 @@ class Worker:
         self._thread.join(timeout=10)  # at most until the present token is computed
 
     def submit(self, prompt: Prompt, sampling: Sampling) -> Job:
-        """Hands a request over to the worker. Called on the event loop."""
         job = Job(prompt, sampling)
         self._arriving.put(job)
         return job
@@ -112,19 +147,10 @@ class Worker:
 
     def _begin(self, job: Job) -> Iterator[Piece] | None:
         """Returns the pieces of a request; None if it cannot be answered."""
-        try:
-            prompt = job.prompt(self.tokenizer)
-            room_for(self.model, prompt, job.sampling.max_new_tokens)
-        except ContextFull as error:
-            job.put(RequestError(str(error), code="context_length_exceeded"))
-        except ValueError as error:
-            job.put(RequestError(str(error)))
-        except Exception as error:
-            job.put(error)
-        else:
-            job.put(len(prompt))
-            return pieces(self.model, self.tokenizer, prompt, job.sampling)
-        return None
+        found = self.prepared(job)
+        if found is None:
+            return None
+        return pieces(self.model, self.tokenizer, found[0], job.sampling)
 
     def _goes_on(self, job: Job, rest: Iterator[Piece]) -> bool:
         """Computes one token of a request; returns whether there are more."""

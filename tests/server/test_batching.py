@@ -1,0 +1,128 @@
+"""Continuous batching: every request as if it were alone."""
+
+import asyncio
+from typing import Any
+
+import pytest
+import quantized
+import torch
+
+import lowbit
+from lowbit.models.generation import Piece, Sampling, pieces, prompt_tokens
+from lowbit.server.batching import BatchWorker
+from lowbit.server.draws import NONE, STEPS, key_of, noise
+from lowbit.server.requests import RequestError
+from lowbit.server.worker import Job, TurnWorker, Worker
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "Once upon"
+WORKERS = {"turn": TurnWorker, "batch": BatchWorker}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    return lowbit.load(quantized.folder())
+
+
+def tokens(text: str) -> Any:
+    return lambda tokenizer: prompt_tokens(tokenizer, text, chat=False)
+
+
+async def answer(job: Job) -> tuple[str, str | None, int]:
+    """Text, end and number of tokens of an answer."""
+    await job.prompt_length()
+    found: list[Piece] = []
+    while not found or found[-1].end is None:
+        found.append(await job.piece())
+    return "".join(piece.text for piece in found), found[-1].end, len(found)
+
+
+def answers(worker: Worker, *asked: tuple[str, Sampling]) -> list[Any]:
+    """The answers to requests that come at once."""
+
+    async def all_of_them() -> list[Any]:
+        jobs = [worker.submit(tokens(prompt), sampling) for prompt, sampling in asked]
+        return await asyncio.gather(*map(answer, jobs), return_exceptions=True)
+
+    return asyncio.run(asyncio.wait_for(all_of_them(), 60))
+
+
+@pytest.fixture(scope="module", params=WORKERS)
+def worker(request: pytest.FixtureRequest, loaded: Any) -> Any:
+    with WORKERS[request.param](*loaded) as running:
+        yield running
+
+
+def test_greedy_text_is_that_of_a_request_alone(worker: Worker, loaded: Any) -> None:
+    model, tokenizer = loaded
+    ids = prompt_tokens(tokenizer, PROMPT, chat=False)
+    alone = list(pieces(model, tokenizer, ids, Sampling(12)))
+    expected = "".join(piece.text for piece in alone), "length", 12
+    hot = Sampling(12, 2.0, seed=3)
+    found = answers(worker, (PROMPT, Sampling(12)), (PROMPT, hot), (PROMPT, Sampling(12)))
+    assert found[0] == found[2] == expected and found[1][0] != expected[0]
+
+
+def test_a_seed_decides_alone(worker: Worker) -> None:
+    hot = [Sampling(10, 1.5, seed=seed) for seed in (1, 2, 1)]
+    together = answers(worker, *((PROMPT, one) for one in hot), ("Other", Sampling(5, 1.0)))
+    assert together[0] == together[2] != together[1]
+    assert answers(worker, (PROMPT, hot[1])) == [together[1]]
+    narrow = Sampling(10, 1.5, top_p=1e-6, seed=9)
+    assert answers(worker, (PROMPT, narrow)) == answers(worker, (PROMPT, Sampling(10)))
+
+
+def test_stop_strings(worker: Worker) -> None:
+    ((text, _, _),) = answers(worker, (PROMPT, Sampling(12)))
+    stop = text[4:6]
+    ((cut, end, _),) = answers(worker, (PROMPT, Sampling(12, stop=(stop,))))
+    assert (cut, end) == (text[: text.index(stop)], "stop")
+
+
+def test_the_end_of_the_context(worker: Worker, loaded: Any) -> None:
+    context = loaded[0].config.max_position_embeddings
+    prompt = "a" * (context - 3)
+    ((_, end, count), error) = answers(
+        worker, (prompt, Sampling(None)), ("a" * context, Sampling(1))
+    )
+    assert (end, count) == ("length", 3)
+    assert isinstance(error, RequestError) and error.code == "context_length_exceeded"
+
+
+def test_a_client_that_leaves(worker: Worker) -> None:
+    async def leave() -> Any:
+        job = worker.submit(tokens(PROMPT), Sampling(40))
+        await job.prompt_length()
+        await job.piece()
+        job.cancel()
+        return await answer(worker.submit(tokens(PROMPT), Sampling(2)))
+
+    assert asyncio.run(asyncio.wait_for(leave(), 60))[2] == 2
+
+
+def test_a_model_that_transformers_cannot_batch() -> None:
+    model, tokenizer = lowbit.load(quantized.folder())
+    model.generation_config = None
+    with pytest.raises(ValueError, match="serve it without --continuous-batching"):
+        BatchWorker(model, tokenizer)
+
+
+def test_the_noise_draws_from_the_softmax() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    keys = torch.tensor([key_of(5, position) for position in range(20_000)], dtype=torch.int32)
+    drawn = (logits + noise(keys, 4)).argmax(dim=-1)
+    shares = torch.bincount(drawn, minlength=4) / len(keys)
+    expected = logits.softmax(dim=0)
+    error = 4 * (expected * (1 - expected) / len(keys)).sqrt()  # four standard deviations
+    assert bool(((shares - expected).abs() < error).all())
+
+
+def test_noise_is_finite_and_absent_without_a_key() -> None:
+    keys = torch.tensor([NONE, 1, 2**31 - 1, 1], dtype=torch.int32)
+    found = noise(keys, 200_000)
+    assert bool(found.isfinite().all()) and not found[0].any() and torch.equal(found[1], found[3])
+    assert abs(float(found[1].mean()) - 0.5772) < 0.02  # the mean of the Gumbel distribution
+    assert float(torch.corrcoef(found[1:3])[0, 1].abs()) < 0.02
+    assert -torch.log(-torch.log(torch.tensor((STEPS - 0.5) / STEPS))) < float("inf")
+    assert len({key_of(seed, position) for seed in range(50) for position in range(50)}) == 2500
