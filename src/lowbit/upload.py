@@ -8,12 +8,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from lowbit.checkpoint.card import CARD, read_metadata
-from lowbit.checkpoint.hashes import problem_of
 from lowbit.checkpoint.inside import check_link
 from lowbit.checkpoint.integrity import folder_problems
-from lowbit.checkpoint.reader import read_json
 from lowbit.checkpoint.recognize import runnable_folder
-from lowbit.exporters.compare import RECORD
+from lowbit.exporters.compare import RECORD, file_problems
 from lowbit.parsing import shorten
 from lowbit.version import __version__
 
@@ -94,9 +92,7 @@ def files_to_push(folder: Path) -> list[Path]:
 def _problems(folder: Path) -> dict[str, str]:
     """Returns what is wrong with the files of a folder, by name."""
     if (folder / RECORD).is_file():
-        stated = read_json(folder / RECORD).get("files") or {}
-        found = {name: problem_of(folder, name, facts) for name, facts in stated.items()}
-        return {name: problem for name, problem in found.items() if problem}
+        return {name: problem for name, problem in file_problems(folder).items() if problem}
     if runnable_folder(folder).program is not None:
         return folder_problems(folder)
     if "lowbit" not in (read_metadata(folder).get("tags") or ()):

@@ -69,9 +69,11 @@ def test_an_error_is_no_end(line: str, sentence: str, folder: Path) -> None:
     assert result.stdout == chat(folder, "Hi").stdout != ""
 
 
-def test_a_model_that_cannot_chat() -> None:
+def test_what_cannot_chat(tmp_path: Path) -> None:
     error = call("chat", quantized.folder(), code=1).stderr
     assert "has no chat template" in error and "lowbit generate" in error
+    assert "is empty: name the folder" in call("chat", tmp_path, code=1).stderr
+    assert "there is no such folder" in call("chat", tmp_path / "none", code=1).stderr
 
 
 def test_an_interrupt_keeps_what_was_said(

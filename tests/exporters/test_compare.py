@@ -8,6 +8,7 @@ import gguf
 import pytest
 import quantized
 import zoo
+from commands import call
 from typer.testing import CliRunner
 
 import lowbit
@@ -119,3 +120,20 @@ def test_the_options_of_the_export_are_used(made: Path, tmp_path: Path) -> None:
     assert found is not None and found.equal
     record = json.loads((tmp_path / "dest" / "export.json").read_text())
     assert record["options"] == {"dtype": "bfloat16", "allow_lossy": True}
+
+
+def test_hashes_of_files(made: Path, tmp_path: Path) -> None:
+    """Without its source, an exported folder is compared with the hashes in export.json."""
+    dest = tmp_path / "dest"
+    lowbit.export(made, dest, "dense")
+    lowbit.verify(dest)
+    assert "is as it was exported" in call("verify", dest).stdout
+    (dest / "README.md").write_text("# Mine")
+    (dest / "generation_config.json").write_text("{}")
+    result = call("verify", dest, code=1)
+    assert "generation_config.json  has 2 bytes" in result.stdout
+    assert "export them again" in result.stderr
+    with pytest.raises(ValueError, match=r"generation_config.json has 2 bytes.*export the model"):
+        lowbit.verify(dest)
+    quantized.edit_json(dest / "export.json", lambda record: record.pop("files") and None)
+    assert "written by an earlier lowbit" in call("verify", dest, code=1).stderr

@@ -101,11 +101,18 @@ def test_a_client_that_leaves(worker: Worker) -> None:
     assert asyncio.run(asyncio.wait_for(leave(), 60))[2] == 2
 
 
-def test_a_model_that_transformers_cannot_batch() -> None:
-    model, tokenizer = lowbit.load(quantized.folder())
-    model.generation_config = None
-    with pytest.raises(ValueError, match="serve it without --continuous-batching"):
-        BatchWorker(model, tokenizer)
+def test_a_family_that_transformers_cannot_batch(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="cannot batch this model .*: serve it without"):
+        BatchWorker(*lowbit.load(quantized.folder("falcon 7b"))).__enter__()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_family_that_transformers_batches_wrongly(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowbit.server.batching.greedy", lambda *arguments: [0] * 8)
+    with pytest.raises(ValueError, match="computes other tokens in a batch: serve it without"):
+        BatchWorker(*loaded).__enter__()
 
 
 def test_the_noise_draws_from_the_softmax() -> None:

@@ -12,6 +12,7 @@ from lowbit.checkpoint.hashes import problems
 from lowbit.checkpoint.recognize import quantized_folder
 from lowbit.checkpoint.verify import config_digest, quantization_section
 from lowbit.cli.screen import console, size
+from lowbit.exporters.compare import file_problems
 
 
 def check_files(folder: Path, screen: Console) -> None:
@@ -44,6 +45,17 @@ def check_files(folder: Path, screen: Console) -> None:
     screen.print(
         f"{folder} is complete: {linears}, {total} of weights", style="bold", soft_wrap=True
     )
+
+
+def check_exported(folder: Path, screen: Console) -> None:
+    """Does the same for a folder that lowbit export wrote."""
+    found = file_problems(folder)
+    wrong = sum(not _passes(screen, name, problem) for name, problem in found.items())
+    if wrong:
+        text = f"files that differ from what lowbit wrote: {wrong}; export them again"
+        console(stderr=True).print(text, style="red", soft_wrap=True)
+        raise typer.Exit(1)
+    screen.print(f"{folder} is as it was exported", style="bold", soft_wrap=True)
 
 
 def _passes(screen: Console, name: str, problem: str | None) -> bool:

@@ -11,7 +11,7 @@ from lowbit.upload import push as upload
 
 
 def push(
-    folder: Annotated[
+    model: Annotated[
         Path, Argument(metavar="MODEL", help="Folder that lowbit has quantized or exported.")
     ],
     repo: Annotated[
@@ -30,11 +30,11 @@ def push(
     """Upload a folder to the Hugging Face hub, once it is found whole."""
     screen = console()
     checked_repo(repo)
-    names = files_to_push(folder)
-    total = size(sum((folder / name).stat().st_size for name in names))
+    names = files_to_push(model)
+    total = size(sum((model / name).stat().st_size for name in names))
     listed = shortened([name.as_posix() for name in names], most=8)
-    screen.print(f"{folder}: {len(names)} files, {total}: {listed}", soft_wrap=True)
+    screen.print(f"{model}: {len(names)} files, {total}: {listed}", soft_wrap=True)
     if check_only:
         screen.print("nothing was uploaded", style="dim")
         return
-    screen.print(upload(folder, repo, private=private, message=message), soft_wrap=True)
+    screen.print(upload(model, repo, private=private, message=message), soft_wrap=True)

@@ -10,10 +10,11 @@ from typer import Argument, Option
 
 from lowbit.checkpoint.ranges import collapse
 from lowbit.cli.export import stepping_bar
-from lowbit.cli.integrity import check_files
+from lowbit.cli.integrity import check_exported, check_files
 from lowbit.cli.screen import console
 from lowbit.exporters import ComparedLayer, Comparison
 from lowbit.exporters import verify as verify_folder
+from lowbit.exporters.compare import RECORD
 from lowbit.models.locate import locate
 
 
@@ -22,8 +23,8 @@ def verify(
         str,
         Argument(
             metavar="MODEL|DEST",
-            help="Folder of a quantized model, or its hub id; with --against, a folder that lowbit "
-            "export wrote.",
+            help="Folder of a quantized model, or its hub id; or a folder that lowbit export "
+            "wrote.",
         ),
     ],
     against: Annotated[
@@ -31,15 +32,17 @@ def verify(
         Option(
             metavar="MODEL",
             help="Folder of the quantized model, or its hub id, from which DEST was exported: each "
-            "layer of DEST is decoded and compared. Default: none; the files of MODEL are checked "
-            "against their hashes.",
+            "layer of DEST is decoded and compared. Default: none; the files are checked against "
+            "their hashes.",
         ),
     ] = None,
 ) -> None:
     """Check the files of a quantized or exported folder."""
     screen = console()
     if against is None:
-        check_files(locate(model), screen)
+        place = locate(model)
+        check = check_exported if (place / RECORD).is_file() else check_files
+        check(place, screen)
         return
     folder, source = Path(model), locate(against)
     if not folder.is_dir():

@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from lowbit.checkpoint.hashes import problem_of
 from lowbit.checkpoint.reader import read_json
 from lowbit.config import explain
 from lowbit.exporters.exporter import Exporter, ExportOptions, Progress
@@ -139,3 +140,21 @@ def recorded(folder: Path) -> tuple[str, ExportOptions]:
         raise ValueError(f"{folder / RECORD}: options: {explain(error)}") from None
     except (KeyError, TypeError):
         raise ValueError(f"{folder / RECORD}: target or options are missing") from None
+
+
+def file_problems(folder: Path) -> dict[str, str | None]:
+    """Compares the files of an exported folder with the sizes and hashes in its export.json.
+
+    Returns the problem of each file by name; None: it has none.
+
+    Raises ValueError if lowbit did not export the folder, or an earlier version did, which stored
+    no hashes.
+    """
+    recorded(folder)
+    stated = read_json(folder / RECORD).get("files")
+    if not isinstance(stated, dict):
+        raise ValueError(
+            f"{folder / RECORD} states no hashes of files: it was written by an earlier lowbit; "
+            "compare the folder with its source instead: lowbit verify DEST --against MODEL"
+        )
+    return {name: problem_of(folder, name, facts) for name, facts in stated.items()}

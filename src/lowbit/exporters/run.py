@@ -19,6 +19,7 @@ from lowbit.exporters.compare import (
     Comparison,
     compare,
     compared,
+    file_problems,
     float_problems,
     recorded,
 )
@@ -112,6 +113,8 @@ def export(  # noqa: PLR0913 (the options of an export)
     options, dest = ExportOptions.of(locals()), Path(dest)
     if dest.exists():
         raise ValueError(f"{dest} exists already: choose another folder, or remove it")
+    if dest.resolve().is_relative_to(Path(folder).resolve()):
+        raise ValueError(f"{dest} would lie in the folder that is exported: choose another folder")
     exporter = exporter_for(folder, to, options)
     exporter.folder.verify(hashes=verify)
     plan = make_plan(exporter, _reporter(on_step, "planning"))
@@ -132,8 +135,9 @@ def verify(
 ) -> Comparison | None:
     """Checks that a quantized folder is as it was written, or an exported one as its source says.
 
-    folder: a folder that lowbit has quantized, or, with `against`, one that it has exported.
-    against: the quantized folder from which `folder` was exported.
+    folder: a folder that lowbit has quantized or exported.
+    against: the quantized folder from which `folder` was exported; None: only the hashes of files
+        are checked.
     on_step: called with a `Step` again and again.
 
     Returns a `Comparison`, whose `equal` says the result, or None without `against`.
@@ -141,12 +145,21 @@ def verify(
     Raises ValueError if a quantized folder is damaged, or `folder` was not exported by lowbit.
     """
     if against is None:
-        QuantizedFolder(Path(folder)).verify()
+        _verify_files(Path(folder))
         return None
     to, options = recorded(Path(folder))
     exporter = exporter_for(against, to, options)
     exporter.folder.verify()
     return compare(Path(folder), exporter, _reporter(on_step, "comparing"))
+
+
+def _verify_files(folder: Path) -> None:
+    if not (folder / RECORD).is_file():
+        QuantizedFolder(folder).verify()
+        return
+    for name, problem in file_problems(folder).items():
+        if problem is not None:
+            raise ValueError(f"{folder / name} {problem}: export the model again")
 
 
 def exporter_for(folder: str | Path, to: str, options: ExportOptions) -> Exporter:
@@ -156,6 +169,8 @@ def exporter_for(folder: str | Path, to: str, options: ExportOptions) -> Exporte
     """
     if to not in TARGETS:
         raise ValueError(unknown_name(to, TARGETS, "target"))
+    if options.gptq_v2 and to != GptqExporter.name:
+        raise ValueError(f"gptq_v2 is for the target gptq only: leave it out, to export to {to}")
     exporter = TARGETS[to](QuantizedFolder(Path(folder)), options)
     exporter.check_attention()
     return exporter

@@ -8,7 +8,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lowbit.parsing import shorten
 
-# All files that a causal LM and its tokenizer need; no pickles and no code.
+# All files that a causal LM and its tokenizer need; no pickles and no code. README.md states the
+# licence, which cards take over.
 FILES = [
     "*.json",
     "*.safetensors",
@@ -18,6 +19,7 @@ FILES = [
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
+    "README.md",
 ]
 CODE = ["*.py"]
 

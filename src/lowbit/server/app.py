@@ -150,7 +150,7 @@ class Service:
             except RequestError as error:
                 return JSONResponse(error_body(error), error.status)
             except Exception as error:
-                logger.exception("a request failed")
+                logger.error("a request failed: %s: %s", type(error).__name__, error)
                 return JSONResponse(error_body(error), 500)
 
         return guarded
@@ -200,7 +200,7 @@ async def _events(job: Job, answer: Answer, length: int, with_usage: bool) -> As
             yield answer.usage_event(usage_of(length, count))
         yield DONE
     except Exception as error:
-        logger.exception("a stream failed")
+        logger.error("a stream failed: %s: %s", type(error).__name__, error)
         yield event(error_body(error))
     finally:
         job.cancel()

@@ -4,6 +4,7 @@ Every request has its own temperature, top_p, seed and stop strings. Its text do
 others, up to rounding: sums over a batch of another size may end in other bits.
 """
 
+import logging
 from typing import Any
 from uuid import uuid4
 
@@ -26,18 +27,24 @@ PAGES_ON_CPU = 64  # beyond those of one whole context; a GPU gets as many as fi
 TRIED = 8  # tokens that are generated as a test before clients may connect
 LONGEST_TEST = 120  # seconds; on a CPU the first batch of a large model takes long
 WITHOUT = "serve it without --continuous-batching"
+LOGGER = "ContinuousBatchingLogger"  # of transformers
 NO_END = -1  # for a model without a token that ends a text
 
 
 class BatchWorker(Worker):
     """Computes the next tokens of all requests in one batch.
 
-    Raises ValueError if transformers cannot batch the model.
+    Entering its context raises ValueError if transformers cannot batch the model.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model, tokenizer)
         self._ends = ends_of(model, tokenizer)
+        self._manager: Any = None
+
+    def __enter__(self) -> "BatchWorker":
+        model = self.model
+        logging.getLogger(LOGGER).setLevel(logging.CRITICAL)  # clients are told of each error
         test = [token % model.config.get_text_config().vocab_size for token in range(3, 19)]
         expected = greedy(model, test, TRIED)
         try:
@@ -50,8 +57,6 @@ class BatchWorker(Worker):
         if found != expected:
             self._stop()
             raise ValueError(f"transformers computes other tokens in a batch: {WITHOUT}")
-
-    def __enter__(self) -> "BatchWorker":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -92,9 +97,8 @@ class BatchWorker(Worker):
         return tokens
 
     def _stop(self) -> None:
-        manager = getattr(self, "_manager", None)
-        if manager is not None and manager.is_running():
-            manager.stop(block=True, timeout=10, hard_stop=True)
+        if self._manager is not None and self._manager.is_running():
+            self._manager.stop(block=True, timeout=10, hard_stop=True)
 
 
 class _Answer:

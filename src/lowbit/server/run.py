@@ -16,7 +16,7 @@ GRACE = 5  # seconds that running answers get to end after an interrupt
 def listener(host: str, port: int) -> socket.socket:
     """Returns a socket that is bound to an address; clients cannot connect yet.
 
-    port: 0: any free one.
+    port: 0 to 65535; 0: any free one.
 
     Raises ValueError if the port is taken, or the address is not one of this machine.
     """
@@ -26,8 +26,6 @@ def listener(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except OverflowError:
-        raise ValueError(f"port {port} does not exist: allowed are 0 to 65535") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             reason = "another program listens there: choose another --port"
