@@ -43,7 +43,7 @@ class BatchWorker(Worker):
         self._manager: Any = None
 
     def __enter__(self) -> "BatchWorker":
-        model = self.model
+        model: Any = self.model
         logging.getLogger(LOGGER).setLevel(logging.CRITICAL)  # clients are told of each error
         test = [token % model.config.get_text_config().vocab_size for token in range(3, 19)]
         expected = greedy(model, test, TRIED)
