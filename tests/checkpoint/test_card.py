@@ -49,6 +49,7 @@ def test_the_card_of_a_run(model: Path, tmp_path: Path) -> None:
     assert f"{size.model:.2f} in the whole model" in text
     assert "| recipe | `mine` |" in text and "gptq(bits=3, group_size=16" in text
     assert "2 windows of 16 tokens: text-0.txt" in text and str(tmp_path) not in text
+    assert "`vllm serve MODEL`" in text and "`lowbit serve MODEL`" in text
     assert "llama3.2, as the base model's card says" in text and "Theirs" not in text
     ModelCard(text).data.to_dict()
 

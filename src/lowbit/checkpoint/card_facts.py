@@ -167,13 +167,15 @@ def _usage(config: Mapping[str, Any], formats: set[str]) -> str:
         if formats <= set(GRIDS)
         else "Other programs read its weights in float: `lowbit export MODEL DEST --to dense`."
     )
+    rounds = (lowbit_section(config) or {}).get("attention")
+    vllm = "" if rounds else "In vLLM, where lowbit is installed too: `vllm serve MODEL`.\n\n"
     return (
         f"{MODEL_IS}\n\n"
         f'```python\nimport lowbit\n\nmodel, tokenizer = lowbit.load("MODEL"{remote})\n```\n\n'
         "In transformers:\n\n"
         f"{in_transformers(config, 'import lowbit  # lets transformers read the folder' + chr(10))}"
         "\nIn a terminal: `lowbit chat MODEL`, `lowbit serve MODEL` (an OpenAI-compatible server), "
-        f"`lowbit generate MODEL PROMPT`.\n\n{others}"
+        f"`lowbit generate MODEL PROMPT`.\n\n{vllm}{others}"
     )
 
 
