@@ -76,7 +76,16 @@ THIRD_PARTY: dict[str, set[str]] = {
 
 # Packages whose modules may not import each other, and the modules in them that all may import.
 SIBLINGS: dict[str, set[str]] = {
-    "methods": {"__init__", "damping", "grid", "learned", "method", "packing", "result"},
+    "methods": {
+        "__init__",
+        "damping",
+        "grid",
+        "learned",
+        "matching",
+        "method",
+        "packing",
+        "result",
+    },
     "exporters": {
         "__init__",
         "bitstream",

@@ -61,6 +61,10 @@ class LinearReport(_Report):
     signal_to_noise_db: 10 log10(|W|^2 / |W - dequantize()|^2) of the weight W that was rounded.
     slices_db: the same for each width, if the weight can be sliced to several widths.
     proxy_loss: the share of the output's energy that is lost, measured with the inputs' Hessian.
+    output_error: E|W x - Q x~|^2 / E|W x|^2, where x is the input in the float model and x~ that in
+        the quantized model: how far the output is from the float model's.
+    correction: how far the weight was moved, before rounding, towards the one whose output is
+        nearest to the float model's: 0 to 1; see `lowbit.solvers.correction`.
     salient_ratio: the share of the inputs that have more bits than the others.
     permutation: how the order of its inputs is stored: "stored" in the layer, "folded" into the
         linears before it, or "none" if inputs are not reordered.
@@ -73,6 +77,8 @@ class LinearReport(_Report):
     signal_to_noise_db: Decibels
     slices_db: dict[int, Decibels] = {}
     proxy_loss: Loss = None
+    output_error: Loss = None
+    correction: float | None = None
     salient_ratio: float | None = None
     permutation: Literal["none", "stored", "folded"] | None = None
     scale: Literal["tensor", "row"] | None = None

@@ -24,7 +24,7 @@ def test_experts_with_too_few_tokens_are_rounded_to_nearest_and_named() -> None:
 
 def test_the_search_for_ranges_is_weighted_by_the_mean_square_of_each_input() -> None:
     task = zoo.task("llama")
-    method = GPTQ(bits=3, group_size=16, min_tokens=8)
+    method = GPTQ(bits=3, group_size=16, min_tokens=8, match="self")
     result = method.quantize(task)
     hessians = input_hessians(task.block, task.groups, task.streams["quantized"])
     unweighted = 0

@@ -122,7 +122,12 @@ class ProductLayout(ExpertLayout):
 
 
 class Expert(nn.Module):
-    """One expert: down(activation(gate(x), up(x))), or down(activation(up(x))) without a gate."""
+    """One expert: down(activation(gate(x), up(x))), or down(activation(up(x))) without a gate.
+
+    tokens: (tokens,) int64, which tokens of the batch the last call had.
+    """
+
+    tokens: Tensor | None = None
 
     def __init__(
         self,
@@ -186,7 +191,11 @@ class UnfusedExperts(nn.ModuleList):
             if number >= len(self) and not self.identity:
                 continue
             token, choice = torch.where(top_k_index == number)
-            out = hidden[token] if number >= len(self) else self[number](hidden[token])
+            if number >= len(self):
+                out = hidden[token]
+            else:
+                self[number].tokens = token
+                out = self[number](hidden[token])
             out = out * top_k_weights[token, choice, None]
             total.index_add_(0, token, out.to(total.dtype))
         return total.view(shape)
@@ -202,6 +211,8 @@ class SortedExperts(UnfusedExperts):
     def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
         """Returns (experts * tokens, hidden). hidden: (experts * tokens, hidden)"""
         parts = hidden.view(len(self), -1, hidden.shape[-1])
+        for expert in self:
+            expert.tokens = torch.arange(parts.shape[1], device=hidden.device)
         return torch.cat([expert(part) for expert, part in zip(self, parts, strict=True)])
 
 
@@ -215,6 +226,15 @@ class SplitExperts(UnfusedExperts):
 
     def zeros(self, hidden: Tensor, *routing: Any) -> Tensor:
         return hidden.new_zeros(*hidden.shape[:-1], self.layout.inner)
+
+
+def tokens_of(block: nn.Module, linear: str) -> Tensor | None:
+    """Returns which tokens of the batch the expert of a linear got in its last call.
+
+    None if the linear is not in an `Expert`.
+    """
+    above = block.get_submodule(linear.rpartition(".")[0])
+    return above.tokens if isinstance(above, Expert) else None
 
 
 def layout_of(module: nn.Module) -> ExpertLayout | None:

@@ -35,7 +35,7 @@ class Hessians(Mapping[str, Hessian]):
     Only the float64 sums are stored: each access computes the float32 mean.
     """
 
-    def __init__(self, sums: dict[str, "_Sum"], device: torch.device) -> None:
+    def __init__(self, sums: dict[str, "OuterSum"], device: torch.device) -> None:
         self._sums = sums
         self._device = device
         self._together: dict[tuple[str, ...], Hessian] = {}
@@ -69,33 +69,40 @@ class Hessians(Mapping[str, Hessian]):
         return len(self._sums)
 
 
-class _Sum:
-    """A running sum of x x^T: float32 products of many rows, added up in float64.
+class OuterSum:
+    """A running sum of x y^T: float32 products of many rows, added up in float64.
 
     An addition costs n^2 operations, however few rows the product is made of, and an expert sees
     few rows of each batch. Rows are therefore gathered before they are multiplied.
+
+    total: (n, n) float64 zeros, to which the products are added.
     """
 
     def __init__(self, total: Tensor) -> None:
         self.total = total
         self.tokens = 0
-        self._waiting: list[Tensor] = []
+        self._waiting: list[tuple[Tensor, Tensor]] = []
         self._rows = 0
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Adds x y^T of every row. x, y: (..., n); None: y is x."""
         rows = x.reshape(-1, x.shape[-1]).float()
+        others = rows if y is None else y.reshape(-1, y.shape[-1]).float()
         self.tokens += len(rows)
         self._rows += len(rows)
         enough = self._rows * GATHERED >= len(self.total)
-        # Rows that wait are copied, since the block may overwrite its inputs.
-        self._waiting.append(rows if enough else rows.clone())
+        if not enough:  # rows that wait are copied, since the block may overwrite its inputs
+            rows = rows.clone()
+            others = rows if y is None else others.clone()
+        self._waiting.append((rows, others))
         if enough:
             self.flush()
 
     def flush(self) -> None:
+        """Multiplies and adds the rows that wait."""
         if self._rows:
-            rows = torch.cat(self._waiting)
-            self.total += product(rows.T, rows).to(self.total.device, torch.float64)
+            left, right = (torch.cat(rows) for rows in zip(*self._waiting, strict=True))
+            self.total += product(left.T, right).to(self.total.device, torch.float64)
         self._waiting, self._rows = [], 0
 
 
@@ -106,17 +113,17 @@ def input_hessians(block: nn.Module, groups: Sequence[LinearGroup], stream: Stre
     the memory, they are kept in unnamed files, in the folder of the stream if that is on disk.
     """
     first = {group.linears[0]: group.name for group in groups}
-    widths = {name: _in_features(block, name) for name in first}
+    widths = {name: in_features(block, name) for name in first}
     device = next(block.parameters()).device
-    storage = _storage(sum(8 * n * n for n in widths.values()), device, stream.folder)
-    sums = {first[name]: _Sum(_zeros(n, storage)) for name, n in widths.items()}
+    place = storage(sum(8 * n * n for n in widths.values()), device, stream.folder)
+    sums = {first[name]: OuterSum(zeros(n, place)) for name, n in widths.items()}
     observe_inputs(block, first, stream, lambda name, x: sums[first[name]].update(x))
     for group_sum in sums.values():
         group_sum.flush()
     return Hessians(sums, device)
 
 
-def _storage(needed: int, device: torch.device, folder: Path | None) -> torch.device | Path:
+def storage(needed: int, device: torch.device, folder: Path | None) -> torch.device | Path:
     """Chooses where to keep sums of `needed` bytes: on the block's GPU, in memory or on disk."""
     if device.type == "cuda" and needed <= MOST_OF_MEMORY * torch.cuda.mem_get_info(device)[0]:
         return device
@@ -126,11 +133,12 @@ def _storage(needed: int, device: torch.device, folder: Path | None) -> torch.de
     return folder or Path(tempfile.gettempdir())
 
 
-def _zeros(channels: int, storage: torch.device | Path) -> Tensor:
+def zeros(channels: int, place: torch.device | Path) -> Tensor:
+    """Returns (channels, channels) float64 zeros in the place that `storage` chose."""
     shape = (channels, channels)
-    if isinstance(storage, torch.device):
-        return torch.zeros(shape, dtype=torch.float64, device=storage)
-    with tempfile.NamedTemporaryFile(dir=storage, suffix=".f64") as file:
+    if isinstance(place, torch.device):
+        return torch.zeros(shape, dtype=torch.float64, device=place)
+    with tempfile.NamedTemporaryFile(dir=place, suffix=".f64") as file:
         # On a full disk this call raises an error; writing to the mapped file would kill the
         # process (SIGBUS). The file has no name afterwards and is freed with the tensor.
         os.posix_fallocate(file.fileno(), 0, 8 * channels * channels)
@@ -138,7 +146,8 @@ def _zeros(channels: int, storage: torch.device | Path) -> Tensor:
     return flat.view(shape)
 
 
-def _in_features(block: nn.Module, name: str) -> int:
+def in_features(block: nn.Module, name: str) -> int:
+    """Returns the number of inputs of a linear of the block."""
     module = block.get_submodule(name)
     assert isinstance(module, nn.Linear)
     return module.in_features

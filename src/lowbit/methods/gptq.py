@@ -10,10 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lowbit.blocks import BlockTask
-from lowbit.blocks.hessian import Hessian, input_hessians
+from lowbit.blocks.hessian import Hessian
 from lowbit.formats.uniform import UniformLinear
 from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.grid import GridMethod
+from lowbit.methods.matching import Match, Step, match_field, steps, streams_of
 from lowbit.methods.packing import pack, pack_with_feedback
 from lowbit.methods.result import (
     NOT_POSITIVE_DEFINITE,
@@ -24,6 +25,7 @@ from lowbit.methods.result import (
 )
 from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.clipping import clipped_grid
+from lowbit.solvers.correction import Target
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 from lowbit.solvers.rounding import Grid, minmax_grid
 
@@ -54,20 +56,20 @@ class GPTQ(GridMethod):
         "nearest and named in the report.",
     )
 
+    match: Match = match_field()
+
     def streams(self) -> tuple[str, ...]:
-        return ("quantized",)
+        return streams_of(self.match, "quantized")
 
     def quantize(self, task: BlockTask) -> BlockResult:
-        hessians = input_hessians(task.block, task.groups, task.streams["quantized"])
         result, reports = BlockResult(), dict[str, LinearReport]()
-        for group in task.groups:
-            hessian = hessians[group.name]
-            factor = self._factor(hessian)
-            for name in group.linears:
+        for step in steps(task, self.match, "quantized", result.linears):
+            factor = self._factor(step.hessian)
+            for name in step.group.linears:
                 linear = task.block.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
                 here = self.at(f"{task.name}.{name}")
-                result.linears[name], reports[name] = here._linear(linear, hessian, factor)
+                result.linears[name], reports[name] = here._linear(name, linear, step, factor)
         warn_of_hessians(task, reports)
         result.report = BlockReport(linears=reports)
         return result
@@ -81,19 +83,23 @@ class GPTQ(GridMethod):
         return NOT_POSITIVE_DEFINITE if factor is None else factor
 
     def _linear(
-        self, linear: nn.Linear, hessian: Hessian, factor: OrderedFactor | str
+        self, name: str, linear: nn.Linear, step: Step, factor: OrderedFactor | str
     ) -> tuple[UniformLinear, LinearReport]:
-        weight = linear.weight.detach().float()
+        weight, hessian = linear.weight.detach().float(), step.hessian
+        share = damping_share(self.damping, hessian.tokens, linear.in_features)
         loss = fallback = None
         if isinstance(factor, str):
-            fallback = factor
+            fallback, target = factor, Target(weight, None)
             packed = pack(weight, linear.bias, minmax_grid(weight, *self.grid_shape))
         else:
-            grid = self._grid(weight, hessian)
-            packed, loss = pack_with_feedback(weight, linear.bias, grid, factor)
+            target = step.target(weight, share)
+            grid = self._grid(target.weight, hessian)
+            packed, loss = pack_with_feedback(target.weight, linear.bias, grid, factor)
         return packed, LinearReport(
-            signal_to_noise_db=signal_to_noise(weight, packed),
+            signal_to_noise_db=signal_to_noise(target.weight, packed),
             proxy_loss=loss,
+            output_error=step.output_error(name, weight, packed),
+            correction=target.strength,
             tokens=hessian.tokens,
             fallback=fallback,
         )

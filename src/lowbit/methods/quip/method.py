@@ -4,10 +4,9 @@ Weights and Hessians are rotated by random signs and a Hadamard transform on bot
 Blocks of columns are rounded with error feedback to words of E8P or another codebook (section 4),
 and improved by greedy passes, which never increase the loss. Then signs, scales, norms and biases
 of the block can be trained (section 5; only the stage inside a block, not the stage of the
-whole model). Hessians are computed from the float model, as in the paper.
+whole model). With `match: self`, Hessians are computed from the float model, as in the paper.
 """
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, Self
@@ -15,13 +14,11 @@ from typing import Annotated, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional
 
 from lowbit.blocks import BlockTask, LinearGroup
 from lowbit.blocks.capture import call_block
-from lowbit.blocks.folding import tensors_of
-from lowbit.blocks.hessian import Hessian, Hessians, input_hessians
-from lowbit.blocks.training import ParameterGroup, fit, mean_loss
+from lowbit.blocks.folding import load_changed, tensors_of
+from lowbit.blocks.hessian import Hessian
 from lowbit.formats import link
 from lowbit.formats.lattice import LatticeLayout, LatticeLinear, stored_scale, tensor_bytes
 from lowbit.formats.lattice.codebooks import Codebook, codebook
@@ -33,7 +30,9 @@ from lowbit.formats.lattice.incoherence import (
     rotation,
 )
 from lowbit.methods.damping import Damping, damping_field, damping_share
+from lowbit.methods.matching import Match, Step, match_field, steps, streams_of
 from lowbit.methods.method import Method
+from lowbit.methods.quip.finetune import Training, finetune
 from lowbit.methods.quip.signs import Merged, merge_signs
 from lowbit.methods.quip.words import Rounder, RowScale, Spread, spread
 from lowbit.methods.result import (
@@ -41,7 +40,6 @@ from lowbit.methods.result import (
     BlockResult,
     signal_to_noise,
     too_few_tokens,
-    trained_report,
     warn_of_hessians,
 )
 from lowbit.run_report import BlockReport, LinearReport
@@ -49,7 +47,6 @@ from lowbit.run_report import BlockReport, LinearReport
 # Factors of the codebook's own scale that are tried. That scale itself is best without feedback,
 # but feedback adds to the weights.
 RATIOS = (0.8, 0.86, 0.92, 0.98, 1.04)
-NOTHING_GAINED = "fine-tuning did not lower the loss, and is not kept"
 
 
 class QuIP(Method):
@@ -138,8 +135,10 @@ class QuIP(Method):
             )
         return self
 
+    match: Match = match_field()
+
     def streams(self) -> tuple[str, ...]:
-        return ("float",)
+        return streams_of(self.match, "float")
 
     def windows_per_batch(self) -> int:
         return self.batch
@@ -161,11 +160,14 @@ class QuIP(Method):
 
     def quantize(self, task: BlockTask) -> BlockResult:
         merged = self._merged(task)
-        hessians = input_hessians(task.block, task.groups, task.streams["float"])
         result, reports = BlockResult(), dict[str, LinearReport]()
-        for group in task.groups:
-            inputs = self._inputs(task, group, merged, hessians)
-            for name in group.linears:
+        block = task.block
+        if self.merge_suv:
+            block = deepcopy(block)
+            load_changed(block, merged.tensors)
+        for step in steps(task, self.match, "float", result.linears, block):
+            inputs = self._inputs(task, step, merged)
+            for name in step.group.linears:
                 result.linears[name], reports[name] = self._linear(task, name, inputs, merged)
         warn_of_hessians(task, reports)
         result.report = BlockReport(linears=reports)
@@ -178,7 +180,7 @@ class QuIP(Method):
             if name not in quantized and not torch.equal(tensor, before[name])
         }
         if self.finetune_epochs:
-            _finetune(self, task, result)
+            self._finetune(task, result)
         return result
 
     def _merged(self, task: BlockTask) -> Merged:
@@ -187,6 +189,13 @@ class QuIP(Method):
         if not self.merge_suv:
             return Merged(tensors, {}, frozenset())
         return merge_signs(tensors, task.folds, lambda n: draw_signs(n, self._seed_in, device))
+
+    def _finetune(self, task: BlockTask, result: BlockResult) -> None:
+        stream = task.streams["float"]
+        targets = stream.map(lambda batch: call_block(task.block, batch))
+        inputs = stream if self.match == "self" else task.streams["quantized"]
+        training = Training(self.finetune_epochs, self.sign_lr, self.norm_lr)
+        finetune(training, task, result, inputs, targets)
 
     @property
     def _seed_in(self) -> int:
@@ -197,45 +206,38 @@ class QuIP(Method):
         """Differs from the input's: with equal signs the identity matrix would not be rotated."""
         return 2 * self.seed + 1
 
-    def _hessian(
-        self, task: BlockTask, group: LinearGroup, hessians: Hessians
-    ) -> tuple[Hessian | None, str | None]:
+    def _hessian(self, task: BlockTask, step: Step) -> tuple[Hessian | None, str | None]:
         """Returns the Hessian for a `LinearGroup`, and a fallback sentence if it is not its own.
 
         A group whose linears saw too few tokens gets the Hessian of all groups that read the same
         norm, or None if they saw too few as well.
         """
-        tokens = hessians.tokens(group.name)
+        hessians, tokens = step.hessians, step.hessians.tokens(step.group.name)
         if tokens >= self.min_tokens:
-            return hessians[group.name], None
-        experts = _groups_of_same_norm(task, group)
+            return step.hessian, None
+        experts = tuple(n for n in _groups_of_same_norm(task, step.group) if n in hessians)
         if sum(map(hessians.tokens, experts)) >= self.min_tokens:
             fallback = too_few_tokens(tokens, "rounded with the Hessian of all experts")
             return hessians.together(experts), fallback
         return None, too_few_tokens(tokens)
 
-    def _inputs(
-        self, task: BlockTask, group: LinearGroup, merged: Merged, hessians: Hessians
-    ) -> "_Inputs":
+    def _inputs(self, task: BlockTask, step: Step, merged: Merged) -> "_Inputs":
         """Returns what the linears of a `LinearGroup` share, such as the rotated Hessian."""
-        measured, fallback = self._hessian(task, group, hessians)
-        columns = merged.tensors[f"{group.linears[0]}.weight"].shape[1]
-        signs = merged.columns.get(group.linears[0])
-        seed = self._seed_in if signs is None else None
-        side = self._rotation(f"{task.name}.{group.linears[0]}", columns, seed)
+        measured, fallback = self._hessian(task, step)
+        first = step.group.linears[0]
+        columns = merged.tensors[f"{first}.weight"].shape[1]
+        seed = None if first in merged.columns else self._seed_in
+        side = self._rotation(f"{task.name}.{first}", columns, seed)
         hessian, tokens = None, 0
         if measured is not None:
-            hessian, tokens = measured.matrix, measured.tokens
-            signed = hessian if signs is None else hessian * signs * signs[:, None]
-            hessian = rotate_hessian(signed, side)
-        device = next(task.block.parameters()).device
+            hessian, tokens = rotate_hessian(measured.matrix, side), measured.tokens
         return _Inputs(
+            step=step,
             side=side,
             hessian=hessian,
-            tokens=hessians.tokens(group.name),
             fallback=fallback,
             damping=damping_share(self.damping, tokens, columns),
-            device=device,
+            device=next(task.block.parameters()).device,
         )
 
     def _rotation(self, linear: str, width: int, seed: int | None) -> Rotation:
@@ -252,7 +254,8 @@ class QuIP(Method):
         weight, bias = merged.tensors[f"{name}.weight"], merged.tensors.get(f"{name}.bias")
         seed = None if name in merged.rows else self._seed_out
         side = self._rotation(f"{task.name}.{name}", len(weight), seed)
-        rotated = rotate_weight(weight, inputs.side, side)
+        target = inputs.step.target(weight, inputs.damping)
+        rotated = rotate_weight(target.weight, inputs.side, side)
         rounder = inputs.rounder(book.dim)
         generator = task.generator(name)
         words = spread(rotated, rounder, book.nearest, here._spread(book, weight), generator)
@@ -261,10 +264,12 @@ class QuIP(Method):
         inputs.owner = inputs.owner or name
         energy = rounder.energy(rotated)
         return layer, LinearReport(
-            signal_to_noise_db=signal_to_noise(weight, layer),
+            signal_to_noise_db=signal_to_noise(target.weight, layer),
             proxy_loss=float(words.loss.sum()) / energy if energy > 0 else 0.0,
+            output_error=inputs.step.output_error(name, weight, layer),
+            correction=target.strength,
             scale=layer.spec.scale,
-            tokens=inputs.tokens,
+            tokens=inputs.step.hessian.tokens,
             fallback=inputs.fallback_with(rounder),
         )
 
@@ -289,16 +294,16 @@ class QuIP(Method):
 class _Inputs:
     """What linears with the same input share.
 
+    step: the group, and what was measured of its input.
     side: the rotation of their input.
     hessian: the rotated Hessian; None after too few calibration tokens.
-    tokens: how many calibration tokens the linears saw.
     fallback: the fallback sentence if the Hessian is None or the Hessian of all experts.
     owner: the name of the first linear, whose layer stores the signs; None before it is made.
     """
 
+    step: Step
     side: Rotation
     hessian: Tensor | None
-    tokens: int
     fallback: str | None
     damping: float
     device: torch.device
@@ -324,75 +329,3 @@ def _groups_of_same_norm(task: BlockTask, group: LinearGroup) -> tuple[str, ...]
         if fold.kind == "norm" and group.linears[0] in fold.readers:
             return tuple(g.name for g in task.groups if g.linears[0] in fold.readers)
     return ()
-
-
-def _layers(result: BlockResult) -> dict[str, LatticeLinear]:
-    return {n: x for n, x in result.linears.items() if isinstance(x, LatticeLinear)}
-
-
-def _finetune(method: QuIP, task: BlockTask, result: BlockResult) -> None:
-    """Trains all of the quantized block but its codes, and changes the result if that helps.
-
-    The target is the output of the float block.
-    """
-    stream = task.streams["float"]
-    targets = stream.map(lambda batch: call_block(task.block, batch))
-    energy = sum(float(batch.hidden.square().mean()) for batch in targets) / len(targets)
-    block = deepcopy(task.block)
-
-    def put(dtype: torch.dtype, layers: Mapping[str, LatticeLinear]) -> BlockResult:
-        changed = BlockResult(linears={n: x.with_signs(dtype) for n, x in layers.items()})
-        link(changed.linears)
-        changed.install(block)
-        return changed
-
-    def loss(index: int) -> Tensor:
-        wanted = targets[index].hidden
-        return functional.mse_loss(call_block(block, stream[index]), wanted) / max(energy, 1e-30)
-
-    trained = _layers(put(torch.float32, _layers(result)))
-    inside = tuple(f"{name}." for name in trained)
-    outside = {
-        name: parameter
-        for name, parameter in block.named_parameters()
-        if parameter.dim() == 1 and not name.startswith(inside)
-    }
-    groups = [
-        ParameterGroup(_signs(trained), method.sign_lr),
-        ParameterGroup([*_scales_and_biases(trained), *outside.values()], method.norm_lr),
-    ]
-    for parameter in (p for group in groups for p in group.parameters):
-        parameter.requires_grad_()
-    fitted = fit(groups, loss, len(stream), method.finetune_epochs, task.log)
-    tuned = put(torch.float16, trained)
-    after = mean_loss(loss, len(stream))
-    better = after < fitted.before
-    result.report = trained_report(
-        result.report.linears,
-        fitted,
-        None,
-        min(after, fitted.before),
-        [] if better else [NOTHING_GAINED],
-    )
-    if not better:
-        return
-    before = tensors_of(task.block)
-    result.linears = tuned.linears
-    result.tensors = {
-        name: parameter.detach()
-        for name, parameter in outside.items()
-        if not torch.equal(parameter, before[name])
-    }
-
-
-def _signs(layers: Mapping[str, LatticeLinear]) -> list[Tensor]:
-    return [s for x in layers.values() for s in (x.sign_in, x.sign_out) if s is not None]
-
-
-def _scales_and_biases(layers: Mapping[str, LatticeLinear]) -> list[Tensor]:
-    """Returns scales and biases, converted to float32 for training; storing rounds them again."""
-    for layer in layers.values():
-        for part in (layer.scale, layer.bias):
-            if part is not None:
-                part.data = part.data.float()
-    return [part for x in layers.values() for part in (x.scale, x.bias) if part is not None]

@@ -1,0 +1,202 @@
+"""What a block's linears read in the float model and in the quantized model, side by side.
+
+A linear of the half-quantized model reads x~ where the float model's reads x. `PairedMoments` has
+the sums that its weight needs to make up for the difference: see `lowbit.solvers.correction`.
+Source: Qronos (Zhang et al., arXiv 2505.11695) and GPTAQ (Li et al., arXiv 2504.02692).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.blocks import LinearGroup, Stream
+from lowbit.blocks.capture import Stopped, call_block, observe_inputs, observed
+from lowbit.blocks.experts import tokens_of
+from lowbit.blocks.hessian import Hessian, Hessians, OuterSum, in_features, storage, zeros
+
+
+@dataclass(frozen=True)
+class Half:
+    """The sums of one half of the calibration windows.
+
+    second: the sum of x~ x~^T, for an input with n channels.
+    drift: the sum of (x - x~) x~^T; a token that only one of both models sends to an expert counts
+        as x = x~.
+    """
+
+    second: OuterSum
+    drift: OuterSum
+
+
+@dataclass(frozen=True)
+class PairedMoments:
+    """The sums over the inputs of one `LinearGroup`, by halves of the windows.
+
+    halves: the sums of even and of odd batches.
+    energies: the sum of |W x|^2 over tokens, by linear.
+    drifts: the sum of |W (x - x~)|^2 over tokens, by linear.
+    """
+
+    halves: tuple[Half, Half]
+    energies: dict[str, float] = field(default_factory=dict)
+    drifts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return sum(half.second.tokens for half in self.halves)
+
+    def mean(self, which: Sequence[int], device: torch.device) -> tuple[Hessian, Tensor]:
+        """Returns E[x~ x~^T] and E[(x - x~) x~^T], (n, n) float32, over some of the halves."""
+        halves = [self.halves[index] for index in which]
+        tokens = sum(half.second.tokens for half in halves)
+        second = sum((half.second.total for half in halves[1:]), halves[0].second.total)
+        drift = sum((half.drift.total for half in halves[1:]), halves[0].drift.total)
+        second, drift = (t.div(max(tokens, 1)).to(device, torch.float32) for t in (second, drift))
+        return Hessian(second, tokens), drift
+
+    def add_outputs(self, linears: dict[str, Tensor], x: Tensor, difference: Tensor) -> None:
+        """Adds to the energies. linears: weights by name; x, difference: (tokens, n)."""
+        for name, weight in linears.items():
+            for sums, rows in ((self.energies, x), (self.drifts, difference)):
+                sums[name] = sums.get(name, 0.0) + float((rows @ weight.T).square().sum())
+
+
+def stages(block: nn.Module, groups: Sequence[LinearGroup], stream: Stream) -> list[list[str]]:
+    """Returns the names of the groups in the order in which the block runs them.
+
+    Groups of one stage do not depend on each other: they are the same part of different experts.
+    Each stage can therefore be measured in one pass, after all earlier stages are quantized.
+    """
+    first = {group.linears[0]: group.name for group in groups}
+    seen: dict[str, list[str]] = {}
+
+    def note(name: str, _: Tensor) -> None:
+        seen.setdefault(_part(first[name]), [])
+
+    observe_inputs(block, first, [stream[0]], note)
+    for group in groups:  # experts that the first batch does not reach come last
+        seen.setdefault(_part(group.name), []).append(group.name)
+    return list(seen.values())
+
+
+def _part(group: str) -> str:
+    """Returns the name of a group without the numbers of experts."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", group)
+
+
+def paired_moments(
+    float_block: nn.Module,
+    block: nn.Module,
+    groups: Sequence[LinearGroup],
+    float_stream: Stream,
+    stream: Stream,
+) -> dict[str, PairedMoments]:
+    """Returns the moments of the input of each `LinearGroup`, by the group's name.
+
+    float_block: the block in float.
+    block: the same block, in which the linears of earlier stages are already quantized.
+    groups: the groups of one stage.
+    float_stream, stream: the inputs of the float block, and those of the quantized block.
+    """
+    device = next(float_block.parameters()).device
+    names = {group.linears[0]: group for group in groups}
+    widths = {first: in_features(float_block, first) for first in names}
+    place = storage(sum(4 * 8 * n * n for n in widths.values()), device, stream.folder)
+
+    def empty(n: int) -> PairedMoments:
+        halves = (Half(*(OuterSum(zeros(n, place)) for _ in range(2))) for _ in range(2))
+        first, second = halves
+        return PairedMoments((first, second))
+
+    moments = {first: empty(n) for first, n in widths.items()}
+    weights = {
+        first: {n: float_block.get_parameter(f"{n}.weight").detach() for n in group.linears}
+        for first, group in names.items()
+    }
+    alone = len(names) == 1
+    with torch.no_grad():
+        for index in range(len(stream)):
+            wanted = _inputs(float_block, names, float_stream, index, alone)
+            found = _inputs(block, names, stream, index, alone)
+            for first, quantized in found.items():
+                half = moments[first].halves[index % 2]
+                x, difference = _paired(wanted.get(first), quantized, alone)
+                half.second.update(quantized.rows)
+                half.drift.update(difference, quantized.rows)
+                moments[first].add_outputs(weights[first], x, difference)
+    for half in (half for made in moments.values() for half in made.halves):
+        half.second.flush()
+        half.drift.flush()
+    return {names[first].name: made for first, made in moments.items()}
+
+
+def hessians(moments: dict[str, PairedMoments], device: torch.device) -> Hessians:
+    """Returns the Hessians of the quantized model's inputs, by the group's name."""
+    sums = {}
+    for name, made in moments.items():
+        even, odd = (half.second for half in made.halves)
+        sums[name] = OuterSum(even.total + odd.total)
+        sums[name].tokens = made.tokens
+    return Hessians(sums, device)
+
+
+@dataclass(frozen=True)
+class _Input:
+    """The input of a linear in one batch.
+
+    rows: (tokens, n).
+    tokens: (tokens,) int64, which tokens of the batch these are; None: all, in order.
+    """
+
+    rows: Tensor
+    tokens: Tensor | None
+
+
+def _inputs(
+    block: nn.Module, names: dict[str, LinearGroup], stream: Stream, index: int, alone: bool
+) -> dict[str, _Input]:
+    """Returns the inputs of the named linears in one batch.
+
+    alone: whether the pass may end as soon as one of them has run.
+    """
+    found: dict[str, _Input] = {}
+
+    def keep(name: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        found[name] = _Input(rows if alone else rows.clone(), tokens_of(block, name))
+        if alone:
+            raise Stopped
+
+    with _may_stop(), observed(block, names, keep):
+        call_block(block, stream[index])
+    return found
+
+
+@contextmanager
+def _may_stop() -> Iterator[None]:
+    try:
+        yield
+    except Stopped:
+        pass
+
+
+def _paired(wanted: _Input | None, found: _Input, alone: bool) -> tuple[Tensor, Tensor]:
+    """Returns x and x - x~ for each token of the quantized model, (tokens, n) both.
+
+    A token that the float model does not send here counts as x = x~. So do all tokens of experts
+    whose module does not tell which tokens they got.
+    """
+    x = found.rows.clone()
+    if wanted is not None and found.tokens is not None and wanted.tokens is not None:
+        most = int(max(wanted.tokens.max(), found.tokens.max())) + 1
+        place = torch.full((most,), -1, device=x.device)
+        place[wanted.tokens] = torch.arange(len(wanted.tokens), device=x.device)
+        at = place[found.tokens]
+        x[at >= 0] = wanted.rows[at[at >= 0]]
+    elif wanted is not None and alone and wanted.rows.shape == x.shape:
+        x = wanted.rows
+    return x, x - found.rows
