@@ -263,11 +263,18 @@ ODD: dict[str, Odd] = {
     "config.json {}": Odd(write("config.json", "{}"), "model_type"),
     "config.json null": Odd(write("config.json", "null"), "JSON object"),
     "config.json []": Odd(write("config.json", "[]"), "JSON object"),
+    "dtype fp16": Odd(config(dtype="fp16"), "dtype is 'fp16': allowed are float32"),
+    "10^30 layers": Odd(config(num_hidden_layers=10**30), "num_hidden_layers is 1000000"),
+    "more layers than tensors": Odd(config(num_hidden_layers=5000), "has only"),
+    "a NaN in config.json": Odd(config(rms_norm_eps=float("nan")), "rms_norm_eps is NaN"),
     "model_type null": Odd(config(model_type=None), "model_type"),
     "config.json a folder": Odd(as_folder("config.json"), "config.json"),
     "config.json a pipe": Odd(as_pipe("config.json"), "config.json"),
     "generation_config.json []": Odd(write("generation_config.json", "[]"), "JSON object"),
     "generation_config.json null": Odd(write("generation_config.json", "null"), "JSON object"),
+    "generation_config.json, an end as text": Odd(
+        write("generation_config.json", '{"eos_token_id": "</s>"}'), "eos_token_id is '</s>'"
+    ),
     "generation_config.json cut": Odd(write("generation_config.json", '{"a'), "read as JSON"),
     "index a folder": Odd(both(drop(SINGLE), as_folder(INDEX)), INDEX),
     "tokenizer a pipe": Odd(as_pipe("tokenizer.json"), "named pipe"),

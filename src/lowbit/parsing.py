@@ -20,6 +20,8 @@ YAML_LENGTH = 10_000_000  # characters; PyYAML reads about a million in 10 s
 LEFT_OUT = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge")  # kinds of YAML values
 SHOWN = 80  # characters of a value in a message
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it at the start of UTF-8
+
 # The first bytes of files that are often taken for text.
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
@@ -162,6 +164,18 @@ def shorten(value: object, most: int = SHOWN) -> str:
         return text
     half = most // 2
     return f"{text[:half]}...{text[-half:]} ({len(text):,} characters)"
+
+
+def reason_of(error: BaseException, most: int = 200) -> str:
+    """Returns what another library says of an error, on one line, for the end of a message of ours.
+
+    most: the largest number of characters.
+    """
+    text = str(error).partition("\nException raised from")[
+        0
+    ]  # torch adds the addresses of its code
+    kind = type(error).__name__
+    return shorten(f"{kind}: {text}" if text else kind, most)
 
 
 def _no_file(path: Path) -> str:

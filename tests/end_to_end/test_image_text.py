@@ -16,8 +16,8 @@ from lowbit.checkpoint import CheckpointReader, QuantizedFolder
 from lowbit.formats.base import QuantizedLinear
 from lowbit.methods import RTN
 from lowbit.models.auto_class import auto_class
+from lowbit.models.config import load_config
 from lowbit.models.source import SourceModel
-from lowbit.models.streamed import load_config
 
 pytestmark = pytest.mark.slow
 

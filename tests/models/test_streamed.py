@@ -11,7 +11,8 @@ from torch import Tensor
 from lowbit.blocks import Stream
 from lowbit.load import load_model, stream
 from lowbit.methods import OmniQuant
-from lowbit.models.streamed import StreamedModel, load_config
+from lowbit.models.config import load_config
+from lowbit.models.streamed import StreamedModel
 
 pytestmark = pytest.mark.slow
 

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zoo
+from quantized import edit_json, source
 
 from lowbit.models.tokenizer import load_tokenizer, need_tokenizer
 
 FILE = "tokenizer.json"
+Change = Callable[[Path], Any]
 
 
 @pytest.mark.parametrize("damage", [None, {}, {"model": {"type": "Foo"}}, {"pre_tokenizer": 1}])
@@ -34,6 +37,74 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path) is None
     with pytest.raises(ValueError, match=r"has no tokenizer: copy the tokenizer files .* into it"):
         need_tokenizer(tmp_path)
+
+
+def field(**changed: Any) -> Change:
+    return lambda m: edit_json(m / "tokenizer_config.json", lambda held: {**held, **changed})
+
+
+def part(**changed: Any) -> Change:
+    return lambda m: edit_json(m / FILE, lambda held: {**held, **changed})
+
+
+def text(name: str, content: str) -> Change:
+    return lambda m: (m / name).write_text(content)
+
+
+def marked(name: str) -> Change:
+    """Puts a byte order mark before a file, as some editors do."""
+    return lambda m: (m / name).write_text("\ufeff" + (m / name).read_text())
+
+
+PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}  # makes tokenizers panic
+# What is changed in the folder, and what the message says.
+BAD: dict[str, tuple[Change, str]] = {
+    "a list": (text(FILE, "[]"), r"tokenizer.json must hold a JSON object, not \[\]: copy it"),
+    "another version": (part(version="9"), "tokenizer.json is damaged, or a newer version of tok"),
+    "an unknown model": (
+        part(model={"type": "Foo"}),
+        "a newer version of tokenizers than",
+    ),
+    "a panic": (part(normalizer=PRECOMPILED), "tokenizer.json is damaged, or a newer version"),
+    "a mark": (marked(FILE), "tokenizer.json begins with a byte order mark: save it as UTF-8"),
+    "config a list": (text("tokenizer_config.json", "[]"), "tokenizer_config.json must hold"),
+    "config null": (text("tokenizer_config.json", "null"), "must hold a JSON object, not null"),
+    "config cut": (text("tokenizer_config.json", '{"a'), "tokenizer_config.json cannot be read as"),
+    "config with a mark": (marked("tokenizer_config.json"), "config.json begins with a byte order"),
+    "class 3": (field(tokenizer_class=3), "tokenizer_class is 3: allowed are names"),
+    "code": (
+        field(auto_map={"AutoTokenizer": ["x.X", None]}, tokenizer_class="X"),
+        "tokenizer_config.json names Python code of its own.*use --trust-remote-code",
+    ),
+    "code that is a word": (field(auto_map="x"), 'tokenizer_config.json: auto_map is "x"'),
+    "unknown token": (field(unk_token=3), "tokenizer_config.json: unk_token is 3, which"),
+    "added tokens": (field(added_tokens_decoder={"x": 3}), "added_tokens_decoder.x is 3, which"),
+    "extra tokens": (field(extra_special_tokens=3), "extra_special_tokens is 3, which"),
+    "map": (text("special_tokens_map.json", "[]"), "special_tokens_map.json must hold a JSON"),
+    "map cut": (text("special_tokens_map.json", "{"), "special_tokens_map.json cannot be read"),
+    "added list": (text("added_tokens.json", "[]"), "added_tokens.json must hold a JSON object"),
+    "added text": (text("added_tokens.json", '{"a": "b"}'), "added_tokens.json: 'a' is"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_read_is_named(name: str, tmp_path: Path) -> None:
+    change, says = BAD[name]
+    folder = Path(shutil.copytree(source(), tmp_path / "model"))
+    change(folder)
+    with pytest.raises(ValueError, match=rf"model has a tokenizer that cannot.*{says}") as caught:
+        load_tokenizer(folder)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700
+    assert "from_pretrained" not in message and "requests" not in message
+
+
+def test_an_unknown_class_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = Path(shutil.copytree(source(), tmp_path / "model"))
+    assert load_tokenizer(folder) is not None and not caplog.text
+    field(tokenizer_class="ZapTokenizer")(folder)
+    assert load_tokenizer(folder) is not None
+    assert "names the tokenizer_class ZapTokenizer, which transformers" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "spiece.model", "x.tiktoken"])

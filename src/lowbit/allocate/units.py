@@ -9,8 +9,8 @@ from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.slices import entries_with_widths, read_codes
 from lowbit.formats.widths import entry_bytes, needs_codes, slice_entry
 from lowbit.models import family_of
-from lowbit.models.skeleton import build_skeleton, memory_names
-from lowbit.models.streamed import load_config
+from lowbit.models.config import build_model, load_config
+from lowbit.models.skeleton import memory_names
 from lowbit.models.wiring import groups_of
 
 EXPERT = re.compile(r"(.+?)\.\d+\.")  # the name of an expert's linear: mlp.experts.0.w1
@@ -88,8 +88,8 @@ def _grouped(
 ) -> tuple[list[tuple[int | None, bool, tuple[str, ...]]], int]:
     """Returns block, whether it has experts, and names of each unit; and the number of blocks."""
     config = load_config(folder, trust_remote_code)
-    model = build_skeleton(config, trust_remote_code)
-    family = family_of(config, model)
+    model = build_model(folder, config, trust_remote_code)
+    family = family_of(model)
     inside = memory_names(model, [f"{name}.weight" for name in sorted(wanted)])
     on_disk = {m.removesuffix(".weight"): d.removesuffix(".weight") for d, m in inside.items()}
     groups: list[tuple[int | None, bool, tuple[str, ...]]] = []

@@ -11,7 +11,6 @@ recognize(folder):         these, and models that another program quantized, for
 Only names, config.json and the headers of the shards are read.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lowbit.checkpoint.config_values import COPY, check_layers, check_values
 from lowbit.checkpoint.inside import check_links, file_inside
 from lowbit.checkpoint.low_precision import is_low_precision, open_checkpoint
 from lowbit.checkpoint.no_weights import explain_missing_weights
@@ -32,6 +32,7 @@ from lowbit.checkpoint.other_programs import (
     stated_quantization,
 )
 from lowbit.checkpoint.reader import INDEX, SINGLE, CheckpointReader, read_json
+from lowbit.parsing import shorten
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -105,9 +106,9 @@ def check_config(folder: Path, config: Any) -> dict[str, Any]:
             f"{folder} has weights but no {CONFIG}: copy the {CONFIG} of its model into it"
         )
     if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    remote = config.get("auto_map")
-    if isinstance(remote, Mapping) and remote.get("AutoConfig"):
+        raise ValueError(f"{path} must hold a JSON object, not {shorten(repr(config))}: {COPY}")
+    check_values(path, config)
+    if (config.get("auto_map") or {}).get("AutoConfig"):
         return config
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
@@ -122,9 +123,19 @@ def check_config(folder: Path, config: Any) -> dict[str, Any]:
 def _check_generation(folder: Path) -> None:
     """Raises ValueError for a generation_config.json that transformers ignores or stumbles over."""
     path = folder / GENERATION
-    if file_inside(folder, GENERATION) is not None and not isinstance(read_json(path), dict):
+    if file_inside(folder, GENERATION) is None:
+        return
+    stated = read_json(path)
+    if not isinstance(stated, dict):
         raise ValueError(
             f"{path} must hold a JSON object: copy it from the source of the model, or remove it"
+        )
+    ends = stated.get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int for end in listed):
+        raise ValueError(
+            f"{path}: eos_token_id is {shorten(repr(ends))}: allowed are a token id, a list of "
+            "them, and null; correct it, or copy it from the source of the model"
         )
 
 
@@ -135,6 +146,8 @@ def runnable_folder(folder: Path) -> ModelFolder:
     another program.
     """
     found = recognize(folder)
+    if found.program in (LOWBIT, None):
+        check_layers(folder / CONFIG, found.config, len(found.reader.tensors))
     if found.program == LOWBIT:
         return found
     if found.program is not None:

@@ -16,9 +16,9 @@ from lowbit.load.transformers_plugin import (
     mark_attentions,
     replace_linears,
 )
+from lowbit.models.config import load_config
 from lowbit.models.locate import locate
 from lowbit.models.sizes import context_of, hidden_of, vocabulary_of
-from lowbit.models.streamed import load_config
 from lowbit.models.tokenizer import load_tokenizer, need_tokenizer
 
 __all__ = [

@@ -23,10 +23,12 @@ from lowbit.load.transformers_plugin import (
     replace_linears,
 )
 from lowbit.models.auto_class import auto_class
+from lowbit.models.config import build_model, load_config
 from lowbit.models.fitting import missing_tensors, note_unread, wrong_shape
 from lowbit.models.locate import locate
-from lowbit.models.streamed import StreamedModel, load_config
+from lowbit.models.streamed import FLOATS, StreamedModel
 from lowbit.models.tokenizer import load_tokenizer
+from lowbit.parsing import reason_of, shorten
 
 
 def load(
@@ -74,6 +76,7 @@ def load_model(
     bits: WidthPlan | None = None,
 ) -> PreTrainedModel:
     """Loads the model without its tokenizer; the arguments are those of `load`."""
+    _check_dtype(dtype)
     verified = None
     if runnable_folder(folder).program is not None:
         quantized = QuantizedFolder(folder)
@@ -96,7 +99,7 @@ def load_model(
     elif low_precision:
         config.quantization_config = {**section, "dequantize": True}
     wanted_dtype = dtype or (torch.float32 if on_cpu(device_map) else "auto")
-    with _errors_named(folder):
+    with _errors_named(folder, config, trust_remote_code):
         loaded: Any = auto_class(config).from_pretrained(
             folder,
             config=config,
@@ -160,12 +163,41 @@ def stream(
 
 
 @contextmanager
-def _errors_named(folder: Path) -> Iterator[None]:
+def _errors_named(folder: Path, config: Any, trust_remote_code: bool) -> Iterator[None]:
     """Turns any error that transformers raises for a bad folder into a ValueError with its name."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{folder} cannot be loaded: {name}{error}") from error
+        if isinstance(error, ValueError) and _is_ours(error):
+            said = (
+                str(error) if str(folder) in str(error) else f"{folder} cannot be loaded: {error}"
+            )
+            raise ValueError(said) from error
+        build_model(folder, config, trust_remote_code)  # names a field of config.json if one is bad
+        raise ValueError(
+            f"{folder}: transformers cannot load this model on this machine with these options: "
+            f"check device_map and dtype, or copy the folder from its source again "
+            f"({reason_of(error)})"
+        ) from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether lowbit raised an error, in a function that transformers called."""
+    raised_in = error.__traceback__
+    while raised_in is not None and raised_in.tb_next is not None:
+        raised_in = raised_in.tb_next
+    return raised_in is not None and str(raised_in.tb_frame.f_globals["__name__"]).startswith(
+        f"{__name__.partition('.')[0]}."
+    )
+
+
+def _check_dtype(dtype: Any) -> None:
+    """Raises ValueError if a model cannot have a dtype; None, "auto" and floats are allowed."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in (None, "auto") and named not in FLOATS:
+        raise ValueError(
+            f"dtype is {shorten(repr(dtype))}: allowed are float32, float16, bfloat16, 'auto' and "
+            "None"
+        )

@@ -6,6 +6,7 @@ auto_class.py:         the class of transformers that builds a model.
 conv1d.py:             GPT-2's Conv1D as an nn.Linear.
 discovery.py:          makes a table for an architecture that has none.
 source.py:             the float model that is quantized.
+config.py:             the config of a folder, or which of its fields is wrong.
 streamed.py:           a model that runs block by block.
 skeleton.py:           a model without weights, and the names of its tensors.
 attention.py:          rounds queries, keys and values.
@@ -19,7 +20,6 @@ quiet.py:              silences transformers and the hub.
 """
 
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -42,26 +42,21 @@ FAMILIES = {
 }
 
 
-def family_of(config: Any, model: nn.Module) -> Family:
-    """Returns the family of a model: by its architecture in config.json, else from `discover`."""
-    for architecture in config.architectures or [type(model).__name__]:
-        if architecture in FAMILIES:
-            return FAMILIES[architecture]
-    return discover(model)
+def family_of(model: nn.Module) -> Family:
+    """Returns the family of a model: by the name of its class, else from `discover`."""
+    return FAMILIES.get(type(model).__name__) or discover(model)
 
 
 def family_name(folder: Path) -> str:
-    """Returns the name of the family of a folder, from the architecture in its config.json.
+    """Returns the name of the family of a folder, from the model type in its config.json.
 
-    Without `architectures` it is that of the class that transformers chooses for the model type.
-
-    It is "discovered" if no table has that architecture: then `discover` finds the structure.
+    Of a type that only Python code in the folder knows, it is that of its `architectures`. It is
+    "discovered" if no table has that architecture: then `discover` finds the structure.
     """
     config = runnable_folder(folder).config
-    architectures = config.get("architectures") or [
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
-    ]
-    for architecture in architectures if isinstance(architectures, list) else []:
+    named = config.get("architectures")
+    of_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    for architecture in [of_type] if of_type else named if isinstance(named, list) else []:
         if architecture in FAMILIES:
             return FAMILIES[architecture].name
     return "discovered"

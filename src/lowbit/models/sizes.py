@@ -7,7 +7,8 @@ them one level deeper, in its text_config, and a size may be absent, null or 0: 
 from collections.abc import Mapping
 from typing import Any
 
-CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
+from lowbit.checkpoint.config_values import CONTEXT
+
 HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
 VOCABULARY = ("vocab_size",)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from lowbit.blocks import Fold, LinearGroup
 from lowbit.checkpoint.recognize import float_folder
 from lowbit.models.attention import attentions_of
+from lowbit.models.config import load_config
 from lowbit.models.fitting import note_unread
-from lowbit.models.streamed import StreamedModel, load_config
+from lowbit.models.streamed import StreamedModel
 from lowbit.models.wiring import folds_of, groups_of, matrices_of
 from lowbit.patterns import matches_any
 

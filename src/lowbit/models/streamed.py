@@ -1,36 +1,25 @@
 """A model that is read from its folder and run block by block, with one block in memory."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    PreTrainedModel,
-)
-from transformers import __version__ as transformers_version
+from transformers import PreTrainedModel
 
 from lowbit.blocks.capture import BlockStub
 from lowbit.blocks.handed import Handed, hand_on, with_dictionary
 from lowbit.blocks.stream import Batch, Stream
 from lowbit.blocks.walk import Step
 from lowbit.checkpoint import CheckpointReader, open_checkpoint
-from lowbit.checkpoint.other_programs import INNER
-from lowbit.checkpoint.reader import read_json
-from lowbit.checkpoint.recognize import check_config
 from lowbit.checkpoint.views import ViewingReader
 from lowbit.models import family_of
-from lowbit.models.auto_class import auto_class
+from lowbit.models.config import build_model
 from lowbit.models.fitting import missing_tensors, wrong_shape
-from lowbit.models.sizes import without_null_sizes
-from lowbit.models.skeleton import build_skeleton, memory_names, views_of
+from lowbit.models.skeleton import memory_names, views_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Progress = Callable[[int, int], None]  # number of steps done, number of all steps
@@ -40,7 +29,7 @@ class StreamedModel:
     """A model that is read from a folder and run block by block, in float32.
 
     folder: the folder of a float or quantized model.
-    config: the config of this folder, from `load_config`.
+    config: the config of this folder, from `models.config.load_config`.
     prepare: called with the model while its parameters are on the meta device, to replace linears
         by quantized layers. Quantized layers keep the dtypes of their tensors (their `_apply`
         ignores conversions); everything else becomes float32.
@@ -64,14 +53,8 @@ class StreamedModel:
         self.reader = open_checkpoint(folder)
         self.config = config
         self.trust_remote_code = trust_remote_code
-        try:
-            self.skeleton = build_skeleton(self.config, trust_remote_code)
-        except Exception as error:  # transformers raises errors of any type for unexpected values
-            name = type(error).__name__
-            raise ValueError(
-                f"no model can be built from {folder}/config.json: {name}: {error}"
-            ) from error
-        self.family = family_of(self.config, self.skeleton)  # found with float linears
+        self.skeleton = build_model(folder, config, trust_remote_code)
+        self.family = family_of(self.skeleton)  # found with float linears
         prepare(self.skeleton)
         views = views_of(self.skeleton, self.reader.tensors)
         if views:
@@ -277,58 +260,6 @@ class LastBlockStub(BlockStub):
         if self.hidden is None:
             return unchanged
         return self.output(self.hidden)
-
-
-def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Returns transformers' config of a folder.
-
-    Raises ValueError if it cannot be read, or is not that of a model that continues text.
-    """
-    path = folder / "config.json"
-    stated = check_config(folder, read_json(path))
-    own_code = bool(stated.get("auto_map"))
-    model_type = stated.get("model_type")
-    if not own_code and model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f"{path} has the model_type {model_type!r}, which transformers {transformers_version} "
-            "does not know: install a newer one (pip install --upgrade transformers), or correct it"
-        )
-    try:
-        config = _read_config(folder, stated, own_code, trust_remote_code)
-    except Exception as error:  # transformers raises errors of many types for bad values
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be used: {reason}") from error
-    if not own_code and type(config) not in auto_class(config)._model_mapping:
-        raise ValueError(
-            f"{path} has the model_type {model_type!r}, and transformers has no model of this type "
-            "that continues text, the only kind that lowbit quantizes and runs"
-        )
-    return without_empty_parts(config)
-
-
-def _read_config(
-    folder: Path, stated: dict[str, Any], own_code: bool, trust_remote_code: bool
-) -> Any:
-    """Returns the config. stated: the content of config.json; own_code: it names Python code."""
-    cleaned = without_null_sizes(stated)
-    if own_code or cleaned == stated:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with TemporaryDirectory(prefix="lowbit-") as place:
-        Path(place, "config.json").write_text(json.dumps(cleaned), encoding="utf-8")
-        config = AutoConfig.from_pretrained(place)
-    config.name_or_path = str(folder)
-    return config
-
-
-def without_empty_parts(config: Any) -> Any:
-    """Returns a config without its empty parts, in which transformers would look for settings."""
-    for name in (*INNER, "quantization_config"):
-        if hasattr(config, name) and not getattr(config, name):
-            delattr(config, name)
-    inner = config.get_text_config(decoder=True)
-    if inner is not config and not getattr(inner, "quantization_config", True):
-        del inner.quantization_config
-    return config
 
 
 def load_tensors(
