@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, for what the tests
 from fuzz.targets import TARGETS
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
+from lowbit.models.quiet import quiet
+
 ROUND = 10  # examples of a target before the next one's turn
 
 
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=TARGETS, nargs="+", default=list(TARGETS))
     args = parser.parse_args()
+    quiet()
     stop, number, failures = time.monotonic() + args.seconds, 0, 0
     rounds = dict.fromkeys(args.only, 0)
     while time.monotonic() < stop:

@@ -11,7 +11,7 @@ import quantized
 import torch
 import zoo
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowbit
@@ -19,6 +19,7 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.formats.base import QuantizedLinear
 from lowbit.kernels.native import why_not
 from lowbit.load import load_model, stream
+from lowbit.methods import PTQ161, Method, MixedQuant
 
 pytestmark = pytest.mark.slow
 
@@ -317,3 +318,83 @@ def test_a_device_that_runs_out_of_memory(copy: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", exhausted)
     with pytest.raises(torch.OutOfMemoryError):
         lowbit.load(copy)
+
+
+# Values that mean nothing, in a folder whose hashes fit: method, end of the tensor's name, change.
+MEANINGLESS: dict[str, tuple[Method, str, Callable[[Tensor], Any], str]] = {
+    "a permutation out of range": (
+        MixedQuant(group_size=16, alignment=4, min_tokens=8),
+        ".permutation",
+        lambda tensor: tensor.fill_(300),
+        "permutation is not a permutation",
+    ),
+    "a permutation with a number twice": (
+        MixedQuant(group_size=16, alignment=4, min_tokens=8),
+        ".permutation",
+        lambda tensor: tensor[:2].fill_(0),
+        "permutation is not a permutation",
+    ),
+    "a mask with other channels": (
+        PTQ161(epochs=0, alignment=4, min_tokens=1),
+        ".mask",
+        lambda tensor: tensor.fill_(255),
+        "mask has .* salient channels: allowed is",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEANINGLESS)
+def test_values_that_mean_nothing(name: str, tmp_path: Path) -> None:
+    method, end, change, says = MEANINGLESS[name]
+    out = quantized.quantize(quantized.source(), tmp_path / "out", method)
+    lowbit.load(out)
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        change(next(tensor for key, tensor in tensors.items() if key.endswith(end)))
+
+    quantized.edit_shard(out / "model-00002-of-00003.safetensors", damage)
+    quantized.seal(out)
+    for read in (load_model, stream, plugin, lambda f: load_model(f, verify=False)):
+        with pytest.raises(ValueError, match=rf"model-00002-of-00003.safetensors: layer .*{says}"):
+            read(out)
+
+
+NOT_FINITE = {
+    "embedding": "model.embed_tokens.weight",
+    "norm": "model.layers.1.input_layernorm.weight",
+    "last norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "linear": "model.layers.0.mlp.down_proj.weight",
+    "scale": "model.layers.0.mlp.down_proj.scale",
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_weights_that_are_not_finite(name: str, value: float, tmp_path: Path) -> None:
+    tensor = NOT_FINITE[name]
+    source = quantized.folder() if name == "scale" else quantized.source()
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    shards = sorted(folder.glob("*.safetensors"))
+    shard = next(path for path in shards if tensor in load_file(path))
+    quantized.edit_shard(shard, lambda tensors: tensors[tensor].view(-1)[3].fill_(value))
+    if name == "scale":
+        quantized.seal(folder)
+
+    def evaluate(folder: Path) -> None:
+        lowbit.evaluate([folder], texts=(quantized.text(),), seqlen=16, limit=2)
+
+    for read in (load_model, evaluate):
+        with pytest.raises(ValueError, match=rf"{shard.name}: tensor {tensor} has values that are"):
+            read(folder)
+    assert load_model(folder, verify=False)
+
+
+def test_weights_that_are_too_large_for_a_dtype(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
+    tensor = NOT_FINITE["norm"]
+    quantized.edit_shard(folder / "model.safetensors", lambda held: held[tensor][3].fill_(1e6))
+    load_model(folder)
+    with pytest.raises(ValueError, match=f"{tensor} has values that are not finite in torch.fl"):
+        load_model(folder, dtype=torch.float16)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.config_values import check_layers
 from lowbit.checkpoint.hashes import loading_problem, problem_of
 from lowbit.checkpoint.layers import check_tensor, layers_from
 from lowbit.checkpoint.reader import INDEX, read_json
-from lowbit.checkpoint.recognize import quantized_folder
+from lowbit.checkpoint.recognize import CONFIG, quantized_folder
 from lowbit.checkpoint.verify import (
     config_digest,
     placeholder_of,
@@ -20,7 +21,7 @@ from lowbit.checkpoint.verify import (
     quantized_entries,
     rounded_attentions,
 )
-from lowbit.formats import build
+from lowbit.formats import FORMATS, build
 from lowbit.formats.base import QuantizedLinear
 
 Progress = Callable[[int, int], None]  # number of shards done, number of all shards
@@ -65,6 +66,7 @@ class QuantizedFolder:
         self.attention = rounded_attentions(self.quantization, folder)
         self.placeholder = placeholder_of(self.quantization, self.entries, folder)
         self.reader = found.reader
+        check_layers(folder / CONFIG, self.config, len(self.reader.tensors))
 
     def layer(self, name: str) -> QuantizedLinear:
         """Returns a quantized layer with its tensors, linked to the layer whose tensors it shares.
@@ -148,6 +150,7 @@ class QuantizedFolder:
             self._check_other_files(partial)
         for name in self.entries:
             self._checked(name)
+            self._check_values(name)
         placeholder = self.reader.tensors.get(self.placeholder)
         if placeholder is None or placeholder.shape != (0,):
             raise ValueError(
@@ -178,6 +181,22 @@ class QuantizedFolder:
             except ValueError as error:
                 raise ValueError(f"{self.folder}: {error}") from None
         return [f"{name}.{key}" for key in expected]
+
+    def _check_values(self, name: str) -> None:
+        """Raises ValueError if a tensor of a layer holds values that mean nothing."""
+        entry = self.entries[name]
+        wanted = [f"{name}.{key}" for key in FORMATS[entry["format"]].limited]
+        present = [tensor for tensor in wanted if tensor in self.reader.tensors]
+        if not present:
+            return
+        with torch.device("meta"):
+            layer = build(entry)
+        stored = self.reader.read(present)
+        try:
+            layer.check_values({k.removeprefix(f"{name}."): v for k, v in stored.items()})
+        except ValueError as error:
+            file = self.reader.tensors[present[0]].file
+            raise ValueError(f"{self.folder / file}: layer {name}: {error}") from None
 
     def _check_digest(self) -> None:
         stated = self.quantization.get("digest")

@@ -146,8 +146,6 @@ def runnable_folder(folder: Path) -> ModelFolder:
     another program.
     """
     found = recognize(folder)
-    if found.program in (LOWBIT, None):
-        check_layers(folder / CONFIG, found.config, len(found.reader.tensors))
     if found.program == LOWBIT:
         return found
     if found.program is not None:
@@ -189,6 +187,7 @@ def _unfinished(folder: Path, config: Any) -> bool:
 def _check_float(found: ModelFolder) -> None:
     """Raises ValueError if weights of a folder without quantization_config are not float."""
     folder, tensors = found.folder, found.reader.tensors
+    check_layers(folder / CONFIG, found.config, len(tensors))
     for name, info in tensors.items():
         if 0 in info.shape:
             raise ValueError(

@@ -90,6 +90,8 @@ def read_record(path: Path, file: str, run: str) -> Record:
     if record["run"] != run or record["file"] != file:
         raise ValueError(f"{name} belongs to another run or shard")
     learned = f"learned/{file}"
+    if record["learned"] is None and (folder / learned).exists():
+        raise ValueError(f"{name} does not state {learned}")
     for each, facts in ((file, record), (learned, record["learned"])):
         problem = None if facts is None else problem_of(folder, each, facts)
         if problem is not None:

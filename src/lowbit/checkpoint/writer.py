@@ -134,6 +134,14 @@ class CheckpointWriter:
         """
         return self._records.get(index)
 
+    def discard(self, index: int, problem: str) -> None:
+        """Counts a shard as not finished, because what is there is not what belongs there.
+
+        problem: what is wrong, as the rest of a sentence that begins with the name of its record.
+        """
+        del self._records[index]
+        self.damaged[self._record_path(index).relative_to(self.folder).as_posix()] = problem
+
     def write_shard(
         self,
         index: int,
@@ -294,6 +302,8 @@ class CheckpointWriter:
                 "it, choose another OUT, or start over with --restart"
             )
         differing = dict(differences(before, self.signature))
+        if not differing and before != self.signature:  # in names that stand for nothing
+            write_json(path, self.signature)
         if differing:
             lines = "".join(f"\n  {key}: was {a}, is {b}" for key, (a, b) in differing.items())
             raise ValueError(

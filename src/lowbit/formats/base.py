@@ -38,6 +38,8 @@ class QuantizedLinear(nn.Module):
     A layer of most formats runs at one bit width. If it can run at several, `widths` lists them,
     and `at` and `set_bits` choose one. `lowbit.formats.widths` does this for whole models.
 
+    limited: class attribute, names of the tensors not all of whose values mean something, such as a
+        permutation; `check_values` checks them.
     activation: how `forward` rounds its input; None: it does not, or `prepare` does.
     input_bits: 16 or 8; to how many bits kernels round inputs that the layer does not round itself.
     stored_as: the layer's name in the folder that it was loaded from; None: it was not loaded.
@@ -49,6 +51,7 @@ class QuantizedLinear(nn.Module):
     format: ClassVar[str]
     Entry: ClassVar[type[LayerEntry]]
     backends: ClassVar[tuple[Backend[Any], ...]]
+    limited: ClassVar[tuple[str, ...]] = ()
     spec: LayerEntry
     activation: Activation | None = None
     input_bits: int = 16
@@ -290,6 +293,13 @@ class QuantizedLinear(nn.Module):
     def own_tensors(self) -> list[Tensor]:
         """The layer's parameters, without those of the owner."""
         return [tensor for tensor in self._parameters.values() if tensor is not None]
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ValueError if a tensor holds values that mean nothing.
+
+        tensors: those of the layer's tensors that `limited` names, by name. The layer itself may be
+            on the meta device.
+        """
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from lowbit.checkpoint import QuantizedFolder
-from lowbit.checkpoint.low_precision import is_low_precision
+from lowbit.checkpoint.finite import is_finite
+from lowbit.checkpoint.low_precision import is_low_precision, open_checkpoint
 from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.checkpoint.slices import widths_of
 from lowbit.formats import repack, set_input_bits
@@ -47,7 +48,8 @@ def load(
     device_map: as in transformers; None: everything on the CPU.
     dtype: the dtype of everything that is not quantized; None: float32 on the CPU (where half
         precision is hundreds of times slower), otherwise the dtype of the checkpoint.
-    verify: whether the hashes of all files are checked; False: only names, shapes and sizes are.
+    verify: whether the hashes of all files are checked, and that all weights are finite; False:
+        only names, shapes and sizes are.
     trust_remote_code: whether Python code in the model's folder may be run.
     bits: for a MatQuant folder: keep only slices of these widths, which are cut while the folder is
         read: one width, {name or pattern of a layer: width}, or the path of a YAML file with such a
@@ -117,7 +119,22 @@ def load_model(
     note_unread(folder, model, report["unexpected_keys"])
     if low_precision and isinstance(wanted_dtype, torch.dtype):
         model.to(wanted_dtype)  # transformers dequantizes to the dtype of the checkpoint
+    if verify:
+        _check_finite(folder, model)
     return cast(PreTrainedModel, model)
+
+
+def _check_finite(folder: Path, model: PreTrainedModel) -> None:
+    """Raises ValueError, with the tensor and the file, if a weight is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or is_finite(parameter.detach()):
+            continue
+        reader = open_checkpoint(folder)
+        reader.digest()  # raises an error with the tensor, if its values on disk are the cause
+        raise ValueError(
+            f"{folder}: parameter {name} has values that are not finite in {parameter.dtype}, "
+            "because they are too large for it: load the model with dtype='float32'"
+        )
 
 
 def set_widths(model: PreTrainedModel, folder: Path, bits: WidthPlan) -> None:

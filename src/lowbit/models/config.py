@@ -168,7 +168,7 @@ def _at_fault(
 
 def _example(fields: Fields, field: str) -> str:
     """Returns the default of a field in words, to say what is allowed; "" if it has none."""
-    model_type = fields.get("model_type")
+    model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         return ""
     default = getattr(CONFIG_MAPPING[model_type], field, None)

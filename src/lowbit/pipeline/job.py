@@ -38,7 +38,7 @@ from lowbit.models.tokenizer import check_tokenizer
 from lowbit.pipeline.head import outside_blocks
 from lowbit.pipeline.memory import PeakMemory
 from lowbit.pipeline.options import RunOptions, choose_device
-from lowbit.pipeline.results import as_stored, shard_of
+from lowbit.pipeline.results import STATED, as_stored, check_shard, shard_of
 from lowbit.pipeline.selection import Selection, pack_float_experts
 from lowbit.version import __version__
 
@@ -154,6 +154,48 @@ class Job:
             return self.options.streams == "disk"
         return self.all_streams_bytes(tokens) > MOST_OF_MEMORY * physical_memory()
 
+    def check_finished(self, writer: CheckpointWriter) -> None:
+        """Discards the shards of an earlier run that this run would not have written."""
+        lost = False  # whether an earlier shard has no record
+        for index in range(self.shards):
+            record = writer.record(index)
+            if record is None:
+                lost = True
+                continue
+            try:
+                if index == 0:
+                    self._check_outside(writer.read_shard(0), record)
+                else:
+                    name = self.blocks[index - 1]
+                    groups = self.selection.groups(name)
+                    check_shard(
+                        writer.read_shard(index),
+                        record,
+                        self.source,
+                        name,
+                        [linear for group in groups for linear in group.linears],
+                        None if lost else self._is_first(writer, index),
+                    )
+            except ValueError as error:
+                writer.discard(index, str(error))
+                lost = True
+
+    def _check_outside(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Raises ValueError if `write_outside` would write another shard or record."""
+        wanted, stated = outside_blocks(self.source, self.options.lm_head_bits)
+        for key in STATED:
+            if (record.get(key) or None) != (stated.get(key) or None):
+                raise ValueError(f"states another {key} than this run has outside the blocks")
+        if wanted.keys() != tensors.keys():
+            raise ValueError("states other tensors than its shard holds")
+        for name, tensor in wanted.items():
+            if not torch.equal(tensor, tensors[name]):
+                raise ValueError(f"is about a shard with another tensor {name} than the model's")
+
+    def _is_first(self, writer: CheckpointWriter, index: int) -> bool:
+        """Returns whether no shard before this one has quantized layers."""
+        return not any((writer.record(i) or {}).get("modules") for i in range(index))
+
     def write_outside(self, writer: CheckpointWriter) -> None:
         """Writes shard 0: everything outside the blocks (embeddings, last norm, lm_head)."""
         tensors, record = outside_blocks(self.source, self.options.lm_head_bits)
@@ -195,7 +237,7 @@ class Job:
                 block, result, lambda path: self.source.is_view(f"{step.name}.{path}.")
             )
             result = as_stored(result, self.source, name)
-            first = not any((writer.record(i) or {}).get("modules") for i in range(index + 1))
+            first = self._is_first(writer, index + 1)
             tensors, record = shard_of(result, self.source, name, first)
             learned = result.learned if self.method.learns else None
             writer.write_shard(index + 1, tensors, learned, record)

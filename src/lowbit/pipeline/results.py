@@ -4,7 +4,7 @@ The way back is needed when an interrupted run continues, and to check a dry run
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,11 @@ from lowbit.formats.dense import DenseLinear
 from lowbit.methods.result import BlockResult
 from lowbit.models.conv1d import TransposedLinear, as_on_disk
 from lowbit.models.source import SourceModel
+from lowbit.parsing import reason_of
 from lowbit.run_report import BlockReport, RunReport
+
+# What records state of their shards, apart from the shards' own names, sizes and hashes.
+STATED = ("block", "on_disk", "modules", "attention", "changed", "marker", "config", "report")
 
 
 def as_stored(result: BlockResult, source: SourceModel, block: str) -> BlockResult:
@@ -85,6 +89,53 @@ def shard_of(
         "report": _report_on_disk(result.report, source, block).to_json(),
     }
     return tensors, record
+
+
+def check_shard(
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    source: SourceModel,
+    block: str,
+    linears: Collection[str],
+    first: bool | None,
+) -> None:
+    """Checks the shard and the record of an earlier run against what `shard_of` makes for a block.
+
+    tensors: the tensors of the shard, by name on disk.
+    linears: the names in memory of the linears that are to be quantized, relative to the block.
+    first: as for `shard_of`; None: not known.
+
+    Raises ValueError, as the rest of a sentence about the record, if `shard_of` did not make them.
+    """
+    try:
+        result_of(tensors, {**record, "block": block}, source)
+        reported = BlockReport.model_validate(record["report"]).linears.keys()
+        layers = layers_from(record["modules"], tensors)
+        states = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"does not fit its shard or the model ({reason_of(error)})") from error
+    on_disk, modules, changed = block_on_disk(source, block), record["modules"], record["changed"]
+    marked = bool(modules) and (record["marker"] is not None if first is None else first)
+    placeholder = f"{next(iter(modules))}.weight" if marked else None
+    stated: dict[str, Any] = {
+        "block": block,
+        "on_disk": on_disk,
+        "marker": placeholder,
+        "config": {},
+    }
+    for key, value in stated.items():
+        if record.get(key, {}) != value:
+            raise ValueError(f"states {key} {record[key]!r}, but it is {value!r}")
+    wanted = {source.disk_name(f"{block}.{name}") for name in linears}
+    if not wanted <= modules.keys() or not wanted <= {f"{on_disk}.{name}" for name in reported}:
+        raise ValueError("does not state all linears that are to be quantized")
+    replaced = {f"{name}.{key}" for name in modules for key in ("weight", "bias")}
+    kept = set(source.block_tensors(block)) - replaced - set(changed)
+    if tensors.keys() != kept | states | set(changed) | ({placeholder} - {None}):
+        raise ValueError("states other tensors than its shard holds")
+    for name, tensor in source.reader.read(kept).items():
+        if not torch.equal(tensor, tensors[name]):
+            raise ValueError(f"does not state that tensor {name} was changed")
 
 
 def block_on_disk(source: SourceModel, block: str) -> str:

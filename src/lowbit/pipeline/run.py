@@ -36,7 +36,6 @@ from lowbit.events import (
 from lowbit.formats import use_backend
 from lowbit.kernels.products import reproducible
 from lowbit.methods import Method
-from lowbit.methods.result import BlockResult
 from lowbit.models.in_memory import as_folder
 from lowbit.models.self_check import check_streaming
 from lowbit.models.tokenizer import FILES as TOKENIZER_FILES
@@ -119,6 +118,7 @@ class _Run:
             if writer.complete:
                 self._log(writer, RunComplete(out=str(out)))
                 return out
+            job.check_finished(writer)
             started = RunStarted(
                 out=str(out),
                 blocks=len(job.blocks),
@@ -176,7 +176,7 @@ class _Run:
             if record is None:
                 result = job.quantize_block(writer, step, self._logger(writer))
             else:
-                result = self._earlier_result(writer, step.index + 1, record)
+                result = result_of(writer.read_shard(step.index + 1), record, job.source)
                 resumed = BlockResumed(block=step.name, index=step.index, of=len(names))
                 self._log(writer, resumed)
             if step.index < last:
@@ -184,17 +184,6 @@ class _Run:
 
         # A finished block is visited again only to compute the inputs of the next one.
         job.source.walk(streams, visit, job.device, range(last + 1) if streams else unfinished)
-
-    def _earlier_result(
-        self, writer: CheckpointWriter, index: int, record: dict[str, Any]
-    ) -> BlockResult:
-        try:
-            return result_of(writer.read_shard(index), record, self.job.source)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{writer.folder / RUN}: the record of {record['file']} does not fit that shard or "
-                f"the model: delete it, and run the same command again ({error})"
-            ) from error
 
     def _first_streams(
         self, writer: CheckpointWriter, windows: TokenWindows | None

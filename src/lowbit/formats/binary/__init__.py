@@ -37,6 +37,7 @@ channels; the mask is then stored in that layer only. An entry may also have the
 `formats/entry.py` describes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -162,6 +163,7 @@ class BinaryLinear(QuantizedLinear):
     """A linear layer in the binary format; the module's docstring gives its byte layout."""
 
     format = "binary"
+    limited = ("mask",)
     Entry = BinaryEntry
     backends = (Cpu(), Lookup(), Weight(), reference.Reference())
 
@@ -255,6 +257,14 @@ class BinaryLinear(QuantizedLinear):
                 "which it shares the mask"
             )
 
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        if "mask" in tensors:
+            marked = int(unpack(tensors["mask"], 1, self.in_features).sum())
+            if marked != self.spec.salient:
+                raise ValueError(
+                    f"mask has {marked} salient channels: allowed is {self.spec.salient}"
+                )
+
     def order(self) -> Tensor | None:
         """Returns the plain channels, then the salient ones: (in,) int64; None: all are plain."""
         if not self.spec.salient:
@@ -270,9 +280,7 @@ class BinaryLinear(QuantizedLinear):
             return ordered
         owner = self.owner
         assert isinstance(owner, BinaryLinear) and owner.mask is not None
-        marked = int(unpack(owner.mask, 1, self.in_features).sum())
-        if marked != self.spec.salient:
-            raise ValueError(f"mask has {marked} salient channels: allowed is {self.spec.salient}")
+        self.check_values({"mask": owner.mask})
         return torch.empty_like(ordered).index_copy_(1, order, ordered)
 
     def ordered(self) -> Tensor:

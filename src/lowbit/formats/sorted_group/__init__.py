@@ -41,6 +41,7 @@ then stored in that layer only. The group of `activation` is `group_size`. An en
 the key `dtype`, which `formats/entry.py` describes.
 """
 
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -78,6 +79,7 @@ class SortedGroupLinear(QuantizedLinear):
     format = "sorted_group"
     Entry = SortedGroupEntry
     backends = (Cpu(), reference.Reference())
+    limited = ("permutation",)
 
     spec: SortedGroupEntry
     packed: Tensor
@@ -193,6 +195,10 @@ class SortedGroupLinear(QuantizedLinear):
 
     def shared_tensors(self) -> list[Tensor]:
         return [] if self.permutation is None else [self.permutation]
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        if "permutation" in tensors:
+            _checked(tensors["permutation"], self.in_features)
 
     def codes(self) -> Tensor:
         """Returns the codes: (out, kept) uint8."""
