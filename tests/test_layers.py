@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"blocks", "checkpoint", "kernels", "parsing", "patterns"},
     "methods": {"blocks", "solvers", "formats", "kernels", "config", "patterns", "run_report"},
     "calibration": {"config", "parsing"},
-    "load": {"models", "formats", "checkpoint", "config", "version"},
+    "load": {"models", "formats", "checkpoint", "config", "parsing", "version"},
     "eval": {"load", "calibration", "checkpoint", "formats", "config", "parsing", "quantities"},
     "exporters": {"formats", "checkpoint", "config", "kernels", "quantities", "version"},
     "convert": {"formats", "checkpoint", "config", "kernels", "version"},

@@ -1,6 +1,9 @@
 """The command line `lowbit`: one function for each command. Only this package prints."""
 
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -29,7 +32,7 @@ from lowbit.cli.slice import cut
 from lowbit.cli.verify import verify
 from lowbit.config import explain
 from lowbit.models.quiet import quiet
-from lowbit.parsing import shorten
+from lowbit.parsing import reason_of, shorten
 from lowbit.version import __version__
 
 MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
@@ -38,14 +41,20 @@ UNEXPECTED = (TypeError, LookupError, AttributeError, ArithmeticError, Assertion
     RuntimeError,
     ImportError,
 )
+LONGEST_WORD = 400  # characters; a path may have as many
 
 
 class Commands(TyperGroup):
     """Command group that prints a user's mistake as one sentence instead of a traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _short_usage_errors():
+            return list(super().parse_args(ctx, args))
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _short_usage_errors():
+                return super().invoke(ctx)
         except BrokenPipeError:
             raise  # the reader closed the pipe, as `head` does; typer then exits silently
         except MISTAKES as error:
@@ -55,24 +64,41 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from error
         except (typer.Exit, typer.Abort):
             raise
-        except UNEXPECTED as error:
-            if ctx.params["debug"]:
+        except BaseException as error:
+            if ctx.params["debug"] or not _is_unexpected(error):
                 raise
-            kind = f"{type(error).__name__}: {shorten(error, 200)}"
             print_error(
                 ValueError(
-                    f"unexpected {kind}. This is a bug in lowbit or in a library that it uses: "
-                    "please report it with the output of lowbit --debug and the same command"
+                    f"unexpected {reason_of(error)} (raised by {_raiser_of(error)}). If the model "
+                    "or another input was edited or is of an unusual kind, check that first; else "
+                    "this is a bug in lowbit or in a library that it uses: please report it with "
+                    "the output of lowbit --debug and the same command"
                 )
             )
             raise typer.Exit(1) from error
+
+
+@contextmanager
+def _short_usage_errors() -> Iterator[None]:
+    """Shortens what typer says of a command that does not exist, or of a bad option."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(getattr(error, "message", None), str) and hasattr(error, "format_message"):
+            error.message = with_short_words(error.message)  # type: ignore[attr-defined]
+        raise
 
 
 def print_error(error: BaseException) -> None:
     """Prints an error as one sentence on stderr."""
     screen = console(stderr=True)
     screen.print("error: ", style="bold red", end="")
-    screen.print(_sentence(error), soft_wrap=True)
+    screen.print(with_short_words(_sentence(error)), soft_wrap=True)
+
+
+def with_short_words(text: str) -> str:
+    """Returns a message in which words of more than LONGEST_WORD characters are cut."""
+    return re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda found: shorten(found[0]), text)
 
 
 def _sentence(error: BaseException) -> str:
@@ -80,7 +106,23 @@ def _sentence(error: BaseException) -> str:
         return explain(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return f"out of memory: {error}" if str(error) else "out of memory"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename} cannot be read or written: {error.strerror}"
     return str(error) or type(error).__name__
+
+
+def _is_unexpected(error: BaseException) -> bool:
+    """Whether it is an error of code that met something unforeseen, and not a wish to stop."""
+    return isinstance(error, UNEXPECTED) or type(error).__name__ == "PanicException"  # of Rust
+
+
+def _raiser_of(error: BaseException) -> str:
+    """Returns the package whose code raised an error."""
+    raised_in = error.__traceback__
+    while raised_in is not None and raised_in.tb_next is not None:
+        raised_in = raised_in.tb_next
+    module = "" if raised_in is None else str(raised_in.tb_frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0] or "Python"
 
 
 app = typer.Typer(

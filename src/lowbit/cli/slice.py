@@ -1,5 +1,6 @@
 """lowbit slice: cuts a MatQuant model to one width, or to one width for each layer."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,9 @@ from lowbit.cli.parameters import CopyCode, MatQuantModel
 from lowbit.cli.screen import console, size
 from lowbit.convert import slice_folder
 from lowbit.models.locate import locate
+from lowbit.parsing import shorten
+
+LONGEST_WIDTH = 9  # digits; Python refuses to read thousands
 
 
 def cut(
@@ -61,8 +65,8 @@ def cut(
 def parse_bits(text: str) -> int | str:
     """Parses --bits: a width, or the path of a YAML file with a width for each layer."""
     text = text.strip()
-    if text.isdecimal():
+    if text.isdecimal() and len(text) <= LONGEST_WIDTH:
         return int(text)
-    if not Path(text).is_file():
-        raise ValueError(f"--bits {text!r} is neither a width from 2 to 8 nor a file")
+    if not os.path.isfile(text):  # False for a name that no file can have
+        raise ValueError(f"--bits {shorten(text)!r} is neither a width from 2 to 8 nor a file")
     return text
