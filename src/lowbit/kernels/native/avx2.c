@@ -13,6 +13,7 @@
 #define ROWS 8
 #define VECTOR 32
 #define AHEAD 2048 /* bytes that are prefetched ahead of a plane */
+#define VISIT 1024 /* bytes of a tile that are read before the next tile's */
 #define TOKENS 2   /* tokens of a step with several tokens */
 
 #if defined(_MSC_VER)
@@ -144,37 +145,60 @@ INLINE __m256i half_product(const uint8_t *vector, int width, int32_t length, co
     }
 }
 
-INLINE __m256i plane_product(const uint8_t *vector, int width, const lowbit_piece *piece,
-                             const lowbit_inputs *in, int64_t token) {
-    int64_t at = token * in->padded + piece->begin;
-    if (width == 8) return byte_product(vector, piece->length, in->wide + at);
-    __m256i sum = half_product(vector, width, piece->length, in->low + at);
+/* at: where the inputs begin. */
+INLINE __m256i plane_product(const uint8_t *vector, int width, int32_t length,
+                             const lowbit_inputs *in, int64_t at) {
+    if (width == 8) return byte_product(vector, length, in->wide + at);
+    __m256i sum = half_product(vector, width, length, in->low + at);
     if (in->high == NULL) return sum;
-    __m256i upper = half_product(vector, width, piece->length, in->high + at);
+    __m256i upper = half_product(vector, width, length, in->high + at);
     return _mm256_add_epi32(sum, _mm256_slli_epi32(upper, 7));
 }
 
-static void multiply_one(const lowbit_layer *layer, const lowbit_part *part,
-                         const lowbit_inputs *in, int64_t tile, int64_t token, float *y) {
-    const lowbit_piece *piece = lowbit_at(layer, part->piece_table);
-    const uint8_t *vector[LOWBIT_MOST_PLANES];
-    for (int i = 0; i < part->planes; i++)
-        vector[i] = (const uint8_t *)lowbit_at(layer, part->plane[i]) + tile * part->tile_bytes[i];
-    row_sums to = {_mm256_setzero_si256(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (int64_t p = 0; p < part->pieces; p++, piece++) {
-        __m256i product = _mm256_setzero_si256();
-        for (int i = 0; i < part->planes; i++) {
-            int width = part->width[i];
-            __m256i here = plane_product(vector[i], width, piece, in, token);
-            product = _mm256_add_epi32(
-                product, _mm256_sll_epi32(here, _mm_cvtsi32_si128(part->low[i])));
-            vector[i] += piece->length / 32 * width * VECTOR;
-        }
-        int64_t at = token * in->pieces + p;
-        finish_piece(&part->spec, piece, scales_of(layer, part, tile, piece->group), in->sum[at],
-                     in->step[at], product, &to);
+/* The product of `length` inputs with all planes. Moves the planes' vectors on. */
+INLINE __m256i planes_product(const lowbit_part *part, int32_t length, const uint8_t **vector,
+                              const lowbit_inputs *in, int64_t at) {
+    __m256i product = _mm256_setzero_si256();
+    for (int i = 0; i < part->planes; i++) {
+        int width = part->width[i];
+        __m256i here = plane_product(vector[i], width, length, in, at);
+        product =
+            _mm256_add_epi32(product, _mm256_sll_epi32(here, _mm_cvtsi32_si128(part->low[i])));
+        vector[i] += length / 32 * width * VECTOR;
     }
-    _mm256_storeu_ps(y, to.y);
+    return product;
+}
+
+/* One token and several tiles, which are read side by side; see avx512.c. */
+static void multiply_one(const lowbit_layer *layer, const lowbit_part *part,
+                         const lowbit_inputs *in, const int64_t *tile, int tiles, int64_t token,
+                         float *y) {
+    const lowbit_piece *piece = lowbit_at(layer, part->piece_table);
+    const uint8_t *vector[LOWBIT_STREAMS][LOWBIT_MOST_PLANES];
+    row_sums to[LOWBIT_STREAMS];
+    int32_t visit = VISIT / ROWS * 8 / part->spec.bits / LOWBIT_PADDING * LOWBIT_PADDING;
+    for (int t = 0; t < tiles; t++) {
+        for (int i = 0; i < part->planes; i++)
+            vector[t][i] = (const uint8_t *)lowbit_at(layer, part->plane[i]) +
+                           tile[t] * part->tile_bytes[i];
+        to[t].sums = _mm256_setzero_si256();
+        to[t].partial = to[t].y = _mm256_setzero_ps();
+    }
+    for (int64_t p = 0; p < part->pieces; p++, piece++) {
+        int64_t number = token * in->pieces + p, at = token * in->padded + piece->begin;
+        __m256i product[LOWBIT_STREAMS];
+        for (int t = 0; t < tiles; t++) product[t] = _mm256_setzero_si256();
+        for (int32_t done = 0; done < piece->length; done += visit) {
+            int32_t length = piece->length - done < visit ? piece->length - done : visit;
+            for (int t = 0; t < tiles; t++)
+                product[t] = _mm256_add_epi32(
+                    product[t], planes_product(part, length, vector[t], in, at + done));
+        }
+        for (int t = 0; t < tiles; t++)
+            finish_piece(&part->spec, piece, scales_of(layer, part, tile[t], piece->group),
+                         in->sum[number], in->step[number], product[t], &to[t]);
+    }
+    for (int t = 0; t < tiles; t++) _mm256_storeu_ps(y + t * ROWS, to[t].y);
 }
 
 /* Writes the codes of a piece of a tile as bytes, 32 for every four inputs. */
@@ -275,10 +299,9 @@ static int some_products(const uint8_t *codes, const lowbit_inputs *in, const lo
 }
 
 static void multiply(const lowbit_layer *layer, const lowbit_part *part, const lowbit_inputs *in,
-                     int64_t tile, int tiles, int64_t token, int tokens, float *y) {
-    (void)tiles; /* always 1 */
+                     const int64_t *tile, int tiles, int64_t token, int tokens, float *y) {
     if (tokens == 1) {
-        multiply_one(layer, part, in, tile, token, y);
+        multiply_one(layer, part, in, tile, tiles, token, y);
         return;
     }
     _Alignas(32) uint8_t codes[(LOWBIT_PIECE + LOWBIT_PADDING) * ROWS];
@@ -286,14 +309,14 @@ static void multiply(const lowbit_layer *layer, const lowbit_part *part, const l
     const lowbit_piece *piece = lowbit_at(layer, part->piece_table);
     memset(sums, 0, sizeof(row_sums) * (size_t)tokens);
     for (int64_t p = 0; p < part->pieces; p++, piece++) {
-        unpack(layer, part, tile, piece, codes);
+        unpack(layer, part, *tile, piece, codes);
         for (int m = 0; m < tokens;) {
             __m256i products[2 * TOKENS];
             int count = some_products(codes, in, piece, token + m, tokens - m, part->spec.bits,
                                       products);
             for (int i = 0; i < count; i++, m++) {
                 int64_t at = (token + m) * in->pieces + p;
-                finish_piece(&part->spec, piece, scales_of(layer, part, tile, piece->group),
+                finish_piece(&part->spec, piece, scales_of(layer, part, *tile, piece->group),
                              in->sum[at], in->step[at], products[i], &sums[m]);
             }
         }
@@ -301,10 +324,10 @@ static void multiply(const lowbit_layer *layer, const lowbit_part *part, const l
     for (int m = 0; m < tokens; m++) _mm256_storeu_ps(y + m * ROWS, sums[m].y);
 }
 
-const lowbit_set lowbit_avx2 = {ROWS, 1, 1, round_inputs, multiply};
+const lowbit_set lowbit_avx2 = {ROWS, LOWBIT_STREAMS, 1, 1, round_inputs, multiply};
 
 #else
 
-const lowbit_set lowbit_avx2 = {0, 0, 0, 0, 0}; /* not compiled for this processor */
+const lowbit_set lowbit_avx2 = {0, 0, 0, 0, 0, 0}; /* not compiled for this processor */
 
 #endif

@@ -12,6 +12,7 @@
 #define ROWS 16
 #define VECTOR 64
 #define AHEAD 2048 /* bytes that are prefetched ahead of a plane */
+#define VISIT 1024 /* bytes of a tile that are read before the next tile's */
 #define TOKENS 4   /* tokens of a step with several tokens; 8 with one half */
 
 #if defined(_MSC_VER)
@@ -98,35 +99,56 @@ INLINE __m512i any_plane_product(const uint8_t *vector, int width, int32_t lengt
     }
 }
 
+/* The product of `length` inputs of one token with all planes. Moves the planes' vectors on. */
+INLINE __m512i planes_product(const lowbit_part *part, int32_t length, const uint8_t **vector,
+                              const int8_t *low, const int8_t *high) {
+    __m512i product = _mm512_setzero_si512();
+    for (int i = 0; i < part->planes; i++) {
+        int width = part->width[i];
+        __m512i here = any_plane_product(vector[i], width, length, low, high);
+        product =
+            _mm512_add_epi32(product, _mm512_sll_epi32(here, _mm_cvtsi32_si128(part->low[i])));
+        vector[i] += length / 32 * width * VECTOR;
+    }
+    return product;
+}
+
+/* One token and several tiles, which are read side by side: a processor core reads memory up to
+ * twice as fast in several places as in one (12 and 19 GB/s on a Sapphire Rapids). */
 INLINE void multiply_one(const lowbit_layer *layer, const lowbit_part *part,
-                         const lowbit_inputs *in, int64_t tile, int64_t token, int halves,
-                         float *y) {
+                         const lowbit_inputs *in, const int64_t *tile, int tiles, int64_t token,
+                         int halves, float *y) {
     const lowbit_piece *piece = lowbit_at(layer, part->piece_table);
     const int8_t *low = in->low + token * in->padded;
     const int8_t *high = halves == 2 ? in->high + token * in->padded : NULL;
     const float *step = in->step + token * in->pieces;
     const int32_t *sum = in->sum + token * in->pieces;
-    const uint8_t *vector[LOWBIT_MOST_PLANES];
-    for (int i = 0; i < part->planes; i++)
-        vector[i] = (const uint8_t *)lowbit_at(layer, part->plane[i]) + tile * part->tile_bytes[i];
-    row_sums to = {_mm512_setzero_si512(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t p = 0; p < part->pieces; p++, piece++) {
-        __m512i product = _mm512_setzero_si512();
-        for (int i = 0; i < part->planes; i++) {
-            int width = part->width[i];
-            __m512i here =
-                halves == 2 ? any_plane_product(vector[i], width, piece->length,
-                                                low + piece->begin, high + piece->begin)
-                            : any_plane_product(vector[i], width, piece->length,
-                                                low + piece->begin, NULL);
-            product = _mm512_add_epi32(
-                product, _mm512_sll_epi32(here, _mm_cvtsi32_si128(part->low[i])));
-            vector[i] += piece->length / 32 * width * VECTOR;
-        }
-        finish_piece(&part->spec, piece, scales_of(layer, part, tile, piece->group), sum[p],
-                     step[p], product, &to);
+    const uint8_t *vector[LOWBIT_STREAMS][LOWBIT_MOST_PLANES];
+    row_sums to[LOWBIT_STREAMS];
+    int32_t visit = VISIT / ROWS * 8 / part->spec.bits / LOWBIT_PADDING * LOWBIT_PADDING;
+    for (int t = 0; t < tiles; t++) {
+        for (int i = 0; i < part->planes; i++)
+            vector[t][i] = (const uint8_t *)lowbit_at(layer, part->plane[i]) +
+                           tile[t] * part->tile_bytes[i];
+        to[t].sums = _mm512_setzero_si512();
+        to[t].partial = to[t].y = _mm512_setzero_ps();
     }
-    _mm512_storeu_ps(y, to.y);
+    for (int64_t p = 0; p < part->pieces; p++, piece++) {
+        __m512i product[LOWBIT_STREAMS];
+        for (int t = 0; t < tiles; t++) product[t] = _mm512_setzero_si512();
+        for (int32_t done = 0; done < piece->length; done += visit) {
+            int32_t length = piece->length - done < visit ? piece->length - done : visit;
+            const int8_t *q = low + piece->begin + done;
+            const int8_t *upper = halves == 2 ? high + piece->begin + done : NULL;
+            for (int t = 0; t < tiles; t++)
+                product[t] = _mm512_add_epi32(product[t],
+                                              planes_product(part, length, vector[t], q, upper));
+        }
+        for (int t = 0; t < tiles; t++)
+            finish_piece(&part->spec, piece, scales_of(layer, part, tile[t], piece->group), sum[p],
+                         step[p], product[t], &to[t]);
+    }
+    for (int t = 0; t < tiles; t++) _mm512_storeu_ps(y + t * ROWS, to[t].y);
 }
 
 /* Writes the codes of a piece of a tile as bytes, 64 for every four inputs. */
@@ -214,7 +236,7 @@ static const products_function PRODUCTS_OF[2][2][4] = {
 };
 
 static void multiply_many(const lowbit_layer *layer, const lowbit_part *part,
-                          const lowbit_inputs *in, int64_t tile, int tiles, int64_t token,
+                          const lowbit_inputs *in, const int64_t *tile, int tiles, int64_t token,
                           int tokens, float *y) {
     enum { APART = (LOWBIT_PIECE + LOWBIT_PADDING) * ROWS };
     _Alignas(64) uint8_t codes[2 * APART];
@@ -223,7 +245,7 @@ static void multiply_many(const lowbit_layer *layer, const lowbit_part *part,
     int halves = in->high ? 2 : 1, most = halves == 2 ? TOKENS : 2 * TOKENS;
     memset(sums, 0, sizeof(row_sums) * (size_t)(tokens * tiles));
     for (int64_t p = 0; p < part->pieces; p++, piece++) {
-        for (int t = 0; t < tiles; t++) unpack(layer, part, tile + t, piece, codes + t * APART);
+        for (int t = 0; t < tiles; t++) unpack(layer, part, tile[t], piece, codes + t * APART);
         for (int m = 0; m < tokens;) {
             __m512i products[16];
             int power = 3, count = 8;
@@ -232,7 +254,7 @@ static void multiply_many(const lowbit_layer *layer, const lowbit_part *part,
             for (int i = 0; i < count; i++) {
                 int64_t at = (token + m + i) * in->pieces + p;
                 for (int t = 0; t < tiles; t++)
-                    finish_piece(&part->spec, piece, scales_of(layer, part, tile + t, piece->group),
+                    finish_piece(&part->spec, piece, scales_of(layer, part, tile[t], piece->group),
                                  in->sum[at], in->step[at], products[i * tiles + t],
                                  &sums[(m + i) * tiles + t]);
             }
@@ -243,23 +265,19 @@ static void multiply_many(const lowbit_layer *layer, const lowbit_part *part,
 }
 
 static void multiply(const lowbit_layer *layer, const lowbit_part *part, const lowbit_inputs *in,
-                     int64_t tile, int tiles, int64_t token, int tokens, float *y) {
-    if (tokens > 1) {
+                     const int64_t *tile, int tiles, int64_t token, int tokens, float *y) {
+    if (tokens > 1)
         multiply_many(layer, part, in, tile, tiles, token, tokens, y);
-        return;
-    }
-    for (int t = 0; t < tiles; t++, y += ROWS) {
-        if (in->high)
-            multiply_one(layer, part, in, tile + t, token, 2, y);
-        else
-            multiply_one(layer, part, in, tile + t, token, 1, y);
-    }
+    else if (in->high)
+        multiply_one(layer, part, in, tile, tiles, token, 2, y);
+    else
+        multiply_one(layer, part, in, tile, tiles, token, 1, y);
 }
 
-const lowbit_set lowbit_avx512 = {ROWS, 2, 0, round_inputs, multiply};
+const lowbit_set lowbit_avx512 = {ROWS, LOWBIT_STREAMS, 2, 0, round_inputs, multiply};
 
 #else
 
-const lowbit_set lowbit_avx512 = {0, 0, 0, 0, 0}; /* not compiled for this processor */
+const lowbit_set lowbit_avx512 = {0, 0, 0, 0, 0, 0}; /* not compiled for this processor */
 
 #endif

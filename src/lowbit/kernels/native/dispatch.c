@@ -148,8 +148,8 @@ static void add_unusual(const work *w, const lowbit_layer *layer, const lowbit_p
 }
 
 /* Adds a part's product to y[token][tile][row]. */
-static void add_part(const work *w, const lowbit_layer *layer, int index, int64_t tile, int tiles,
-                     int64_t token, int tokens, float *y) {
+static void add_part(const work *w, const lowbit_layer *layer, int index, const int64_t *tile,
+                     int tiles, int64_t token, int tokens, float *y) {
     const lowbit_part *part = &layer->part[index];
     const lowbit_inputs *in = &w->inputs[index];
     int rows = layer->rows;
@@ -161,14 +161,14 @@ static void add_part(const work *w, const lowbit_layer *layer, int index, int64_
         for (int t = 0; t < tiles; t++) {
             float *to = y + (m * tiles + t) * rows, *from = own + (m * tiles + t) * rows;
             if (part->spec.kind == LOWBIT_FLOATS) {
-                add_floats(w, layer, part, tile + t, token + m, to);
+                add_floats(w, layer, part, tile[t], token + m, to);
             } else if (in->state[token + m] != LOWBIT_FINE) {
-                add_unusual(w, layer, part, in, tile + t, token + m, to);
+                add_unusual(w, layer, part, in, tile[t], token + m, to);
             } else {
                 for (int row = 0; row < rows; row++) {
                     float value = from[row] * part->spec.unit;
                     if (means)
-                        value = value + means[(tile + t) * rows + row] * in->total[token + m];
+                        value = value + means[tile[t] * rows + row] * in->total[token + m];
                     to[row] += value;
                 }
             }
@@ -176,11 +176,11 @@ static void add_part(const work *w, const lowbit_layer *layer, int index, int64_
     }
 }
 
-static void write_outputs(const lowbit_layer *layer, int64_t tile, int tiles, int64_t token,
+static void write_outputs(const lowbit_layer *layer, const int64_t *tile, int tiles, int64_t token,
                           int tokens, const float *y, float *output) {
     for (int m = 0; m < tokens; m++) {
         for (int t = 0; t < tiles; t++) {
-            int64_t first = (tile + t) * layer->rows, count = layer->outputs - first;
+            int64_t first = tile[t] * layer->rows, count = layer->outputs - first;
             if (count > layer->rows) count = layer->rows;
             memcpy(output + (token + m) * layer->outputs + first, y + (m * tiles + t) * layer->rows,
                    (size_t)count * sizeof(float));
@@ -188,20 +188,30 @@ static void write_outputs(const lowbit_layer *layer, int64_t tile, int tiles, in
     }
 }
 
+/* Multiplies by tiles that lie `apart` from each other. */
+static void multiply_some(const work *w, const lowbit_layer *layer, int64_t first, int64_t apart,
+                          int tiles, float *output) {
+    int64_t all = w->call->tokens, tile[LOWBIT_STREAMS];
+    float y[LOWBIT_BLOCK * 2 * LOWBIT_MOST_ROWS];
+    for (int t = 0; t < tiles; t++) tile[t] = first + t * apart;
+    for (int64_t token = 0; token < all; token += LOWBIT_BLOCK) {
+        int tokens = all - token < LOWBIT_BLOCK ? (int)(all - token) : LOWBIT_BLOCK;
+        memset(y, 0, (size_t)(tokens * tiles * layer->rows) * sizeof(float));
+        for (int32_t i = 0; i < layer->parts; i++)
+            add_part(w, layer, i, tile, tiles, token, tokens, y);
+        write_outputs(layer, tile, tiles, token, tokens, y, output);
+    }
+}
+
+/* The tiles are cut into runs that are read side by side, each from its beginning to its end. */
 static void multiply_range(const work *w, const lowbit_layer *layer, int64_t begin, int64_t end,
                            float *output) {
-    int64_t all = w->call->tokens;
-    float y[LOWBIT_BLOCK * 2 * LOWBIT_MOST_ROWS];
-    int pair = all > 1 ? w->set->pair : 1;
-    for (int64_t tile = begin; tile < end; tile += pair) {
-        int tiles = end - tile < pair ? (int)(end - tile) : pair;
-        for (int64_t token = 0; token < all; token += LOWBIT_BLOCK) {
-            int tokens = all - token < LOWBIT_BLOCK ? (int)(all - token) : LOWBIT_BLOCK;
-            memset(y, 0, (size_t)(tokens * tiles * layer->rows) * sizeof(float));
-            for (int32_t i = 0; i < layer->parts; i++)
-                add_part(w, layer, i, tile, tiles, token, tokens, y);
-            write_outputs(layer, tile, tiles, token, tokens, y, output);
-        }
+    int most = w->call->tokens > 1 ? w->set->pair : w->set->streams;
+    for (int streams = most; streams; streams /= 2) {
+        int64_t run = (end - begin) / streams;
+        for (int64_t i = 0; i < run; i++)
+            multiply_some(w, layer, begin + i, run, streams, output);
+        begin += run * streams;
     }
 }
 

@@ -20,12 +20,13 @@
 
 #include <stdint.h>
 
-#define LOWBIT_ABI 1
+#define LOWBIT_ABI 2
 #define LOWBIT_PARTS 2
 #define LOWBIT_MOST_PLANES 3
 #define LOWBIT_MOST_ROWS 16 /* rows of the largest tile */
 #define LOWBIT_PADDING 32   /* inputs of the longest vector of a plane, at 1 bit */
 #define LOWBIT_PIECE 512    /* most inputs that are summed as integers at once; see rounding.h */
+#define LOWBIT_STREAMS 4    /* most tiles that are multiplied at once */
 #define LOWBIT_BLOCK 64     /* tokens that are multiplied by a tile before the next tile */
 
 #if defined(_WIN32)
@@ -123,14 +124,15 @@ enum { LOWBIT_FINE = 0, LOWBIT_LARGE = 1, LOWBIT_BROKEN = 2 };
 /* What an instruction set provides. */
 typedef struct {
     int32_t rows; /* of a tile */
-    int32_t pair; /* tiles that `multiply` takes at once with several tokens: 1 or 2 */
+    int32_t streams; /* tiles that `multiply` takes at once with one token, at most LOWBIT_STREAMS */
+    int32_t pair;    /* the same with several tokens: 1 or 2 */
     int32_t wide; /* whether it reads lowbit_inputs.wide */
     /* Rounds the inputs of tokens [begin, end); x is the first token, tokens lie `stride` apart. */
     void (*round)(const lowbit_layer *, const lowbit_part *, const float *x, int64_t stride,
                   const lowbit_inputs *, int64_t begin, int64_t end);
-    /* Writes y[token][tile][row] for `tiles` tiles from `tile` on and `tokens` tokens. */
-    void (*multiply)(const lowbit_layer *, const lowbit_part *, const lowbit_inputs *, int64_t tile,
-                     int tiles, int64_t token, int tokens, float *y);
+    /* Writes y[token][i][row] for tiles tile[i] and `tokens` tokens. */
+    void (*multiply)(const lowbit_layer *, const lowbit_part *, const lowbit_inputs *,
+                     const int64_t *tile, int tiles, int64_t token, int tokens, float *y);
 } lowbit_set;
 
 extern const lowbit_set lowbit_portable;

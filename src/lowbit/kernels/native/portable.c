@@ -38,7 +38,7 @@ static void finish_piece(const lowbit_layer *layer, const lowbit_part *part,
 }
 
 static void multiply(const lowbit_layer *layer, const lowbit_part *part, const lowbit_inputs *in,
-                     int64_t tile, int tiles, int64_t token, int tokens, float *y) {
+                     const int64_t *tile, int tiles, int64_t token, int tokens, float *y) {
     uint8_t codes[(LOWBIT_PIECE + LOWBIT_PADDING) * ROWS];
     uint32_t sums[LOWBIT_BLOCK][ROWS];
     float partial[LOWBIT_BLOCK][ROWS];
@@ -48,17 +48,17 @@ static void multiply(const lowbit_layer *layer, const lowbit_part *part, const l
         memset(partial, 0, sizeof(partial));
         for (int m = 0; m < tokens; m++) memset(y + (m * tiles + t) * ROWS, 0, ROWS * sizeof(float));
         for (int64_t p = 0; p < part->pieces; p++, piece++) {
-            lowbit_unpack_piece(layer, part, tile + t, piece, codes);
+            lowbit_unpack_piece(layer, part, tile[t], piece, codes);
             for (int m = 0; m < tokens; m++) {
                 uint32_t here[ROWS] = {0};
                 add_piece(codes, in, piece, token + m, here);
                 for (int row = 0; row < ROWS; row++)
                     sums[m][row] += here[row] << part->spec.shift;
-                finish_piece(layer, part, in, piece, tile + t, token + m, p, sums[m], partial[m],
+                finish_piece(layer, part, in, piece, tile[t], token + m, p, sums[m], partial[m],
                              y + (m * tiles + t) * ROWS);
             }
         }
     }
 }
 
-const lowbit_set lowbit_portable = {ROWS, 1, 0, round_inputs, multiply};
+const lowbit_set lowbit_portable = {ROWS, 1, 1, 0, round_inputs, multiply};
