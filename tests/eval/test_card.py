@@ -47,6 +47,16 @@ def test_every_width_and_a_folder_without_a_card(tmp_path: Path) -> None:
     assert "bits per weight" in (master / "README.md").read_text()
 
 
+def test_an_export_in_float_keeps_its_card(folder: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    lowbit("export", folder, dense, "--to", "dense")
+    before = (dense / "README.md").read_text()
+    lowbit("eval", dense, *TEXT, "--write-card")
+    after = (dense / "README.md").read_text()
+    assert [row[0] for row in table(dense)] == ["dense"]
+    assert before.partition("<!--")[0] == after.partition("<!--")[0]
+
+
 def test_a_float_model_that_is_not_ours_has_no_card() -> None:
     error = lowbit("eval", quantized.source(), *TEXT, "--write-card", code=1).stderr
     assert "--write-card writes into the README.md of folders that lowbit has written" in error

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowbit.checkpoint.card import measured_part, write_measured
+from lowbit.checkpoint.card import CARD, measured_part, write_measured
 from lowbit.checkpoint.card_facts import write_card
 from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.eval.evaluate import Evaluation
@@ -44,8 +44,8 @@ def write_cards(rows: Sequence[Evaluation], folders: dict[str, Path]) -> None:
     for model, folder in folders.items():
         own = [row for row in rows if row.model == model]
         compared = own if first.model == model else [first, *own]
-        config = runnable_folder(folder).config
-        write_card(folder, config, folder)  # folders of earlier versions have none
+        if not (folder / CARD).exists():  # as in folders of earlier versions
+            write_card(folder, runnable_folder(folder).config, folder)
         write_measured(folder, measured(compared))
 
 
