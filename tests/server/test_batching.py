@@ -1,6 +1,7 @@
 """Continuous batching: every request as if it were alone."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import lowbit
 from lowbit.models.generation import Piece, Sampling, pieces, prompt_tokens
 from lowbit.server.batching import BatchWorker
-from lowbit.server.draws import NONE, STEPS, key_of, noise
+from lowbit.server.draws import NONE, STEPS, Draws, key_of, noise
 from lowbit.server.requests import RequestError
 from lowbit.server.worker import Job, TurnWorker, Worker
 
@@ -90,15 +91,19 @@ def test_the_end_of_the_context(worker: Worker, loaded: Any) -> None:
     assert isinstance(error, RequestError) and error.code == "context_length_exceeded"
 
 
-def test_a_client_that_leaves(worker: Worker) -> None:
-    async def leave() -> Any:
-        job = worker.submit(tokens(PROMPT), Sampling(40))
+def test_a_client_that_leaves_is_not_answered_any_more(worker: Worker) -> None:
+    async def leave() -> int:
+        job = worker.submit(tokens(PROMPT), Sampling(50))
+        results, put = [], job.put
+        job.put = lambda result: (results.append(result), put(result))[1]  # type: ignore[method-assign]
         await job.prompt_length()
         await job.piece()
         job.cancel()
-        return await answer(worker.submit(tokens(PROMPT), Sampling(2)))
+        assert (await answer(worker.submit(tokens(PROMPT), Sampling(2))))[2] == 2
+        await asyncio.sleep(0.5)  # long enough for all 50 tokens
+        return len(results)
 
-    assert asyncio.run(asyncio.wait_for(leave(), 60))[2] == 2
+    assert asyncio.run(asyncio.wait_for(leave(), 60)) < 40
 
 
 def test_a_family_that_transformers_cannot_batch(capfd: pytest.CaptureFixture[str]) -> None:
@@ -133,3 +138,15 @@ def test_noise_is_finite_and_absent_without_a_key() -> None:
     assert float(torch.corrcoef(found[1:3])[0, 1].abs()) < 0.02
     assert -torch.log(-torch.log(torch.tensor((STEPS - 0.5) / STEPS))) < float("inf")
     assert len({key_of(seed, position) for seed in range(50) for position in range(50)}) == 2500
+
+
+def test_every_token_of_a_request_has_its_own_noise() -> None:
+    def request(seed: int | None, generated: int) -> Any:
+        kwargs = {} if seed is None else {"seed": seed}
+        state = SimpleNamespace(logit_processor_kwargs=kwargs, generated_tokens=[0] * generated)
+        return SimpleNamespace(state=state)
+
+    asked = [(1, 0), (1, 1), (2, 0), (None, 0), (1, 1)]
+    keys = Draws().prepare_tensor_args([request(*one) for one in asked]).tolist()
+    assert keys == [key_of(1, 0), key_of(1, 1), key_of(2, 0), NONE, key_of(1, 1)]
+    assert len(set(keys)) == 4
