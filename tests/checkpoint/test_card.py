@@ -1,5 +1,6 @@
 """The model card: what it says, what it takes over, and that nobody's own card is lost."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,23 @@ def test_the_card_of_an_earlier_run_is_replaced_unless_it_was_changed(
         other = section | {"made_by": section["made_by"] | {"recipe": "another"}}
         write_card(out, config | {"quantization_config": other}, model)
         assert ("`another`" in (out / "README.md").read_text()) == replaced
+
+
+BASES = {
+    "another program's, whose card names it": ("gptq", "base_model: a/b", "a/b"),
+    "in a list": ("gptq", "base_model: [a/b]", "a/b"),
+    "of two models": ("gptq", "base_model: [a/b, c/d]", None),
+    "not stated": ("gptq", "license: mit", None),
+    "no id": ("gptq", "base_model: llama", None),
+    "a float model's own base": (None, "base_model: a/b", None),  # it is not the model itself
+}
+
+
+@pytest.mark.parametrize(("method", "metadata", "expected"), BASES.values(), ids=BASES)
+def test_the_base_of_a_folder(
+    method: str | None, metadata: str, expected: str | None, tmp_path: Path
+) -> None:
+    section = {} if method is None else {"quantization_config": {"quant_method": method}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | section))
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
+    assert base_model(tmp_path) == expected
