@@ -94,6 +94,7 @@ def test_omniquant_with_activations_as_published(family, bits):
         alpha=alpha,
         init="minmax",
         rounding="nearest",
+        match="self",
         damping=0.01,
         fine_zeros=False,
     )

@@ -459,7 +459,8 @@ def test_feedback_uses_the_grid_that_was_learned() -> None:
     task = zoo.task("llama")
     options = W3 | {"let": True, "epochs": 2}
     nearest, feedback = (
-        published(**options, rounding=rounding).quantize(task) for rounding in ("nearest", "gptq")
+        published(**options, rounding=rounding, match="self").quantize(task)
+        for rounding in ("nearest", "gptq")
     )
     for name, packed in feedback.linears.items():
         assert torch.equal(packed.scale, nearest.linears[name].scale)
@@ -538,5 +539,5 @@ def test_statistics_are_those_of_the_float_stream_and_hessians_of_the_quantized(
 
     monkeypatch.setattr(omniquant, "input_statistics", statistics)
     monkeypatch.setattr(learned, "input_hessians", hessians)
-    OmniQuant(**W3, epochs=0, rounding="gptq", min_tokens=8).quantize(task)
+    OmniQuant(**W3, epochs=0, rounding="gptq", min_tokens=8, match="self").quantize(task)
     assert read == {"statistics": ["float"], "hessians": ["quantized"]}

@@ -6,9 +6,9 @@ Source: Qronos (Zhang et al., arXiv 2505.11695) and GPTAQ (Li et al., arXiv 2504
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,7 @@ def paired_moments(
     groups: Sequence[LinearGroup],
     float_stream: Stream,
     stream: Stream,
+    rounded: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, PairedMoments]:
     """Returns the moments of the input of each `LinearGroup`, by the group's name.
 
@@ -101,6 +102,7 @@ def paired_moments(
     block: the same block, in which the linears of earlier stages are already quantized.
     groups: the groups of one stage.
     float_stream, stream: the inputs of the float block, and those of the quantized block.
+    rounded: rounds the input of a linear of the quantized block, given its name.
     """
     device = next(float_block.parameters()).device
     names = {group.linears[0]: group for group in groups}
@@ -123,6 +125,8 @@ def paired_moments(
             wanted = _inputs(float_block, names, float_stream, index, alone)
             found = _inputs(block, names, stream, index, alone)
             for first, quantized in found.items():
+                if rounded is not None:
+                    quantized = replace(quantized, rows=rounded(first, quantized.rows))
                 half = moments[first].halves[index % 2]
                 x, difference = _paired(wanted.get(first), quantized, alone)
                 half.second.update(quantized.rows)

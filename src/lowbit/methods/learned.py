@@ -1,6 +1,6 @@
 """What OmniQuant and MatQuant share: their fields, and making a result of a learned block."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import ClassVar, Literal
 
@@ -13,15 +13,17 @@ from lowbit.blocks.folding import load_changed
 from lowbit.blocks.hessian import input_hessians
 from lowbit.formats.base import QuantizedLinear
 from lowbit.methods.damping import Damping, damping_field, damping_share
+from lowbit.methods.matching import Step
 from lowbit.methods.method import Method
 from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.block_learner import SCALED, BlockLearner, Learning
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
-from lowbit.solvers.rounding import Grid
 
-# (name, folded weight, folded bias, grid) -> the quantized linear and its report
-Pack = Callable[[str, Tensor, Tensor | None, Grid], tuple[QuantizedLinear, LinearReport]]
+# (name, folded weight, folded bias, step) -> the quantized linear and its report
+Pack = Callable[[str, Tensor, Tensor | None, Step | None], tuple[QuantizedLinear, LinearReport]]
+# the linears that are packed so far -> the groups that follow; see `lowbit.methods.matching`
+Steps = Callable[[Mapping[str, QuantizedLinear]], Iterable[Step]]
 NEAREST_BETTER = "rounding to nearest was better than what was learned, and is kept"
 
 
@@ -138,14 +140,25 @@ class LearningMethod(Method):
 
 
 @torch.no_grad()
-def packed_block(learner: BlockLearner, pack: Pack) -> BlockResult:
-    """Returns the block with every linear packed, and all other tensors that folding changed."""
+def packed_block(learner: BlockLearner, pack: Pack, steps: Steps | None = None) -> BlockResult:
+    """Returns the block with every linear packed, and all other tensors that folding changed.
+
+    steps: the groups in the order in which they are packed; None: in any order.
+    """
     tensors = learner.folded()
     result, reports = BlockResult(learned=learner.learned()), dict[str, LinearReport]()
-    for name in learner.linears:
-        weight = tensors.pop(f"{name}.weight")
-        bias, grid = tensors.pop(f"{name}.bias", None), learner.grid(name, weight)
-        result.linears[name], reports[name] = pack(name, weight, bias, grid)
+
+    def put(name: str, step: Step | None) -> None:
+        weight, bias = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias", None)
+        result.linears[name], reports[name] = pack(name, weight, bias, step)
+
+    if steps is None:
+        for name in learner.linears:
+            put(name, None)
+    else:
+        for step in steps(result.linears):
+            for name in step.group.linears:
+                put(name, step)
     for name, tensor in tensors.items():
         if not torch.equal(tensor, learner.float_tensors[name]):
             result.tensors[name] = tensor

@@ -8,7 +8,7 @@ each with all earlier ones quantized. (Measured all at once on tinystories-656k 
 was gained.)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from lowbit.blocks.hessian import Hessian, Hessians, input_hessians
 from lowbit.blocks.install import install
 from lowbit.blocks.moments import PairedMoments, hessians, paired_moments, stages
 from lowbit.formats import link
+from lowbit.formats.activation import Activation
 from lowbit.formats.base import QuantizedLinear
 from lowbit.solvers.correction import Target, corrected, output_error
 
@@ -80,12 +81,16 @@ def steps(
     own: str,
     linears: Mapping[str, QuantizedLinear],
     block: nn.Module | None = None,
+    attention: Mapping[str, Activation] | None = None,
+    rounded: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Iterator[Step]:
     """Yields the groups of a block in the order in which they are to be quantized.
 
     own: the stream of the Hessians where match is "self".
     linears: the quantized linears, which the caller puts in before it asks for the next group.
     block: the float block, if it is not that of the task.
+    attention: how attention modules of the quantized block round, by name.
+    rounded: rounds the input of a linear, given its name, where activations are quantized.
     """
     block = task.block if block is None else block
     if match == "self":
@@ -94,9 +99,10 @@ def steps(
         return
     groups, device = {g.name: g for g in task.groups}, next(block.parameters()).device
     stream, changed = task.streams["quantized"], deepcopy(block)
+    install(changed, {}, {}, {n: a.model_dump() for n, a in (attention or {}).items()})
     for stage in stages(block, task.groups, stream):
         here = [groups[name] for name in stage]
-        moments = paired_moments(block, changed, here, task.streams["float"], stream)
+        moments = paired_moments(block, changed, here, task.streams["float"], stream, rounded)
         together = hessians(moments, device)
         for group in here:
             yield Step(group, together, moments[group.name])

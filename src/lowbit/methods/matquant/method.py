@@ -320,8 +320,10 @@ class _Learner(BlockLearner):
         weights = dict(zip(self.method.widths, self.method.weights, strict=True))
 
         def packed(
-            name: str, weight: Tensor, bias: Tensor | None, grid: Grid
+            name: str, weight: Tensor, bias: Tensor | None, _: object
         ) -> tuple[QuantizedLinear, LinearReport]:
+            grid = self.grid(name, weight)
+
             def report(
                 layer: QuantizedLinear, slices: Mapping[int, QuantizedLinear]
             ) -> LinearReport:

@@ -14,6 +14,7 @@ can absorb the shift (equation 3) and scales queries against keys (equation 5).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
@@ -25,27 +26,31 @@ from torch.nn import functional
 
 from lowbit.blocks import BlockTask, Stream
 from lowbit.blocks.capture import call_block
-from lowbit.blocks.folding import Tensors
+from lowbit.blocks.folding import Tensors, load_changed
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics, tokens_by_linear
 from lowbit.blocks.training import fit, mean_loss
 from lowbit.formats.activation import Activation
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.uniform import UniformLinear
+from lowbit.methods.damping import damping_share
 from lowbit.methods.grid import GridMethod
 from lowbit.methods.learned import NEAREST_BETTER, LearningMethod, keep_if_better, packed_block
+from lowbit.methods.matching import Match, Step, match_field, steps
 from lowbit.methods.omniquant.rounding_copy import rounding_copy
 from lowbit.methods.packing import pack, pack_with_feedback
 from lowbit.methods.result import (
     NOT_POSITIVE_DEFINITE,
     BlockResult,
     signal_to_noise,
+    too_few_tokens,
     trained_report,
     warn_of_hessians,
 )
 from lowbit.run_report import LinearReport
 from lowbit.solvers.block_learner import BlockLearner
-from lowbit.solvers.gptq import OrderedFactor
-from lowbit.solvers.rounding import Grid, fake_quantize
+from lowbit.solvers.correction import Target
+from lowbit.solvers.gptq import OrderedFactor, ordered_factor
+from lowbit.solvers.rounding import fake_quantize
 
 FLOAT_ATTENTION = (
     "queries, keys and values are not quantized, only the inputs of linears: this model does not "
@@ -84,6 +89,8 @@ class OmniQuant(LearningMethod, GridMethod):
         "column by column with the error fed into the columns left.",
     )
 
+    match: Match = match_field()
+
     @model_validator(mode="after")
     def _check_activation(self) -> Self:
         if self.activation_symmetric and self.activation_bits is None:
@@ -111,7 +118,7 @@ class OmniQuant(LearningMethod, GridMethod):
         fallbacks = self.fallbacks(tokens_by_linear(task.groups, statistics))
         learner = _Learner(self, task, statistics, set(fallbacks))
         targets = _targets(task, self.aug_loss)
-        task = replace(task, block=learner.rounding_block(task))
+        float_task, task = task, replace(task, block=learner.rounding_block(task))
         start = learner.values()
         fitted = fit(
             learner.parameter_groups(),
@@ -127,7 +134,9 @@ class OmniQuant(LearningMethod, GridMethod):
             result, after = learner.result({}, fallbacks), fitted.after if keep else nearest
         else:
             tries = [start, learner.values()] if keep and fitted.best_epoch else [learner.values()]
-            result, after = self._with_feedback(task, learner, fallbacks, targets, tries)
+            result, after = self._with_feedback(
+                task, learner, float_task, fallbacks, targets, tries
+            )
         warn_of_hessians(task, result.report.linears)
         reasons = [] if keep else [NEAREST_BETTER]
         if self.activation is not None and not task.attentions:
@@ -139,6 +148,7 @@ class OmniQuant(LearningMethod, GridMethod):
         self,
         task: BlockTask,
         learner: "_Learner",
+        float_task: BlockTask,
         fallbacks: Mapping[str, str],
         targets: Sequence[Stream],
         tries: Sequence[Sequence[Tensor]],
@@ -149,15 +159,19 @@ class OmniQuant(LearningMethod, GridMethod):
         At 2 bits the perplexity of tinystories-656k was 109.8 with the initial values in all
         blocks, 110.3 with the learned ones, and 107.5 with the better of both in each block.
 
+        task, float_task: the task, with a block that rounds its inputs and with one that does not.
         tries: the values of the learned parameters to try.
         """
         found: list[tuple[float, BlockResult]] = []
         for values in tries:
             learner.restore(values)
-            factors = self.factors(task, learner, {"quantized": 1.0})
-            failed = [n for n in learner.linears if n not in factors and n not in fallbacks]
-            sentences = {**fallbacks, **dict.fromkeys(failed, NOT_POSITIVE_DEFINITE)}
-            result = learner.result(factors, sentences)
+            if self.match == "float":
+                result = learner.matched(float_task, fallbacks)
+            else:
+                factors = self.factors(task, learner, {"quantized": 1.0})
+                failed = [n for n in learner.linears if n not in factors and n not in fallbacks]
+                sentences = {**fallbacks, **dict.fromkeys(failed, NOT_POSITIVE_DEFINITE)}
+                result = learner.result(factors, sentences)
             found.append((_fixed_loss(task, learner.packed(result.linears), targets), result))
         after, result = min(found, key=lambda each: each[0])
         return result, after
@@ -230,8 +244,9 @@ class _Learner(BlockLearner):
         """
 
         def packed(
-            name: str, weight: Tensor, bias: Tensor | None, grid: Grid
+            name: str, weight: Tensor, bias: Tensor | None, _: object
         ) -> tuple[UniformLinear, LinearReport]:
+            grid = self.grid(name, weight)
             if name in factors:
                 layer, _ = pack_with_feedback(weight, bias, grid, factors[name])
             else:
@@ -244,6 +259,59 @@ class _Learner(BlockLearner):
             )
 
         result = packed_block(self, packed)
+        result.attention = self.attention
+        return result
+
+    def _rounded_input(self, name: str, x: Tensor) -> Tensor:
+        activation = self.activations.get(name)
+        return x if activation is None else activation.round(x)
+
+    @torch.no_grad()
+    def matched(self, task: BlockTask, fallbacks: Mapping[str, str]) -> BlockResult:
+        """Packs the block with error feedback, so that its output matches the float model's.
+
+        fallbacks: the fallback sentences of the linears that saw too few tokens, by name.
+        """
+        block = deepcopy(task.block)
+        load_changed(block, self.folded())
+        factors: dict[str, OrderedFactor | None] = {}
+
+        def packed(
+            name: str, weight: Tensor, bias: Tensor | None, step: Step | None
+        ) -> tuple[UniformLinear, LinearReport]:
+            assert step is not None
+            damping = damping_share(self.method.damping, step.hessian.tokens, weight.shape[1])
+            if step.group.name not in factors:  # the groups come one after another
+                factors.clear()
+                factors[step.group.name] = ordered_factor(step.hessian.matrix, damping, True)
+            factor, fallback = factors[step.group.name], fallbacks.get(name)
+            if fallback is None and step.hessian.tokens < self.method.min_tokens:
+                fallback = too_few_tokens(step.hessian.tokens)
+            if fallback is None and factor is None:
+                fallback = NOT_POSITIVE_DEFINITE
+            if fallback is not None or factor is None:
+                target = Target(weight, None)
+                layer = pack(weight, bias, self.grid(name, weight))
+            else:
+                target = step.target(weight, damping)
+                grid = self.grid(name, target.weight)
+                layer, _ = pack_with_feedback(target.weight, bias, grid, factor)
+            layer.activation = self.activations.get(name)
+            return layer, LinearReport(
+                signal_to_noise_db=signal_to_noise(target.weight, layer),
+                output_error=step.output_error(name, weight, layer),
+                correction=target.strength,
+                tokens=self.tokens[name],
+                fallback=fallback,
+            )
+
+        result = packed_block(
+            self,
+            packed,
+            lambda made: steps(
+                task, "float", "quantized", made, block, self.attention, self._rounded_input
+            ),
+        )
         result.attention = self.attention
         return result
 
