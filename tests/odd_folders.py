@@ -15,6 +15,7 @@ from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+OLDER = "model-00003-of-00003.safetensors"
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\n"
     "oid sha256:6fe9e8d3a5b3d3c8f4a1a7e7cfa9cde0c9bb12a1ea5f64c2e3a7a5d8b5b3c9f1\nsize 9908568\n"
@@ -106,6 +107,10 @@ def secret(model: Path) -> Path:
     return path
 
 
+def templates(model: Path) -> None:
+    (model / "additional_chat_templates").mkdir()
+
+
 def moved_out(name: str) -> Change:
     """Moves a file out of the folder, and leaves a link to it."""
 
@@ -145,6 +150,8 @@ def unfinished(config_json: str | None = None) -> Change:
 
 
 LINEAR = "model.layers.0.mlp.down_proj.weight"
+
+LORA = "model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 def with_scale(name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -215,6 +222,20 @@ ODD: dict[str, Odd] = {
     "inverse scale": Odd(tensors(with_scale(".weight_scale_inv")), "weight_scale_inv"),
     "input scale": Odd(tensors(with_scale(".input_scale")), "input_scale"),
     "absmax": Odd(tensors(with_scale(".weight.absmax")), "absmax"),
+    # Weights that are not those of a model alone.
+    "a single file beside shards": Odd(
+        lambda m: (shutil.copy(m / SINGLE, m / "all"), sharded(m), (m / "all").rename(m / SINGLE)),
+        "model.safetensors beside the shards",
+    ),
+    "an adapter's tensors": Odd(
+        tensors(lambda held: held.update({LORA: torch.ones(4, 48)})), "adapter that is not merged"
+    ),
+    "saved of a compiled model": Odd(
+        tensors(lambda held: {f"_orig_mod.{name}": held[name] for name in held}), "'_orig_mod.'"
+    ),
+    "saved of DataParallel": Odd(
+        tensors(lambda held: {f"module.{name}": held[name] for name in held}), "'module.'"
+    ),
     # No weights, or weights in another kind of file.
     "gguf": Odd(both(drop(SINGLE), write("model.Q4_K_M.gguf", "GGUF")), "GGUF"),
     "gguf alone": Odd(only(model__gguf="GGUF"), "GGUF"),
@@ -266,6 +287,14 @@ ODD: dict[str, Odd] = {
     "dtype fp16": Odd(config(dtype="fp16"), "dtype is 'fp16': allowed are float32"),
     "10^30 layers": Odd(config(num_hidden_layers=10**30), "num_hidden_layers is 1000000"),
     "more layers than tensors": Odd(config(num_hidden_layers=5000), "has only"),
+    "a rotation by 0": Odd(
+        config(rope_parameters={"rope_type": "default", "rope_theta": 0}),
+        "rope_parameters.rope_theta is 0: allowed are numbers above 0",
+    ),
+    "a factor of 0": Odd(
+        config(rope_scaling={"full_attention": {"rope_type": "linear", "factor": 0}}),
+        "rope_scaling.full_attention.factor is 0",
+    ),
     "a NaN in config.json": Odd(config(rms_norm_eps=float("nan")), "rms_norm_eps is NaN"),
     "model_type null": Odd(config(model_type=None), "model_type"),
     "config.json a folder": Odd(as_folder("config.json"), "config.json"),
@@ -291,6 +320,15 @@ ODD: dict[str, Odd] = {
     "weights outside": Odd(moved_out(SINGLE), "outside"),
     "tokenizer outside": Odd(moved_out("tokenizer.json"), "outside"),
     "companion outside": Odd(link("tokenizer_extra.json", secret), "tokenizer_extra.json"),
+    "template outside": Odd(
+        both(templates, link("additional_chat_templates/a.jinja", secret)), "a.jinja is a link to"
+    ),
+    "template a pipe, one of several": Odd(
+        both(templates, as_pipe("additional_chat_templates/a.jinja")), "named pipe"
+    ),
+    "templates outside": Odd(
+        link("additional_chat_templates", lambda m: m.parent), "additional_chat_templates is a link"
+    ),
     "index outside": Odd(both(sharded, moved_out(INDEX)), "outside"),
     "shard by an absolute path": Odd(both(sharded, placed_at("/etc/passwd")), "weight_map"),
     "shard by ..": Odd(both(sharded, placed_at("../x/model.safetensors")), "weight_map"),
@@ -361,6 +399,9 @@ SAME: dict[str, Change] = {
     "hidden link": link(".secret", secret),
     "pickles too": write("pytorch_model.bin", "x"),
     "gguf too": write("model.gguf", "x"),
+    "outputs as tuples": config(return_dict=False),
+    "all outputs": config(output_hidden_states=True, output_attentions=True),
+    "an older save's shard": lambda m: (sharded(m), save_file({"a": torch.ones(1)}, m / OLDER)),
     "a mask of integers": tensors(
         lambda held: held.update({"model.layers.0.attn.bias": torch.ones(3, dtype=torch.uint8)})
     ),

@@ -72,3 +72,9 @@ WRONG = {
 def test_ids_that_are_none(ids: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TokenIds(ids).windows(10, None)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70, 10**300, 1.5, "a", None, True])
+def test_seeds_that_torch_does_not_take(seed: Any) -> None:
+    with pytest.raises(ValueError, match="seed of TokenIds is .*: allowed are 0 to 9223"):
+        TokenIds(ROWS, seed=seed).windows(7, None)

@@ -1,5 +1,6 @@
 """A folder is written completely or not at all."""
 
+import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,3 +50,51 @@ def test_an_error_half_way_leaves_nothing(companions: Path, tmp_path: Path) -> N
 def test_an_existing_folder_is_left_alone(companions: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists already"):
         write_folder(companions, iter([]), 0, {}, companions)
+
+
+def killed(out: Path) -> None:
+    """Leaves what a process leaves that is killed while it writes OUT."""
+    part = out.with_name("out.part")
+    part.mkdir()
+    (part / "half.safetensors").write_text("half")
+    out.with_name("out.part.lock").touch()
+
+
+def write(out: Path, companions: Path) -> None:
+    write_folder(out, iter([{"a": torch.ones(2)}]), 1, {"model_type": "x"}, companions)
+
+
+def test_what_a_killed_process_left_is_removed(companions: Path, tmp_path: Path) -> None:
+    killed(tmp_path / "out")
+    write(tmp_path / "out", companions)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+    assert not (tmp_path / "out" / "half.safetensors").exists()
+
+
+def test_a_folder_of_this_name_that_lowbit_did_not_leave_is_kept(
+    companions: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "mine").touch()
+    with pytest.raises(ValueError, match=r"out.part, where .* remove it \(rm -r .*out.part\)"):
+        write(tmp_path / "out", companions)
+    assert (tmp_path / "out.part" / "mine").exists()
+
+
+def test_a_link_of_this_name_is_not_followed(companions: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").touch()
+    (tmp_path / "out.part.lock").touch()
+    (tmp_path / "out.part").symlink_to(tmp_path / "other")
+    with pytest.raises(ValueError, match="was not left by a command of lowbit"):
+        write(tmp_path / "out", companions)
+    assert (tmp_path / "other" / "mine").exists()
+
+
+def test_two_processes_write_one_folder(companions: Path, tmp_path: Path) -> None:
+    killed(tmp_path / "out")
+    with (tmp_path / "out.part.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is writing .*out: wait for it"):
+            write(tmp_path / "out", companions)
+    assert (tmp_path / "out.part" / "half.safetensors").exists()

@@ -31,7 +31,7 @@ EXPORTS: dict[str, tuple[Any, str, tuple[Any, ...], str]] = {
     "9 bits": (NESTED, "d", ("ct", "--bits", 9), "is 9: allowed are 2 to 8"),
     "bits in words": (NESTED, "d", ("ct", "--bits", "four"), "neither a width from 2 to 8"),
     "bits of one width": (RTN, "d", ("ct", "--bits", 4), "has layers of one width only"),
-    "a killed export": (RTN, "dest", ("ct",), "A command that was killed may have left it"),
+    "a killed export": (RTN, "dest", ("ct",), "was not left by a command of lowbit"),
     "a folder that exists": (RTN, "there", ("ct",), "exists already: choose another folder"),
     "inside of the model": (RTN, "", ("ct",), "would lie in the folder that is exported"),
     "another target": (RTN, "d", ("exl2",), "'exl2' is not a target: allowed are awq, ct, dense"),

@@ -177,3 +177,15 @@ def test_without_lm_eval_tasks_are_refused_and_all_else_works(
     assert not evaluate([LLAMA], **options)[0].tasks
     with pytest.raises(ValueError, match=r"not installed: pip install 'lowbit\[eval\]'"):
         evaluate([LLAMA], **options | {"tasks": TaskOptions(names=("piqa",))})
+
+
+def test_a_text_with_tokens_that_the_model_does_not_have(tmp_path: Path) -> None:
+    """As special tokens that were added to the tokenizer and not to the model."""
+    model = shutil.copytree(letters(), tmp_path / "model")
+    file = model / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"] = {k: v + 5000 for k, v in content["model"]["vocab"].items()}
+    file.write_text(json.dumps(content))
+    for options in ({}, {"per_document": True}, {"reference": letters()}):
+        with pytest.raises(ValueError, match=r"the text .* has token 5\d+, but the model has"):
+            evaluate([model], texts=(random_text(),), seqlen=16, limit=2, **options)

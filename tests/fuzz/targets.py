@@ -108,11 +108,13 @@ def link(path: Path, outside: Path) -> None:
     path.symlink_to(outside / "config.json")
 
 
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 EDIT_LIST = st.lists(EDITS, min_size=1, max_size=3)
 BYTE_LIST = st.lists(BYTES, min_size=1, max_size=2)
 # What is done to a folder: (kind, number of the file among those that the kind can change, edits)
 FOLDER = st.one_of(
     st.tuples(st.sampled_from(["config.json", INDEX, "header"]), st.integers(0, 9), EDIT_LIST),
+    st.tuples(st.sampled_from(COMPANIONS), st.integers(0, 9), EDIT_LIST),
     st.tuples(st.just("bytes"), st.integers(0, 9), BYTE_LIST),
     st.tuples(st.just("link"), st.integers(0, 9), st.none()),
     st.tuples(st.just("escape"), st.integers(0, 9), st.none()),
@@ -157,7 +159,7 @@ def quantized_model(what: tuple[str, int, Any], forged: bool) -> None:
     with guarded() as (inside, outside):
         folder = Path(shutil.copytree(quantized.folder(), inside / "out"))
         change_folder(folder, outside, what)
-        if forged and what[0] in ("header", "bytes"):
+        if forged and what[0] in ("header", "bytes", *COMPANIONS):
             quantized.seal(folder)
         try:
             model, _ = lowbit.load(folder)

@@ -1,5 +1,8 @@
 """Generation equals transformers' greedy search, and draws no global random numbers."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 import zoo
@@ -7,7 +10,7 @@ from remote_code.modeling_tiny import TinyConfig, TinyForCausalLM
 from transformers import Mamba2Config, Mamba2ForCausalLM, PretrainedConfig, PreTrainedModel
 
 import lowbit
-from lowbit.models.generation import _continue, generate, prompt_tokens
+from lowbit.models.generation import Sampling, _continue, generate, prompt_tokens
 
 MODEL = zoo.MODELS / "llama-mini"
 
@@ -181,3 +184,23 @@ def test_models_without_a_key_value_cache(name: str) -> None:
         with torch.no_grad():
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     assert found == ids[5:]
+
+
+BAD_SAMPLING: dict[str, dict[str, Any]] = {
+    "seed below 0": {"seed": -1},
+    "a large seed": {"seed": 2**63},
+    "10^300 as a seed": {"seed": 10**300},
+    "temperature below 0": {"temperature": -0.1},
+    "temperature NaN": {"temperature": math.nan},
+    "top_p of 0": {"top_p": 0.0},
+    "top_p above 1": {"top_p": 1.1},
+    "top_p NaN": {"top_p": math.nan},
+    "no tokens": {"max_new_tokens": -1},
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLING)
+def test_sampling_that_cannot_be(name: str) -> None:
+    (field,) = BAD_SAMPLING[name]
+    with pytest.raises(ValueError, match=f"{field} is .*: allowed are "):
+        Sampling(**BAD_SAMPLING[name])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.calibration.windows import Calibration, TokenWindows
+from lowbit.config import LARGEST_SEED
 from lowbit.parsing import shorten
 
 NAME = "token ids"  # the name of the source in config.json
@@ -35,6 +36,10 @@ class TokenIds:
         Raises ValueError for rows of different lengths, rows that are too long or too short, and
         numbers that are not token ids of the model.
         """
+        if type(self.seed) is not int or not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(
+                f"seed of TokenIds is {shorten(repr(self.seed))}: allowed are 0 to {LARGEST_SEED}"
+            )
         tokens = self._as_tensor()
         windows, seqlen = tokens.shape
         if windows < 1 or seqlen < 2:

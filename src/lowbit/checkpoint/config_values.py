@@ -29,6 +29,7 @@ SIZES = (
 DTYPES = ("float32", "float16", "bfloat16")
 ALIASES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16"}
 ALIASES |= {"bf16": "bfloat16"} | {f"torch.{name}": name for name in DTYPES}
+ROPE = ("rope_scaling", "rope_parameters")  # objects, whose fields are checked as well
 EPSILONS = ("_eps", "_epsilon")  # ends of the names of what keeps a norm from dividing by 0
 INT64 = 2**63 - 1
 LENGTHS = "max_length"  # end of names; tokenizers write 10^30 for a length without a limit
@@ -96,7 +97,7 @@ def _rule(name: str) -> tuple[Callable[[Any], bool], str] | None:
         least, most = int(name in POSITIVE), MOST.get(name, INT64)
         limit = f"to {most:,}" if name in MOST else "or more"
         return lambda v: _is_integer(v) and least <= v <= most, f"allowed are {least} {limit}"
-    if name == "rope_theta":
+    if name in ("rope_theta", "factor"):
         return lambda v: _is_number(v) and v > 0, "allowed are numbers above 0"
     if name.endswith(EPSILONS):
         return lambda v: _is_number(v) and v >= 0, "allowed are numbers from 0"
@@ -119,10 +120,20 @@ def _is_number(value: Any) -> bool:
 
 def _parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields the parts of a config that describe the language model, and how their fields begin."""
-    yield "", config
-    for name in INNER:
-        if isinstance(part := config.get(name), Mapping):
-            yield f"{name}.", part
+    inner = {f"{name}.": config.get(name) for name in INNER}
+    for start, part in ({"": config} | inner).items():
+        if isinstance(part, Mapping):
+            yield start, part
+            for name in ROPE:
+                yield from _objects(part.get(name), f"{start}{name}.")
+
+
+def _objects(value: Any, start: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields a JSON object, and those in it, such as the rotations of each kind of layer."""
+    if isinstance(value, Mapping):
+        yield start, value
+        for name, inner in value.items():
+            yield from _objects(inner, f"{start}{name}.")
 
 
 def _numbers(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, int | float]]:

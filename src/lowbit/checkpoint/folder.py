@@ -1,5 +1,6 @@
 """Writes a model folder at once: all shards, the index, config.json, then the model card."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -50,24 +51,51 @@ def write_folder(
 def written_aside(out: Path) -> Iterator[Path]:
     """Gives a temporary path to write a folder to, and renames it to `out` if no error occurs.
 
-    After an error the temporary folder is removed. Raises ValueError if `out` or the temporary
-    folder exists, or the disk is full.
+    After an error the temporary folder, OUT.part, is removed. If the process is killed, it stays
+    with OUT.part.lock, by which the next command that writes `out` recognises and removes it.
+
+    Raises ValueError if `out` exists, if OUT.part exists and is not such a folder, if another
+    process is writing it, or if the disk is full.
     """
     if os.path.lexists(out):
         raise ValueError(f"{out} exists already: choose another folder, or remove it")
     part = out.with_name(out.name + ".part")
-    if os.path.lexists(part):
+    lock = out.with_name(out.name + ".part.lock")
+    if os.path.lexists(part) and (part.is_symlink() or not _is_plain(lock)):
         raise ValueError(
-            f"{part} exists already. A command that was killed may have left it: remove it, or "
-            "choose another OUT"
+            f"{part}, where {out} would be written first, exists and was not left by a command of "
+            f"lowbit: remove it (rm -r {part}), or choose another OUT"
         )
-    try:
-        with explained(out):
+    with explained(out), _locked(out, lock):
+        try:
+            shutil.rmtree(part, ignore_errors=True)
             yield part
             part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(out: Path, path: Path) -> Iterator[None]:
+    """Holds a lock by a file, which the system releases when the process ends."""
+    if os.path.lexists(path) and not _is_plain(path):
+        raise ValueError(f"{path} is not a plain file: remove it, or choose another OUT")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is writing {out}: wait for it, or choose another folder"
+            ) from None
+        yield
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def write_model(

@@ -10,6 +10,7 @@ import stat
 from pathlib import Path
 
 SNAPSHOTS, BLOBS = "snapshots", "blobs"  # as the cache of the hub names them
+TEMPLATES = "additional_chat_templates"  # the only folder in which transformers looks for more
 KINDS = {
     stat.S_ISDIR: "a folder",
     stat.S_ISFIFO: "a named pipe",
@@ -61,11 +62,16 @@ def check_link(folder: Path, path: Path) -> None:
 
 
 def check_links(folder: Path) -> None:
-    """Raises ValueError if a file directly in a folder is a pipe, or a link that leads outside.
+    """Raises ValueError if a file that a model may read is a pipe, or a link that leads outside.
 
-    Links to folders are never followed, and hidden files never read, so they may lead anywhere.
+    These are the files directly in the folder and those in TEMPLATES. Links to other folders are
+    never followed, and hidden files never read, so they may lead anywhere.
     """
-    for path in sorted(folder.iterdir()):
+    templates = folder / TEMPLATES
+    if templates.is_symlink():
+        check_link(folder, templates)
+    inside = sorted(templates.iterdir()) if templates.is_dir() else []
+    for path in [*sorted(folder.iterdir()), *inside]:
         if path.name.startswith(".") or path.is_dir():
             continue
         if path.is_symlink():

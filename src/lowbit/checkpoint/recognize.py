@@ -11,6 +11,8 @@ recognize(folder):         these, and models that another program quantized, for
 Only names, config.json and the headers of the shards are read.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +39,14 @@ from lowbit.parsing import shorten
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
+ADAPTER_PART = re.compile(r"\.(lora_[AB]|base_layer|modules_to_save)\.")
+# How all names begin that were saved of a model in a wrapper, and the wrapper.
+WRAPPERS = {
+    "module.": "torch's DataParallel",
+    "_orig_mod.": "a model compiled by torch.compile",
+    "base_model.model.": "a model of peft",
+    "_fsdp_wrapped_module.": "torch's FullyShardedDataParallel",
+}
 SIGNATURE = "run/signature.json"  # of a run of lowbit quantize
 
 
@@ -188,6 +198,12 @@ def _check_float(found: ModelFolder) -> None:
     """Raises ValueError if weights of a folder without quantization_config are not float."""
     folder, tensors = found.folder, found.reader.tensors
     check_layers(folder / CONFIG, found.config, len(tensors))
+    if SINGLE not in found.reader.files and file_inside(folder, SINGLE) is not None:
+        raise ValueError(
+            f"{folder} has {SINGLE} beside the shards that {INDEX} lists, and programs differ in "
+            "which of them they read: remove the one that is not the model"
+        )
+    _check_names(folder, tensors)
     for name, info in tensors.items():
         if 0 in info.shape:
             raise ValueError(
@@ -208,3 +224,20 @@ def _check_float(found: ModelFolder) -> None:
         f"{folder} was {quantized_by(program)}, though {CONFIG} does not say so: it has the tensor "
         f"{codes.name}, {codes.what}. What to do: {advice(program, folder)}"
     )
+
+
+def _check_names(folder: Path, tensors: Iterable[str]) -> None:
+    """Raises ValueError for names that show that a checkpoint was not saved as a model alone."""
+    names = list(tensors)
+    adapter = next((name for name in names if ADAPTER_PART.search(name)), None)
+    if adapter is not None:
+        raise ValueError(
+            f"{folder} has the tensor {adapter}, which belongs to an adapter that is not merged: "
+            "merge it into the model with peft (merge_and_unload) and save that"
+        )
+    for start, wrapper in WRAPPERS.items():
+        if names and all(name.startswith(start) for name in names):
+            raise ValueError(
+                f"{folder}: the names of all tensors begin with {start!r}, because {wrapper} was "
+                "saved and not the model in it: save the model itself, or rename the tensors"
+            )

@@ -27,7 +27,16 @@ from lowbit.eval.perplexity import (
     windows_of,
 )
 from lowbit.eval.scores import TaskOptions, TaskScore
-from lowbit.load import context_of, load_config, load_model, locate, need_tokenizer, set_widths
+from lowbit.load import (
+    check_tokens,
+    context_of,
+    load_config,
+    load_model,
+    locate,
+    need_tokenizer,
+    set_widths,
+    vocabulary_of,
+)
 
 if TYPE_CHECKING:
     from lowbit.eval.tasks import Tasks
@@ -195,7 +204,7 @@ class _Session:
         folder = locate(name, options.trust_remote_code)
         seqlen = self._seqlen(name)
         tokenizer = self._tokenizer(name)
-        texts = self._rows(tokenizer, seqlen)
+        texts = self._rows(name, tokenizer, seqlen)
         loaded = None
         if self.tasks is not None or (options.texts and self.reference_folder is None):
             model = load_model(
@@ -222,7 +231,7 @@ class _Session:
                     losses = losses_of(model, rows, self._progress(label))
                     perplexities[text] = self._perplexity(losses, subject.seqlen)
             if self.tasks is not None:
-                scores = self.tasks.score(model, tokenizer, self._progress(f"{label}: tasks"))
+                scores = self._scores(label, model, tokenizer)
         size = size_of(folder) if bits is None else size_of_slice(folder, bits)
         return Evaluation(
             model=subject.name,
@@ -242,6 +251,15 @@ class _Session:
             tokens={text: _digest(rows) for text, rows in subject.texts.items()},
         )
 
+    def _scores(self, label: str, model: Any, tokenizer: Any) -> dict[str, TaskScore]:
+        assert self.tasks is not None
+        try:
+            return self.tasks.score(model, tokenizer, self._progress(f"{label}: tasks"))
+        except IndexError as error:
+            if len(tokenizer) > (rows := vocabulary_of(model.config)):
+                check_tokens(len(tokenizer) - 1, rows, f"{label}: the tokenizer")
+            raise error
+
     def _tokenizer(self, name: str) -> Any:
         trusted = self.options.trust_remote_code
         return need_tokenizer(locate(name, trusted), trusted)
@@ -257,18 +275,22 @@ class _Session:
             )
         return asked or min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
 
-    def _rows(self, tokenizer: Any, seqlen: int) -> dict[str, list[Tensor]]:
-        """Returns the windows or documents of each text: (tokens,) int64 each."""
-        limit = self.options.limit
-        if self.options.per_document:
-            return {
-                text: beginnings_of(evaluation_documents(text, tokenizer), seqlen, limit)
-                for text in self.options.texts
-            }
-        return {
-            text: windows_of(evaluation_text(text, tokenizer, seqlen), seqlen, limit)
-            for text in self.options.texts
-        }
+    def _rows(self, name: str, tokenizer: Any, seqlen: int) -> dict[str, list[Tensor]]:
+        """Returns the windows or documents of each text: (tokens,) int64 each.
+
+        Raises ValueError for a token that the model does not have.
+        """
+        trusted, limit = self.options.trust_remote_code, self.options.limit
+        vocabulary = vocabulary_of(load_config(locate(name, trusted), trusted))
+        rows: dict[str, list[Tensor]] = {}
+        for text in self.options.texts:
+            if self.options.per_document:
+                rows[text] = beginnings_of(evaluation_documents(text, tokenizer), seqlen, limit)
+            else:
+                rows[text] = windows_of(evaluation_text(text, tokenizer, seqlen), seqlen, limit)
+            largest = max(int(row.max()) for row in rows[text])
+            check_tokens(largest, vocabulary, f"{name}: the text {text}")
+        return rows
 
     def _perplexity(self, losses: list[Tensor], seqlen: int) -> Perplexity:
         over = over_documents if self.options.per_document else over_windows
@@ -298,7 +320,7 @@ class _Session:
         assert folder is not None
         if self.reference is None:
             self._seqlen(asked)
-            self.reference = self._logits(folder, self._rows(self._tokenizer(asked), seqlen))
+            self.reference = self._logits(folder, self._rows(asked, self._tokenizer(asked), seqlen))
         tokens = [row for of_text in rows.values() for row in of_text]
         expected = self.reference.rows
         if len(tokens) != len(expected) or not all(map(torch.equal, tokens, expected)):

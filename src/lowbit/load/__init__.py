@@ -18,7 +18,7 @@ from lowbit.load.transformers_plugin import (
 )
 from lowbit.models.config import load_config
 from lowbit.models.locate import locate
-from lowbit.models.sizes import context_of, hidden_of, vocabulary_of
+from lowbit.models.sizes import check_tokens, context_of, hidden_of, vocabulary_of
 from lowbit.models.tokenizer import load_tokenizer, need_tokenizer
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "VerifiedSection",
     "check_complete",
     "check_files",
+    "check_tokens",
     "context_of",
     "hidden_of",
     "load",

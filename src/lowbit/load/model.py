@@ -116,7 +116,8 @@ def load_model(
         raise wrong_shape(folder, name, stored, wanted)
     if report["missing_keys"]:  # transformers has initialised them at random
         raise missing_tensors(folder, report["missing_keys"])
-    note_unread(folder, model, report["unexpected_keys"])
+    placeholder = {quantized.placeholder} if verified is not None else set()
+    note_unread(folder, model, set(report["unexpected_keys"]) - placeholder)
     if low_precision and isinstance(wanted_dtype, torch.dtype):
         model.to(wanted_dtype)  # transformers dequantizes to the dtype of the checkpoint
     if verify:

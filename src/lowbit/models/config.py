@@ -59,6 +59,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     if file_inside(folder, GENERATION) is not None:
         path = folder / GENERATION
         usable(path, read_json(path), lambda fields: GenerationConfig(**fields).validate())
+    config.return_dict = True  # eval and generate read outputs by name; OUT keeps what it says
     return without_empty_parts(config)
 
 

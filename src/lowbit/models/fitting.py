@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
+from lowbit.checkpoint.reader import INDEX, read_json
+
 logger = logging.getLogger(__name__)
 SHOWN = 3  # names in a message
 
@@ -45,6 +47,7 @@ def note_unread(folder: Path, model: nn.Module, names: Collection[str]) -> list[
         for name in names
         if name not in computed and not any(re.search(pattern, name) for pattern in patterns)
     )
+    note_unlisted(folder)
     if unread:
         more = f" and {len(unread) - SHOWN} others" if len(unread) > SHOWN else ""
         logger.warning(
@@ -52,3 +55,16 @@ def note_unread(folder: Path, model: nn.Module, names: Collection[str]) -> list[
             f"{', '.join(unread[:SHOWN])}{more}. They are neither run nor quantized"
         )
     return unread
+
+
+def note_unlisted(folder: Path) -> None:
+    """Logs the shards of a folder that its index does not list, such as those of an older save."""
+    if not (folder / INDEX).is_file():
+        return
+    listed = set(read_json(folder / INDEX)["weight_map"].values())
+    others = sorted({path.name for path in folder.glob("model-*-of-*.safetensors")} - listed)
+    if others:
+        logger.warning(
+            f"note: {folder} has {', '.join(others[:SHOWN])}, which {INDEX} does not list: it is "
+            "not read"
+        )

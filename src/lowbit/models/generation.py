@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowbit.models.sizes import context_of
+from lowbit.models.sizes import check_tokens, context_of
 from lowbit.models.text_stream import TextStream
 from lowbit.parsing import check_unicode, shorten, single_bos
 
+LARGEST_SEED = 2**63 - 1  # of torch's random numbers
 LEAST_TEMPERATURE = 1e-6  # a lower one gives the same tokens, but infinite logits
 LONGEST_WITHOUT_CONTEXT = 4096  # tokens that may follow, for a model that states no context
 
@@ -93,6 +94,22 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        allowed = (
+            (
+                "max_new_tokens",
+                self.max_new_tokens is None or self.max_new_tokens >= 1,
+                "1 or more",
+            ),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0, up to 1"),
+            ("seed", 0 <= self.seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}"),
+        )
+        for name, fits, words in allowed:
+            if not fits:
+                came = shorten(repr(getattr(self, name)))
+                raise ValueError(f"{name} is {came}: allowed are {words}")
 
 
 @dataclass(frozen=True)
@@ -175,11 +192,8 @@ def room_for(model: nn.Module, prompt: list[int], max_new_tokens: int | None) ->
             "use a shorter prompt"
         )
     rows = _rows(model)
-    if rows is not None and max(prompt) >= rows:
-        raise ValueError(
-            f"the prompt has token {max(prompt)}, but the model has {rows} tokens: use the "
-            "tokenizer of this model, or leave out special tokens that were added to it"
-        )
+    if rows is not None:
+        check_tokens(max(prompt), rows, "the prompt")
     return room
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowbit.parsing import reason_of
+
 
 @contextmanager
 def as_folder(model: str | Path | nn.Module, tokenizer: Any, beside: Path) -> Iterator[str | Path]:
@@ -58,8 +60,9 @@ def saved_beside(model: nn.Module, tokenizer: Any, out: Path) -> Iterator[Path]:
                 tokenizer.save_pretrained(folder)
         except Exception as error:  # of many types, for example for a bad generation config
             raise ValueError(
-                "the model cannot be saved to a temporary folder, from which it would be read "
-                f"block by block: {error}"
+                "transformers cannot save the model to a temporary folder, from which it would be "
+                "read block by block: correct what it names, such as model.generation_config, or "
+                f"save the model yourself and pass its folder ({reason_of(error)})"
             ) from error
         yield folder
 

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from lowbit.blocks.capture import BlockStub, first_argument
 from lowbit.blocks.experts import UnfusedExperts
 from lowbit.blocks.walk import Step
+from lowbit.checkpoint.finite import is_finite
 from lowbit.models.auto_class import auto_class
 from lowbit.models.discovery import kind_of
 from lowbit.models.sizes import context_of
 from lowbit.models.streamed import StreamedModel, load_tensors, share_tied
+from lowbit.parsing import reason_of
 
 WINDOWS = 2  # in a batch each, so that state which wrongly passes from batch to batch shows
 TOKENS = 128  # of one window
@@ -82,8 +84,21 @@ def check_streaming(model: StreamedModel, quick: bool = False) -> SelfCheck:
             # These blocks read state that other blocks write.
             chosen = everything
             whole, logits = _outputs(_block_by_block(model, chosen), model, chosen, tokens)
+    _check_finite(model, whole, logits)
     error = _compare(model, chosen, tokens, whole, logits)
     return SelfCheck(len(chosen), sum(window.numel() for window in tokens), error)
+
+
+def _check_finite(model: StreamedModel, outputs: Outputs, logits: list[Tensor]) -> None:
+    """Raises ValueError, with the block, if the float model computes NaN or infinity."""
+    named = {model.block_names[index]: tensors for index, tensors in outputs.items()}
+    for name, tensors in (named | {"the output layer": logits}).items():
+        if not all(map(is_finite, tensors)):
+            raise ValueError(
+                f"{model.folder}: {name} computes values that are not finite (NaN or infinity) on "
+                "random tokens, though all weights are finite: check config.json and the size of "
+                "the weights; --no-self-check (self_check=False) runs the model all the same"
+            )
 
 
 def one_of_each_kind(model: StreamedModel) -> list[int]:
@@ -126,7 +141,10 @@ def _loaded(model: StreamedModel) -> Any:
             trust_remote_code=model.trust_remote_code,
         )
     except Exception as error:  # transformers raises errors of many types
-        raise ValueError(f"{model.folder}: transformers cannot load this model: {error}") from error
+        raise ValueError(
+            f"{model.folder}: transformers cannot load this model whole, with which it would be "
+            f"compared: --no-self-check (self_check=False) leaves that out ({reason_of(error)})"
+        ) from error
 
 
 def _block_by_block(model: StreamedModel, chosen: Iterable[int]) -> Any:

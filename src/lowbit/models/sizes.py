@@ -28,6 +28,20 @@ def vocabulary_of(config: Any) -> int:
     return _needed(config, VOCABULARY)
 
 
+def check_tokens(largest: int, vocabulary: int, text: str) -> None:
+    """Raises ValueError if a text has a token that the model does not have.
+
+    largest: the largest token id of the text.
+    vocabulary: the number of tokens of the model.
+    text: what has the token, such as "the prompt".
+    """
+    if largest >= vocabulary:
+        raise ValueError(
+            f"{text} has token {largest}, but the model has {vocabulary} tokens: use the tokenizer "
+            "of this model, or leave out special tokens that were added to it"
+        )
+
+
 def without_null_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the content of config.json without sizes that are null, also in its text_config.
 

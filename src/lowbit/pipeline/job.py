@@ -32,7 +32,7 @@ from lowbit.events import BlockFinished, BlockLog, BlockStarted, OnEvent
 from lowbit.methods import Method
 from lowbit.methods.result import BlockResult
 from lowbit.models.locate import locate
-from lowbit.models.sizes import context_of, hidden_of
+from lowbit.models.sizes import check_tokens, context_of, hidden_of
 from lowbit.models.source import SourceModel
 from lowbit.models.tokenizer import check_tokenizer
 from lowbit.pipeline.head import outside_blocks
@@ -113,12 +113,8 @@ class Job:
                 "such as rtn"
             )
         windows = token_windows(self.calibration, self.tokenizer, context, self.options.cache)
-        largest, rows = int(windows.tokens.max()), self.source.vocabulary
-        if largest >= rows:
-            raise ValueError(
-                f"the calibration text has token {largest}, but the model has {rows} tokens: use "
-                "the tokenizer of this model, or leave out special tokens that were added to it"
-            )
+        largest = int(windows.tokens.max())
+        check_tokens(largest, self.source.vocabulary, "the calibration text")
         return windows
 
     def signature(self, windows: TokenWindows | None) -> dict[str, Any]:
