@@ -97,4 +97,4 @@ def test_an_interrupt_keeps_what_was_said(
 
 def test_speed() -> None:
     assert speed(11, 0.5, 2.0) == "11 tokens, the first after 0.5 s, then 5.0 tokens/s"
-    assert speed(1, 0.5, 0.0) == "1 tokens, the first after 0.5 s"
+    assert speed(1, 0.5, 0.0) == "1 token after 0.5 s"

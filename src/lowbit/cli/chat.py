@@ -131,7 +131,7 @@ def speed(count: int, until_first: float, after_first: float) -> str:
     until_first: seconds until the first of them, in which the conversation was read.
     after_first: seconds for the others.
     """
-    text = f"{count} tokens, the first after {until_first:.1f} s"
     if count < 2 or after_first <= 0:
-        return text
+        return f"{count} token{'' if count == 1 else 's'} after {until_first:.1f} s"
+    text = f"{count} tokens, the first after {until_first:.1f} s"
     return f"{text}, then {(count - 1) / after_first:.1f} tokens/s"
