@@ -70,9 +70,8 @@ def serve(  # noqa: PLR0913 (a command's options)
         def on_ready(port: int) -> None:
             context = context_of(loaded.config)
             size = "" if context is None else f", context {context:,} tokens"
-            screen.print(
-                f"http://{host}:{port}/v1 serves {called}{size}; Ctrl+C ends it", soft_wrap=True
-            )
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+            screen.print(f"{address} serves {called}{size}; Ctrl+C ends it", soft_wrap=True)
             if not has_chat_template(tokenizer):
                 screen.print("no chat template: only /v1/completions answers", style="yellow")
             if not is_loopback(host):
