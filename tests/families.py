@@ -6,6 +6,7 @@ OPTIONS holds what one model type needs besides.
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import lowbit
+from lowbit.blocks.capture import call_block
+from lowbit.blocks.folding import apply_folds, load_changed, tensors_of
+from lowbit.blocks.walk import Step
 from lowbit.load import load_model
 from lowbit.methods import RTN
 from lowbit.models.generation import generate
@@ -314,6 +318,8 @@ def check(model_type: str, folder: Path) -> Iterator[str]:
     for batch, last, logits in zip(batches, hidden, wanted, strict=True):
         difference = error(outside.logits(batch, last), logits)
         assert difference < TOLERANCE, f"streamed logits differ by {difference:.1e}"
+    yield "fold"
+    assert folded_error(source, batches) < 1e-5, "a fold changes the output of a block"
     errors = {}
     for bits in (8, 4):
         yield f"quantize at {bits} bits"
@@ -337,6 +343,31 @@ def check(model_type: str, folder: Path) -> Iterator[str]:
     assert 0 < errors[8] < errors[4], f"errors at 8 and 4 bits: {errors}"
     yield "generate"
     assert len(generated(quantized)) == 8
+
+
+def folded_error(source: SourceModel, batches: list[Tensor]) -> float:
+    """The largest relative error of a block all of whose folds have random scales and signs."""
+    stream, errors = source.first_stream(batches), [0.0]
+    draw = torch.Generator().manual_seed(0)
+
+    def visit(step: Step) -> None:
+        folds = {fold.name: fold for fold in source.folds(step.name)}
+        scales = {
+            name: (0.5 + torch.rand(fold.size, generator=draw))
+            * (torch.randint(2, (fold.size,), generator=draw) * 2 - 1)
+            for name, fold in folds.items()
+            if fold.kind != "rotary"
+        }
+        folded = deepcopy(step.block)
+        load_changed(folded, apply_folds(tensors_of(step.block), folds, scales))
+        with torch.no_grad():
+            for one, other in zip(stream, stream, strict=True):
+                wanted = call_block(step.block, one)
+                errors.append(error(call_block(folded, other), wanted))
+        step.advance()
+
+    source.walk({"hidden": stream}, visit)
+    return max(errors)
 
 
 def generated(model: nn.Module) -> list[int]:

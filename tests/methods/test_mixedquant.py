@@ -33,7 +33,7 @@ FINE: dict[str, Any] = {
 }
 COARSE: dict[str, Any] = FINE | {"bits": 4, "activation_bits": 4, "group_size": 16}
 TABLED = {name: "gated" in line.folds[0] for name, line in zoo.ZOO.items()}
-STRANGERS = dict.fromkeys(("gemma2", "phi3", "olmoe"), False)
+STRANGERS = {"gemma2": False, "phi3": False, "olmoe": True}  # only of experts the gate is known
 
 
 @cache

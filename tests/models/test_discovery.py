@@ -65,7 +65,6 @@ def test_blocks_groups_and_routers_are_found(name: str) -> None:
     assert (model.family.name, model.family.blocks) == ("discovered", path)
     for block in model.block_names:
         assert sorted(group.linears for group in model.groups(block)) == sorted(groups)
-        assert model.folds(block) == ()
     assert model.family.skip == skip
     assert model.left_float == [f"{block}.{n}" for block in model.block_names for n in skip]
 

@@ -8,12 +8,13 @@ import quantized
 
 from lowbit.events import Event, Warned
 from lowbit.methods import GPTQ, RTN, MatQuant, Method, MixedQuant, OmniQuant, QuIP
+from lowbit.models.source import SourceModel
 
 pytestmark = pytest.mark.slow
 
 NO_EFFECT = "has no effect in this model"
 W4 = {"bits": 4, "group_size": 16}
-# Settings that act through folds alone. gpt_neox has no table, and so no folds.
+# Settings that act through folds alone.
 SETTINGS: dict[str, tuple[str, Method]] = {
     "omniquant": ("let", OmniQuant(**W4, let=True, epochs=0, min_tokens=1)),
     "omniquant, awq": ("let", OmniQuant(**W4, let=True, epochs=0, init="awq", min_tokens=1)),
@@ -31,11 +32,15 @@ def warned(model: str, out: Path, method: Method, **options: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("model", ["gpt_neox", "llama"])
-def test_settings_that_need_folds(name: str, model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["none", "llama", "gemma2"])
+def test_settings_that_need_folds(
+    name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     setting, method = SETTINGS[name]
-    found = warned(model, tmp_path, method)
-    wanted = [setting] if model == "gpt_neox" else []
+    if model == "none":  # gpt_neox, as if none of its folds had been found
+        monkeypatch.setattr(SourceModel, "folds", lambda self, block: ())
+    found = warned("gpt_neox" if model == "none" else model, tmp_path, method)
+    wanted = [setting] if model == "none" else []
     assert [text.split()[0] for text in found if NO_EFFECT in text] == wanted
 
 

@@ -71,6 +71,9 @@ class Fold:
     reader_channels: for each input column of a reader (rotary: for each of reader_rows), the free
         channel that multiplies it.
     shiftable: whether a shift can be absorbed, since the source and all readers have a bias.
+    offset: what a norm adds to its weight before it multiplies (Gemma: 1).
+    permutable: for a gated fold, whether the only other linear that reads the source's input is the
+        gate, so that the rows of both can be permuted together.
     """
 
     kind: Literal["norm", "values", "gated", "rotary"]
@@ -83,6 +86,8 @@ class Fold:
     reader_rows: Tensor | None = None
     reader_channels: Tensor | None = None
     shiftable: bool = False
+    offset: float = 0.0
+    permutable: bool = True
 
     @property
     def name(self) -> str:

@@ -147,6 +147,11 @@ class Expert(nn.Module):
         out: Tensor = getattr(self, self.names.down)(self.activation(*read))
         return out
 
+    @property
+    def is_product(self) -> bool:
+        """Whether the input of `down` is act(gate(x)) * up(x)."""
+        return isinstance(self.activation, _Gate)
+
     def groups(self) -> list[tuple[str, ...]]:
         """Returns the names of linears that read the same input."""
         return [self.names.readers, (self.names.down,)]

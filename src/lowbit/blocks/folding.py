@@ -80,6 +80,9 @@ def _divide_source(tensors: Tensors, fold: Fold, scale: Tensor, shift: Tensor | 
     if shift is not None:
         tensors[bias] = _add_rows(tensors[bias], fold.source_rows, -shift)
     _multiply_rows(tensors, fold.source, fold.source_rows, 1 / scale)
+    if fold.offset:  # (w + offset) / scale - offset
+        weight = f"{fold.source}.weight"
+        tensors[weight] = tensors[weight] + fold.offset / scale - fold.offset
 
 
 def _multiply_rows(tensors: Tensors, name: str, rows: Tensor | None, factor: Tensor) -> None:

@@ -5,6 +5,7 @@ wiring.py:             linear groups and folds of a block, from the table of its
 auto_class.py:         the class of transformers that builds a model.
 conv1d.py:             GPT-2's Conv1D as an nn.Linear.
 discovery.py:          makes a table for an architecture that has none.
+fold_search.py:        finds the folds of a block by experiment.
 source.py:             the float model that is quantized.
 config.py:             the config of a folder, or which of its fields is wrong.
 streamed.py:           a model that runs block by block.

@@ -1,8 +1,8 @@
 """Makes a table for an architecture that has none, from the structure of the model.
 
 The blocks are the nn.ModuleList with the most parameters. One block of each kind runs on the CPU
-with small weights; the linears that receive the same tensor form a group. The table has no folds,
-because the structure does not show where a scale can be folded.
+with small weights; the linears that receive the same tensor form a group. Folds are found when they
+are needed, by experiment (`fold_search`).
 """
 
 from collections import defaultdict
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lowbit.blocks import Fold
 from lowbit.blocks.arguments import BlockArguments
 from lowbit.blocks.capture import BlockStub, Stopped, observed
 from lowbit.blocks.experts import Expert, ExpertLinear, UnfusedExperts
@@ -25,7 +26,8 @@ from lowbit.blocks.handed import Handed, hand_on, with_dictionary
 from lowbit.blocks.stream import Batch
 from lowbit.kernels.products import is_linear
 from lowbit.models.auto_class import language_model
-from lowbit.models.family import Family, Group, always
+from lowbit.models.family import Family, Group, Heads, always, heads_of
+from lowbit.models.fold_search import search_folds
 
 # A module with one of these names, or inside a module with one of them, is a router of experts.
 ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -74,7 +76,33 @@ def discover(model: nn.Module) -> Family:
         tuple_output=traced.tuple_output,
         handed=traced.handed,
         by_block=tuple(by_block),
+        search=_Folds(traced, tuple(sorted(skip)), _heads(model.config)),
     )
+
+
+class _Folds:
+    """Searches the folds of blocks, once for each kind of block."""
+
+    def __init__(self, traced: "_Trace", routers: tuple[str, ...], heads: Heads | None) -> None:
+        self.traced, self.routers, self.heads = traced, routers, heads
+        self.found: dict[Any, tuple[Fold, ...]] = {}
+
+    def __call__(self, block: nn.Module, index: int) -> tuple[Fold, ...]:
+        kind = kind_of(block)
+        if kind not in self.found:
+            copy = _handing(block, index, self.traced.handed)
+            call = _apart(self.traced.calls[index])
+            routers = [name for name in self.routers if name in dict(block.named_modules())]
+            self.found[kind] = search_folds(copy, call, routers, self.heads)
+        changed = self.traced.changed
+        return tuple(f for f in self.found[kind] if changed.isdisjoint((f.source, *f.readers)))
+
+
+def _heads(config: Any) -> Heads | None:
+    """The attention heads of a model; None if its config does not say."""
+    with suppress(*ERRORS):
+        return heads_of(config.get_text_config())
+    return None
 
 
 def _largest_list(model: nn.Module) -> str:

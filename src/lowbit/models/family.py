@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lowbit.blocks import Fold
 from lowbit.blocks.handed import Handed
 
 
@@ -94,6 +95,8 @@ class Family:
         are the first; 0: it returns the hidden states alone.
     by_block: the groups of each block of one model, where they were found by running it; empty: all
         blocks have those of `groups`.
+    search: finds the folds of a block by experiment, given the block and its index; None: the folds
+        are those of `folds`.
     handed: what a block hands to the next one besides the hidden states: `lowbit.blocks.handed`.
     """
 
@@ -106,6 +109,7 @@ class Family:
     tuple_output: int = 0
     by_block: tuple[tuple[Group, ...], ...] = ()
     handed: Handed = ()
+    search: Callable[[nn.Module, int], tuple[Fold, ...]] | None = None
 
 
 def always(*items: Any) -> Callable[[Any], tuple[Any, ...]]:

@@ -89,7 +89,13 @@ class SourceModel(StreamedModel):
                 yield LinearGroup(group.name, own)
 
     def folds(self, name: str) -> tuple[Fold, ...]:
-        return folds_of(self.family, self.config, self.skeleton.get_submodule(name))
+        block, index = self.skeleton.get_submodule(name), self.block_names.index(name)
+        shared = {*self.shared, *self.shared.values()}
+        return tuple(
+            fold
+            for fold in folds_of(self.family, self.config, block, index)
+            if shared.isdisjoint(f"{name}.{end}.weight" for end in (fold.source, *fold.readers))
+        )
 
     def attentions(self, name: str) -> tuple[str, ...]:
         return attentions_of(self.skeleton.get_submodule(name))

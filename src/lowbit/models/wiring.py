@@ -27,8 +27,13 @@ def groups_of(
     return tuple(groups)
 
 
-def folds_of(family: Family, config: Any, block: nn.Module) -> tuple[Fold, ...]:
-    """Returns the folds of a block, in an order in which they can be applied."""
+def folds_of(family: Family, config: Any, block: nn.Module, index: int = 0) -> tuple[Fold, ...]:
+    """Returns the folds of a block, in an order in which they can be applied.
+
+    index: the index of the block, from 0.
+    """
+    if family.search is not None:
+        return family.search(block, index)
     modules = dict(block.named_modules())
     folds: list[Fold] = []
     for rule in family.folds(config):

@@ -96,6 +96,8 @@ def _gated(task: BlockTask) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]
         plain = fold.source_rows is None and fold.source_channels is None
         if fold.kind != "gated" or not plain or fold.reader_channels is not None:
             continue
+        if not fold.permutable:
+            continue
         producers = by_linear.get(fold.source, ())
         rows = {len(task.block.get_parameter(f"{name}.weight")) for name in producers}
         if len(producers) == 2 and rows == {fold.size} and fold.readers in by_linear.values():
