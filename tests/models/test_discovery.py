@@ -1,10 +1,15 @@
+from pathlib import Path
+from typing import Any, SupportsIndex
+
 import pytest
 import zoo
 from torch import nn
 from transformers import AutoConfig
 
+from lowbit.blocks.experts import Expert
 from lowbit.models.discovery import discover
 from lowbit.models.skeleton import build_skeleton
+from lowbit.models.source import SourceModel
 from lowbit.models.wiring import groups_of
 
 ATTENTION = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)]
@@ -96,3 +101,25 @@ def test_what_cannot_be_found_is_said(change: object, message: str) -> None:
     change(model)  # type: ignore[operator]
     with pytest.raises(ValueError, match=f"LlamaForCausalLM.*{message}"):
         discover(model)
+
+
+def test_few_copies_are_made_of_many_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copying modules is what takes time: once for each kind of block is enough."""
+    experts, copied = 16, 0
+
+    def count(self: Expert, protocol: SupportsIndex) -> Any:
+        nonlocal copied
+        copied += 1
+        return object.__reduce_ex__(self, protocol)
+
+    monkeypatch.setattr(Expert, "__reduce_ex__", count)
+    options = zoo.DISCOVERED["olmoe"].options | {"num_experts": experts, "num_hidden_layers": 6}
+    source = SourceModel(zoo.write(zoo.Line("olmoe", options), tmp_path))
+    assert len(source.groups(source.block_names[-1])) == 2 + 2 * experts
+    source.without_blocks()
+    assert copied <= 2 * experts
+    copied = 0
+    assert all(source.folds(block) for block in source.block_names)
+    assert copied <= 2 * experts

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from lowbit.blocks import Fold
 from lowbit.blocks.arguments import BlockArguments
-from lowbit.blocks.capture import BlockStub, Stopped, observed
+from lowbit.blocks.capture import BlockStub, Stopped, copied_around, observed
 from lowbit.blocks.experts import Expert, ExpertLinear, UnfusedExperts
 from lowbit.blocks.handed import Handed, hand_on, with_dictionary
 from lowbit.blocks.stream import Batch
@@ -145,7 +145,7 @@ class _Trace:
 def _trace(model: nn.Module, path: str) -> _Trace:
     """Runs a model twice with weights of zero, which take no memory: first up to its first block,
     which then runs alone, and then whole."""
-    copy = deepcopy(model)
+    copy = copied_around(model, path)
     blocks = list(copy.get_submodule(path).children())
     parent, _, attribute = path.rpartition(".")
     holder = copy.get_submodule(parent)

@@ -139,7 +139,7 @@ class FoldSearch:
     def _norms(self) -> Iterator[Fold]:
         for name, readers in self._readers_of_norms().items():
             norm = self.modules[name]
-            size = int(norm.weight.numel())  # type: ignore[operator, union-attr]
+            size = int(norm.weight.numel())
             for offset in (0.0, 1.0):
                 channels = torch.arange(self._width(readers[0])) % size
                 with self._scaled_norm(norm, offset, readers, self._scales(size), channels):
@@ -163,7 +163,7 @@ class FoldSearch:
             handle.remove()
         found = {}
         for norm, out in outputs.items():
-            width = self.modules[norm].weight.numel()  # type: ignore[operator, union-attr]
+            width = self.modules[norm].weight.numel()
             readers = [
                 name
                 for name, x in inputs.items()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowbit.blocks.capture import BlockStub
+from lowbit.blocks.capture import BlockStub, copied_around
 from lowbit.blocks.handed import Handed, hand_on, with_dictionary
 from lowbit.blocks.stream import Batch, Stream
 from lowbit.blocks.walk import Step
@@ -97,7 +97,7 @@ class StreamedModel:
 
         head: whether the output layer is loaded.
         """
-        model: Any = deepcopy(self.skeleton)
+        model: Any = copied_around(self.skeleton, self.family.blocks)
         if not head and not model.all_tied_weights_keys and model.get_output_embeddings():
             model.set_output_embeddings(nn.Identity())
         family = self.family
