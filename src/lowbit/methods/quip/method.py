@@ -43,6 +43,7 @@ from lowbit.methods.result import (
     warn_of_hessians,
 )
 from lowbit.run_report import BlockReport, LinearReport
+from lowbit.solvers.correction import Target
 
 # Factors of the codebook's own scale that are tried. That scale itself is best without feedback,
 # but feedback adds to the weights.
@@ -254,7 +255,8 @@ class QuIP(Method):
         weight, bias = merged.tensors[f"{name}.weight"], merged.tensors.get(f"{name}.bias")
         seed = None if name in merged.rows else self._seed_out
         side = self._rotation(f"{task.name}.{name}", len(weight), seed)
-        target = inputs.step.target(weight, inputs.damping)
+        few = inputs.fallback is not None  # too few tokens to measure what earlier layers lost
+        target = Target(weight, None) if few else inputs.step.target(weight, inputs.damping)
         rotated = rotate_weight(target.weight, inputs.side, side)
         rounder = inputs.rounder(book.dim)
         generator = task.generator(name)
