@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import quantized
 import torch
-from vllm_stand_in import LinearBase, Renaming, UnquantizedLinearMethod
+from vllm_stand_in import PACKED, LinearBase, Renaming, UnquantizedLinearMethod
 
 from lowbit.methods import OmniQuant
 
@@ -16,6 +16,15 @@ def test_layers_that_are_not_quantized(vllm: Any) -> None:
     layer = LinearBase(config, "model.vision.proj", [8], 8)
     assert isinstance(layer.quant_method, UnquantizedLinearMethod)
     assert config.get_quant_method(torch.nn.Embedding(2, 2), "model.embed_tokens") is None
+
+
+@pytest.mark.parametrize("mapping", [PACKED, {}])
+def test_stacks(mapping: Any, vllm: Any) -> None:
+    """Some models tell vLLM what they stack only after the linears are made."""
+    config = vllm.config(quantized.section(quantized.folder()))
+    config.packed_modules_mapping = mapping
+    layer = LinearBase(config, "model.layers.1.mlp.gate_up_proj", [80, 80], 48)
+    assert layer.quant_method.names == [f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up")]
 
 
 def test_names_that_vllm_changes(vllm: Any) -> None:

@@ -22,6 +22,9 @@ from lowbit.vllm_plugin.pieces import Linker
 MODEL = "the model"  # in errors about a config.json whose folder is not known
 OPTION = "lowbit_bits"  # in vLLM's additional_config: as `bits` of lowbit.load
 
+# For models that tell vLLM only after their linears are made (Qwen3-MoE with dense blocks).
+STACKS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
 
 @register_quantization_config("lowbit")
 class LowbitConfig(QuantizationConfig):
@@ -97,7 +100,9 @@ class LowbitConfig(QuantizationConfig):
     def _stacked(self, prefix: str) -> list[str]:
         """Returns the names of the linears that vLLM stacks in one."""
         owner, _, last = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(last, [last])
+        parts = self.packed_modules_mapping.get(last)
+        if parts is None:
+            parts = [last] if prefix in self.entries else STACKS.get(last, [last])
         return [f"{owner}.{part}" if owner else part for part in parts]
 
     def _experts(self, layer: Any, prefix: str) -> LowbitExpertsMethod | None:
