@@ -119,6 +119,40 @@ def test_wrong_settings(name: str, source: Path, tmp_path: Path) -> None:
     assert not any(tmp_path.glob("back*"))
 
 
+AUTO_ROUND: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gptq": ("gptq", {"packing_format": "auto_round:auto_gptq"}, ""),
+    "awq": ("awq", {"packing_format": "auto_round:auto_awq"}, ""),
+    "another layout": ("awq", {"packing_format": "auto_round:auto_gptq"}, "use --from gptq"),
+    "a layout of its own": ("gptq", {"packing_format": "auto_round:fp8"}, "that end in gptq"),
+    "another width": (
+        "gptq",
+        {"packing_format": "auto_round", "extra_config": {NAME: {"bits": 8}}},
+        "so the layout is not gptq",
+    ),
+    "a layer of another width": (
+        "gptq",
+        {"packing_format": "auto_round:auto_gptq", "extra_config": {NAME: {"bits": 8}}},
+        f"layer {NAME}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AUTO_ROUND)
+def test_auto_round(name: str, source: Path, tmp_path: Path) -> None:
+    """AutoRound writes the tensors of GPTQ and AWQ under a quant_method of its own."""
+    layout, changes, message = AUTO_ROUND[name]
+    dest = exported(source, tmp_path, layout, RTN(bits=4, symmetric=True, group_size=32))
+    quantized.edit_json(dest / "config.json", section(quant_method="auto-round", **changes))
+    if message:
+        with pytest.raises(ValueError, match=message):
+            lowbit.convert(dest, tmp_path / "back", layout)
+        assert not any(tmp_path.glob("back*"))
+        return
+    lowbit.convert(dest, tmp_path / "back", layout)
+    first, second = (QuantizedFolder(tmp_path / made).layer(NAME) for made in ("made", "back"))
+    assert torch.equal(first.dequantize(), second.dequantize())
+
+
 def test_a_float_model(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a float model: --from ct reads compressed-tensors"):
         lowbit.convert(source, tmp_path / "back", "ct")

@@ -10,9 +10,11 @@ import pytest
 import quantized
 import torch
 import zoo
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import lowbit
+from lowbit.exporters.gguf import GgufExporter
 from lowbit.exporters.mlc.tensor_cache import CacheReader
 from lowbit.load import load_model
 from lowbit.methods import RTN
@@ -82,6 +84,59 @@ def test_llama_cpp(name: str, ask: Ask, sources: Path, tmp_path: Path) -> None:
         wanted = logits.log_softmax(0)
         errors = [abs(value - float(wanted[int(token)])) for token, value in found.items()]
         assert max(errors) < KEPT_IN_FLOAT16
+
+
+def test_rows_that_were_not_reordered_are_noticed(
+    ask: Ask, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp loads such a file without a word, and computes something else."""
+    monkeypatch.setattr(GgufExporter, "_rows", lambda self, name, rows: torch.arange(rows))
+    made = lowbit.quantize(source(sources, "llama"), tmp_path / "made", RTN(bits=4, group_size=4))
+    lowbit.export(made, tmp_path / "dest", "gguf", dtype="float32")
+    asked = prompts(zoo.VOCABULARY)
+    answer = ask("llama_cpp", tmp_path / "dest" / "dest.gguf", prompts=asked)
+    errors = [
+        abs(value - float(logits.log_softmax(0)[int(token)]))
+        for found, logits in zip(answer["next"], last_logits(made, asked), strict=True)
+        for token, value in found.items()
+    ]
+    assert max(errors) > 4 * KEPT_IN_FLOAT16
+
+
+def with_the_output_layer_alone(folder: Path) -> None:
+    """Stores the tied table of a model as lm_head.weight, as some models do."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+READERS = {"gguf": "llama_cpp", "mlx": "mlx_lm_alone", "ct": "transformers_alone"}
+
+
+# transformers does not read the output layer, which has zero points, beside layers without any.
+TIED = [(to, head) for to in READERS for head in (None, 8) if (to, head) != ("ct", 8)]
+
+
+@pytest.mark.parametrize(("to", "head"), TIED)
+def test_a_tied_table(to: str, head: int | None, ask: Ask, tmp_path: Path) -> None:
+    """It is stored as lm_head alone; or the output layer is quantized, so that it is untied."""
+    line = zoo.Line("llama", WIDE | {"tie_word_embeddings": True})
+    folder = quantized.add_byte_tokenizer(zoo.write(line, tmp_path / "source"))
+    with_the_output_layer_alone(folder)
+    method = RTN(bits=4, symmetric=True, group_size=4 if to == "gguf" else 32)
+    made = lowbit.quantize(folder, tmp_path / "made", method, lm_head_bits=head)
+    lowbit.export(made, tmp_path / "dest", to, dtype="float32", allow_lossy=True)
+    asked = prompts(zoo.VOCABULARY)
+    dest = tmp_path / "dest" / "dest.gguf" if to == "gguf" else tmp_path / "dest"
+    answer = ask(READERS[to], dest, prompts=asked)
+    for number, logits in enumerate(last_logits(made, asked)):
+        if to == "gguf":
+            found, wanted = answer["next"][number], logits.log_softmax(0)
+            errors = [abs(value - float(wanted[int(token)])) for token, value in found.items()]
+            assert max(errors) < KEPT_IN_FLOAT16
+        else:
+            assert zoo.error(torch.tensor(answer["logits"][number]), logits) < 2e-3
 
 
 BLOCKS = {"Q4_0": (4, True), "Q4_1": (4, False), "Q5_0": (5, True), "Q8_0": (8, True)}
@@ -158,6 +213,15 @@ TEXTS = [
     "a",
     "</s> is special, <0x0A> is not",
     "\u0430\u0431\u0432 \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+    " ",
+    "\n",
+    "<s>begins</s><s>again",
+    "http://example.org/a_b?c=d&e=%20f",
+    "it's we'll they'VE I'd",
+    "one\u00a0hard space, a tab\tand\r\nwindows",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \u2764\ufe0f",
+    "\u00bd \u2460 \u0664\u0662 3\u00b2",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!!!!!!!!!!",
 ]
 
 

@@ -46,7 +46,8 @@ def test_every_grid_is_exact(bits: int, symmetric: bool, size: int | None, tmp_p
     config = section(tmp_path / "ct")
     weights = config["config_groups"]["group_0"]["weights"]
     assert (weights["num_bits"], weights["symmetric"]) == (bits, symmetric)
-    assert config.get("dequantize", False) is not symmetric
+    one = len(config["config_groups"]) == 1
+    assert config.get("dequantize", False) is (one and not symmetric)
     assert all(
         48 % (g["weights"]["group_size"] or 1) == 0 for g in config["config_groups"].values()
     )
@@ -81,6 +82,19 @@ def test_layers_of_several_kinds_are_several_schemes(tmp_path: Path) -> None:
     by_bits = {group["weights"]["num_bits"]: group["targets"] for group in groups}
     assert sorted(by_bits[8]) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     assert len(by_bits[4]) == 12 and "Linear" not in by_bits[4]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_transformers_gets_several_schemes_only_if_it_can_read_them(
+    symmetric: bool, tmp_path: Path
+) -> None:
+    """It dequantizes asymmetric layers, and all in the first scheme."""
+    overrides: dict[str, Any] = {"mlp.down_proj": {"bits": 8}}
+    method = RTN(bits=4, group_size=16, symmetric=symmetric, overrides=overrides)
+    made = lowbit.quantize(quantized.source("llama"), tmp_path / "made", method)
+    plan = lowbit.export(made, tmp_path / "ct", "ct")
+    assert "dequantize" not in section(tmp_path / "ct")
+    assert any("transformers fails on it" in note for note in plan.notes) is not symmetric
 
 
 def test_float_layers_are_ignored(tmp_path: Path) -> None:

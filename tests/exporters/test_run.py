@@ -1,9 +1,12 @@
 """What an export refuses, and what it leaves behind."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import quantized
 import torch
@@ -11,7 +14,7 @@ import zoo
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.checkpoint import QuantizedFolder
+from lowbit.checkpoint import CheckpointReader, QuantizedFolder
 from lowbit.exporters import TARGETS, Exporter, Step
 from lowbit.exporters.compressed_tensors import CompressedTensorsExporter
 from lowbit.methods import PTQ161, RTN, MixedQuant, QuIP
@@ -24,6 +27,17 @@ NO_GRID = {
     "binary": PTQ161(epochs=0, min_tokens=1),
     "sorted_group": MixedQuant(group_size=16, min_tokens=1),
 }
+
+
+WIDE = {"hidden_size": 64, "tie_word_embeddings": True, "intermediate_size": 128}
+SYMMETRIC = RTN(bits=4, symmetric=True, group_size=32)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied model whose rows are multiples of 32, as most targets want them."""
+    line = zoo.Line("llama", zoo.GQA | WIDE | {"num_hidden_layers": 1})
+    return quantized.add_byte_tokenizer(zoo.write(line, tmp_path_factory.mktemp("wide") / "source"))
 
 
 @pytest.fixture
@@ -45,7 +59,7 @@ def test_formats_without_a_grid_go_out_in_float_only(name: str, tmp_path: Path) 
         lowbit.export(folder, tmp_path / "dest", "ct")
     assert nothing_was_written(tmp_path)
     lowbit.export(folder, tmp_path / "dest", "dense", allow_lossy=True, dtype="float32")
-    with torch.no_grad():
+    with torch.no_grad(), lowbit.backend("reference"):
         wanted = lowbit.load(folder)[0](zoo.tokens()).logits
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dest", dtype=torch.float32)
         found = plain(zoo.tokens()).logits
@@ -121,6 +135,89 @@ def test_an_interrupted_export_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         lowbit.export(made, tmp_path / "dest", "ct")
     assert nothing_was_written(tmp_path)
+
+
+def test_a_killed_export_leaves_no_folder_of_that_name(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Exporter, folder: Path, name: str) -> dict[str, torch.Tensor]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(CompressedTensorsExporter, "read", killed)
+        try:
+            lowbit.export(made, tmp_path / "dest", "ct")
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and not (tmp_path / "dest").exists()
+    with pytest.raises(ValueError, match="dest.part exists already.* remove it"):
+        lowbit.export(made, tmp_path / "dest", "ct")
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_files_beside_the_weights(to: str, wide: Path, tmp_path: Path) -> None:
+    """The chat template and the settings of generation go along."""
+    made = lowbit.quantize(wide, tmp_path / "made", SYMMETRIC)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (made / "chat_template.jinja").write_text(template)
+    (made / "generation_config.json").write_text('{"temperature": 0.7, "eos_token_id": 2}')
+    lowbit.export(made, tmp_path / "dest", to, allow_lossy=True, verify=False)
+    if to == "gguf":
+        fields = gguf.GGUFReader(tmp_path / "dest" / "dest.gguf").fields
+        assert fields["tokenizer.chat_template"].contents() == template
+        return
+    assert (tmp_path / "dest" / "chat_template.jinja").read_text() == template
+    if to == "mlc":
+        chat = json.loads((tmp_path / "dest" / "mlc-chat-config.json").read_text())
+        assert chat["temperature"] == 0.7
+    else:
+        kept = json.loads((tmp_path / "dest" / "generation_config.json").read_text())
+        assert kept["temperature"] == 0.7
+
+
+@pytest.mark.parametrize("to", ["ct", "gptq", "dense"])
+def test_biases(to: str, tmp_path: Path) -> None:
+    method = RTN(bits=4, group_size=16, symmetric=True)
+    made = lowbit.quantize(quantized.source("opt"), tmp_path / "made", method)
+    lowbit.export(made, tmp_path / "dest", to)
+    found = lowbit.verify(tmp_path / "dest", made)
+    assert found is not None and found.equal
+    name = "model.decoder.layers.1.fc2.bias"
+    tensor = CheckpointReader(tmp_path / "dest").read([name])[name]
+    assert torch.equal(tensor, CheckpointReader(made).read([name])[name])
+
+
+HEADS = {
+    "ct": "8 bits, rows",
+    "gptq": "refused",
+    "awq": "refused",
+    "gguf": "F16",
+    "mlx": "8 bits, groups of 64, float32 scales",
+    "mlc": "float16",
+    "dense": "float32",
+}
+
+
+@pytest.mark.parametrize("to", HEADS)
+def test_a_quantized_output_layer(to: str, wide: Path, tmp_path: Path) -> None:
+    """It has 8 bits and zero points, and the table of embeddings is no longer tied to it."""
+    made = lowbit.quantize(wide, tmp_path / "made", SYMMETRIC, lm_head_bits=8)
+    plan = lowbit.plan_export(made, to, allow_lossy=True)
+    head = next(layer for layer in plan.layers if layer.name == "lm_head")
+    if HEADS[to] == "refused":
+        assert head.refused is not None
+        with pytest.raises(ValueError, match="lm_head"):
+            lowbit.export(made, tmp_path / "dest", to, allow_lossy=True)
+        return
+    assert head.container.endswith(HEADS[to])
+    lowbit.export(made, tmp_path / "dest", to, allow_lossy=True)
+    if to not in ("gguf", "mlc"):
+        config = json.loads((tmp_path / "dest" / "config.json").read_text())
+        names = CheckpointReader(tmp_path / "dest").tensors
+        assert config["tie_word_embeddings"] is False and "model.embed_tokens.weight" in names
 
 
 def test_the_record(made: Path, tmp_path: Path) -> None:

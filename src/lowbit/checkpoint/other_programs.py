@@ -67,6 +67,9 @@ ADVICE = {
         "then use CONVERTED; or name the float model that it was made from"
         for method, name in (("gptq", "gptq"), ("awq", "awq"), ("compressed-tensors", "ct"))
     },
+    PROGRAMS["auto-round"]: "convert it with: lowbit convert {folder} CONVERTED --from gptq (or "
+    "awq: as packing_format in config.json says), then use CONVERTED; or name the float model that "
+    "it was made from",
     PROGRAMS["quip"]: "convert it with: lowbit convert {folder} CONVERTED --from quip, then use "
     "CONVERTED",
 }

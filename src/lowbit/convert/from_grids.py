@@ -28,6 +28,7 @@ LAYOUTS: dict[str, tuple[str, str, Callable[[str, Stored, Section], Grid]]] = {
     "awq": ("awq", "qweight", awq_grid),
     "ct": ("compressed-tensors", "weight_packed", ct_grid),
 }
+AUTO_ROUND = "auto-round"  # its own quant_method, with the tensors of GPTQ or AWQ
 OLD_FILES = {"gptq": "quantize_config.json", "awq": "quant_config.json"}
 
 
@@ -51,7 +52,7 @@ def from_grids(
     section = stated_quantization(found.config)
     if section is None and layout in OLD_FILES and (folder / OLD_FILES[layout]).is_file():
         section = {"quant_method": method, **read_json(folder / OLD_FILES[layout])}
-    elif found.program != PROGRAMS[method]:
+    elif found.program != PROGRAMS[method] and not _is_auto_round(section, layout):
         if found.program == LOWBIT:
             raise ValueError(f"{folder} is quantized by lowbit already, and needs no conversion")
         came = f"is quantized by {found.program}" if found.program else "is a float model"
@@ -65,12 +66,36 @@ def from_grids(
     _refuse_others(reader, layers)
     settings = {k: v for k, v in section.items() if isinstance(v, int | float | str | bool)}
     made = {**settings, "name": f"converted from {layout}"}
-    convert = partial(_convert, reader, layers, read, section)
+    convert = partial(_convert, reader, layers, read, section or {})
     companions_of(folder, trust_remote_code)  # raises for a link that leads out of the folder
     with written_aside(out) as part:
         write_converted(reader, layers, convert, made, part, trust_remote_code)
         shutil.rmtree(part / RUN)
     return out
+
+
+def _is_auto_round(section: Section | None, layout: str) -> bool:
+    """Returns whether AutoRound wrote a checkpoint in a layout; it calls them auto_round:..._gptq.
+
+    Raises ValueError if its packing_format names another layout.
+    """
+    if section is None or section.get("quant_method") != AUTO_ROUND:
+        return False
+    packing = str(section.get("packing_format"))
+    if packing.endswith(layout):
+        return True
+    other = next((name for name in OLD_FILES if packing.endswith(name)), None)
+    advice = f"use --from {other}" if other else "lowbit reads those that end in gptq and awq"
+    raise ValueError(
+        f"quantization_config.packing_format is {packing!r}, so the layout is not {layout}: "
+        f"{advice}"
+    )
+
+
+def _of_layer(section: Section, name: str) -> Section:
+    """Returns the settings of one layer: AutoRound's extra_config may have others for it."""
+    extra = section.get("extra_config")
+    return {**section, **(extra.get(name) or {})} if isinstance(extra, dict) else section
 
 
 def _layers(reader: CheckpointReader, first: str) -> dict[str, Parts]:
@@ -111,7 +136,7 @@ def _convert(
         part: reader.read([full])[full] for part in layers[name] if (full := f"{name}.{part}")
     }
     try:
-        grid = read(name, stored, section)
+        grid = read(name, stored, _of_layer(section, name))
         entry, tensors = _uniform(grid, stored.get("bias"))
         layer = build(entry | {"dtype": dtype_name(weight)})
         for key, wanted in layer.state_dict().items():

@@ -78,6 +78,12 @@ class CompressedTensorsExporter(FolderExporter):
                 "of a code: quantize with fine_zeros=false, or export to mlx or gguf, which take "
                 "fractions"
             )
+        if self._needs_dequantize() and len(set(self.schemes.values())) > 1:
+            notes.append(
+                "layers of several widths or groups, some of them asymmetric: vLLM reads that, but "
+                "transformers fails on it; for transformers quantize all layers alike or "
+                "symmetrically, or export with --to dense"
+            )
         if partly := partly_quantized(self.folder.entries, self.float_modules()):
             notes.append(
                 f"only some linears of {partly[0]} are quantized: transformers reads that, but "
@@ -192,9 +198,14 @@ class CompressedTensorsExporter(FolderExporter):
             "global_compression_ratio": None,
             "version": "0.18.0",
             # transformers' reader packs no zero points in its empty model, so that asymmetric
-            # folders fail there unless they are decompressed while they are read.
-            **({} if all(scheme[3] for scheme in layers) else {"dequantize": True}),
+            # folders fail there unless they are decompressed while they are read. But then it reads
+            # all layers in the first scheme, and computes nonsense if there are several.
+            **({"dequantize": True} if self._needs_dequantize() and len(layers) == 1 else {}),
         }
+
+    def _needs_dequantize(self) -> bool:
+        """Returns whether transformers has to decompress layers, since some are asymmetric."""
+        return not all(scheme[3] for scheme in self.schemes.values())
 
 
 def _as_int8(layer: QuantizedLinear, drop_activations: bool) -> Grid | None:
