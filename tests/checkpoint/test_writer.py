@@ -17,9 +17,10 @@ from killing import Disk, watched
 from safetensors import SafetensorError
 
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
+from lowbit.checkpoint.disk import explained
 from lowbit.checkpoint.hashes import facts_of
 from lowbit.checkpoint.reader import INDEX
-from lowbit.checkpoint.writer import differences, explained, finite, save_tensors, write_json
+from lowbit.checkpoint.writer import differences, finite, save_tensors, write_json
 
 SIGNATURE = {"method": {"name": "rtn", "bits": 4}, "model": "5eed", "seed": 0, "device": "cpu"}
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -362,7 +363,7 @@ REFUSALS = {
     "full": (OSError(errno.ENOSPC, "x"), "is full: free some space"),
     "quota": (OSError(errno.EDQUOT, "x"), "is full: free some space"),
     "safetensors": (SafetensorError("I/O error: No space left on device (os error 28)"), "is full"),
-    "not ours": (PermissionError(errno.EACCES, "denied"), "OUT cannot be written: .*denied"),
+    "not ours": (PermissionError(errno.EACCES, "denied"), "OUT cannot be written .*denied"),
 }
 
 

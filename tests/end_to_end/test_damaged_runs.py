@@ -5,6 +5,7 @@ with those of the run that nothing happened to.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -282,3 +283,93 @@ def test_a_run_that_cannot_be_trusted_at_its_end(
     with pytest.raises(ValueError, match=f"{FIRST}.safetensors is damaged.*just been written"):
         again(out)
     assert not (out / "config.json").exists()
+
+
+def in_the_way(name: str) -> Callable[[Path], Any]:
+    """Puts a folder where lowbit writes a file."""
+
+    def put(out: Path) -> None:
+        (out / name).unlink()
+        (out / name).mkdir()
+
+    return put
+
+
+def swap_records(out: Path) -> None:
+    a, b, other = out / "run" / f"{FIRST}.json", out / "run" / f"{LAST}.json", out / "other"
+    a.rename(other), b.rename(a), other.rename(b)
+    (out / "config.json").unlink()
+
+
+def empty_records(out: Path) -> None:
+    for record in RECORDS:
+        (out / "run" / f"{record}.json").write_text("null")
+    (out / "config.json").unlink()
+
+
+def half(name: str) -> Callable[[Path], Any]:
+    return lambda out: (out / name).write_bytes((out / name).read_bytes()[:300])
+
+
+def as_utf_16(name: str) -> Callable[[Path], Any]:
+    return lambda out: (out / name).write_text((out / name).read_text(), encoding="utf-16")
+
+
+def stating(**fields: Any) -> Callable[[Path], Any]:
+    def edit(config: dict[str, Any]) -> None:
+        config["quantization_config"].update(fields)
+
+    return lambda out: quantized.edit_json(out / "config.json", edit)
+
+
+# What is done to a finished OUT, and what the same call says: a warning, after which all is as it
+# was, or (with !) why it refuses.
+OTHER: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "events a folder": (in_the_way("events.jsonl"), "!events.jsonl cannot be written .*: remove"),
+    "lock a folder": (in_the_way("run/lock"), "!run/lock cannot be written .*: remove what is"),
+    "shard a folder": (in_the_way(f"{FIRST}.safetensors"), "!cannot be written .*: remove what is"),
+    "config a folder": (in_the_way("config.json"), "!config.json cannot be written .*: remove"),
+    "index a folder": (in_the_way(FILES["index"]), "!index.json cannot be written .*: remove"),
+    "run a file": (
+        lambda out: (shutil.rmtree(out / "run"), (out / "run").write_text("")),
+        "!was not made by lowbit quantize",
+    ),
+    "run gone": (lambda out: shutil.rmtree(out / "run"), "!was not made by lowbit quantize"),
+    "a single file beside": (
+        lambda out: shutil.copy(quantized.source() / "model.safetensors", out),
+        "!model.safetensors was not written by lowbit, .*: remove it",
+    ),
+    "learned gone": (lambda out: shutil.rmtree(out / "learned"), "learned/.* is missing"),
+    "records null": (empty_records, "is no record of a shard"),
+    "records swapped": (swap_records, "belongs to another run or shard"),
+    "config half": (half("config.json"), "is not the config.json of a quantized folder"),
+    "config UTF-16": (as_utf_16("config.json"), "is not the config.json of a quantized folder"),
+    "version": (stating(version=99), "is not the config.json of a quantized folder"),
+    "no digest": (stating(digest=None), "config.json was edited after quantization"),
+    "no files": (stating(files={}), "config.json was edited after quantization"),
+    "report a list": (
+        lambda out: (out / "report.json").write_text("[]"),
+        "report.json has 2 bytes",
+    ),
+    "bytes behind": (
+        lambda out: (out / f"{FIRST}.safetensors").open("ab").write(b"xx"),
+        f"{FIRST}.safetensors has .* bytes, not",
+    ),
+    "signature half written": (lambda out: (out / "run/signature.json.part").touch(), ""),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_damages(name: str, out: Path, whole: dict[str, bytes]) -> None:
+    damage, says = OTHER[name]
+    damage(out)
+    if says.startswith("!"):
+        with pytest.raises(ValueError, match=says[1:]) as refusal:
+            again(out)
+        assert str(out) in str(refusal.value) and "Errno" not in str(refusal.value)
+        return
+    warnings = again(out)
+    assert any(re.search(says, text) for text in warnings) or not says, warnings
+    (out / "run/signature.json.part").unlink(missing_ok=True)
+    same(out, whole)
+    load(out)

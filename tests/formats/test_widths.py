@@ -172,3 +172,10 @@ def test_entries_of_slices() -> None:
     assert found["a"] == master().slice(4).entry() and found["b"] == extra.slice(2).entry()
     with pytest.raises(ValueError, match="layer c: it is a slice of 4 bits: a slice of 2 bits"):
         sliced_entries(entries, 2, read)
+
+
+def test_a_number_in_quotes() -> None:
+    with pytest.raises(
+        ValueError, match="bits is '4', the path of a file that does not exist: did"
+    ):
+        choose_widths(dict.fromkeys(NAMES, 8), "4")

@@ -50,6 +50,8 @@ def test_what_is_no_whole_float_model_is_refused(tmp_path: Path) -> None:
     model, _ = lowbit.load(quantized.folder("llama"))
     with pytest.raises(ValueError, match="already quantized"):
         saved_beside(model, None, tmp_path / "out").__enter__()
+    with pytest.raises(ValueError, match=r"is torch.float64: allowed are float32.*model.to\("):
+        saved_beside(zoo.make(zoo.ZOO["llama"]).double(), None, tmp_path / "out").__enter__()
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(zoo.make(zoo.ZOO["llama"]).config)
     with pytest.raises(ValueError, match="is not in memory .*: load the model whole"):

@@ -61,3 +61,11 @@ def test_too_little_text(samples: int, method: Method, count: int, tmp_path: Pat
     assert len(found) == count
     for text in found:
         assert f"{samples * quantized.SEQLEN} tokens, fewer than the 80 inputs" in text
+
+
+def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
+    text = warned("llama", tmp_path, RTN(group_size=16), allow_float=("*.router",))
+    assert text == [
+        "allow_float '*.router' has no effect: it matches none of the 0 matrices in blocks that "
+        "stay in float"
+    ]

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from lowbit.checkpoint.disk import explained
 from lowbit.checkpoint.hashes import OTHER_FILES, facts_of, is_inside, stated
 from lowbit.checkpoint.recognize import quantized_folder
 from lowbit.checkpoint.verify import config_digest, quantization_section
-from lowbit.checkpoint.writer import explained, write_json
+from lowbit.checkpoint.writer import write_json
 
 
 def accept(folder: Path, names: Sequence[str]) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lowbit.checkpoint.card_facts import write_card
 from lowbit.checkpoint.companions import companions_of, copy_companions
+from lowbit.checkpoint.disk import explained
 from lowbit.checkpoint.provenance import without_paths
 from lowbit.checkpoint.reader import INDEX
-from lowbit.checkpoint.writer import explained, save_tensors, write_json
+from lowbit.checkpoint.writer import save_tensors, write_json
 
 ConfigJson = dict[str, Any] | Callable[[Path], dict[str, Any]]
 

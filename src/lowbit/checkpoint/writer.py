@@ -16,7 +16,6 @@ Every file but events.jsonl is written under another name and renamed when it is
 is an flock on OUT/run/lock, which the system releases when its process ends.
 """
 
-import errno
 import fcntl
 import json
 import math
@@ -28,15 +27,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowbit.checkpoint.disk import explained
 from lowbit.checkpoint.hashes import facts_of, facts_of_files, is_inside
 from lowbit.checkpoint.inside import check_plain
 from lowbit.checkpoint.integrity import folder_problems
 from lowbit.checkpoint.output import final_config
-from lowbit.checkpoint.reader import INDEX, CheckpointReader, read_json
+from lowbit.checkpoint.reader import INDEX, SINGLE, CheckpointReader, read_json
 from lowbit.checkpoint.records import Record, digest_of, read_record, sealed
 
 RUN, SIGNATURE, EVENTS = "run", "signature.json", "events.jsonl"
@@ -225,6 +224,11 @@ class CheckpointWriter:
 
     def _examine(self) -> None:
         """Finds out what of an earlier run is as it was written."""
+        if (self.folder / SINGLE).exists():
+            raise ValueError(
+                f"{self.folder / SINGLE} was not written by lowbit, and transformers would read it "
+                "instead of the shards: remove it, or choose another OUT"
+            )
         if (self.folder / CONFIG).exists():
             self.damaged = folder_problems(self.folder, self.signature)
             if not self.damaged:
@@ -378,18 +382,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-@contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Turns errors of a full disk, or a folder that cannot be written, into a clear ValueError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error):
-            raise ValueError(
-                f"the disk that holds {folder} is full: free some space and run the same command "
-                "again; finished blocks are kept"
-            ) from error
-        raise ValueError(f"{folder} cannot be written: {error}") from error

@@ -5,6 +5,7 @@ cuts or sizes slices uses this module and `QuantizedLinear.widths`, so that it d
 the format.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lowbit.formats.nested import (
     tensor_bytes,
     to_uniform,
 )
-from lowbit.parsing import parse_yaml, read_text
+from lowbit.parsing import parse_yaml, read_text, shorten
 from lowbit.patterns import matches
 
 # One width for all layers, {name or pattern: width}, or the path of a YAML file of this mapping.
@@ -157,6 +158,11 @@ def choose_widths(current: Mapping[str, int], bits: WidthPlan) -> dict[str, int]
         raise ValueError(
             f"bits is {bits!r}: allowed are 2 to 8, {{name or pattern: width}}, or the path of a "
             "YAML file with such a mapping"
+        )
+    if isinstance(bits, str) and bits.strip().isdecimal() and not os.path.exists(bits):
+        raise ValueError(
+            f"bits is {shorten(bits)!r}, the path of a file that does not exist: did "
+            "you mean the number?"
         )
     plan: Any = {"*": bits} if isinstance(bits, int) else bits
     plan = plan if isinstance(plan, Mapping) else _read(Path(plan))

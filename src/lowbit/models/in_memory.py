@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowbit.models.streamed import FLOATS
 from lowbit.parsing import reason_of
 
 
@@ -81,6 +82,11 @@ def _check(model: nn.Module) -> PreTrainedModel:
         )
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("the model is already quantized; quantize the float model instead")
+    if model.dtype not in FLOATS:
+        raise ValueError(
+            f"the model is {model.dtype}: allowed are float32, float16 and bfloat16; convert it, "
+            "for example with model.to(torch.float32)"
+        )
     absent = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if absent is not None:
         raise ValueError(

@@ -61,6 +61,8 @@ def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "it is not in the cache, and the hub is out of reach or HF_HUB_OFFLINE is set"
         raise ValueError(
             f"{name!r} is not a folder, and cannot be downloaded from the hub ({reason}). "
             "Check the name, the network and `hf auth login`, or name a local folder"

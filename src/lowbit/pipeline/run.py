@@ -17,7 +17,8 @@ from lowbit.calibration.token_ids import Rows
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.checkpoint.card_facts import write_card
 from lowbit.checkpoint.companions import copy_companions
-from lowbit.checkpoint.writer import RUN, explained
+from lowbit.checkpoint.disk import explained
+from lowbit.checkpoint.writer import RUN
 from lowbit.config import explain
 from lowbit.events import (
     BlockResumed,

@@ -1,11 +1,13 @@
 """What a run warns of before its first block: settings without effect, and too little text."""
 
 from lowbit.calibration import TokenWindows
+from lowbit.parsing import shorten
+from lowbit.patterns import matches_any
 from lowbit.pipeline.job import Job
 
 
 def settings_without_effect(job: Job) -> list[str]:
-    """Returns a sentence for each setting that needs folds and has none in some of the blocks.
+    """Returns a sentence for each setting that does nothing: no fold for it, or nothing to match.
 
     A fold is a place where a scale, shift or sign of a channel can be absorbed; see
     `lowbit.blocks.Fold`.
@@ -20,6 +22,12 @@ def settings_without_effect(job: Job) -> list[str]:
             found.append(
                 f"{setting} has no effect in {where}: no norm and no linear there is known to "
                 "absorb the scales of channels that a quantized linear reads"
+            )
+    for pattern in job.options.allow_float:
+        if not any(matches_any(name, [pattern]) for name in job.source.left_float):
+            found.append(
+                f"allow_float {shorten(pattern)!r} has no effect: it matches none of the "
+                f"{len(job.source.left_float)} matrices in blocks that stay in float"
             )
     return found
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from lowbit.checkpoint.writer import aside, explained
+from lowbit.checkpoint.disk import explained
+from lowbit.checkpoint.writer import aside
 from lowbit.report.page import render
 from lowbit.report.records import read_results
 from lowbit.report.run import read_run

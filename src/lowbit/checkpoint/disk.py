@@ -1,0 +1,33 @@
+"""Says in words why a folder cannot be written."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turns errors of a full disk, or a folder that cannot be written, into a clear ValueError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error):
+            raise ValueError(
+                f"the disk that holds {folder} is full: free some space and run the same command "
+                "again; finished blocks are kept"
+            ) from error
+        place, reason = str(folder), str(error)
+        if isinstance(error, OSError) and error.strerror:
+            place = str(error.filename2 or error.filename or folder)
+            reason = error.strerror
+        hint = ": remove what is there, or choose another OUT" if _is_in_the_way(error) else ""
+        raise ValueError(f"{place} cannot be written ({reason}){hint}") from error
+
+
+def _is_in_the_way(error: BaseException) -> bool:
+    """Whether there is a folder where a file is to be, or the other way round."""
+    return isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError)
