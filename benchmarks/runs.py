@@ -98,6 +98,11 @@ class Rows:
             self.found.append(made | {"notes": notes})
             append(self.benchmark, self.found[-1:])
             print(f"{case}  {value:.3f}  {notes}", flush=True)
+        for text, divergence in row.divergence.items():
+            case = f"{model} | {name} | {Path(text).stem}"
+            made = {"case": case, "metric": "KL", "value": f"{divergence.kl:.4f}", "unit": "nats"}
+            append(self.benchmark, [made | {"notes": notes}])
+            print(f"{case}  KL {divergence.kl:.4f}", flush=True)
 
     def quantize(
         self,
@@ -105,11 +110,16 @@ class Rows:
         model: Path,
         name: str,
         method: Method,
+        **options: Any,
     ) -> None:
-        """Quantizes a model into a temporary folder and measures it, if --only matches the name."""
+        """Quantizes a model into a temporary folder and measures it, if --only matches the name.
+
+        options: as in `record`.
+        """
         if not re.search(self.args.only, name):
             return
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             lowbit.quantize(model, folder, method, calibration())
-            self.record(label, name, Path(folder), time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.record(label, name, Path(folder), seconds, **options)
