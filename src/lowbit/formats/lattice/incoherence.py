@@ -89,6 +89,15 @@ class Rotation:
             return torch.ones(self.size, device=device)
         return draw_signs(self.size, self.seed, torch.device(device))
 
+    def diagonal(self, signs: Tensor | None) -> Tensor | None:
+        """Returns the diagonal of S on the CPU: (size,); None if there are no signs.
+
+        signs: trained signs; None: those of the seed. Do not modify the result.
+        """
+        if signs is not None or self.seed is None:
+            return signs
+        return _signs(self.size, self.seed, torch.device("cpu"))
+
     def _signed(self, x: Tensor, signs: Tensor | None) -> Tensor:
         if signs is None and self.seed is None:
             return x
