@@ -15,7 +15,7 @@ as the stored one; reading it is faster than looking words up.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Cpu(NativeBackend["LatticeLinear"]):
     """
 
     def prepare(self, layer: "LatticeLinear", x: Tensor) -> Tensor:
-        owner = layer.owner
+        owner = cast("LatticeLinear", layer.owner)
         if not _in_c(layer.rotation_in) or owner.is_offloaded():
             return layer.prepared(x)
         rows, rotation = x.reshape(-1, layer.in_features).float(), layer.rotation_in
