@@ -11,7 +11,9 @@ import torch
 
 import lowbit
 from lowbit.load import load_model
+from lowbit.load.model import stream
 from lowbit.methods import GPTQ, Method, OmniQuant, QuIP
+from lowbit.models.generation import greedy
 
 ALL = families.causal_types()
 ALWAYS = {*families.KINDS.values(), *ALL[::10]}
@@ -21,6 +23,7 @@ METHODS: dict[str, Method] = {
     "gptq": GPTQ(bits=4, group_size=16, min_tokens=8),
     "omniquant": OmniQuant(bits=4, group_size=16, let=True, epochs=1, min_tokens=8),
     "quip": QuIP(codebook="HI", scale=2.9, row_scale="always", tune_iters=0, min_tokens=8),
+    "quip, merged signs": QuIP(codebook="HI", merge_suv=True, tune_iters=0, min_tokens=8),
 }
 
 
@@ -63,3 +66,9 @@ def test_calibrated_methods_on_each_kind(kind: str, method: str, tmp_path: Path)
     with torch.no_grad():
         wanted, found = (m(input_ids=batch, use_cache=False).logits for m in (model, quantized))
     assert 0 < families.error(found, wanted) < 1
+    # What `eval --reference` computes block by block is what the loaded model computes.
+    streamed = stream(out)
+    (hidden,) = streamed.run([batch]).hidden()
+    logits = streamed.without_blocks().logits(batch, hidden)
+    assert families.error(logits, found) < families.TOLERANCE
+    assert len(greedy(quantized, [5, 6, 7, 8, 9], 8)) == 8

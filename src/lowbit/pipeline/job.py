@@ -31,6 +31,7 @@ from lowbit.checkpoint.learned import Learned
 from lowbit.events import BlockFinished, BlockLog, BlockStarted, OnEvent
 from lowbit.methods import Method
 from lowbit.methods.result import BlockResult
+from lowbit.models.discovery import kind_of
 from lowbit.models.locate import locate
 from lowbit.models.sizes import check_tokens, context_of, hidden_of
 from lowbit.models.source import SourceModel
@@ -38,6 +39,7 @@ from lowbit.models.tokenizer import check_tokenizer
 from lowbit.pipeline.head import outside_blocks
 from lowbit.pipeline.memory import PeakMemory
 from lowbit.pipeline.options import RunOptions, choose_device
+from lowbit.pipeline.packed_check import check_packed
 from lowbit.pipeline.results import STATED, as_stored, check_shard, shard_of
 from lowbit.pipeline.selection import Selection, pack_float_experts
 from lowbit.version import __version__
@@ -75,6 +77,7 @@ class Job:
         self.start = self._earlier_run()
         self.blocks = self.source.block_names
         self.shards = 1 + len(self.blocks)
+        self.checked: list[Any] = []  # the kinds of blocks that have run packed
 
     def widest(self) -> int:
         """Returns the largest number of inputs of a linear that is quantized."""
@@ -233,6 +236,7 @@ class Job:
                 block, result, lambda path: self.source.is_view(f"{step.name}.{path}.")
             )
             result = as_stored(result, self.source, name)
+            self._check_packed(step, result)
             first = self._is_first(writer, index + 1)
             tensors, record = shard_of(result, self.source, name, first)
             learned = result.learned if self.method.learns else None
@@ -250,6 +254,13 @@ class Job:
         )
         log(finished)
         return result
+
+    def _check_packed(self, step: Step, result: BlockResult) -> None:
+        """Runs the packed block, if it is the first one of its kind."""
+        kind = kind_of(self.source.skeleton.get_submodule(step.name))
+        if result.linears and kind not in self.checked and self.options.self_check:
+            self.checked.append(kind)
+            check_packed(self.source, step.block, step.name, result)
 
     def _result(self, task: BlockTask) -> BlockResult:
         """Returns what the method makes of a block; errors name the block and large weights."""
