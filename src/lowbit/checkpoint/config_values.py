@@ -22,7 +22,7 @@ POSITIVE = (*LAYERS, *HEADS, "hidden_size", "n_embd", "d_model", "vocab_size")
 CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 # Sizes that may be absent, null or 0, which all mean the same.
 SIZES = (
-    *(*EXPERTS, *CONTEXT),
+    *EXPERTS,
     *("num_key_value_heads", "head_dim"),
     *("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"),
 )
@@ -93,6 +93,8 @@ def _allowed(name: str, value: Any) -> str | None:
 
 
 def _rule(name: str) -> tuple[Callable[[Any], bool], str] | None:
+    if name in CONTEXT:  # a fraction in some models of sound
+        return lambda v: _is_number(v) and v >= 0, "allowed are 0 or more"
     if name in POSITIVE or name in SIZES:
         least, most = int(name in POSITIVE), MOST.get(name, INT64)
         limit = f"to {most:,}" if name in MOST else "or more"
