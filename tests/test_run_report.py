@@ -34,6 +34,7 @@ BLOCK = BlockReport(
     loss_rtn=4.0,
     loss_before=3.0,
     loss_after=0.5,
+    folds=["norm>mlp.up"],
     fallback="the whole of it",
 )
 WHOLE: dict[str, LinearReport | TrainingReport | BlockReport | RunReport] = {

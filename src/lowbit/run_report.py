@@ -116,6 +116,8 @@ class BlockReport(_Report):
         binarised by row means).
     loss_before: the loss before training, at the initial values.
     loss_after: the loss of the block that was written.
+    folds: for a method that rescales channels: the places where it can, each as SOURCE>READER; see
+        `lowbit.blocks.Fold`.
     fallback: one sentence that says why and how the whole block was quantized more simply than
         asked for; None: it was not.
     """
@@ -125,6 +127,7 @@ class BlockReport(_Report):
     loss_rtn: Loss = None
     loss_before: Loss = None
     loss_after: Loss = None
+    folds: list[Name] = []
     fallback: str | None = None
 
     @property
@@ -140,6 +143,10 @@ class BlockReport(_Report):
         """
         linears = {names[name]: linear for name, linear in self.linears.items()}
         return self.model_copy(update={"linears": linears})
+
+    def with_folds(self, folds: Sequence[str]) -> "BlockReport":
+        """Returns the same report with the names of folds."""
+        return self.model_copy(update={"folds": [*folds]})
 
     def to_json(self) -> dict[str, Any]:
         """Returns the report as JSON values, without fields that have their default value."""

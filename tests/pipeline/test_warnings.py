@@ -1,5 +1,6 @@
 """What a run warns of: settings that can do nothing on a model, and too little calibration text."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import quantized
 from lowbit.events import Event, Warned
 from lowbit.methods import GPTQ, RTN, MatQuant, Method, MixedQuant, OmniQuant, QuIP
 from lowbit.models.source import SourceModel
+from lowbit.run_report import RunReport
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +44,9 @@ def test_settings_that_need_folds(
     found = warned("gpt_neox" if model == "none" else model, tmp_path, method)
     wanted = [setting] if model == "none" else []
     assert [text.split()[0] for text in found if NO_EFFECT in text] == wanted
+    report = RunReport.model_validate(json.loads((tmp_path / "out" / "report.json").read_text()))
+    folds = [bool(block.folds) for block in report.blocks.values()]
+    assert folds and set(folds) == {model != "none"}
 
 
 def test_a_fold_without_a_quantized_reader_does_not_count(tmp_path: Path) -> None:

@@ -277,9 +277,13 @@ class Job:
                     "float32; leave this linear in float with --skip, or repair the checkpoint"
                 )
         try:
-            return self.method.quantize(task)
+            result = self.method.quantize(task)
         except ValueError as error:
             raise ValueError(f"{task.name}: {error}") from error
+        kinds = {kind for kinds in self.method.needs_folds().values() for kind in kinds}
+        found = [fold.name for fold in task.folds if fold.kind in kinds]
+        result.report = result.report.with_folds(found)
+        return result
 
     def advance(self, step: Step, result: BlockResult) -> None:
         """Runs every stream through the block, quantized or float, as the method decides."""
