@@ -11,6 +11,7 @@ from lowbit.kernels.native import why_not
 from lowbit.kernels.native.library import VARIABLE, available
 
 pytestmark = [
+    pytest.mark.kernels,
     pytest.mark.slow,
     pytest.mark.skipif(not available(), reason="needs a compiler: the kernels were not compiled"),
 ]

@@ -151,6 +151,7 @@ def test_to_another_dtype_leaves_the_format_alone() -> None:
         assert zoo.error(quantized.logits(model).float(), wanted) < 0.02
 
 
+@pytest.mark.kernels
 @every_family
 def test_decoding_with_a_cache_is_prefill(name: str) -> None:
     model, _ = lowbit.load(quantized.folder(name))
@@ -170,6 +171,7 @@ def test_decoding_with_a_cache_is_prefill(name: str) -> None:
     assert zoo.error(decoded, whole) < EQUAL
 
 
+@pytest.mark.kernels
 @every_family
 def test_padding_changes_nothing(name: str) -> None:
     model, _ = lowbit.load(quantized.folder(name))

@@ -17,7 +17,10 @@ from lowbit.kernels.native.library import available, chosen, why_not
 
 ROWS = 37
 SETS = available()
-pytestmark = pytest.mark.skipif(not SETS, reason="needs a compiler: the kernels were not compiled")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not SETS, reason="needs a compiler: the kernels were not compiled"),
+]
 SHAPES = {  # inputs, group size
     "groups of 32": (96, 32),
     "groups of 128": (256, 128),
