@@ -7,13 +7,14 @@ NATIVE := cmake/CMakeLists.txt $(wildcard src/lowbit/kernels/native/*.[ch])
 unexport PYTHONDONTWRITEBYTECODE
 HOOKS   = $$(git rev-parse --git-path hooks)
 
-.PHONY: demo quick test test-families test-kernels test-engines lint bench hooks mutants fuzz
+.PHONY: demo quick test test-families test-kernels test-exhaustive test-engines lint bench hooks mutants fuzz
 
 demo:  $(READY) ; OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} .venv/bin/python examples/demo.py
 quick: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not slow and not families and not exhaustive"
 test:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not families and not exhaustive"
 test-families: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/end_to_end/test_architectures.py
 test-kernels: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/kernels/native
+test-exhaustive: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m exhaustive
 test-engines: $(READY) $(ENGINES)
 	OMP_NUM_THREADS=1 LOWBIT_ENGINES=$(ENGINES) .venv/bin/python -m pytest -n 2 -q tests/engines
 lint:  $(READY) ; .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

@@ -150,6 +150,7 @@ def test_swapped_shards(finished: bool, out: Path, whole: dict[str, bytes]) -> N
 VALUES: list[Any] = [None, [], {}, "", 0, -1, "../outside/shard.safetensors", ["a"], {"a": 1}]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("forged", [False, True], ids=["accident", "forged"])
 @pytest.mark.parametrize("record", RECORDS)
 def test_every_field_of_a_record(

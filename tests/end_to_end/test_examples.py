@@ -49,6 +49,7 @@ def test_demo(tmp_path: Path) -> None:
         assert f"\n{name}\nOnce upon a time there was a little fox who" in printed
 
 
+@pytest.mark.exhaustive
 def test_train_mini(tmp_path: Path) -> None:
     stories = tmp_path / "stories.txt"
     story = "Once there was a fox. It ran and ran until it was home. The end. "

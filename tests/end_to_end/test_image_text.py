@@ -54,6 +54,7 @@ def test_the_language_model_is_quantized(name: str, tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["architectures"] == [type(loaded).__name__]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["gptq", "omniquant", "quip"])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
 def test_calibrated_with_text(name: str, method: str, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def loss(model: Any) -> float:
     return float(cross_entropy(logits(model)[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()))
 
 
+@pytest.mark.exhaustive
 def test_learning_pays() -> None:
     """Rounding to 2 bits increases the loss (nats per token); OmniQuant recovers a part of that."""
     whole, rounded, learned = (

@@ -26,6 +26,10 @@ def loaded() -> Any:
     return lowbit.load(quantized.folder())
 
 
+# One event loop, as a server has: the batch still delivers tokens of an answer that ended early.
+RUNNER = asyncio.Runner()
+
+
 def tokens(text: str) -> Any:
     return lambda tokenizer: prompt_tokens(tokenizer, text, chat=False)
 
@@ -46,7 +50,7 @@ def answers(worker: Worker, *asked: tuple[str, Sampling]) -> list[Any]:
         jobs = [worker.submit(tokens(prompt), sampling) for prompt, sampling in asked]
         return await asyncio.gather(*map(answer, jobs), return_exceptions=True)
 
-    return asyncio.run(asyncio.wait_for(all_of_them(), 60))
+    return RUNNER.run(asyncio.wait_for(all_of_them(), 60))
 
 
 @pytest.fixture(scope="module", params=WORKERS)
@@ -103,7 +107,7 @@ def test_a_client_that_leaves_is_not_answered_any_more(worker: Worker) -> None:
         await asyncio.sleep(0.5)  # long enough for all 50 tokens
         return len(results)
 
-    assert asyncio.run(asyncio.wait_for(leave(), 60)) < 40
+    assert RUNNER.run(asyncio.wait_for(leave(), 60)) < 40
 
 
 def test_a_family_that_transformers_cannot_batch(capfd: pytest.CaptureFixture[str]) -> None:

@@ -214,8 +214,8 @@ def _is_ours(error: BaseException) -> bool:
 def _check_dtype(dtype: Any) -> None:
     """Raises ValueError if a model cannot have a dtype; None, "auto" and floats are allowed."""
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype not in (None, "auto") and named not in FLOATS:
+    if dtype not in (None, "auto") and named not in (*FLOATS, torch.float64):
         raise ValueError(
-            f"dtype is {shorten(repr(dtype))}: allowed are float32, float16, bfloat16, 'auto' and "
-            "None"
+            f"dtype is {shorten(repr(dtype))}: allowed are float32, float16, bfloat16, float64, "
+            "'auto' and None"
         )

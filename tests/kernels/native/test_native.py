@@ -29,7 +29,7 @@ SHAPES = {  # inputs, group size
     "a row of several pieces": (1100, 1100),
     "one input": (1, 1),
 }
-# `make test` leaves the exhaustive ones out, `make test-kernels` runs them.
+# `make test` leaves the exhaustive ones out, `make test-exhaustive` runs them.
 exhaustive = pytest.mark.exhaustive
 SAMPLE = {"a shorter last group", "a row of several pieces"}
 every_shape = pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """How long do all linears of one token take in compiled kernels, and in llama.cpp?
 
-    python benchmarks/kernels.py [--llama DIR] [--threads 1 2] [--only NAME] [--rounds 4]
+    python benchmarks/cpu_kernels.py [--llama DIR] [--threads 1 2] [--only NAME] [--rounds 4]
 
 Layers of random weights in TinyLlama's shape (22 blocks, hidden size 2048, feed-forward 5632) and a
 head of 8 bits run one after the other, each through its own forward, as a model calls them. Their
