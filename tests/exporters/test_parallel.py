@@ -14,6 +14,8 @@ from lowbit.exporters.parallel import Part, check_heads, part_of
 from lowbit.exporters.stacking import Kind, stack_of
 from lowbit.methods import RTN
 
+pytestmark = pytest.mark.slow
+
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2}
 PARTS: dict[str, tuple[str, tuple[int, int], int, tuple[int, int]]] = {
     "outputs": ("model.layers.0.mlp.up_proj", (96, 64), 4, (24, 64)),

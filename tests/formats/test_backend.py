@@ -139,6 +139,7 @@ def test_a_forced_backend_that_cannot_run_is_an_error() -> None:
         assert Filled()(torch.ones(0, 2)).shape == (0, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reference", "lookup"])
 def test_a_compiled_layer_keeps_what_was_forced(name: str) -> None:
     torch._dynamo.reset()

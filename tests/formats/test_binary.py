@@ -322,6 +322,7 @@ def test_plain_weight_is_the_formula() -> None:
     assert reference.plain_weight(sign, row, None, None, 3).tolist() == [[2.0, -2.0, -2.0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: made(8, 32, 8), lambda: made(8, 32)])
 def test_compiles_without_a_break(make: Callable[[], QuantizedLinear]) -> None:
     torch._dynamo.reset()

@@ -162,5 +162,7 @@ def test_the_class_decides_about_the_family(line: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8", "zap", 3, "nn"])
 def test_a_dtype_that_no_model_has(dtype: Any) -> None:
-    with pytest.raises(ValueError, match="dtype is .*: allowed are float32, float16, bfloat16, 'a"):
+    with pytest.raises(
+        ValueError, match="dtype is .*: allowed are float32, float16, bfloat16, float64, 'a"
+    ):
         load_model(quantized.source(), dtype=dtype)

@@ -19,6 +19,8 @@ from lowbit.models.fold_search import search_folds
 from lowbit.models.skeleton import build_skeleton
 from lowbit.models.wiring import folds_of
 
+pytestmark = pytest.mark.slow
+
 WIDTH, INNER = 12, 20
 
 

@@ -12,6 +12,8 @@ from lowbit.formats.nested import NestedLayout, NestedLinear
 from lowbit.formats.uniform import UniformLayout, UniformLinear
 from lowbit.vllm_plugin.cutting import inputs_of, rows_of
 
+pytestmark = pytest.mark.slow
+
 ROWS, COLUMNS, SIZE = 13, 24, 8
 DRAW = torch.Generator().manual_seed(0)
 SHAPE = (ROWS, COLUMNS // SIZE)

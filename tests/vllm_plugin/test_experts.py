@@ -12,6 +12,8 @@ from vllm_stand_in import RoutedExperts
 
 import lowbit
 
+pytestmark = pytest.mark.slow
+
 BLOCK = "model.layers.0.mlp"
 
 

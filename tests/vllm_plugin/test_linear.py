@@ -17,6 +17,8 @@ from vllm_stand_in import PACKED, Layer, LinearBase, ParallelLMHead, tensors_of
 import lowbit
 from lowbit.methods import PTQ161, RTN, MatQuant, MixedQuant
 
+pytestmark = pytest.mark.slow
+
 ROOT = TemporaryDirectory(prefix="lowbit-vllm-", ignore_cleanup_errors=True)
 BLOCK = "model.layers.0"
 FOLDERS: dict[str, tuple[Any, dict[str, Any]]] = {
