@@ -62,7 +62,9 @@ def from_grids(
     reader = found.reader
     layers = _layers(reader, first)
     if not layers:
-        raise ValueError(f"{folder} has no tensor named {first}, so no layer to convert")
+        scale = next((n for n in sorted(reader.tensors) if n.endswith("_scale")), None)
+        other = f"; {scale} belongs to a layer of another layout" if scale else ""
+        raise ValueError(f"{folder} has no tensor named {first}, so no layer to convert{other}")
     _refuse_others(reader, layers)
     settings = {k: v for k, v in section.items() if isinstance(v, int | float | str | bool)}
     made = {**settings, "name": f"converted from {layout}"}
