@@ -100,7 +100,7 @@ def print_plan(screen: Console, plan: ExportPlan) -> None:
 
 def _row(layer: PlannedLayer) -> tuple[str, ...]:
     """Returns what the layers of one line of the table have in common."""
-    fate = layer.refused or layer.loss or ("" if layer.error == 0 else "inexact")
+    fate = layer.refused or layer.loss or ("inexact" if layer.error else layer.rounded or "")
     return layer.source, layer.container, *layer.changes, fate
 
 

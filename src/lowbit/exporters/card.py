@@ -17,7 +17,7 @@ from lowbit.checkpoint.card_facts import (
 from lowbit.checkpoint.companions import is_weights
 from lowbit.checkpoint.reader import INDEX
 from lowbit.exporters.exporter import Exporter
-from lowbit.exporters.plan import ExportPlan
+from lowbit.exporters.plan import EXACT, ExportPlan
 from lowbit.quantities import size
 from lowbit.version import __version__
 
@@ -34,14 +34,14 @@ def write_export_card(part: Path, exporter: Exporter, plan: ExportPlan) -> None:
     name = name_of(folder.folder)
     linears, model, stored = _sizes(part, exporter, plan)
     containers = Counter(layer.container for layer in plan.layers)
-    inexact = [layer for layer in plan.layers if not layer.exact]
+    equal = all(layer.outcome == EXACT for layer in plan.layers)
     facts = (
         ("base model", name),
         *method_facts(made_by),
         ("bits per weight", f"{linears:.2f} in the quantized linears; {model:.2f} in the model"),
         ("weights", size(stored)),
         ("quantized layers", ", ".join(f"{n:,} as {kind}" for kind, n in containers.items())),
-        ("compared with the folder of lowbit", _outcome(plan) if inexact else "every weight equal"),
+        ("compared with the folder of lowbit", "every weight equal" if equal else _outcome(plan)),
         ("made with", f"lowbit {__version__}; see export.json"),
     )
     method = (made_by.get("method") or {}).get("name", "")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.checkpoint.card_facts import in_transformers
@@ -30,18 +31,21 @@ class DenseExporter(FolderExporter):
     def store(self, name: str, layer: QuantizedLinear) -> StoredLayer:
         self.part(name)  # raises if it cannot be cut
         dtype = self.options.float_dtype or self.folder.float_dtype(name)
-        tensors = {"weight": float_weight(layer.dequantize(), dtype)}
+        weight = layer.dequantize()
+        tensors = {"weight": float_weight(weight, dtype)}
         if layer.bias is not None:
             tensors["bias"] = self.store_float(name, layer.bias.detach())
         rounds = layer.activation is not None or layer.format == "sorted_group"
         loss = "its inputs are no longer rounded" if rounds else None
-        return StoredLayer(str(dtype).removeprefix("torch."), tensors, (), loss)
+        named = str(dtype).removeprefix("torch.")
+        equal = torch.equal(tensors["weight"].float(), weight)
+        return StoredLayer(named, tensors, (), loss, None if equal else named)
 
     def decode(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["weight"].float()
 
     def error(self, layer: QuantizedLinear, weight: Tensor) -> float:
-        """Returns 0: a float container has no steps, and its dtype is shown as the container."""
+        """Returns 0: rounding to a dtype is said by `StoredLayer.rounded`, not in steps."""
         return 0.0
 
     def quantization(self) -> dict[str, Any] | None:

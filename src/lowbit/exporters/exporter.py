@@ -72,12 +72,14 @@ class StoredLayer:
     tensors: its tensors, by name within the layer.
     changes: what was changed without changing a weight, such as "groups of 128 written as 64".
     loss: what the target does differently when it runs the layer; None: nothing.
+    rounded: the float dtype that does not hold every weight of the layer; None: all are equal.
     """
 
     container: str
     tensors: dict[str, Tensor] = field(repr=False)
     changes: tuple[str, ...] = ()
     loss: str | None = None
+    rounded: str | None = None
 
 
 class Exporter(ABC):

@@ -6,6 +6,7 @@ from lowbit.exporters.exporter import Exporter, Progress
 from lowbit.exporters.grid import Refused, grid_of
 from lowbit.formats.base import QuantizedLinear
 
+EXACT = "exact"  # the outcome of a layer of which nothing is lost
 SHOWN = 3  # layers that an error message names
 
 
@@ -19,6 +20,8 @@ class PlannedLayer:
     changes: what is changed without changing a weight.
     error: largest error of a weight, in steps of the layer's grid; 0: every weight is exact.
     loss: what the target does differently when it runs the layer; None: nothing.
+    rounded: the float dtype to which the weights are rounded, as a float model's are; None: every
+        weight is equal, but for `error`.
     refused: why the target cannot hold it; None: it can.
     bytes: the size of its stored weight, scales and zero points included.
     """
@@ -29,12 +32,13 @@ class PlannedLayer:
     changes: tuple[str, ...] = ()
     error: float = 0.0
     loss: str | None = None
+    rounded: str | None = None
     refused: str | None = None
     bytes: int = 0
 
     @property
     def exact(self) -> bool:
-        """Whether the target computes with exactly the weights and inputs of the folder."""
+        """Whether the target computes with the weights and inputs of the folder, in its dtype."""
         return self.refused is None and self.loss is None and self.error == 0
 
     @property
@@ -43,8 +47,9 @@ class PlannedLayer:
         if self.refused is not None:
             return f"refused: {self.refused}"
         parts = [f"off by up to {self.error:.2g} steps"] if self.error else []
+        parts += [f"rounded to {self.rounded}"] if self.rounded else []
         parts += [self.loss] if self.loss else []
-        return "; ".join(parts) or "exact"
+        return "; ".join(parts) or EXACT
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,14 @@ def _planned(exporter: Exporter, name: str) -> PlannedLayer:
     error = exporter.error(layer, exporter.decode(name, stored.tensors))
     size = sum(tensor.nbytes for key, tensor in stored.tensors.items() if key != "bias")
     return PlannedLayer(
-        name, source, stored.container, stored.changes, error, stored.loss, bytes=size
+        name,
+        source,
+        stored.container,
+        stored.changes,
+        error,
+        stored.loss,
+        stored.rounded,
+        bytes=size,
     )
 
 

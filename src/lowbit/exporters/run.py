@@ -215,6 +215,8 @@ def _facts(layer: PlannedLayer) -> dict[str, Any]:
     facts: dict[str, Any] = {"container": layer.container, "error_in_steps": layer.error}
     if layer.changes:
         facts["changes"] = list(layer.changes)
+    if layer.rounded is not None:
+        facts["rounded"] = layer.rounded
     if layer.loss is not None:
         facts["loss"] = layer.loss
     return facts
