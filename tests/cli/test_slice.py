@@ -33,7 +33,7 @@ def test_nested(lowbit, nested, tmp_path):
 def test_mistakes(lowbit, nested, rtn, tmp_path):
     for folder, bits, sentence in (
         (nested, "four", "--bits 'four' is neither a width from 2 to 8 nor a file"),
-        (nested, "1", "bits for '*' is 1: allowed are 2 to 8"),
+        (nested, "1", "bits is 1: allowed are 2 to 8"),
         (rtn, "4", "only layers made by matquant have several widths"),
     ):
         result = lowbit("slice", folder, "--bits", bits, "-o", tmp_path / "out", code=1)

@@ -63,9 +63,32 @@ def test_too_little_text(samples: int, method: Method, count: int, tmp_path: Pat
     """The widest linear of this model has 80 inputs."""
     calibration = quantized.calibration(samples=samples)
     found = warned("opt", tmp_path, method, calibration=calibration)
+    found = [text for text in found if "match" not in text]
     assert len(found) == count
     for text in found:
         assert f"{samples * quantized.SEQLEN} tokens, fewer than the 80 inputs" in text
+
+
+@pytest.mark.parametrize(
+    ("samples", "method", "count"),
+    [
+        (1, GPTQ(min_tokens=1), 1),
+        (2, GPTQ(min_tokens=1), 0),
+        (1, GPTQ(min_tokens=1, match="self"), 0),
+        (2, OmniQuant(**W4, epochs=0, batch=2, min_tokens=1), 1),
+        (3, OmniQuant(**W4, epochs=0, batch=2, min_tokens=1), 0),
+        (1, OmniQuant(**W4, epochs=0, rounding="nearest", min_tokens=1), 0),
+    ],
+)
+def test_one_batch_has_nothing_to_be_compared_with(
+    samples: int, method: Method, count: int, tmp_path: Path
+) -> None:
+    calibration = quantized.calibration(samples=samples)
+    found = warned("llama", tmp_path, method, calibration=calibration)
+    assert len([text for text in found if "match has no effect" in text]) == count
+    report = RunReport.model_validate(json.loads((tmp_path / "out" / "report.json").read_text()))
+    moved = [r.correction for block in report.blocks.values() for r in block.linears.values()]
+    assert any(moved) == (method.matches_float() and not count)
 
 
 def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:

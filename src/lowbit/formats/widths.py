@@ -171,7 +171,8 @@ def choose_widths(current: Mapping[str, int], bits: WidthPlan) -> dict[str, int]
     chosen = dict(current)
     for pattern, width in plan.items():
         if type(width) is not int or width not in range(2, 9):
-            raise ValueError(f"bits for {pattern!r} is {width!r}: allowed are 2 to 8")
+            where = "bits" if isinstance(bits, int) else f"bits for {pattern!r}"
+            raise ValueError(f"{where} is {width!r}: allowed are 2 to 8")
         matched = [name for name in current if matches(name, pattern)]
         if not matched:
             raise ValueError(

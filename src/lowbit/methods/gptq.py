@@ -58,6 +58,9 @@ class GPTQ(GridMethod):
 
     match: Match = match_field()
 
+    def matches_float(self) -> bool:
+        return self.match == "float"
+
     def streams(self) -> tuple[str, ...]:
         return streams_of(self.match, "quantized")
 

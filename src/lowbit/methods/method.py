@@ -70,6 +70,13 @@ class Method(Config):
         """Returns the number of calibration windows in one batch of a stream."""
         return 1
 
+    def matches_float(self) -> bool:
+        """Whether linears are rounded to match the float model's output.
+
+        How far is measured by comparing batches of windows, so one batch is not enough.
+        """
+        return False
+
     def needs_folds(self) -> dict[str, tuple[str, ...]]:
         """Returns the kinds of folds through which a setting acts, by the name of the setting.
 

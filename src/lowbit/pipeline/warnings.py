@@ -40,15 +40,23 @@ def _has_fold(job: Job, block: str, kinds: tuple[str, ...]) -> bool:
 
 
 def too_little_text(job: Job, windows: TokenWindows) -> list[str]:
-    """Returns a sentence if the calibration text has fewer tokens than a linear has inputs.
+    """Returns a sentence for each way in which the calibration text is too little.
 
-    The Hessian of such an input is singular: the text says nothing about most of its directions.
+    If it has fewer tokens than a linear has inputs, the Hessian of such an input is singular: the
+    text says nothing about most of its directions.
     """
+    found, batch = list[str](), job.method.windows_per_batch()
+    if job.method.matches_float() and len(windows.tokens) <= batch:
+        found.append(
+            "match has no effect: the windows of calibration text are one batch, and what helps is "
+            f"measured by comparing two; give at least {batch + 1} windows (--samples)"
+        )
     tokens, width = windows.tokens.numel(), job.widest()
     if tokens >= width:
-        return []
+        return found
     return [
+        *found,
         f"the calibration text has {tokens} tokens, fewer than the {width} inputs of the widest "
         "linear, so the result may be little better than rounding to nearest: give more text "
-        "(--samples, --seqlen)"
+        "(--samples, --seqlen)",
     ]

@@ -110,6 +110,9 @@ class OmniQuant(LearningMethod, GridMethod):
     def starts_from(self) -> Literal["minmax", "awq"]:
         return "minmax" if self.init == "auto" and self.activation_bits else super().starts_from()
 
+    def matches_float(self) -> bool:
+        return self.rounding == "gptq" and self.match == "float"
+
     def streams(self) -> tuple[str, ...]:
         return ("float", "quantized")
 

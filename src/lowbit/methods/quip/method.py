@@ -138,6 +138,9 @@ class QuIP(Method):
 
     match: Match = match_field()
 
+    def matches_float(self) -> bool:
+        return self.match == "float"
+
     def streams(self) -> tuple[str, ...]:
         return streams_of(self.match, "float")
 
