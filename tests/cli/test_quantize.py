@@ -186,5 +186,5 @@ def test_models_and_folders_that_cannot_be(lowbit, rtn, tmp_path):
     assert "is already quantized" in error(rtn, tmp_path / "a")
     assert "is empty: name the folder" in error(tmp_path, tmp_path / "a")
     (tmp_path / "mine.txt").write_text("mine")
-    assert "is not empty and was not made by lowbit" in error(MODEL, tmp_path)
+    assert "is not empty and holds no record of a run" in error(MODEL, tmp_path)
     assert "is a file; OUT must be a folder" in error(MODEL, tmp_path / "mine.txt")

@@ -333,9 +333,9 @@ OTHER: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index a folder": (in_the_way(FILES["index"]), "!index.json cannot be written .*: remove"),
     "run a file": (
         lambda out: (shutil.rmtree(out / "run"), (out / "run").write_text("")),
-        "!was not made by lowbit quantize",
+        "!holds no record of a run",
     ),
-    "run gone": (lambda out: shutil.rmtree(out / "run"), "!was not made by lowbit quantize"),
+    "run gone": (lambda out: shutil.rmtree(out / "run"), "!holds no record of a run"),
     "a single file beside": (
         lambda out: shutil.copy(quantized.source() / "model.safetensors", out),
         "!model.safetensors was not written by lowbit, .*: remove it",

@@ -274,7 +274,7 @@ class CheckpointWriter:
         paths = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*"))
         if not all(path in first for path in paths):
             raise ValueError(
-                f"{self.folder} is not empty and was not made by lowbit quantize: "
+                f"{self.folder} is not empty and holds no record of a run ({RUN}/{SIGNATURE}): "
                 "choose another folder, or empty it yourself"
             )
 

@@ -47,8 +47,8 @@ class JobOptions:
         Option(
             "--set",
             metavar="FIELD=VALUE",
-            help="Change a field of the method (see lowbit methods NAME); repeatable. Default: the "
-            "values of the recipe and the method.",
+            help="Change a field of the method (see lowbit methods NAME); repeatable, and the last "
+            "value of a field counts. Default: the values of the recipe and the method.",
         ),
     ] = None
     calibration: Annotated[
