@@ -131,6 +131,8 @@ def tests_of(file: Path) -> list[str]:
     if name == "__init__":
         name = package
     own = OF_MODULE.get(inside.as_posix(), f"{package}/test_{name}.py")
+    if inside.name == "cpu":  # chooses the compiled kernel of a format
+        own = "kernels/native"
     listed = [own] if (ROOT / "tests" / own).exists() else []
     return [*listed, *(t for t in OF_PACKAGE[package] if t not in listed)]
 

@@ -79,6 +79,28 @@ def test_a_meta_module_stays_on_meta() -> None:
     assert all(parameter.is_meta for parameter in experts.parameters())
 
 
+@pytest.mark.parametrize(
+    ("gated", "transposed"),
+    [(True, False), (True, True), (False, False)],
+    ids=["gated", "gated, transposed", "without gate"],
+)
+def test_shapes_tell_the_layout_of_a_class_that_does_not_state_it(
+    gated: bool, transposed: bool
+) -> None:
+    fused = nn.Module()
+    shapes = [(INNER * (1 + gated), HIDDEN), (HIDDEN, INNER)]
+    reader, down = (
+        nn.Parameter(torch.empty(COUNT, *(shape[::-1] if transposed else shape)))
+        for shape in shapes
+    )
+    fused.register_parameter("gate_up_proj" if gated else "up_proj", reader)
+    fused.register_parameter("down_proj", down)
+    layout = layout_of(fused)
+    assert layout is not None
+    found = (layout.transposed, layout.gated, layout.inner, layout.hidden)
+    assert found == (transposed, gated, INNER, HIDDEN)
+
+
 LAYOUTS: dict[str, dict[str, bool]] = {
     "transposed": {"is_transposed": True},
     "interleaved": {"is_concatenated": False},

@@ -377,6 +377,19 @@ def test_the_first_scales_are_those_of_the_method() -> None:
     assert all((clipping.low == 4).all() for clipping in smooth.clipping.values())
 
 
+def test_clips_start_where_a_run_before_left_them() -> None:
+    """Both ends are needed: with one of them, the clips start anew."""
+    task = zoo.task("llama", batches=1)
+    name = "self_attn.q_proj"
+    fresh = learner_for(task).clipping[name]
+    given = {e: torch.full_like(getattr(fresh, e), 1.5) for e in ("low", "high")}
+    task.start = {f"{name}.clip_{e}": value for e, value in given.items()}
+    started = learner_for(task).clipping[name]
+    assert torch.equal(started.low, given["low"]) and torch.equal(started.high, given["high"])
+    task.start = {f"{name}.clip_low": given["low"]}
+    assert torch.equal(learner_for(task).clipping[name].low, fresh.low)
+
+
 @pytest.mark.parametrize("name", ["opt", "llama", "falcon 7b", "mixtral"])
 def test_awq_clips_what_the_transformed_block_sees(name: str) -> None:
     """Its importances are divided by the scales, not measured again: here they are measured."""

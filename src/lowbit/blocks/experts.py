@@ -281,7 +281,8 @@ def _stacks_layout(module: nn.Module) -> ExpertLayout | None:
     gated = first == "gate_up_proj"
     transposed = getattr(module, "is_transposed", None)
     if transposed is None:  # a class that transformers' own interface does not describe
-        transposed = down.shape[1] * (1 + gated) == reader.shape[2]
+        # Without a gate the shapes of both orders agree, and all such classes store (out, in).
+        transposed = gated and down.shape[1] * 2 == reader.shape[2]
     inner, hidden = down.shape[1:] if transposed else down.shape[:0:-1]
     layout = ExpertLayout(
         first=first,
