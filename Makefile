@@ -12,7 +12,7 @@ HOOKS   = $$(git rev-parse --git-path hooks)
 demo:  $(READY) ; OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} .venv/bin/python examples/demo.py
 quick: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not slow and not families and not exhaustive"
 test:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not families and not exhaustive"
-test-families: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/end_to_end/test_architectures.py
+test-families: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m families
 test-kernels: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/kernels/native
 test-exhaustive: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m exhaustive
 test-engines: $(READY) $(ENGINES)

@@ -1,6 +1,6 @@
 """Every causal language model of transformers works, or is listed with the reason.
 
-`make test` runs one model of each kind and a tenth of the rest, `make test-families` all of them.
+`make test` runs one model of each kind and a tenth of the rest, `make test-families` the others.
 """
 
 from pathlib import Path

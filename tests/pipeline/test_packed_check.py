@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import quantized
 import torch
@@ -29,6 +30,31 @@ def test_each_kind_of_block_runs_once(
     quantized.quantize(zoo.folder(name), tmp_path / "out", FINE, without_tokenizer=True)
     assert len(errors) == count
     assert all(error is not None and error < 1e-5 for error in errors)
+
+
+STATE = {
+    "keys and values in a dictionary": ("gemma4_text", {"num_kv_shared_layers": 2}),
+    "a value that each block returns": ("zaya", {}),
+}
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("kind", STATE)
+def test_a_block_that_reads_state_gets_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: dict[str, float | None] = {}
+
+    def spy(source: Any, block: Any, name: str, result: Any) -> None:
+        checked[name] = packed_check.check_packed(source, block, name, result)
+
+    monkeypatch.setattr(job, "check_packed", spy)
+    name, options = STATE[kind]
+    assert options.items() <= families.small(name).to_dict().items()
+    families.make(name).save_pretrained(tmp_path / "float")
+    quantized.quantize(tmp_path / "float", tmp_path / "out", FINE, without_tokenizer=True)
+    assert len(checked) > 1
+    assert all(error is not None and error < 1e-5 for error in checked.values()), checked
 
 
 FAULTS = {

@@ -10,17 +10,29 @@ from lowbit.checkpoint.reader import CheckpointReader, TensorInfo
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where one expert's matrix or bias is in a stack; see `formats.entry.Stack`."""
+
+    start: int
+    step: int
+    transposed: bool
+    flat: bool
+
+
+@dataclass(frozen=True)
 class View:
     """A tensor that is made of stored tensors.
 
     sources: the names on disk of the tensors that it is made of.
     make: makes it from them.
     shape: its shape.
+    place: where it is in its source, if that is a stack of experts; None: it is something else.
     """
 
     sources: tuple[str, ...]
     make: Callable[[list[Any]], Tensor]
     shape: tuple[int, ...]
+    place: Place | None = None
 
 
 class ViewingReader(CheckpointReader):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.folder import write_folder
+from lowbit.checkpoint.stacks import as_in_source
 from lowbit.formats.base import QuantizedLinear
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,10 @@ def dequantize(
 
     def weights(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
         weight = layer.dequantize().to(quantized.float_dtype(name))
-        stored = {"weight": weight.T.contiguous() if layer.spec.transposed else weight}
+        stored = {"weight": weight}
         return stored if layer.bias is None else stored | {"bias": layer.bias.detach()}
 
-    shards, count = quantized.converted_shards(weights), len(quantized.reader.files)
+    shards = (as_in_source(s, quantized.entries) for s in quantized.converted_shards(weights))
+    count = len(quantized.reader.files)
     write_folder(out, shards, count, config, folder, trust_remote_code)
     return out

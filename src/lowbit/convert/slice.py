@@ -19,6 +19,8 @@ from lowbit.checkpoint.verify import config_digest
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.widths import WidthPlan, needs_codes, slice_layer
 
+AS_IN_SOURCE = ("dtype", "transposed", "stack")  # of an entry: how the float weight was stored
+
 
 def slice_folder(
     folder: str | Path,
@@ -101,7 +103,7 @@ class _Cutting:
         if name in self.widths:
             layer = slice_layer(layer, self.widths[name], self.nested)
             # How the float weight was stored, which the slice itself does not know.
-            stored = {k: v for k, v in self.entries[name].items() if k in ("dtype", "transposed")}
+            stored = {k: v for k, v in self.entries[name].items() if k in AS_IN_SOURCE}
             self.entries[name] = layer.entry() | stored
         tensors: dict[str, Tensor] = dict(layer.state_dict())
         if (placeholder := self.quantized.placeholder) == f"{name}.weight":

@@ -1,15 +1,20 @@
 """The target `dense`: all weights in float, which every program reads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.checkpoint.card_facts import in_transformers
+from lowbit.checkpoint.stacks import as_in_source, number_of, stack_of
 from lowbit.exporters.exporter import StoredLayer
 from lowbit.exporters.folder import FolderExporter, float_weight
 from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.entry import Stack
+
+STACKS = 4  # that are kept in memory while layers are read back: the weights and biases of a block
 
 
 class DenseExporter(FolderExporter):
@@ -22,6 +27,10 @@ class DenseExporter(FolderExporter):
     name = "dense"
     readers = "every program"
     parallel = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._stacks: dict[tuple[Path, str], Tensor] = {}  # read last, by folder and name
 
     @property
     def usage(self) -> str:
@@ -40,6 +49,41 @@ class DenseExporter(FolderExporter):
         named = str(dtype).removeprefix("torch.")
         equal = torch.equal(tensors["weight"].float(), weight)
         return StoredLayer(named, tensors, (), loss, None if equal else named)
+
+    def arranged(self, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        return as_in_source(shard, self.folder.entries)
+
+    def read(self, folder: Path, name: str) -> dict[str, Tensor]:
+        entry = self.folder.entries[name]
+        stack = stack_of(entry)
+        if stack is None:
+            tensors = super().read(folder, name)
+            turned = {"weight": tensors["weight"].T} if entry.get("transposed") else {}
+            return tensors | turned
+        number, _ = number_of(name)
+        shape = entry["shape"]
+        found = {"weight": self._part_of(folder, stack, stack.tensor, number, shape)}
+        if stack.bias is not None:
+            found["bias"] = self._part_of(folder, stack, stack.bias, number, shape[:1])
+        return found
+
+    def _part_of(
+        self, folder: Path, stack: Stack, tensor: str, number: int, shape: Sequence[int]
+    ) -> Tensor:
+        """Returns the part of a written stack that belongs to one layer of one expert."""
+        if (folder, tensor) not in self._stacks:
+            if len(self._stacks) == STACKS:
+                self._stacks.clear()
+            self._stacks[folder, tensor] = self._reader_of(folder).read([tensor])[tensor]
+        whole, rows = self._stacks[folder, tensor], shape[0]
+        if stack.flat:
+            height = shape[1] if stack.transposed else rows
+            one = whole[number * height : (number + 1) * height]
+        else:
+            one = whole[number]
+        if stack.transposed and one.dim() == 2:
+            one = one.T
+        return one[stack.start :: stack.step][:rows].contiguous()
 
     def decode(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["weight"].float()

@@ -90,6 +90,7 @@ class Exporter(ABC):
     parallel: whether these programs can share each layer among several devices.
     tags: tags of the hub for the result.
     library: `library_name` of the hub.
+    conv1d: whether the target's readers read quantized layers of GPT-2's class Conv1D.
 
     The constructor raises ValueError for a model that the target cannot hold at all.
     """
@@ -99,6 +100,7 @@ class Exporter(ABC):
     parallel: ClassVar[bool] = False
     tags: ClassVar[tuple[str, ...]] = ()
     library: ClassVar[str] = "transformers"
+    conv1d: ClassVar[bool] = False
 
     def __init__(self, folder: QuantizedFolder, options: ExportOptions) -> None:
         self.folder = folder
@@ -221,9 +223,21 @@ class Exporter(ABC):
 def grid_for(exporter: Exporter, layer: QuantizedLinear) -> Grid:
     """Returns the grid of a layer that a target of grids is to hold.
 
-    Raises Refused for other formats, and for layers that round their inputs unless
-    `drop_activations` was chosen.
+    Raises Refused for other formats, for layers that the target's readers look for in another form,
+    and for layers that round their inputs unless `drop_activations` was chosen.
     """
+    if layer.spec.stack is not None:
+        raise Refused(
+            f"the float model stacks its experts in {layer.spec.stack.tensor}, and the programs "
+            f"that read {exporter.name} look for them there: export the weights in float with "
+            "--to dense"
+        )
+    if layer.spec.transposed and not exporter.conv1d:
+        raise Refused(
+            "it is a Conv1D, which stores its float weight as (in, out), and the programs that "
+            f"read {exporter.name} convert nn.Linear only: export the weights in float with "
+            "--to dense"
+        )
     grid = grid_of(layer)
     if grid is None:
         raise Refused(

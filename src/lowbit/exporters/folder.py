@@ -92,10 +92,12 @@ class FolderExporter(Exporter):
     def _shards(self, progress: Progress) -> Iterator[dict[str, Tensor]]:
         renamed = canonical_names(self.folder)
         for shard in self.folder.converted_shards(self._converted, progress):
-            yield {
-                renamed.get(name, name): tensor.contiguous()
-                for name, tensor in self._all_float(shard)
-            }
+            tensors = self.arranged(dict(self._all_float(shard)))
+            yield {renamed.get(name, name): t.contiguous() for name, t in tensors.items()}
+
+    def arranged(self, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the tensors of a shard under the names that the target's readers look for."""
+        return shard
 
     def _all_float(self, shard: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in shard.items():

@@ -58,6 +58,7 @@ class GptqExporter(FolderExporter):
     name = "gptq"
     readers = "vLLM, GPTQModel, SGLang"
     parallel = True
+    conv1d = True  # GPTQModel and vLLM read GPT-2's layers like any other
     tags = ("gptq",)
 
     def __init__(self, *arguments: Any) -> None:

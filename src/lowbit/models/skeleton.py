@@ -12,7 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lowbit.blocks.experts import ExpertNames, Piece, UnfusedExperts, layout_of, unfuse
-from lowbit.checkpoint.views import View
+from lowbit.checkpoint.views import Place, View
 from lowbit.kernels.products import share_products
 from lowbit.models.auto_class import auto_class
 from lowbit.models.conv1d import linears_for_conv1d
@@ -145,12 +145,19 @@ def _experts_of(experts: UnfusedExperts, path: str, stack: str, disk: str) -> di
     views = {}
     for name, piece in experts.layout.pieces(experts.names).items():
         if piece.stack == stack:
+            place = _place(piece)
             for number in range(len(experts)):
                 linear, _, attribute = name.partition(".")
                 shape = getattr(getattr(experts[number], linear), attribute).shape
                 make = partial(_one_expert, piece, number)
-                views[f"{path}.{number}.{name}"] = View((disk,), make, tuple(shape))
+                view = View((disk,), make, tuple(shape), place)
+                views[f"{path}.{number}.{name}"] = view
     return views
+
+
+def _place(piece: Piece) -> Place:
+    start, step = piece.rows.start or 0, piece.rows.step or 1
+    return Place(start, step, piece.transposed, flat=piece.height is not None)
 
 
 def _one_expert(piece: Piece, number: int, stacks: list[Any]) -> Tensor:

@@ -5,13 +5,14 @@ The packed block is compared with the same block whose linears multiply by dequa
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.install import replace_module
+from lowbit.blocks.stream import Stream
 from lowbit.formats.base import QuantizedLinear
 from lowbit.methods.result import BlockResult
 from lowbit.models.source import SourceModel
@@ -49,18 +50,11 @@ def check_packed(
 ) -> float | None:
     """Compares a packed block with its dequantized weights; returns the relative error.
 
-    None: the float block cannot run alone, since it reads state that earlier blocks write; or the
-    layers round their inputs, so that an error of 1e-6 may become one of a whole step.
+    None: the layers round their inputs, so that an error of 1e-6 may become one of a whole step.
 
     Raises ValueError if the packed block fails or differs.
     """
-    device = next(block.parameters()).device
-    stream = source.first_stream([torch.arange(TOKENS)[None] % source.vocabulary], device)
-    stream.block = source.block_names.index(name)
-    try:
-        call_block(block, stream[0])
-    except Exception:  # of the model's own code, for want of state
-        return None
+    stream = _stream_at(source, block, name)
     try:
         with swapped(block, result.linears, result.tensors):
             found = call_block(block, stream[0])
@@ -82,6 +76,24 @@ def check_packed(
             "report this architecture"
         )
     return difference
+
+
+def _stream_at(source: SourceModel, block: nn.Module, name: str) -> Stream:
+    """Returns a stream of one window, at a block that can run with it.
+
+    A block that reads state of earlier blocks gets it from them: they run in float before it.
+    """
+    device = next(block.parameters()).device
+    stream = source.first_stream([torch.arange(TOKENS)[None] % source.vocabulary], device)
+    index = source.block_names.index(name)
+    if not source.family.handed:
+        stream.block = index
+        with suppress(Exception):  # of the model's own code, for want of state
+            call_block(block, stream[0])
+            return stream
+        stream.block = 0
+    source.walk({"float": stream}, lambda step: step.advance(), device, range(index))
+    return stream
 
 
 @contextmanager

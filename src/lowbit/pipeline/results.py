@@ -5,6 +5,7 @@ The way back is needed when an interrupted run continues, and to check a dry run
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lowbit.checkpoint.layers import layers_from
 from lowbit.formats import link
 from lowbit.formats.activation import Activation
 from lowbit.formats.dense import DenseLinear
+from lowbit.formats.entry import Stack
 from lowbit.methods.result import BlockResult
 from lowbit.models.conv1d import TransposedLinear, as_on_disk
 from lowbit.models.source import SourceModel
@@ -40,12 +42,23 @@ def as_stored(result: BlockResult, source: SourceModel, block: str) -> BlockResu
             result.linears[name] = DenseLinear.from_weight(linear.values.to(weight), linear.bias)
         else:
             result.linears[name] = linear.with_dtypes(weight, bias)
-        if isinstance(source.skeleton.get_submodule(f"{block}.{name}"), TransposedLinear):
-            stored = result.linears[name]
-            stored.spec = stored.spec.model_copy(update={"transposed": True})
+        stored = result.linears[name]
+        stored.spec = stored.spec.model_copy(update=_as_in_source(source, f"{block}.{name}"))
     link(result.linears)
     result.tensors = {name: t.detach().to(dtype_of(name)) for name, t in result.tensors.items()}
     return result
+
+
+def _as_in_source(source: SourceModel, name: str) -> dict[str, Any]:
+    """Returns fields of an entry: how the source stores the float weight of a linear."""
+    if isinstance(source.skeleton.get_submodule(name), TransposedLinear):
+        return {"transposed": True}
+    views = getattr(source.reader, "views", {})
+    view, bias = (views.get(source.disk_names.get(f"{name}.{end}")) for end in ("weight", "bias"))
+    if view is None or view.place is None:
+        return {}
+    stack = Stack(tensor=view.sources[0], bias=bias and bias.sources[0], **asdict(view.place))
+    return {"stack": stack}
 
 
 def shard_of(
