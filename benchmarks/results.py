@@ -3,10 +3,11 @@
 import csv
 import datetime
 import os
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from lowbit.bench.machine import processor
 
 FILE = Path(__file__).with_name("results.csv")
 UNCOMMITTED = "+"  # after the commit of a row that was made from a tree with changes
@@ -15,12 +16,8 @@ COLUMNS = ("date", "commit", "machine", "benchmark", "case", "metric", "value", 
 
 def machine() -> str:
     """Describes the machine: processor, number of cores and number of threads."""
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return f"{model}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads"
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    return f"{processor()}, {os.cpu_count()} cores, {threads} threads"
 
 
 def commit() -> str:

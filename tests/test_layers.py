@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": {"config", "parsing"},
     "load": {"models", "formats", "checkpoint", "config", "parsing", "version"},
     "eval": {"load", "calibration", "checkpoint", "formats", "config", "parsing", "quantities"},
+    "bench": {"config", "formats", "kernels", "load", "models", "parsing", "version"},
     "exporters": {"formats", "checkpoint", "config", "kernels", "quantities", "version"},
     "convert": {"formats", "checkpoint", "config", "kernels", "version"},
     "vllm_plugin": {"formats", "checkpoint", "kernels"},
@@ -51,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"pipeline"},
 }
 MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {
+    "bench",
     "exporters",
     "convert",
     "eval",

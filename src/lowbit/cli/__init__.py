@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from lowbit.cli.chat import chat
 from lowbit.cli.convert import convert
 from lowbit.cli.dequantize import dequantize
+from lowbit.cli.doctor import doctor
 from lowbit.cli.evaluate import evaluate
 from lowbit.cli.export import export
 from lowbit.cli.generate import generate
@@ -140,6 +141,7 @@ for command in (mix, plan, generate, inspect, report, preprocess, dequantize, ex
     app.command()(command)
 for command in (chat, serve, verify, push):
     app.command()(command)
+app.command()(doctor)
 app.command()(methods)
 app.command()(recipes)
 

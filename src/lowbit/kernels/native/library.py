@@ -30,21 +30,26 @@ class Library:
     widest: int
 
 
+def path() -> Path | None:
+    """Returns the file of the compiled library; None: the kernels were not compiled."""
+    here = Path(__file__).parent
+    return next((here / name for name in NAMES if (here / name).is_file()), None)
+
+
 @lru_cache
 def _load() -> Library | str:
     """Returns the library, or the reason why there is none."""
-    here = Path(__file__).parent
-    paths = [here / name for name in NAMES if (here / name).is_file()]
-    if not paths:
+    file = path()
+    if file is None:
         return "the kernels were not compiled: install a C compiler, and then lowbit again"
     try:
-        functions = ctypes.CDLL(str(paths[0]))
+        functions = ctypes.CDLL(str(file))
         abi = functions.lowbit_abi()
     except (OSError, AttributeError) as error:
-        return f"the kernel library {paths[0].name} cannot be loaded: {error}"
+        return f"the kernel library {file.name} cannot be loaded: {error}"
     if abi != ABI:
         return (
-            f"the kernel library {paths[0].name} has version {abi}, but lowbit needs {ABI}: "
+            f"the kernel library {file.name} has version {abi}, but lowbit needs {ABI}: "
             "install lowbit again"
         )
     functions.lowbit_layout.restype = ctypes.c_int64
