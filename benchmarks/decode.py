@@ -1,140 +1,124 @@
-"""How fast does a quantized model run, compared with the float model in plain transformers?
+"""How fast does a quantized model generate, against float models in transformers and llama.cpp?
 
-    python benchmarks/decode.py [--layers 4] [--tokens 16] [--only NAME] [--rounds 3]
+    python benchmarks/decode.py [--llama DIR] [--threads 1 2] [--only NAME] [--rounds 4]
 
-A random Llama of TinyLlama's shape (hidden size 2048, feed-forward 5632, vocabulary 32,000) with a
-few layers is quantized in several ways. It runs in one thread with float32 activations. Two times
-are measured, alternating between the float model and the quantized one, and medians are compared:
+A Llama of random weights in TinyLlama's shape has linears of several formats and a head of 8 bits.
+It runs in turn with the same model in float32 and bfloat16, as transformers has it, and with
+llama.cpp (--llama is the folder of its libraries) with the type nearest in size and a head of Q8_0.
+The best of all turns counts. Two times are measured:
 
-prompt   one forward pass over 128 tokens
-token    one more token with a cache that holds them, greedily, as `lowbit generate` does
+token   one more token, greedily, as `lowbit generate` makes it
+prompt  one forward pass over 128 tokens
 
-Speed does not depend on the values of weights, so nothing is learned and few windows are read.
+Speed does not depend on the values of weights, so nothing is quantized.
 """
 
 import argparse
 import re
-import statistics
 import tempfile
-import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from memory import make_model
+from cpu_kernels import FORMATS as WITH_PEERS
 from results import append
-from rich.console import Console
-from rich.table import Table
 
-import lowbit
-from lowbit.calibration.token_ids import TokenIds
-from lowbit.checkpoint.output import size_of
-from lowbit.methods import PTQ161, RTN, MatQuant, Method, MixedQuant, QuIP
-from lowbit.models.quiet import quiet
+from lowbit.bench.llama_cpp import LlamaCpp, write_random
+from lowbit.bench.machine import load
+from lowbit.bench.measure import PASSES, Times, prompt_seconds, token_seconds
+from lowbit.bench.random_model import random_float
+from lowbit.bench.shapes import parse_shape
+from lowbit.bench.subject import of_shape
+from lowbit.kernels.native import chosen, why_not
 
 PROMPT = 128  # tokens
-FLOAT = "float32, transformers"
-METHODS: dict[str, Method] = {
-    "uniform, 8 bits": RTN(bits=8),
-    "uniform, 4 bits, groups of 128": RTN(bits=4, group_size=128),
-    "uniform, 3 bits, groups of 128": RTN(bits=3, group_size=128),
-    "uniform, 2 bits, groups of 64": RTN(bits=2, group_size=64),
-    "nested master at 8 bits": MatQuant(epochs=0, lwc=False, rounding="nearest"),
-    "lattice E8P12, 2 bits": QuIP(tune_iters=0, scale=1.0),
-    "lattice E8P12RVQ4B, 4 bits": QuIP(codebook="E8P12RVQ4B", tune_iters=0, scale=0.9),
-    "binary, a fifth salient": PTQ161(epochs=0),
-    "sorted_group, W4A4, groups of 128": MixedQuant(),
+FORMATS = WITH_PEERS | {
+    "4 bits, per row": ("uniform:bits=4,group_size=none", "Q4_K"),
+    "2 bits, g64": ("uniform:bits=2,group_size=64", "Q2_K"),
+    "nested, at 4 bits": ("nested:bits=4", "Q4_0"),
+    "lattice E8P12RVQ4B": ("lattice:codebook=E8P12RVQ4B", "Q4_0"),
+    "sorted_group, W4A4, g128": ("sorted_group", "Q4_0"),
 }
+Sides = dict[str, tuple[Callable[[], list[float]], Callable[[], list[float]]]]
 
 
-def seconds_of(model: Any, tokens: int) -> tuple[float, float]:
-    """Returns the seconds for the prompt, and for one more token."""
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=draw)
-    with torch.no_grad():
-        started = time.perf_counter()
-        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        prompt = time.perf_counter() - started
-        started = time.perf_counter()
-        for _ in range(tokens):
-            ids = out.logits[:, -1:].argmax(-1)
-            out = model(input_ids=ids, past_key_values=out.past_key_values, logits_to_keep=1)
-        return prompt, (time.perf_counter() - started) / tokens
-
-
-def compare(plain: Any, model: Any, args: argparse.Namespace) -> dict[str, float]:
-    """Returns the median times of both models in milliseconds."""
-    seconds_of(model, 1)
-    times: dict[str, list[float]] = {
-        "prompt": [],
-        "token": [],
-        "float prompt": [],
-        "float token": [],
+def sides_of(models: dict[str, Any], peer: Any, threads: int) -> Sides:
+    """Returns, by name, what measures the tokens and the prompt of a side."""
+    sides: Sides = {
+        name: (lambda m=model: token_seconds(m, PASSES), lambda m=model: prompt_seconds(m, PROMPT))
+        for name, model in models.items()
     }
-    for _ in range(args.rounds):
-        for prefix, runner in (("float ", plain), ("", model)):
-            prompt, token = seconds_of(runner, args.tokens)
-            times[f"{prefix}prompt"].append(prompt)
-            times[f"{prefix}token"].append(token)
-    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+    if peer:
+        sides["peer"] = (
+            lambda: peer.seconds(PASSES, threads),
+            lambda: peer.seconds(1, threads, PROMPT),
+        )
+    return sides
 
 
-def rows_of(name: str, found: dict[str, float], notes: str) -> list[dict[str, Any]]:
-    """Returns the rows of results.csv for one method."""
+def compare(case: str, sides: Sides, rounds: int) -> list[dict[str, str]]:
+    """Measures all sides in turns; returns rows of results.csv with ratios to the first side."""
+    times: dict[tuple[str, str], Times] = defaultdict(Times)
+    for _ in range(rounds):
+        for name, (tokens, prompt) in sides.items():
+            times[name, "token"].seconds += tokens()
+            times[name, "prompt"].seconds += prompt()
     rows = []
-    for what in ("prompt", "token"):
-        case, ratio = f"{name} | {what}", found[what] / found[f"float {what}"]
-        rows.append({"case": case, "metric": "time", "value": f"{found[what]:.1f}", "unit": "ms"})
-        rows.append({"case": case, "metric": "ratio to float32", "value": f"{ratio:.3f}"})
-    return [{"unit": "", **row, "notes": notes} for row in rows]
+    for what in ("token", "prompt"):
+        ours = times["lowbit", what].best
+        rows.append(("time", f"{1e3 * ours:.1f}", "ms", what))
+        for name in list(sides)[1:]:
+            other = times[name, what].best
+            rows.append((f"{name} / lowbit", f"{other / ours:.2f}", f"{1e3 * other:.1f} ms", what))
+    print(case, *[f"{what}: {metric} {value}" for metric, value, _, what in rows], sep="\n  ")
+    return [
+        {"case": f"{case} | {what}", "metric": metric, "value": value, "unit": "ms"}
+        if metric == "time"
+        else {"case": f"{case} | {what}", "metric": metric, "value": value, "notes": beside}
+        for metric, value, beside, what in rows
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=4, help="layers of the model")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens after the prompt")
-    parser.add_argument("--rounds", type=int, default=3, help="repetitions of each time")
-    parser.add_argument("--only", default="", help="regular expression for the names of methods")
+    parser.add_argument("--llama", type=Path, help="folder of llama.cpp's libraries")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--only", default="", help="regular expression for the names of formats")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each side")
+    parser.add_argument("--inputs", type=int, default=16, help="bits of inputs, 16 or 8")
+    parser.add_argument("--shape", default="tinyllama", help="as for lowbit bench")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    quiet()
-    table = Table(box=None)
-    for column in (
-        "",
-        "bits (linears)",
-        "size MB",
-        "token ms",
-        "times float",
-        "prompt ms",
-        "times float",
-    ):
-        table.add_column(column, justify="left" if not column else "right")
-    with tempfile.TemporaryDirectory() as place:
-        source = Path(place) / "float"
-        make_model(source, args.layers)
-        plain, _ = lowbit.load(source, dtype=torch.float32)
-        draw = torch.Generator().manual_seed(0)
-        text = TokenIds(torch.randint(0, plain.config.vocab_size, (2, 256), generator=draw))
-        for name, method in METHODS.items():
-            if not re.search(args.only, name):
-                continue
-            out = lowbit.quantize(
-                source, Path(place) / "out", method, text, restart=True, device="cpu"
-            )
-            found = compare(plain, lowbit.load(out)[0], args)
-            size = size_of(out)
-            notes = f"{args.layers} layers, {size.linears:.2f} bits linears, {size.model:.2f} model"
-            append("decode", rows_of(name, found, f"{notes}, prompt of {PROMPT} tokens"))
-            table.add_row(
-                name,
-                f"{size.linears:.2f}",
-                f"{size.bytes / 1e6:.0f}",
-                f"{found['token']:.1f}",
-                f"{found['token'] / found['float token']:.2f}",
-                f"{found['prompt']:.0f}",
-                f"{found['prompt'] / found['float prompt']:.2f}",
-            )
-    Console(width=120).print(table)
+    shape = parse_shape(args.shape)
+    library = LlamaCpp(args.llama) if args.llama else None
+    floats = {
+        str(dtype).removeprefix("torch."): random_float(shape, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    for name, (form, kind) in FORMATS.items():
+        if not re.search(args.only, name):
+            continue
+        subject = of_shape(args.shape, form, args.inputs)
+        notes = f"{why_not() or chosen()}, {args.shape}, {subject.bits:.2f} bits, 8-bit head, "
+        notes += f"{args.inputs}-bit inputs, load {load() or 0:.1f}"
+        with tempfile.TemporaryDirectory() as place:
+            peer, path = None, Path(place) / "peer.gguf"
+            if library:
+                write_random(path, kind, shape)
+                peer = library.load(path)
+                notes += f"; peer: llama.cpp {kind}, {library.backend}"
+            for threads in args.threads:
+                torch.set_num_threads(threads)
+                sides = sides_of({"lowbit": subject.model, **floats}, peer, threads)
+                rows = compare(f"{name} | {threads} threads", sides, args.rounds)
+                filled = [{"notes": "", **row} for row in rows]
+                append(
+                    "decode",
+                    [{**r, "notes": "; ".join(filter(None, (r["notes"], notes)))} for r in filled],
+                )
+            if peer:
+                peer.free()
 
 
 if __name__ == "__main__":

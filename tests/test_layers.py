@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": {"config", "parsing"},
     "load": {"models", "formats", "checkpoint", "config", "parsing", "version"},
     "eval": {"load", "calibration", "checkpoint", "formats", "config", "parsing", "quantities"},
-    "bench": {"config", "formats", "kernels", "load", "models", "parsing", "version"},
+    "bench": {"checkpoint", "config", "formats", "kernels", "load", "models", "parsing"}
+    | {"version"},
     "exporters": {"formats", "checkpoint", "config", "kernels", "quantities", "version"},
     "convert": {"formats", "checkpoint", "config", "kernels", "version"},
     "vllm_plugin": {"formats", "checkpoint", "kernels"},
@@ -107,7 +108,7 @@ SIBLINGS: dict[str, set[str]] = {
 LIBRARY_OWNERS: dict[str, set[str]] = {
     "safetensors": {"checkpoint"},
     "datasets": {"calibration", "eval/tasks.py"},
-    "transformers": {"models", "load", "preprocess", "auto_quip", "server"},
+    "transformers": {"models", "load", "preprocess", "auto_quip", "server", "bench"},
     "lm_eval": {"eval/tasks.py"},
     "peft": {"preprocess"},
     "jinja2": {"report"},

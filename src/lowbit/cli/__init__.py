@@ -11,6 +11,7 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
+from lowbit.cli.bench import bench
 from lowbit.cli.chat import chat
 from lowbit.cli.convert import convert
 from lowbit.cli.dequantize import dequantize
@@ -141,6 +142,7 @@ for command in (mix, plan, generate, inspect, report, preprocess, dequantize, ex
     app.command()(command)
 for command in (chat, serve, verify, push):
     app.command()(command)
+app.command()(bench)
 app.command()(doctor)
 app.command()(methods)
 app.command()(recipes)

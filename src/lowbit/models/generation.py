@@ -171,7 +171,12 @@ def pieces(
 
 def greedy(model: nn.Module, prompt: list[int], count: int) -> list[int]:
     """Returns the most probable tokens that follow a prompt, whatever they are."""
-    return list(_continue(model, prompt, count, 0.0, torch.Generator()))
+    return list(greedily(model, prompt, count))
+
+
+def greedily(model: nn.Module, prompt: list[int], count: int) -> Iterator[int]:
+    """Yields what `greedy` returns, token by token."""
+    return _continue(model, prompt, count, 0.0, torch.Generator())
 
 
 def room_for(model: nn.Module, prompt: list[int], max_new_tokens: int | None) -> int:
