@@ -24,9 +24,9 @@ from torch.nn import functional
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import BinaryLinear, Salient
 from lowbit.formats.dense import DenseLinear
+from lowbit.formats.incoherence import rotation
 from lowbit.formats.lattice import LatticeLayout, LatticeLinear
 from lowbit.formats.lattice.codebooks import codebook
-from lowbit.formats.lattice.incoherence import rotation
 from lowbit.formats.nested import NestedLayout, NestedLinear
 from lowbit.formats.sorted_group import InputOrder, SortedGroupLayout, SortedGroupLinear
 from lowbit.formats.uniform import UniformLayout, UniformLinear

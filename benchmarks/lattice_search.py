@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
+from lowbit.formats.incoherence import rotation
 from lowbit.formats.lattice import LatticeLayout, LatticeLinear, reference, search
 from lowbit.formats.lattice.codebooks import CODEBOOKS
-from lowbit.formats.lattice.incoherence import rotation
 from lowbit.formats.lattice.tables import table
 
 TRIED = 4096  # vectors for the definition, which takes hundreds of times longer

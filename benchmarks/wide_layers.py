@@ -15,8 +15,8 @@ import torch
 from results import append
 from torch import Tensor
 
+from lowbit.formats.incoherence import rotate_hessian, rotate_weight, rotation
 from lowbit.formats.lattice.codebooks import codebook
-from lowbit.formats.lattice.incoherence import rotate_hessian, rotate_weight, rotation
 from lowbit.methods.quip.words import Rounder, Words
 
 LARGE_CHANNELS, FACTOR = 4, 30.0

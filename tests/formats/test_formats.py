@@ -17,12 +17,14 @@ from lowbit.formats.backend import Backend
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import BinaryLinear, Salient
 from lowbit.formats.dense import DenseLinear
+from lowbit.formats.incoherence import rotation
 from lowbit.formats.lattice import LatticeLayout, LatticeLinear
 from lowbit.formats.lattice.codebooks import codebook
-from lowbit.formats.lattice.incoherence import rotation
 from lowbit.formats.native import NativeBackend
 from lowbit.formats.nested import NestedLayout, NestedLinear
 from lowbit.formats.sorted_group import InputOrder, SortedGroupLayout, SortedGroupLinear
+from lowbit.formats.trellis import TrellisLayout, TrellisLinear
+from lowbit.formats.trellis.codebook import Trellis, tile_bytes, tiles
 from lowbit.formats.uniform import UniformLayout, UniformLinear
 from lowbit.kernels.native import why_not
 
@@ -142,6 +144,27 @@ def nested(
     )
 
 
+def trellis(
+    rows: int,
+    columns: int,
+    rate: float,
+    state_bits: int = 12,
+    scales: int = 1,
+    shares: str | None = None,
+    **more: Any,
+) -> TrellisLinear:
+    """Random bits."""
+    draw = torch.Generator().manual_seed(rows + columns)
+    shape = tiles(rows), tiles(columns), tile_bytes(rate)
+    code, sides = Trellis(rate, state_bits), (rotation(columns, 1), rotation(rows, 2))
+    return TrellisLinear.from_codes(
+        torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8),
+        torch.rand(scales, generator=draw) + 0.5,
+        TrellisLayout(code, *sides, shares),
+        **more,
+    )
+
+
 EXAMPLES: dict[str, Callable[[], QuantizedLinear]] = {
     "binary": lambda: binary(24, 64, 16),
     "binary, ragged, bfloat16 bias": lambda: binary(5, 37, 7, bias=torch.ones(5).bfloat16()),
@@ -187,6 +210,16 @@ EXAMPLES: dict[str, Callable[[], QuantizedLinear]] = {
     ),
     "lattice HI that shares": lambda: lattice(7, 33, "HI", shares="model.q_proj"),
     "lattice D4, stored factors": lambda: factored(12, 40),
+    "trellis 2 bits": lambda: trellis(32, 64, 2),
+    "trellis 1.5 bits, ragged, bfloat16 bias": lambda: trellis(
+        21, 37, 1.5, 16, bias=torch.ones(21).bfloat16()
+    ),
+    "trellis 4 bits by rows": lambda: trellis(12, 20, 4, 9, scales=12),
+    "trellis 2.5 bits, trained signs": lambda: trellis(
+        8, 30, 2.5, signs=(torch.ones(30), torch.ones(8)), bias=torch.randn(8)
+    ),
+    "trellis 1 bit that shares": lambda: trellis(7, 33, 1, shares="model.q_proj"),
+    "trellis 3 bits, many tiles": lambda: trellis(48, 128, 3, 16),
 }
 
 # Whose weights take several tiles where a tile has 16 rows of 64.
@@ -196,6 +229,7 @@ LARGE: list[Callable[[], QuantizedLinear]] = [
     lambda: sorted_group(96, 64, 8, 16),
     lambda: uniform(96, 64, 4, 32),
     lambda: lattice(96, 64, "E8P12"),
+    lambda: trellis(96, 64, 2),
 ]
 
 every_example = pytest.mark.parametrize("make", EXAMPLES.values(), ids=EXAMPLES)
@@ -503,6 +537,7 @@ MAKERS: dict[str, Callable[..., QuantizedLinear]] = {
     "lattice": lambda **more: lattice(12, 20, "D4", **more),
     "nested": lambda **more: nested(6, 20, 8, **more),
     "sorted_group": lambda **more: sorted_group(6, 20, 4, 8, **more),
+    "trellis": lambda **more: trellis(12, 20, 2, **more),
 }
 
 

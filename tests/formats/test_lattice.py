@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import build, link
+from lowbit.formats.incoherence import (
+    restore_weight,
+    rotate_hessian,
+    rotate_weight,
+    rotation,
+)
 from lowbit.formats.lattice import (
     LatticeLayout,
     LatticeLinear,
@@ -19,12 +25,6 @@ from lowbit.formats.lattice import (
     tensor_bytes,
 )
 from lowbit.formats.lattice.codebooks import CODEBOOKS, E8, Codebook, codebook
-from lowbit.formats.lattice.incoherence import (
-    restore_weight,
-    rotate_hessian,
-    rotate_weight,
-    rotation,
-)
 from lowbit.formats.lattice.tables import WORDS
 from lowbit.kernels.hadamard import orthogonal
 

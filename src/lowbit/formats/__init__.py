@@ -15,6 +15,7 @@ from lowbit.formats.dense import DenseLinear
 from lowbit.formats.lattice import LatticeLinear
 from lowbit.formats.nested import NestedLinear
 from lowbit.formats.sorted_group import SortedGroupLinear
+from lowbit.formats.trellis import TrellisLinear
 from lowbit.formats.uniform import UniformLinear
 
 FORMATS: dict[str, type[QuantizedLinear]] = {
@@ -23,6 +24,7 @@ FORMATS: dict[str, type[QuantizedLinear]] = {
     "lattice": LatticeLinear,
     "nested": NestedLinear,
     "sorted_group": SortedGroupLinear,
+    "trellis": TrellisLinear,
     "uniform": UniformLinear,
 }
 

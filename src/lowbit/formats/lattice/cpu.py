@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from lowbit.formats.incoherence import Rotation
 from lowbit.formats.lattice.codebooks import E8P12, Codebook, Residual
-from lowbit.formats.lattice.incoherence import Rotation
 from lowbit.formats.lattice.tables import look_up
 from lowbit.formats.native import NativeBackend, rounding
 from lowbit.kernels.native import Part

@@ -42,8 +42,7 @@ class Reference(Backend["LatticeLinear"]):
             return functional.linear(prepared, weight.to(prepared.dtype))
 
         y = by_rows(prepared, (rows, blocks * book.dim), product, (layer.packed, unit))
-        y = y if y.dtype == torch.float64 else y.float()
-        return layer.rotation_out.undo(y, layer.sign_out, layer.factor_out)
+        return layer.finish(y)
 
 
 def nearest(x: Tensor, words: Tensor) -> Tensor:

@@ -20,15 +20,16 @@ from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import load_changed, tensors_of
 from lowbit.blocks.hessian import Hessian
 from lowbit.formats import link
-from lowbit.formats.lattice import LatticeLayout, LatticeLinear, stored_scale, tensor_bytes
-from lowbit.formats.lattice.codebooks import Codebook, codebook
-from lowbit.formats.lattice.incoherence import (
+from lowbit.formats.incoherence import (
     Rotation,
     draw_signs,
     rotate_hessian,
     rotate_weight,
     rotation,
 )
+from lowbit.formats.lattice import LatticeLayout, LatticeLinear, tensor_bytes
+from lowbit.formats.lattice.codebooks import Codebook, codebook
+from lowbit.formats.rotated import stored_scale
 from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.matching import Match, Step, match_field, steps, streams_of
 from lowbit.methods.method import Method
