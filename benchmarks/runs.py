@@ -11,7 +11,7 @@ from typing import Any
 from results import append
 
 import lowbit
-from lowbit.eval import evaluate
+from lowbit.eval import Evaluation, evaluate
 from lowbit.methods import Method
 from lowbit.models.quiet import quiet
 
@@ -78,13 +78,18 @@ class Rows:
         seconds: duration of the quantization.
         options: further keywords of `evaluate`.
         """
-        [row] = evaluate(
+        for row in evaluate(
             [folder],
             texts=self.texts,
             seqlen=SEQLEN,
             limit=self.args.limit,
             **options,
-        )
+        ):
+            self._append(model, name, row, seconds)
+
+    def _append(self, model: str, name: str, row: Evaluation, seconds: float) -> None:
+        """Appends what was measured of a folder, or of one width of it."""
+        name = name if row.bits is None else f"{name}, {row.bits} bits"
         bits = row.bits_per_weight
         limit = self.args.limit
         windows = f"{max(row.windows.values())} windows" if limit else "whole text"

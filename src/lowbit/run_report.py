@@ -62,9 +62,11 @@ class LinearReport(_Report):
     slices_db: the same for each width, if the weight can be sliced to several widths.
     proxy_loss: the share of the output's energy that is lost, measured with the inputs' Hessian.
     output_error: E|W x - Q x~|^2 / E|W x|^2, where x is the input in the float model and x~ that in
-        the quantized model: how far the output is from the float model's.
+        the quantized model: how far the output is from the float model's. Of a weight that can be
+        sliced: that of the narrowest width.
     correction: how far the weight was moved, before rounding, towards the one whose output is
-        nearest to the float model's: 0 to 1; see `lowbit.solvers.correction`.
+        nearest to the float model's: 0 to 1; see `lowbit.solvers.correction`. Of a weight that can
+        be sliced: that of the narrowest width.
     salient_ratio: the share of the inputs that have more bits than the others.
     permutation: how the order of its inputs is stored: "stored" in the layer, "folded" into the
         linears before it, or "none" if inputs are not reordered.

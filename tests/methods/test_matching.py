@@ -9,11 +9,12 @@ import zoo
 
 from lowbit.blocks import BlockTask
 from lowbit.blocks.capture import call_block
-from lowbit.methods import GPTQ, Method, OmniQuant, QuIP
+from lowbit.methods import GPTQ, PTQ161, MatQuant, Method, MixedQuant, OmniQuant, QuIP
 from lowbit.methods.matching import steps
 from lowbit.methods.result import BlockResult
 
 FEW = {"min_tokens": 8}
+MIXED = {"group_size": 16, "alignment": 4, "rounding": "gptq", **FEW}
 METHODS: dict[str, Callable[[str], Method]] = {
     "gptq": lambda match: GPTQ(bits=2, match=match, **FEW),
     "gptq, groups": lambda match: GPTQ(bits=3, group_size=16, match=match, **FEW),
@@ -23,6 +24,17 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "omniquant, let": lambda match: OmniQuant(bits=3, let=True, match=match, epochs=1, **FEW),
     "omniquant, activations": lambda match: OmniQuant(
         bits=4, activation_bits=4, match=match, epochs=1, **FEW
+    ),
+    "mixedquant": lambda match: MixedQuant(**MIXED, bits=3, match=match),
+    "mixedquant, smoothed": lambda match: MixedQuant(**MIXED, bits=3, smooth=0.5, match=match),
+    "mixedquant, float inputs": lambda match: MixedQuant(
+        **MIXED, bits=3, activation_bits=16, match=match
+    ),
+    "ptq161": lambda match: PTQ161(epochs=0, match=match, **FEW),
+    "ptq161, refit": lambda match: PTQ161(epochs=0, refit_salient=True, match=match, **FEW),
+    "matquant": lambda match: MatQuant(epochs=0, match=match, **FEW),
+    "matquant, float inputs": lambda match: MatQuant(
+        epochs=0, inputs="shared_float", match=match, **FEW
     ),
 }
 
@@ -37,9 +49,17 @@ def output_error(task: BlockTask, result: BlockResult) -> float:
     return float((found - wanted).square().sum() / wanted.square().sum())
 
 
+# `make test` takes a sample of the families, `make test-exhaustive` runs all.
+FAMILIES = {"llama": METHODS, "opt": ("quip, merged", "ptq161"), "mixtral": ("gptq", "mixedquant")}
+CASES = [
+    pytest.param(name, family, marks=() if name in sample else pytest.mark.exhaustive)
+    for family, sample in FAMILIES.items()
+    for name in METHODS
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "family"), CASES)
 def test_the_block_comes_closer_to_the_float_model(name: str, family: str) -> None:
     task = zoo.task(family, batches=8, noise=0.1)
     matched, plain = (METHODS[name](match).quantize(task) for match in ("float", "self"))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -13,17 +13,18 @@ from lowbit.blocks.folding import load_changed
 from lowbit.blocks.hessian import input_hessians
 from lowbit.formats.base import QuantizedLinear
 from lowbit.methods.damping import Damping, damping_field, damping_share
-from lowbit.methods.matching import Step
+from lowbit.methods.matching import Measured
 from lowbit.methods.method import Method
 from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.block_learner import SCALED, BlockLearner, Learning
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 
+S = TypeVar("S", bound=Measured)
 # (name, folded weight, folded bias, step) -> the quantized linear and its report
-Pack = Callable[[str, Tensor, Tensor | None, Step | None], tuple[QuantizedLinear, LinearReport]]
+Pack = Callable[[str, Tensor, Tensor | None, S | None], tuple[QuantizedLinear, LinearReport]]
 # the linears that are packed so far -> the groups that follow; see `lowbit.methods.matching`
-Steps = Callable[[Mapping[str, QuantizedLinear]], Iterable[Step]]
+Steps = Callable[[Mapping[str, QuantizedLinear]], Iterable[S]]
 NEAREST_BETTER = "rounding to nearest was better than what was learned, and is kept"
 
 
@@ -140,7 +141,9 @@ class LearningMethod(Method):
 
 
 @torch.no_grad()
-def packed_block(learner: BlockLearner, pack: Pack, steps: Steps | None = None) -> BlockResult:
+def packed_block(
+    learner: BlockLearner, pack: Pack[S], steps: Steps[S] | None = None
+) -> BlockResult:
     """Returns the block with every linear packed, and all other tensors that folding changed.
 
     steps: the groups in the order in which they are packed; None: in any order.
@@ -148,7 +151,7 @@ def packed_block(learner: BlockLearner, pack: Pack, steps: Steps | None = None) 
     tensors = learner.folded()
     result, reports = BlockResult(learned=learner.learned()), dict[str, LinearReport]()
 
-    def put(name: str, step: Step | None) -> None:
+    def put(name: str, step: S | None) -> None:
         weight, bias = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias", None)
         result.linears[name], reports[name] = pack(name, weight, bias, step)
 

@@ -11,7 +11,7 @@ was gained.)
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -28,18 +28,29 @@ from lowbit.solvers.correction import Target, corrected, output_error
 Match = Literal["self", "float"]
 
 
-def match_field(default: Match = "float") -> Any:
-    """Returns the field `match`."""
+def match_field(default: Match = "float", condition: str = "") -> Any:
+    """Returns the field `match`.
+
+    condition: when it has an effect, added to the description, such as ", for GPTQ".
+    """
     return Field(
         default,
         description='What the output of a linear is to match: "float", the float model\'s output, '
-        'so that it makes up for earlier layers; "self", its own output before rounding.',
+        'so that it makes up for earlier layers; "self", its own output before rounding'
+        f"{condition}.",
     )
 
 
 def streams_of(match: Match, own: str) -> tuple[str, ...]:
     """Returns the streams of a method. own: the stream of its Hessians where match is "self"."""
     return ("float", "quantized") if match == "float" else (own,)
+
+
+class Measured(Protocol):
+    """What was measured of the input of one `LinearGroup`."""
+
+    @property
+    def group(self) -> LinearGroup: ...
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,7 @@ def steps(
     block: nn.Module | None = None,
     attention: Mapping[str, Activation] | None = None,
     rounded: Callable[[str, Tensor], Tensor] | None = None,
+    stream: str = "quantized",
 ) -> Iterator[Step]:
     """Yields the groups of a block in the order in which they are to be quantized.
 
@@ -91,6 +103,7 @@ def steps(
     block: the float block, if it is not that of the task.
     attention: how attention modules of the quantized block round, by name.
     rounded: rounds the input of a linear, given its name, where activations are quantized.
+    stream: the stream of the quantized model's hidden states, where match is "float".
     """
     block = task.block if block is None else block
     if match == "self":
@@ -98,11 +111,11 @@ def steps(
         yield from (Step(group, measured, None) for group in task.groups)
         return
     groups, device = {g.name: g for g in task.groups}, next(block.parameters()).device
-    stream, changed = task.streams["quantized"], deepcopy(block)
+    hidden, changed = task.streams[stream], deepcopy(block)
     install(changed, {}, {}, {n: a.model_dump() for n, a in (attention or {}).items()})
-    for stage in stages(block, task.groups, stream):
+    for stage in stages(block, task.groups, hidden):
         here = [groups[name] for name in stage]
-        moments = paired_moments(block, changed, here, task.streams["float"], stream, rounded)
+        moments = paired_moments(block, changed, here, task.streams["float"], hidden, rounded)
         together = hessians(moments, device)
         for group in here:
             yield Step(group, together, moments[group.name])

@@ -9,20 +9,17 @@ from 2 to 8 can be sliced as well (section 4.2). With `extra_precision` a slice 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional
 
-from lowbit.blocks import BlockTask, Stream
-from lowbit.blocks.capture import call_block
-from lowbit.blocks.folding import Tensors
-from lowbit.blocks.parts import sum_of_parts
+from lowbit.blocks import BlockTask
+from lowbit.blocks.folding import Tensors, load_changed
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics, tokens_by_linear
 from lowbit.blocks.training import fit, mean_loss
 from lowbit.formats.base import QuantizedLinear
@@ -30,21 +27,26 @@ from lowbit.formats.nested import NestedLinear, tensor_bytes
 from lowbit.kernels.slicing import MASTER_BITS
 from lowbit.methods.grid import GroupSize
 from lowbit.methods.learned import NEAREST_BETTER, LearningMethod, keep_if_better, packed_block
-from lowbit.methods.matquant.packing import pack_nested
+from lowbit.methods.matching import Match, match_field
+from lowbit.methods.matquant.joint import SliceSteps, slice_steps, weighted_mean
+from lowbit.methods.matquant.loss import Loss
+from lowbit.methods.matquant.master import Master
+from lowbit.methods.matquant.packing import pack_nested, packed_plain, sliced_report
 from lowbit.methods.matquant.slices import fake_slice, master_codes
-from lowbit.methods.packing import as_stored, pack
+from lowbit.methods.packing import as_stored
 from lowbit.methods.result import (
     NOT_POSITIVE_DEFINITE,
     BlockResult,
-    signal_to_noise,
+    too_few_tokens,
     trained_report,
     warn_of_hessians,
 )
 from lowbit.run_report import LinearReport
 from lowbit.solvers.block_learner import BlockLearner
 from lowbit.solvers.clipping import rounding_error
+from lowbit.solvers.correction import Target
 from lowbit.solvers.gptq import OrderedFactor
-from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, grouped
+from lowbit.solvers.rounding import Grid, GridShape, grouped
 
 # Share of weights whose code is the additional one of extra_precision, by width; each costs a bit.
 # Measured on llama-mini at 2, 3, 4 and 6 bits with benchmarks/matquant.py.
@@ -113,6 +115,8 @@ class MatQuant(LearningMethod):
         "all widths together, which favours the widths with the largest weights.",
     )
 
+    match: Match = match_field(condition=", for joint rounding")
+
     @model_validator(mode="after")
     def _check_widths(self) -> Self:
         if not all(2 <= width <= MASTER_BITS for width in self.widths):
@@ -134,6 +138,9 @@ class MatQuant(LearningMethod):
                     "one first"
                 )
         return self
+
+    def matches_float(self) -> bool:
+        return self.rounding == "joint" and self.match == "float"
 
     def streams(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(("float", *map(self.stream_of, self.widths))))
@@ -168,7 +175,7 @@ class MatQuant(LearningMethod):
         statistics = input_statistics(task.block, task.groups, task.streams["float"])
         fallbacks = self.fallbacks(tokens_by_linear(task.groups, statistics))
         learner = _Learner(self, task, statistics, set(fallbacks))
-        loss = _Loss(self, task)
+        loss = self._loss(task)
         fitted = fit(
             learner.parameter_groups(),
             lambda index: loss(index, learner.master()),
@@ -182,12 +189,15 @@ class MatQuant(LearningMethod):
         keep = keep_if_better(learner, task, fitted.after, loss_nearest)
         searched = self.epochs > 0 or self.starts_from() == "awq" or bool(task.start)
         learned = keep and searched and (self.lwc or self.let)
-        factors: dict[str, OrderedFactor] = {}
-        if self.rounding == "joint":
-            factors = self.factors(task, learner, self._shares())
-            failed = [n for n in learner.settings if n not in factors and n not in fallbacks]
-            fallbacks |= dict.fromkeys(failed, NOT_POSITIVE_DEFINITE)
-        result = learner.result(factors, learned, fallbacks)
+        if self.matches_float():
+            result = learner.matched(task, learned, fallbacks)
+        else:
+            factors: dict[str, OrderedFactor] = {}
+            if self.rounding == "joint":
+                factors = self.factors(task, learner, self._shares())
+                failed = [n for n in learner.settings if n not in factors and n not in fallbacks]
+                fallbacks |= dict.fromkeys(failed, NOT_POSITIVE_DEFINITE)
+            result = learner.result(factors, learned, fallbacks)
         warn_of_hessians(task, result.report.linears)
         after = fitted.after if keep else loss_nearest
         if self.rounding == "joint":  # fitted.after is the loss with the nearest codes
@@ -197,49 +207,22 @@ class MatQuant(LearningMethod):
         result.report = trained_report(result.report.linears, fitted, loss_nearest, after, reasons)
         return result
 
+    def _loss(self, task: BlockTask) -> Loss:
+        streams = {width: self.stream_of(width) for width in self.widths}
+        lessons = [_lesson(lesson) for lesson in self.distill]
+        return Loss(task, self.weight_of(), streams, lessons, self.distill_alone, self.aug_loss)
+
+    def weight_of(self) -> dict[int, float]:
+        """Returns the loss weight of each width."""
+        return dict(zip(self.widths, self.weights, strict=True))
+
     def _shares(self) -> dict[str, float]:
         """Returns the loss weight of each stream: the sum over its widths, normalised to 1."""
         shares: dict[str, float] = {}
-        for width, weight in zip(self.widths, self.weights, strict=True):
+        for width, weight in self.weight_of().items():
             stream = self.stream_of(width)
             shares[stream] = shares.get(stream, 0.0) + weight / sum(self.weights)
         return shares
-
-
-@dataclass(frozen=True)
-class _Master:
-    """A block with 8-bit codes, from which the block at any width can be computed.
-
-    tensors: the block's float tensors after folding.
-    grids: the 8-bit grid of each linear, by name.
-    codes: the 8-bit codes of each linear that is sliced, by name; see `master_codes`.
-    settings: the settings of the linears that are sliced, by name; the others keep 8 bits.
-    """
-
-    tensors: Tensors
-    grids: Mapping[str, Grid]
-    codes: Mapping[str, Tensor]
-    settings: Mapping[str, MatQuant]
-
-    def parts(self) -> Tensors:
-        """Returns all tensors that gradients flow through, by name."""
-        return self.tensors | {f"{name} scale": grid.scale for name, grid in self.grids.items()}
-
-    def at(self, width: int, parts: Mapping[str, Tensor]) -> Tensors:
-        """Returns the tensors of the block at one width.
-
-        parts: what `parts` returned, or a copy of it to differentiate by.
-        """
-        tensors = {name: parts[name] for name in self.tensors}
-        for name, grid in self.grids.items():
-            weight, grid = parts[f"{name}.weight"], replace(grid, scale=parts[f"{name} scale"])
-            if name in self.settings:
-                extra = self.settings[name].extra_precision
-                rounded = fake_slice(weight, grid, self.codes[name], width, extra)
-            else:
-                rounded = fake_quantize(weight, grid)
-            tensors[f"{name}.weight"] = rounded
-        return tensors
 
 
 class _Learner(BlockLearner):
@@ -273,20 +256,20 @@ class _Learner(BlockLearner):
             return rounding_error(weight, grid)
         extra, codes = self.settings[name].extra_precision, master_codes(weight, grid)
         total = torch.zeros_like(weight)
-        for share, width in zip(self.method.weights, self.method.widths, strict=True):
+        for width, share in self.method.weight_of().items():
             total += share * (fake_slice(weight, grid, codes, width, extra) - weight).square()
         return total
 
-    def master(self) -> _Master:
+    def master(self) -> Master:
         """Returns the learned master, differentiable in all parameters."""
         return self._master(self.folded(), self.grid)
 
-    def nearest(self) -> _Master:
+    def nearest(self) -> Master:
         """Returns the master of rounding to nearest at 8 bits; its slices are the baseline."""
         return self._master(self.float_tensors, self.whole_grid)
 
     @torch.no_grad()
-    def packed(self, layers: Mapping[str, QuantizedLinear]) -> _Master:
+    def packed(self, layers: Mapping[str, QuantizedLinear]) -> Master:
         """Returns the master with the grids and codes of the packed layers."""
         made = self.master()
         grids, codes = dict(made.grids), dict(made.codes)
@@ -296,12 +279,13 @@ class _Learner(BlockLearner):
                 codes[name] = grouped(layer.master, grids[name].group_size).to(torch.int16)
         return replace(made, grids=grids, codes=codes)
 
-    def _master(self, tensors: Tensors, grid: Callable[[str, Tensor], Grid]) -> _Master:
+    def _master(self, tensors: Tensors, grid: Callable[[str, Tensor], Grid]) -> Master:
         grids = {name: grid(name, tensors[f"{name}.weight"]) for name in self.linears}
         codes = {
             name: master_codes(tensors[f"{name}.weight"], grids[name]) for name in self.settings
         }
-        return _Master(tensors, grids, codes, self.settings)
+        extra = {name: settings.extra_precision for name, settings in self.settings.items()}
+        return Master(tensors, grids, codes, extra)
 
     def result(
         self,
@@ -317,72 +301,85 @@ class _Learner(BlockLearner):
             saw too few tokens never are).
         fallbacks: the fallback sentences of linears, by name.
         """
-        weights = dict(zip(self.method.widths, self.method.weights, strict=True))
+        weights = self.method.weight_of()
 
         def packed(
             name: str, weight: Tensor, bias: Tensor | None, _: object
         ) -> tuple[QuantizedLinear, LinearReport]:
-            grid = self.grid(name, weight)
-
-            def report(
-                layer: QuantizedLinear, slices: Mapping[int, QuantizedLinear]
-            ) -> LinearReport:
-                return LinearReport(
-                    signal_to_noise_db=signal_to_noise(weight, layer),
-                    slices_db={width: signal_to_noise(weight, x) for width, x in slices.items()},
-                    tokens=self.tokens[name],
-                    fallback=fallbacks.get(name),
-                )
-
             if name not in self.settings:
-                plain = pack(weight, bias, grid)
-                return plain, report(plain, {})
-            extra = self.settings[name].extra_precision
+                return packed_plain(
+                    weight, bias, self.grid(name, weight), self.tokens[name], fallbacks.get(name)
+                )
             made = learned and self.tokens[name] >= self.method.min_tokens
-            nested = pack_nested(weight, bias, grid, factors.get(name), weights, extra, made)
-            return nested, report(nested, {width: nested.at(width) for width in weights})
+            targets = dict.fromkeys(weights, Target(weight, None))
+            nested = self._nested(name, weight, bias, factors.get(name), made, targets)
+            report = sliced_report(weight, nested, targets, self.tokens[name])
+            return nested, report.model_copy(update={"fallback": fallbacks.get(name)})
 
         return packed_block(self, packed)
 
+    def matched(self, task: BlockTask, learned: bool, fallbacks: Mapping[str, str]) -> BlockResult:
+        """Packs the block by joint rounding, so that its output matches the float model's.
 
-class _Loss:
-    """The loss of a batch: the weighted sum over widths of the squared error of the output."""
+        learned, fallbacks: as in `result`.
+        """
+        block = deepcopy(task.block)
+        load_changed(block, self.folded())
+        weights = self.method.weight_of()
+        shares = {width: weight / sum(weights.values()) for width, weight in weights.items()}
+        factors: dict[str, OrderedFactor | None] = {}
 
-    def __init__(self, method: MatQuant, task: BlockTask) -> None:
-        self.method = method
-        self.block = task.block
-        self.streams = task.streams
-        self.target = self._float_output("float")
-        self.aug_targets: dict[str, Stream] = {}
-        if method.aug_loss:
-            used = {method.stream_of(width) for width in method.widths}
-            self.aug_targets = {n: self._float_output(n) for n in sorted(used - {"float"})}
-        self.batches = len(self.target)
+        def packed(
+            name: str, weight: Tensor, bias: Tensor | None, step: SliceSteps | None
+        ) -> tuple[QuantizedLinear, LinearReport]:
+            assert step is not None
+            if name not in self.settings:
+                return packed_plain(
+                    weight, bias, self.grid(name, weight), self.tokens[name], fallbacks.get(name)
+                )
+            if step.group.name not in factors:  # the groups come one after another
+                factors.clear()
+                factors[step.group.name] = step.factor(shares, self.method.damping)
+            factor, fallback = factors[step.group.name], fallbacks.get(name)
+            if fallback is None and step.tokens < self.method.min_tokens:
+                fallback = too_few_tokens(step.tokens)
+            if fallback is None and factor is None:
+                fallback = NOT_POSITIVE_DEFINITE
+            if fallback is None:
+                targets = step.targets(weight, self.method.damping)
+                mean = weighted_mean(targets, shares)
+            else:
+                factor, mean = None, weight
+                targets = dict.fromkeys(weights, Target(weight, None))
+            made = learned and self.tokens[name] >= self.method.min_tokens
+            nested = self._nested(name, mean, bias, factor, made, targets)
+            report = sliced_report(mean, nested, targets, self.tokens[name])
+            error = step.output_error(name, weight, nested)
+            return nested, report.model_copy(update={"output_error": error, "fallback": fallback})
 
-    def _float_output(self, stream: str) -> Stream:
-        return self.streams[stream].map(lambda batch: call_block(self.block, batch))
+        streams = {width: self.method.stream_of(width) for width in self.method.widths}
+        return packed_block(self, packed, lambda made: slice_steps(task, block, streams, made))
 
-    def __call__(self, index: int, master: _Master) -> Tensor:
-        return sum_of_parts(master.parts(), lambda parts: self._terms(index, master, parts))
+    def _nested(
+        self,
+        name: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        factor: OrderedFactor | None,
+        learned: bool,
+        targets: Mapping[int, Target],
+    ) -> NestedLinear:
+        """Packs a linear that is sliced.
 
-    def _terms(self, index: int, master: _Master, parts: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """Yields the term of each width, from high to low, so that teachers precede students."""
-        outputs: dict[int, Tensor] = {}
-        for width, weight in zip(self.method.widths, self.method.weights, strict=True):
-            stream = self.method.stream_of(width)
-            batch = self.streams[stream][index]
-            tensors = master.at(width, parts)
-            out = functional_call(self.block, tensors, (batch.hidden,), dict(batch.kwargs))
-            out = out[0] if isinstance(out, tuple) else out
-            lessons = map(_lesson, self.method.distill)
-            targets = [outputs[teacher] for teacher, student in lessons if student == width]
-            outputs[width] = out.detach()
-            if not targets or not self.method.distill_alone:
-                targets.append(self.target[index].hidden)
-            error = torch.stack([functional.mse_loss(out, target) for target in targets]).mean()
-            if stream in self.aug_targets:
-                error = error + functional.mse_loss(out, self.aug_targets[stream][index].hidden)
-            yield weight * error
+        weight: (out, in), what the grid is made for.
+        factor: the factored Hessian; None: the weight is rounded to nearest.
+        learned: whether its grid was learned or searched for the widths.
+        targets: what each width is rounded for.
+        """
+        extra = self.settings[name].extra_precision
+        weights, grid = self.method.weight_of(), self.grid(name, weight)
+        wanted = {width: target.weight for width, target in targets.items()}
+        return pack_nested(weight, bias, grid, factor, weights, extra, learned, wanted)
 
 
 def _lesson(text: str) -> tuple[int, int]:

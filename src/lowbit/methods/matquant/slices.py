@@ -85,6 +85,7 @@ def joint_codes(
     hessian: OrderedFactor,
     weights: Mapping[int, float],
     extra_precision: bool,
+    targets: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
     """Chooses one 8-bit code per weight that is good at several widths: GPTQ for all of them.
 
@@ -99,6 +100,7 @@ def joint_codes(
     hessian: the factored Hessian, from `ordered_factor`.
     weights: the weight of each width's squared error.
     extra_precision: whether slices have one more level.
+    targets: (out, in) each, what a width is rounded for instead of the weight, by width.
 
     Returns the codes, (out, in) uint8.
     """
@@ -125,7 +127,8 @@ def joint_codes(
         values = (levels[:, codes] - offset) * scale
         return codes.repeat(len(levels))[:, None], values.reshape(-1, 1)
 
-    stacked = weight[:, hessian.order].repeat(len(levels), 1)
+    wanted = [(targets or {}).get(width, weight) for width in weights]
+    stacked = torch.cat(wanted)[:, hessian.order]
     rounded = round_with_feedback(stacked, hessian.factor, choose, block=1)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     codes[:, hessian.order] = rounded.codes[:rows].squeeze(-1).to(torch.uint8)

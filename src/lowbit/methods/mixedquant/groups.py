@@ -4,12 +4,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lowbit.blocks import BlockTask, Fold, LinearGroup
 from lowbit.blocks.folding import Tensors
 from lowbit.blocks.statistics import ChannelStatistics
 from lowbit.formats.sorted_group import InputOrder
+from lowbit.formats.sorted_group.reference import quantize_input, scaled
 from lowbit.methods.mixedquant.ordering import is_identity
 
 
@@ -38,9 +40,31 @@ class OrderedGroup:
         """The number of inputs that are not salient."""
         return len(self.columns) - self.order.salient
 
-    def of(self, weight: Tensor) -> Tensor:
-        """Returns a weight (out, in) with its columns in this order."""
-        return weight[:, self.columns]
+    def for_input(self, weight: Tensor) -> Tensor:
+        """Returns a weight (out, in) with its columns in the order in which the input arrives.
+
+        It arrives in this order if the order was folded into the linears that produce it.
+        """
+        return weight[:, self.columns] if self.permutation == "folded" else weight
+
+    def of_input(self, x: Tensor) -> Tensor:
+        """Returns x (..., in), whose columns are those of the input as it arrives, in this order"""
+        return x if self.order.permutation is None else x[..., self.order.permutation]
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Returns the input as the layers round it, in the order in which it arrives.
+
+        x: (tokens, in).
+        """
+        order = self.order
+        if order.activation_bits is None:
+            return x
+        kept, salient = self.of_input(x).tensor_split([self.kept], 1)
+        codes, scale = quantize_input(kept, order.activation_bits, order.group_size)
+        values = torch.cat([scaled(codes, scale, order.group_size), salient], 1)
+        if order.permutation is None:
+            return values
+        return torch.empty_like(values).index_copy_(1, order.permutation, values)
 
     @property
     def permutation(self) -> Literal["none", "stored", "folded"]:

@@ -7,7 +7,8 @@ and salient columns do not widen the scale of any group. Optionally SmoothQuant 
 2211.10438, equation 4) is applied first, and GPTQ rounds the weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
@@ -16,10 +17,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from lowbit.blocks import BlockTask, Fold, LinearGroup
-from lowbit.blocks.folding import Tensors, apply_folds, tensors_of
-from lowbit.blocks.hessian import Hessians, input_hessians
+from lowbit.blocks.folding import Tensors, apply_folds, load_changed, tensors_of
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.formats import link
+from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.sorted_group import (
     InputOrder,
     SortedGroupLayout,
@@ -29,6 +30,7 @@ from lowbit.formats.sorted_group import (
 from lowbit.formats.uniform.reference import group_count
 from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.grid import GroupSize
+from lowbit.methods.matching import Match, Step, match_field, steps, streams_of
 from lowbit.methods.method import Method
 from lowbit.methods.mixedquant.absorbing import SplitHessian, split_hessian
 from lowbit.methods.mixedquant.groups import OrderedGroup, input_scale, permute_producers
@@ -52,6 +54,7 @@ from lowbit.methods.result import (
 )
 from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.clipping import clipped_grid
+from lowbit.solvers.correction import Target
 from lowbit.solvers.equivalence import smooth_scale
 from lowbit.solvers.feedback import proxy_loss
 from lowbit.solvers.gptq import gptq_codes
@@ -137,6 +140,7 @@ class MixedQuant(Method):
         description="Calibration tokens that an expert must see; one that saw fewer is sorted by "
         "its weights, rounded to nearest and named in the report.",
     )
+    match: Match = match_field(condition=", for GPTQ")
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -152,8 +156,14 @@ class MixedQuant(Method):
             )
         return self
 
+    def matches_float(self) -> bool:
+        if self.match == "self":
+            return False
+        some = [self.rounding, *(fields.get("rounding") for fields in self.overrides.values())]
+        return "gptq" in some
+
     def streams(self) -> tuple[str, ...]:
-        return ("quantized",)
+        return streams_of("float" if self.matches_float() else "self", "quantized")
 
     def needs_folds(self) -> dict[str, tuple[str, ...]]:
         return {} if self.smooth is None else {"smooth": ("norm", "values", "gated")}
@@ -174,14 +184,13 @@ class MixedQuant(Method):
             scale = input_scale(group, *smoothing)
             groups.append(self._ordered(task, group, tensors, statistics[group.name], scale))
         permute_producers(task, groups, tensors)
-        hessians = self._hessians(task)
         result, reports = BlockResult(), dict[str, LinearReport]()
-        for ordered in groups:
+        for ordered, step in self._steps(task, groups, tensors, result.linears):
             split = None
-            if hessians is not None and ordered.fallback is None:
-                split = self._split(ordered, hessians)
+            if step is not None and ordered.fallback is None:
+                split = self._split(ordered, step)
                 ordered.fallback = NOT_POSITIVE_DEFINITE if split is None else None
-            layers, facts = self._quantize_group(task, ordered, tensors, split)
+            layers, facts = self._quantize_group(task, ordered, tensors, split, step)
             result.linears |= layers
             reports |= facts
         warn_of_hessians(task, reports)
@@ -264,21 +273,42 @@ class MixedQuant(Method):
             fallback=None if enough else too_few_tokens(statistics.tokens, instead),
         )
 
-    def _hessians(self, task: BlockTask) -> Hessians | None:
+    def _steps(
+        self,
+        task: BlockTask,
+        groups: list[OrderedGroup],
+        tensors: Tensors,
+        linears: Mapping[str, QuantizedLinear],
+    ) -> Iterator[tuple[OrderedGroup, Step | None]]:
+        """Yields each group, in the order in which they are quantized, with what was measured.
+
+        tensors: the block's tensors, smoothed and with rows in the order of their readers.
+        linears: the quantized linears; see `lowbit.methods.matching.steps`.
+        """
         names = [name for group in task.groups for name in group.linears]
         if all(self.at(f"{task.name}.{name}").rounding == "nearest" for name in names):
-            return None
-        return input_hessians(task.block, task.groups, task.streams["quantized"])
+            yield from ((ordered, None) for ordered in groups)
+            return
+        block = deepcopy(task.block)
+        load_changed(block, tensors | _in_input_order(groups, tensors))
+        by_name = {ordered.group.name: ordered for ordered in groups}
+        by_first = {ordered.group.linears[0]: ordered for ordered in groups}
 
-    def _split(self, ordered: OrderedGroup, hessians: Hessians) -> SplitHessian | None:
+        def rounded(first: str, x: Tensor) -> Tensor:
+            return by_first[first].rounded(x)
+
+        for step in steps(task, self.match, "quantized", linears, block, rounded=rounded):
+            yield by_name[step.group.name], step
+
+    def _split(self, ordered: OrderedGroup, step: Step) -> SplitHessian | None:
         """Returns the split Hessian of an input in its order; None if not positive definite."""
-        hessian = hessians[ordered.group.name]
-        matrix = hessian.matrix
-        share = damping_share(self.damping, hessian.tokens, len(matrix))
-        if ordered.scale is not None:
-            matrix = matrix / ordered.scale / ordered.scale.unsqueeze(1)
-        matrix = matrix[ordered.columns][:, ordered.columns]
-        return split_hessian(matrix, ordered.kept, share)
+        matrix = step.hessian.matrix
+        matrix = ordered.of_input(ordered.of_input(matrix).T)
+        return split_hessian(matrix, ordered.kept, self._damping_of(step))
+
+    def _damping_of(self, step: Step) -> float:
+        hessian = step.hessian
+        return damping_share(self.damping, hessian.tokens, len(hessian.matrix))
 
     def _quantize_group(
         self,
@@ -286,19 +316,26 @@ class MixedQuant(Method):
         ordered: OrderedGroup,
         tensors: Tensors,
         split: SplitHessian | None,
+        step: Step | None,
     ) -> tuple[dict[str, SortedGroupLinear], dict[str, LinearReport]]:
         made, reports = dict[str, SortedGroupLinear](), dict[str, LinearReport]()
         first = ordered.group.linears[0]
         for name in ordered.group.linears:
-            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+            weight = ordered.for_input(tensors[f"{name}.weight"].float())
+            bias = tensors.get(f"{name}.bias")
             here = self.at(f"{task.name}.{name}")
+            target = Target(weight, None)
+            feedback = split if here.rounding == "gptq" else None
+            if step is not None and feedback is not None:
+                target = step.target(weight, self._damping_of(step))
             shares = None if name == first else first
-            made[name], loss = here._linear(weight, bias, ordered, split, shares)
+            made[name], loss = here._linear(target.weight, bias, ordered, feedback, shares)
             link(made)
-            target = weight if ordered.order.permutation is not None else ordered.of(weight)
             reports[name] = LinearReport(
-                signal_to_noise_db=signal_to_noise(target, made[name]),
+                signal_to_noise_db=signal_to_noise(target.weight, made[name]),
                 proxy_loss=loss,
+                output_error=None if step is None else step.output_error(name, weight, made[name]),
+                correction=target.strength,
                 salient_ratio=round(ordered.order.salient / len(ordered.columns), 4),
                 permutation=ordered.permutation,
                 tokens=ordered.statistics.tokens,
@@ -314,13 +351,17 @@ class MixedQuant(Method):
         split: SplitHessian | None,
         shares: str | None,
     ) -> tuple[SortedGroupLinear, float | None]:
-        """Returns the layer, and its proxy loss if it is rounded with error feedback."""
-        weight = ordered.of(weight.float())
+        """Returns the layer, and its proxy loss if it is rounded with error feedback.
+
+        weight: (out, in) float32, with its columns in the order of the input.
+        split: the split Hessian; None: the weight is rounded to nearest.
+        """
+        weight = ordered.of_input(weight)
         ordinary, salient = weight.tensor_split([ordered.kept], 1)
         layout = SortedGroupLayout(ordered.order, self.bits, self.salient_bits, shares)
         grid = self._grid(ordinary, ordered)
         layer = SortedGroupLinear.from_grid(weight, grid.scale, layout, bias=bias)
-        if split is None or self.rounding == "nearest":
+        if split is None:
             return layer, None
         stored = replace(grid, scale=layer.scale.float())
         codes, _ = gptq_codes(ordinary, stored, split.factor)
@@ -336,6 +377,12 @@ class MixedQuant(Method):
             return minmax_grid(weight, *shape)
         square = ordered.statistics.square[ordered.columns[: ordered.kept]]
         return clipped_grid(weight, square, shape)
+
+
+def _in_input_order(groups: list[OrderedGroup], tensors: Tensors) -> Tensors:
+    """Returns the weights whose columns follow an order that was folded into producers."""
+    names = [(ordered, f"{name}.weight") for ordered in groups for name in ordered.group.linears]
+    return {name: ordered.for_input(tensors[name]) for ordered, name in names}
 
 
 def _keep_changed(task: BlockTask, tensors: Tensors, result: BlockResult) -> None:

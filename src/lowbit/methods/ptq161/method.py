@@ -12,9 +12,9 @@ and the cosine's absolute value rewards opposite outputs. Here scales are learne
 that a learning rate is relative to the scale.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -24,14 +24,15 @@ from torch.nn import functional
 
 from lowbit.blocks import BlockTask, LinearGroup, Stream
 from lowbit.blocks.capture import call_block
-from lowbit.blocks.hessian import Hessian, Hessians, input_hessians
+from lowbit.blocks.hessian import Hessian
 from lowbit.blocks.install import replace_module
 from lowbit.blocks.start import Start
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics, tokens_by_linear
 from lowbit.blocks.training import ParameterGroup, fit, mean_loss
 from lowbit.formats import link
-from lowbit.formats.binary import BinaryLinear, Salient, tensor_bytes
+from lowbit.formats.binary import BinaryLinear, tensor_bytes
 from lowbit.methods.damping import Damping, damping_field, damping_share
+from lowbit.methods.matching import Match, Step, match_field, steps
 from lowbit.methods.method import Method
 from lowbit.methods.ptq161.binary import (
     alternated,
@@ -41,6 +42,13 @@ from lowbit.methods.ptq161.binary import (
     salient_mask,
 )
 from lowbit.methods.ptq161.factored import FactoredLinear
+from lowbit.methods.ptq161.linears import (
+    Approximated,
+    Shared,
+    learned,
+    packed,
+    rounded_salient,
+)
 from lowbit.methods.result import (
     NOT_POSITIVE_DEFINITE,
     BlockResult,
@@ -50,10 +58,9 @@ from lowbit.methods.result import (
     warn_of_hessians,
 )
 from lowbit.run_report import BlockReport, LinearReport
-from lowbit.solvers.gptq import OrderedFactor, gptq_codes, ordered_factor
-from lowbit.solvers.rounding import Grid, minmax_grid
+from lowbit.solvers.correction import Target
+from lowbit.solvers.gptq import ordered_factor
 
-SALIENT_BITS = 4
 LEAST_COSINE = 1e-3  # smaller cosines are raised to it, so that the logarithm is finite
 TARGETS = ("float", "quantized")
 MEANS_BETTER = "signs with mean scales had a lower loss than what was learned, and are kept"
@@ -100,7 +107,7 @@ class PTQ161(Method):
         description="Whether the 4-bit weights compensate the error of the signs, and are rounded "
         "as by GPTQ.",
     )
-    damping: Damping = damping_field(", for refit_salient")
+    damping: Damping = damping_field(", for refit_salient and for match")
     epochs: int = Field(
         20, ge=0, description="Passes over all calibration windows; 0: nothing is learned."
     )
@@ -122,6 +129,10 @@ class PTQ161(Method):
         description="Calibration tokens that an expert must see; one that saw fewer is made of its "
         "weights alone and named in the report.",
     )
+    match: Match = match_field()
+
+    def matches_float(self) -> bool:
+        return self.match == "float"
 
     def streams(self) -> tuple[str, ...]:
         return TARGETS
@@ -144,7 +155,8 @@ class PTQ161(Method):
         def loss_of(learner: _Learner) -> Callable[[int], Tensor]:
             return self._loss(learner.block, task.streams["quantized"], targets)
 
-        plain = self.model_copy(update={"init": "reference", "refit_salient": False})
+        published = {"init": "reference", "refit_salient": False, "match": "self"}
+        plain = self.model_copy(update=published)
         nearest = mean_loss(loss_of(learner_of(plain, {})), len(targets[0]))
         learner = learner_of(self, task.start)
         with torch.enable_grad():
@@ -177,37 +189,6 @@ class PTQ161(Method):
         return functional.mse_loss(out, target) + self.angular * angle
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Shared:
-    """What linears of a group share if they have the same number of salient channels.
-
-    owner: the name of the first of them, whose layer stores the mask.
-    mask: (in,) bool, the salient channels.
-    square: (in,), the mean square of each input; None after too few calibration tokens.
-    gain, factor: for refit_salient, from `refit_gain` and `ordered_factor`; None: no refitting.
-    """
-
-    owner: str
-    mask: Tensor
-    square: Tensor | None
-    gain: Tensor | None = None
-    factor: OrderedFactor | None = None
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A linear of the block while its scales are learned.
-
-    salient: the salient weights; None if no channel is salient.
-    learns: whether its scales are learned.
-    """
-
-    factored: FactoredLinear
-    salient: Salient | None
-    shared: _Shared
-    learns: bool
-
-
 class _Learner:
     """A block with binary linears, and the scales that are learned."""
 
@@ -220,32 +201,46 @@ class _Learner:
         self.start = Start(task)
         # The copy shares the parameters of the block; its linears are replaced below.
         self.block = deepcopy(task.block, {id(p): p for p in task.block.parameters()})
-        self.linears: dict[str, _Linear] = {}
-        hessians = None
-        if method.refit_salient:
-            hessians = input_hessians(task.block, task.groups, task.streams["quantized"])
-        for group in task.groups:
-            self._add_group(group, hessians)
+        self.linears: dict[str, Approximated] = {}
+        self.errors: dict[str, float | None] = {}
+        layers: dict[str, BinaryLinear] = {}
+        for group, step in self._steps(layers):
+            self._add_group(group, step)
+            layers |= {name: packed(name, self.linears[name]) for name in group.linears}
+            if step is not None and not self.method.epochs:  # else it is learned later
+                weights = {name: self._weight(name) for name in group.linears}
+                link({name: layers[name] for name in group.linears})
+                self.errors |= {n: step.output_error(n, w, layers[n]) for n, w in weights.items()}
         self.start.check_used()
 
-    def _add_group(self, group: LinearGroup, hessians: Hessians | None) -> None:
+    def _steps(
+        self, layers: Mapping[str, BinaryLinear]
+    ) -> Iterator[tuple[LinearGroup, Step | None]]:
+        """Yields each group, in the order in which they are quantized, with what was measured."""
+        if self.method.match == "self" and not self.method.refit_salient:
+            yield from ((group, None) for group in self.task.groups)
+            return
+        for step in steps(self.task, self.method.match, "quantized", layers):
+            yield step.group, step
+
+    def _add_group(self, group: LinearGroup, step: Step | None) -> None:
         statistics = self.statistics[group.name]
         enough = statistics.tokens >= self.method.min_tokens
-        hessian = None
-        if enough and hessians is not None:
-            if hessians.tokens(group.name) >= self.method.min_tokens:
-                hessian = hessians[group.name]
+        if not enough or (step is not None and step.hessian.tokens < self.method.min_tokens):
+            step = None
+        square = statistics.square if enough else None
+        if step is not None and step.moments is not None:
+            square = step.hessian.matrix.diagonal()
         salience = self._salience(group, statistics if enough else None)
-        shared_by_count: dict[int, _Shared] = {}
+        shared_by_count: dict[int, Shared] = {}
         for name in group.linears:
             here = self.method.at(f"{self.task.name}.{name}")
             count = salient_count(len(salience), here.salient_ratio, here.alignment)
             if count not in shared_by_count:
                 mask = self._mask(name, salience, count)
-                square = statistics.square if enough else None
-                shared = _Shared(owner=name, mask=mask, square=square)
-                if hessian is not None:
-                    shared = self._with_feedback(shared, hessian)
+                shared = Shared(owner=name, mask=mask, square=square, step=step)
+                if step is not None and self.method.refit_salient:
+                    shared = self._with_feedback(shared, step.hessian)
                 shared_by_count[count] = shared
             self._add(name, shared_by_count[count], here.row_mean)
 
@@ -272,7 +267,7 @@ class _Learner:
             return statistics.square
         return statistics.absmax if self.method.salience == "absmax" else statistics.absmean
 
-    def _with_feedback(self, shared: _Shared, hessian: Hessian) -> _Shared:
+    def _with_feedback(self, shared: Shared, hessian: Hessian) -> Shared:
         """Adds gain and factor, unless no channel is salient or the Hessian cannot be used."""
         if not shared.mask.any():
             return shared
@@ -288,15 +283,24 @@ class _Learner:
         """Returns a weight of the float block, (out, in) float32."""
         return self.task.block.get_parameter(f"{name}.weight").detach().float()
 
-    def _add(self, name: str, shared: _Shared, row_mean: bool) -> None:
-        weight, mask, square = self._weight(name), shared.mask, shared.square
+    def _target(self, name: str, step: Step | None) -> Target:
+        """Returns what the weight of a linear is approximated for."""
+        weight = self._weight(name)
+        if step is None:
+            return Target(weight, None)
+        tokens = step.hessian.tokens
+        return step.target(weight, damping_share(self.method.damping, tokens, weight.shape[1]))
+
+    def _add(self, name: str, shared: Shared, row_mean: bool) -> None:
+        target, mask, square = self._target(name, shared.step), shared.mask, shared.square
+        weight = target.weight
         if square is None or self.method.init == "reference":
             binary = binarized(weight[:, ~mask], row_mean)
         else:
             binary = alternated(weight[:, ~mask], square[~mask], row_mean)
         salient = None
         if mask.any():
-            salient = _rounded(weight[:, mask], weight[:, ~mask] - binary.weight(), shared)
+            salient = rounded_salient(weight[:, mask], weight[:, ~mask] - binary.weight(), shared)
         values = weight[:, mask] if salient is None else salient.dequantize()
         linear = self.task.block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -309,7 +313,7 @@ class _Learner:
                 parameter.copy_(started)
                 learns = True
         replace_module(self.block, name, factored)
-        self.linears[name] = _Linear(factored, salient, shared, learns)
+        self.linears[name] = Approximated(factored, target, salient, shared, learns)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         learning = [linear.factored for linear in self.linears.values() if linear.learns]
@@ -321,14 +325,16 @@ class _Learner:
     def result(self) -> BlockResult:
         result, reports = BlockResult(), dict[str, LinearReport]()
         tokens = tokens_by_linear(self.task.groups, self.statistics)
-        layers = {name: _packed(name, linear) for name, linear in self.linears.items()}
+        layers = {name: packed(name, linear) for name, linear in self.linears.items()}
         link(layers)
         for name, linear in self.linears.items():
             result.linears[name] = layers[name]
             if linear.learns:
-                result.learned |= _learned(name, linear)
+                result.learned |= learned(name, linear)
             reports[name] = LinearReport(
-                signal_to_noise_db=signal_to_noise(self._weight(name), layers[name]),
+                signal_to_noise_db=signal_to_noise(linear.target.weight, layers[name]),
+                output_error=self.errors.get(name),
+                correction=linear.target.strength,
                 salient_ratio=round(float(linear.shared.mask.float().mean()), 4),
                 tokens=tokens[name],
                 fallback=self._fallback(linear, tokens[name]),
@@ -337,53 +343,9 @@ class _Learner:
         result.report = BlockReport(linears=reports)
         return result
 
-    def _fallback(self, linear: _Linear, tokens: int) -> str | None:
+    def _fallback(self, linear: Approximated, tokens: int) -> str | None:
         """Returns the fallback sentence of a linear, if there is one."""
         if linear.shared.square is None:
             return too_few_tokens(tokens, "binarised by its weights alone")
         refits = self.method.refit_salient and linear.salient is not None
         return NOT_POSITIVE_DEFINITE if refits and linear.shared.factor is None else None
-
-
-def _rounded(weight: Tensor, error: Tensor, shared: _Shared) -> Salient:
-    """Rounds the salient weights to four bits; each row's range is that of these columns alone.
-
-    weight: (out, salient), the salient weights.
-    error: (out, plain), the error of the binary weights, for refit_salient.
-    """
-    if shared.gain is not None:
-        weight = weight + error @ shared.gain
-    grid = minmax_grid(weight, SALIENT_BITS, None, symmetric=False)
-    assert grid.zero is not None
-    channels = shared.mask.nonzero().squeeze(1)
-    nearest = Salient.nearest(channels, weight, grid.scale.squeeze(1), grid.zero.squeeze(1))
-    if shared.factor is None:
-        return nearest
-    scale = nearest.scale.float().unsqueeze(1)
-    stored = Grid(scale, grid.zero, bits=SALIENT_BITS, group_size=None)
-    codes, _ = gptq_codes(weight, stored, shared.factor)
-    return replace(nearest, codes=codes)
-
-
-def _packed(name: str, linear: _Linear) -> BinaryLinear:
-    factored, shared = linear.factored, linear.shared
-    mean, column = factored.binary.mean, factored.column().detach()
-    return BinaryLinear.from_parts(
-        factored.binary.negative,
-        factored.row().detach(),
-        row_mean=mean if mean.any() else None,
-        column_scale=None if bool((column == 1).all()) else column,
-        salient=linear.salient,
-        shares=None if name == shared.owner or linear.salient is None else shared.owner,
-        bias=factored.bias,
-    )
-
-
-def _learned(name: str, linear: _Linear) -> dict[str, Tensor]:
-    """Returns the learned tensors of a linear by name, from which a later run can start."""
-    factored = linear.factored
-    learned = {f"{name}.row_log": factored.row_log.detach()}
-    learned[f"{name}.column_log"] = factored.column_log.detach()
-    if name == linear.shared.owner:
-        learned[f"{name}.mask"] = linear.shared.mask.to(torch.uint8)
-    return learned
