@@ -7,9 +7,10 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from lowbit.blocks import BlockTask
+from lowbit.blocks import Batch, BlockTask, LinearGroup, Stream
 from lowbit.blocks.capture import observe_inputs
 from lowbit.blocks.moments import hessians, paired_moments, stages
+from lowbit.blocks.routing import positions
 
 CPU = torch.device("cpu")
 
@@ -96,3 +97,96 @@ def test_tokens_of_an_expert_are_paired_with_themselves() -> None:
         assert float(drift.abs().max()) < 1e-6 * max(float(hessian.matrix.abs().max()), 1e-3)
         moved += len(found) != len(inputs(task.block, first, task, "float"))
     assert moved
+
+
+class ListedExpert(nn.Module):
+    """An expert as in models with code of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 20)
+        self.down = nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+class ListedExperts(nn.Module):
+    """Each token goes to the expert that its first channels choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(ListedExpert() for _ in range(3))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        choice, out = rows[:, :3].argmax(1), torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            token = (choice == number).nonzero().squeeze(1)
+            if len(token):
+                out[token] += expert(rows[token])
+        return out.view(hidden.shape)
+
+
+class ListedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 12)
+        self.mlp = ListedExperts()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.mlp(self.first(hidden))
+
+
+def stream_of(hidden: Tensor) -> Stream:
+    return Stream.of_calls([Batch(part[None], {})] for part in hidden)
+
+
+@pytest.mark.parametrize("part", ["up", "down"])
+def test_tokens_of_experts_in_a_list_are_paired(part: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = ListedBlock()
+    for parameter in block.parameters():
+        parameter.requires_grad_(False)
+    changed = deepcopy(block)
+    changed.first.weight += 0.2 * torch.randn(12, 12, generator=draw)
+    hidden = torch.randn(2, 40, 12, generator=draw)
+    hidden[:, 5] = hidden[:, 3]  # equal tokens
+    x, found = (torch.cat([model.first(window) for window in hidden]) for model in (block, changed))
+    names = [f"mlp.experts.{number}.{part}" for number in range(3)]
+    groups = [LinearGroup(name, (name,)) for name in names]
+    streams = stream_of(hidden), stream_of(hidden)
+    made = paired_moments(block, changed, groups, *streams)
+    choices, chosen = x[:, :3].argmax(1), found[:, :3].argmax(1)
+    assert not torch.equal(choices, chosen)
+    for number, name in enumerate(names):
+        at = chosen == number
+        both = at & (choices == number)
+        expert = block.mlp.experts[number]
+        read = expert.up if part == "down" else nn.Identity()
+        rows, own = ((read(t).relu() if part == "down" else t) for t in (x, found))
+        drift = (rows - own)[both].T @ own[both] / max(int(at.sum()), 1)
+        hessian, measured = made[name].mean((0, 1), CPU)
+        assert made[name].tokens == int(at.sum())
+        assert both.any()
+        torch.testing.assert_close(measured, drift, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_are_found_in_their_order() -> None:
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [5.0, 6.0], [1.0, 2.0]])
+    assert positions(rows, rows).tolist() == [0, 1, 2, 3, 4]
+    assert positions(rows[[2, 4, 3]], rows).tolist() == [0, 2, 3]
+    assert positions(torch.tensor([[1.0, 2.5]]), rows) is None
+    assert positions(torch.zeros(0, 2), rows).tolist() == []
+    assert positions(torch.zeros(1, 3), rows) is None
+
+
+def test_equal_layers_of_a_list_that_all_tokens_pass_are_stages_of_their_own() -> None:
+    """As LongCat's two attentions of a block: the second reads what the first has computed."""
+    block = nn.ModuleDict({"parts": nn.ModuleList(nn.Linear(4, 4) for _ in range(2))})
+    block.forward = lambda hidden: block["parts"][1](block["parts"][0](hidden))
+    groups = [LinearGroup(f"parts.{n}", (f"parts.{n}",)) for n in range(2)]
+    found = stages(block, groups, stream_of(torch.randn(1, 5, 4)))
+    assert found == [["parts.0"], ["parts.1"]]

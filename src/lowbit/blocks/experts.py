@@ -233,15 +233,6 @@ class SplitExperts(UnfusedExperts):
         return hidden.new_zeros(*hidden.shape[:-1], self.layout.inner)
 
 
-def tokens_of(block: nn.Module, linear: str) -> Tensor | None:
-    """Returns which tokens of the batch the expert of a linear got in its last call.
-
-    None if the linear is not in an `Expert`.
-    """
-    above = block.get_submodule(linear.rpartition(".")[0])
-    return above.tokens if isinstance(above, Expert) else None
-
-
 def layout_of(module: nn.Module) -> ExpertLayout | None:
     """Returns how a module keeps its experts; None if it holds none, or in a way not known here."""
     return _stacks_layout(module) or _rows_layout(module) or _product_layout(module)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lowbit.blocks import LinearGroup, Stream
 from lowbit.blocks.capture import Stopped, call_block, observe_inputs, observed
-from lowbit.blocks.experts import tokens_of
+from lowbit.blocks.experts import Expert
 from lowbit.blocks.hessian import Hessian, Hessians, OuterSum, in_features, storage, zeros
+from lowbit.blocks.routing import routed
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,25 @@ def stages(block: nn.Module, groups: Sequence[LinearGroup], stream: Stream) -> l
     Each stage can therefore be measured in one pass, after all earlier stages are quantized.
     """
     first = {group.linears[0]: group.name for group in groups}
-    seen: dict[str, list[str]] = {}
+    stage_of: dict[str, str] = {}  # the stage of each group
+    tokens = stream[0].hidden.shape[:-1].numel()
 
-    def note(name: str, _: Tensor) -> None:
-        seen.setdefault(_part(first[name]), [])
+    def note(name: str, x: Tensor) -> None:
+        # Modules of a list that all see every token may read each other's output (LongCat).
+        expert = x.shape[:-1].numel() != tokens or _in_expert(block, name)
+        stage_of.setdefault(first[name], _part(first[name]) if expert else first[name])
 
     observe_inputs(block, first, [stream[0]], note)
     for group in groups:  # experts that the first batch does not reach come last
-        seen.setdefault(_part(group.name), []).append(group.name)
+        stage_of.setdefault(group.name, _part(group.name))
+    seen: dict[str, list[str]] = {}
+    for name, stage in stage_of.items():
+        seen.setdefault(stage, []).append(name)
     return list(seen.values())
+
+
+def _in_expert(block: nn.Module, linear: str) -> bool:
+    return isinstance(block.get_submodule(linear.rpartition(".")[0]), Expert)
 
 
 def _part(group: str) -> str:
@@ -128,7 +139,8 @@ def paired_moments(
                 if rounded is not None:
                     quantized = replace(quantized, rows=rounded(first, quantized.rows))
                 half = moments[first].halves[index % 2]
-                x, difference = _paired(wanted.get(first), quantized, alone)
+                every = len(quantized.rows) == stream[index].hidden.shape[:-1].numel()
+                x, difference = _paired(wanted.get(first), quantized, alone or every)
                 half.second.update(quantized.rows)
                 half.drift.update(difference, quantized.rows)
                 moments[first].add_outputs(weights[first], x, difference)
@@ -168,15 +180,16 @@ def _inputs(
     alone: whether the pass may end as soon as one of them has run.
     """
     found: dict[str, _Input] = {}
+    with _may_stop(), routed(block, names) as tokens:
 
-    def keep(name: str, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        found[name] = _Input(rows if alone else rows.clone(), tokens_of(block, name))
-        if alone:
-            raise Stopped
+        def keep(name: str, x: Tensor) -> None:
+            rows = x.reshape(-1, x.shape[-1]).float()
+            found[name] = _Input(rows if alone else rows.clone(), tokens(name))
+            if alone:
+                raise Stopped
 
-    with _may_stop(), observed(block, names, keep):
-        call_block(block, stream[index])
+        with observed(block, names, keep):
+            call_block(block, stream[index])
     return found
 
 
@@ -188,19 +201,23 @@ def _may_stop() -> Iterator[None]:
         pass
 
 
-def _paired(wanted: _Input | None, found: _Input, alone: bool) -> tuple[Tensor, Tensor]:
+def _paired(wanted: _Input | None, found: _Input, in_order: bool) -> tuple[Tensor, Tensor]:
     """Returns x and x - x~ for each token of the quantized model, (tokens, n) both.
 
     A token that the float model does not send here counts as x = x~. So do all tokens of experts
-    whose module does not tell which tokens they got.
+    of which it is not known which tokens they got.
+
+    in_order: whether tokens that are not known are the same in both models.
     """
     x = found.rows.clone()
-    if wanted is not None and found.tokens is not None and wanted.tokens is not None:
+    if wanted is None or not len(wanted.rows) or not len(x):
+        return x, torch.zeros_like(x)
+    if found.tokens is not None and wanted.tokens is not None:
         most = int(max(wanted.tokens.max(), found.tokens.max())) + 1
         place = torch.full((most,), -1, device=x.device)
         place[wanted.tokens] = torch.arange(len(wanted.tokens), device=x.device)
         at = place[found.tokens]
         x[at >= 0] = wanted.rows[at[at >= 0]]
-    elif wanted is not None and alone and wanted.rows.shape == x.shape:
+    elif in_order and wanted.rows.shape == x.shape:
         x = wanted.rows
     return x, x - found.rows
