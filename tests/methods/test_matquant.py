@@ -15,7 +15,7 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear
 from lowbit.formats.uniform import UniformLinear
 from lowbit.methods import MatQuant
-from lowbit.methods.matquant.method import _Learner, _Loss
+from lowbit.methods.matquant.method import _Learner
 from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.solvers.gptq import ordered_factor
 
@@ -26,6 +26,7 @@ G16: dict[str, Any] = {"group_size": 16, "min_tokens": 8}
 PAPER: dict[str, Any] = {
     "init": "minmax",
     "rounding": "nearest",
+    "match": "self",
     "epochs": 20,
     "damping": 0.01,
     "weights": [0.1, 0.1, 1.0],
@@ -98,7 +99,7 @@ def test_what_runs_in_training_is_what_is_packed(name: str, extra_precision: boo
 def test_the_loss_of_each_width_teaches_all_that_is_learned(name: str, bits: int) -> None:
     task = zoo.task(name)
     method = published(**G16, let=True, widths=[bits], weights=[1.0])
-    learner, loss = learner_for(task, method), _Loss(method, task)
+    learner, loss = learner_for(task, method), method._loss(task)
     for index in range(loss.batches):
         loss(index, learner.master()).backward()
     for group in learner.parameter_groups():
@@ -117,7 +118,7 @@ def test_the_gradient_is_that_of_the_weighted_sum() -> None:
     for widths, weights in (([8, 4, 2], [0.3, 0.7, 2.0]), ([8], [0.3]), ([4], [0.7]), ([2], [2.0])):
         method = published(**G16, let=True, widths=widths, weights=weights)
         learner = learner_for(task, method)
-        value = _Loss(method, task)(0, learner.master())
+        value = method._loss(task)(0, learner.master())
         value.backward()
         found = [p.grad for group in learner.parameter_groups() for p in group.parameters]
         gradients.append([value.detach(), *found])
@@ -179,13 +180,13 @@ def test_each_width_learns_on_its_own_stream() -> None:
     task = zoo.task("llama", batches=1)
     master = learner_for(task, INT8).nearest()
     with torch.no_grad():
-        before = float(_Loss(INT8, task)(0, master))
+        before = float(INT8._loss(task)(0, master))
         for name in ("4", "8", "3"):
             streams = dict(task.streams)
             hidden = [1.5 * states for states in streams[name].hidden()]
             streams[name] = Stream(hidden, streams[name].arguments)
             other = BlockTask(**vars(task) | {"streams": streams})
-            changed = float(_Loss(INT8, other)(0, master)) != before
+            changed = float(INT8._loss(other)(0, master)) != before
             assert changed == (name != "3")
 
 
@@ -217,7 +218,7 @@ def by_hand(task: BlockTask, method: MatQuant) -> tuple[float, dict[int, Tensor]
         INT8.install(block, result, str(bits))
         outputs[bits] = call_block(block, task.streams[str(bits)][0])
     with torch.no_grad():
-        loss = float(_Loss(method, task)(0, master))
+        loss = float(method._loss(task)(0, master))
     return loss, outputs, call_block(task.block, task.streams["float"][0])
 
 
@@ -246,7 +247,7 @@ def test_a_teacher_learns_nothing_from_its_pupil() -> None:
     for distill in ([], ["8->2"]):
         method = published(**G16, distill=distill, distill_alone=True, weights=[1.0, 1e-12, 1e-12])
         learner = learner_for(task, method)
-        _Loss(method, task)(0, learner.master()).backward()
+        method._loss(task)(0, learner.master()).backward()
         gradients.append([p.grad for g in learner.parameter_groups() for p in g.parameters])
     for alone, teaching in zip(*gradients, strict=True):
         torch.testing.assert_close(alone, teaching, rtol=1e-4, atol=1e-9)

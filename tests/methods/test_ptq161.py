@@ -18,15 +18,16 @@ from lowbit.formats.binary import BinaryLinear, Salient
 from lowbit.methods import PTQ161
 from lowbit.methods.ptq161 import method as ptq161
 from lowbit.methods.ptq161.binary import alternated, binarized, refit_gain, salient_count
-from lowbit.methods.ptq161.method import LEAST_COSINE, _Learner, _rounded, _Shared
+from lowbit.methods.ptq161.linears import Shared, rounded_salient
+from lowbit.methods.ptq161.method import LEAST_COSINE, _Learner
 from lowbit.methods.result import NOT_POSITIVE_DEFINITE, BlockResult, too_few_tokens
 from lowbit.solvers.gptq import ordered_factor
 
 pytestmark = pytest.mark.slow
 
 every_family = pytest.mark.parametrize("name", zoo.ZOO)
-QUICK: dict[str, Any] = {"epochs": 3, "min_tokens": 8, "init": "reference"}
-TRAINED: dict[str, Any] = QUICK | {"init": "als", "refit_salient": True}
+QUICK: dict[str, Any] = {"epochs": 3, "min_tokens": 8, "init": "reference", "match": "self"}
+TRAINED: dict[str, Any] = QUICK | {"init": "als", "refit_salient": True, "match": "float"}
 
 
 def statistics_of(task: BlockTask) -> dict[str, ChannelStatistics]:
@@ -204,7 +205,7 @@ def test_rates_go_to_their_groups() -> None:
 
 def test_without_mask_and_learning_it_is_signs_with_a_mean_scale() -> None:
     task = zoo.task("opt")
-    result = PTQ161(salient_ratio=0, epochs=0, init="reference").quantize(task)
+    result = PTQ161(salient_ratio=0, epochs=0, init="reference", match="self").quantize(task)
     for name, layer in result.linears.items():
         weight = task.block.get_parameter(f"{name}.weight")
         centred = weight - weight.mean(1, keepdim=True)
@@ -219,7 +220,7 @@ def test_the_range_of_the_salient_codes_is_that_of_the_salient_columns() -> None
     task = zoo.task("llama")
     with torch.no_grad():  # a plain column that would spoil it
         task.block.get_parameter("mlp.down_proj.weight")[:, 0] = 30
-    result = PTQ161(epochs=0).quantize(task)
+    result = PTQ161(epochs=0, match="self").quantize(task)
     down = result.linears["mlp.down_proj"]
     assert isinstance(down, BinaryLinear)
     order = down.order()
@@ -258,9 +259,9 @@ def test_codes_with_feedback_stay_on_the_stored_grid() -> None:
     hessian = x.T @ x / 100
     gain = refit_gain(hessian, mask, 0.01)
     factor = ordered_factor(hessian[mask][:, mask], 0.01, act_order=True)
-    shared = _Shared(owner="q", mask=mask, square=torch.ones(20), gain=gain, factor=factor)
+    shared = Shared(owner="q", mask=mask, square=torch.ones(20), gain=gain, factor=factor)
     error = weight[:, ~mask] - binarized(weight[:, ~mask], True).weight()
-    found = _rounded(weight[:, mask], error, shared)
+    found = rounded_salient(weight[:, mask], error, shared)
     target = weight[:, mask] + error @ gain  # type: ignore[operator]
     nearest = Salient.nearest(found.channels, target, found.scale, found.zero.float())
     assert torch.equal(nearest.scale, found.scale) and found.codes.max() <= 15
@@ -314,7 +315,7 @@ def test_training_that_blows_up_falls_back_and_says_so() -> None:
     task = zoo.task("llama")
     events: list[Event] = []
     task.log = zoo.log(events.append)
-    report = PTQ161(epochs=2, row_lr=1e5, init="reference").quantize(task).report
+    report = PTQ161(epochs=2, row_lr=1e5, init="reference", match="self").quantize(task).report
     assert len(report.training.failures) == 3
     assert report.loss_after == report.loss_before == report.loss_rtn
     assert [e.kind for e in events].count("warning") == 3
@@ -324,7 +325,7 @@ def test_what_is_worse_than_mean_scales_is_dropped(monkeypatch: pytest.MonkeyPat
     task = zoo.task("opt")
     events: list[Event] = []
     task.log = zoo.log(events.append)
-    wanted = PTQ161(epochs=0, init="reference").quantize(task)
+    wanted = PTQ161(epochs=0, init="reference", match="self").quantize(task)
 
     def bad(weight: Tensor, importance: Tensor, with_mean: bool) -> Any:
         binary = binarized(weight, with_mean)
@@ -398,6 +399,7 @@ def test_what_was_learned_otherwise_is_refused(options: dict[str, Any], message:
         {"column_lr": 0.1},
         {"angular": 30.0},
         {"min_tokens": 1000},
+        {"match": "self"},
     ],
     ids=str,
 )
@@ -413,7 +415,7 @@ def test_every_option_matters(option: dict[str, Any]) -> None:
 
 def test_als_is_weighted_by_the_mean_square_of_each_input() -> None:
     task = zoo.task("llama")
-    learner, statistics = learner_for(task, init="als"), statistics_of(task)
+    learner, statistics = learner_for(task, match="self"), statistics_of(task)
     for group in task.groups:
         square = statistics[group.name].square
         for name in group.linears:

@@ -70,13 +70,16 @@ def rounded_salient(weight: Tensor, error: Tensor, shared: Shared) -> Salient:
     return replace(nearest, codes=codes)
 
 
-def packed(name: str, linear: Approximated) -> BinaryLinear:
-    factored, shared = linear.factored, linear.shared
-    mean, column = factored.binary.mean, factored.column().detach()
+def packed(name: str, linear: Approximated, as_learned: bool = True) -> BinaryLinear:
+    """Returns the layer. as_learned: whether it has the learned scales; False: the initial ones."""
+    factored, shared, first = linear.factored, linear.shared, linear.factored.binary
+    row, column = first.row, first.column
+    if as_learned:
+        row, column = factored.row().detach(), factored.column().detach()
     return BinaryLinear.from_parts(
-        factored.binary.negative,
-        factored.row().detach(),
-        row_mean=mean if mean.any() else None,
+        first.negative,
+        row,
+        row_mean=first.mean if first.mean.any() else None,
         column_scale=None if bool((column == 1).all()) else column,
         salient=linear.salient,
         shares=None if name == shared.owner or linear.salient is None else shared.owner,

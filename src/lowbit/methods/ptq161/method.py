@@ -206,8 +206,9 @@ class _Learner:
         layers: dict[str, BinaryLinear] = {}
         for group, step in self._steps(layers):
             self._add_group(group, step)
-            layers |= {name: packed(name, self.linears[name]) for name in group.linears}
-            if step is not None and not self.method.epochs:  # else it is learned later
+            # With the initial scales, so that a run that starts from learned ones measures the same.
+            layers |= {n: packed(n, self.linears[n], as_learned=False) for n in group.linears}
+            if step is not None and not self.method.epochs and not task.start:
                 weights = {name: self._weight(name) for name in group.linears}
                 link({name: layers[name] for name in group.linears})
                 self.errors |= {n: step.output_error(n, w, layers[n]) for n, w in weights.items()}
