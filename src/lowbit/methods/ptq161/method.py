@@ -206,7 +206,7 @@ class _Learner:
         layers: dict[str, BinaryLinear] = {}
         for group, step in self._steps(layers):
             self._add_group(group, step)
-            # With the initial scales, so that a run that starts from learned ones measures the same.
+            # With initial scales: a run that starts from learned ones then measures the same.
             layers |= {n: packed(n, self.linears[n], as_learned=False) for n in group.linears}
             if step is not None and not self.method.epochs and not task.start:
                 weights = {name: self._weight(name) for name in group.linears}
