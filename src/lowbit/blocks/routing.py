@@ -7,6 +7,7 @@ rows are looked up, bit by bit.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,17 +48,20 @@ class _Routing:
         experts = sorted({expert for expert in self.expert_of.values() if expert is not None})
         paths = {path for holder, _ in experts for path in _with_parents(holder)}
         for path in sorted(paths):
-            self._hook(path, lambda x, path=path: self.around.update({path: _rows(x)}))
+            self._hook(path, partial(self._note, path))
         for expert in experts:
             for path in _modules_of(block, *expert):
-                self._hook(path, lambda x, expert=expert: self._look_up(expert, _rows(x)))
+                self._hook(path, partial(self._look_up, expert))
+
+    def _note(self, path: str, rows: Tensor) -> None:
+        self.around[path] = rows
 
     def _hook(self, path: str, on_input: Callable[[Tensor], None]) -> None:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
             first = next((t for t in tensors if t.is_floating_point() and t.dim() > 1), None)
             if first is not None:
-                on_input(first)
+                on_input(_rows(first))
 
         module = self.block.get_submodule(path)
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
