@@ -9,6 +9,7 @@ import pytest
 import quantized
 import torch
 import zoo
+from low_precision import fp8_blocks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -21,21 +22,7 @@ from lowbit.methods import RTN
 
 pytestmark = pytest.mark.slow
 
-FP8_MAX = 448.0
 Parts = dict[str, Tensor]
-
-
-def blocks(weight: Tensor, height: int, width: int, **_: Any) -> tuple[Tensor, Tensor]:
-    """A weight in FP8, and a scale for each block; blocks at the edge are smaller."""
-    rows, columns = (-(-weight.shape[0] // height), -(-weight.shape[1] // width))
-    scales = torch.empty(rows, columns)
-    values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
-    for i in range(rows):
-        for j in range(columns):
-            part = (slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width))
-            scales[i, j] = weight[part].abs().max() / FP8_MAX
-            values[part] = (weight[part] / scales[i, j]).to(torch.float8_e4m3fn)
-    return values, scales
 
 
 def fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,26 +34,26 @@ def fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 STORED: dict[str, tuple[Callable[[Tensor], Parts], dict[str, Any], str]] = {
     "DeepSeek-V3's blocks": (
-        lambda w: dict(zip(("weight", "weight_scale_inv"), blocks(w, 32, 20), strict=True)),
+        lambda w: dict(zip(("weight", "weight_scale_inv"), fp8_blocks(w, 32, 20), strict=True)),
         {"quant_method": "fp8", "weight_block_size": [32, 20]},
         "FP8 with scales of blocks of 32 x 20",
     ),
     "blocks that fit": (
-        lambda w: dict(zip(("weight", "weight_scale_inv"), blocks(w, 8, 16), strict=True)),
+        lambda w: dict(zip(("weight", "weight_scale_inv"), fp8_blocks(w, 8, 16), strict=True)),
         {"quant_method": "fp8", "weight_block_size": [8, 16]},
         "FP8 with scales of blocks of 8 x 16",
     ),
     "one scale, and one of the inputs": (
         lambda w: {
-            "weight": blocks(w, *w.shape)[0],
-            "weight_scale_inv": blocks(w, *w.shape)[1].reshape(()),
+            "weight": fp8_blocks(w, *w.shape)[0],
+            "weight_scale_inv": fp8_blocks(w, *w.shape)[1].reshape(()),
             "activation_scale": torch.tensor(0.5),
         },
         {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"},
         "FP8 with one scale per tensor",
     ),
     "a scale for each row": (
-        lambda w: dict(zip(("weight", "weight_scale"), blocks(w, 1, w.shape[1]), strict=True)),
+        lambda w: dict(zip(("weight", "weight_scale"), fp8_blocks(w, 1, w.shape[1]), strict=True)),
         {"quant_method": "compressed-tensors", "format": "float-quantized"},
         "FP8 with one scale per row",
     ),

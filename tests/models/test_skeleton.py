@@ -1,6 +1,8 @@
 from collections import Counter
 
+import image_text_zoo
 import pytest
+import torch
 import zoo
 from transformers import AutoConfig
 
@@ -27,6 +29,14 @@ def test_a_skeleton_has_no_weights_but_its_buffers(name: str) -> None:
     assert not model.training
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
+
+
+def test_buffers_are_not_rounded_to_the_dtype_of_the_model() -> None:
+    config = AutoConfig.for_model("gemma3", **image_text_zoo.IMAGE_TEXT["gemma3"])
+    config.dtype = torch.bfloat16
+    scale = build_skeleton(config).get_buffer("model.language_model.embed_tokens.embed_scale")
+    assert scale.dtype == torch.float32 and float(scale) == pytest.approx(48**0.5, rel=1e-6)
+    assert config.dtype == torch.bfloat16
 
 
 @every_mixture

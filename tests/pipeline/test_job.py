@@ -66,7 +66,7 @@ def test_streams_begin_alike_and_go_their_own_ways(place: str, batch: int, tmp_p
     made = job(OmniQuant(batch=batch))
     windows = made.windows()
     assert windows is not None
-    streams = made.first_streams(windows.tokens, tmp_path if place == "disk" else None)
+    streams = made.first_streams(windows, tmp_path if place == "disk" else None)
     hidden = made.source.first_stream(windows.tokens.split(batch)).hidden()
     for stream in streams.values():
         assert all(torch.equal(b.hidden, h) for b, h in zip(stream, hidden, strict=True))
@@ -74,7 +74,7 @@ def test_streams_begin_alike_and_go_their_own_ways(place: str, batch: int, tmp_p
     assert not streams["float"][0].hidden.any()
     assert torch.equal(streams["quantized"][0].hidden, hidden[0])
     size = sum(h.nbytes for h in hidden)
-    assert made.stream_bytes(windows.tokens) == size
+    assert made.stream_bytes(windows) == size
     on_disk = sum(path.stat().st_size for path in tmp_path.rglob("*.f32"))
     assert on_disk == (2 * size if place == "disk" else 0)
 
@@ -91,7 +91,7 @@ def test_the_output_layer_is_not_read_for_streams(monkeypatch: pytest.MonkeyPatc
     made = job()
     windows = made.windows()
     assert windows is not None
-    made.first_streams(windows.tokens, None)
+    made.first_streams(windows, None)
     assert calls == [{"model.embed_tokens.weight", "model.norm.weight"}]
 
 
@@ -106,7 +106,7 @@ def test_where_streams_live(
     windows = made.windows()
     assert windows is not None
     monkeypatch.setattr(module, "physical_memory", lambda: memory)
-    assert made.streams_on_disk(windows.tokens) == disk
+    assert made.streams_on_disk(windows) == disk
 
 
 def test_calibration_text_with_a_token_that_the_model_lacks(tmp_path: Path) -> None:

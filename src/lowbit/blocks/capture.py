@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.blocks.added import take_added
 from lowbit.blocks.stream import Batch
 
 
@@ -84,8 +85,10 @@ def first_argument(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 def call_block(block: nn.Module, batch: Batch) -> Tensor:
     """Returns the block's output for one batch: (batch, tokens, channels)."""
-    out = block(batch.hidden, **batch.kwargs)
-    return out[0] if isinstance(out, tuple | list) else out
+    kwargs, added = take_added(batch.kwargs)
+    out = block(batch.hidden, **kwargs)
+    hidden: Tensor = out[0] if isinstance(out, tuple | list) else out
+    return hidden if added is None else hidden + added
 
 
 @contextmanager

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowbit.calibration.images import ImageRow, has_images, image_row
 from lowbit.config import unknown_name
 from lowbit.parsing import parse_json, parse_json_lines, read_text, shorten
 
-Document = str | list[dict[str, Any]]  # a text, or the messages of one chat
+Document = str | list[dict[str, Any]] | ImageRow  # a text, the messages of one chat, or images too
 JSON_SUFFIXES = (".json", ".jsonl")
 PARQUET_SUFFIX = ".parquet"
 
@@ -96,6 +97,13 @@ class Corpus:
     separator: str = "\n\n"
     windows_in_rows: bool = False
 
+    @property
+    def image_rows(self) -> list[ImageRow]:
+        """The documents, if they have images; [] for text."""
+        if not self.documents or not isinstance(self.documents[0], ImageRow):
+            return []
+        return [row for row in self.documents if isinstance(row, ImageRow)]
+
 
 def calibration_corpus(name: str) -> Corpus:
     """Loads a source for calibration. Raises ValueError if it cannot be loaded."""
@@ -151,7 +159,7 @@ def read_file(path: Path) -> list[Document]:
     """Reads the documents of a file: one for a text file, one for each row of another file.
 
     Files of rows end in .json, .jsonl or .parquet. A row has the field `text`, or `messages` for a
-    chat.
+    chat. If the first row has images (images.py), all rows are read as rows with images.
 
     Raises ValueError that names the file and the row, counted from 1 (in .jsonl: the line).
     """
@@ -175,7 +183,7 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
 
     try:
         columns = pyarrow.parquet.read_schema(path).names
-        wanted = [name for name in ("text", "messages") if name in columns]
+        wanted = [name for name in ("text", "messages", "images") if name in columns]
         rows = pyarrow.parquet.read_table(path, columns=wanted or columns).to_pylist()
     # OSError: a damaged footer. ArrowException: all other damage.
     except (OSError, ValueError, pyarrow.ArrowException) as error:
@@ -189,12 +197,13 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
 def _documents(path: Path, rows: Iterable[tuple[int, Any]]) -> list[Document]:
     """Returns one document per row. The first row decides which field all rows must have."""
     documents: list[Document] = []
-    column = "text or messages"
+    column, with_images = "text or messages", False
     for number, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number} is a {type(row).__name__}, not an object")
         if not documents:
             column = next((name for name in ("text", "messages") if name in row), column)
+            with_images = has_images(row)
         if column not in row:
             raise ValueError(f"{path}, row {number} has no {column}; it has {', '.join(row)}")
         value = row[column]
@@ -202,7 +211,12 @@ def _documents(path: Path, rows: Iterable[tuple[int, Any]]) -> list[Document]:
             raise ValueError(f"{path}, row {number}: text is {type(value).__name__}, not a string")
         if column == "messages" and not _is_chat(value):
             raise ValueError(f"{path}, row {number}: messages must be a list, each with a role")
-        documents.append(value)
+        if has_images(row) and not with_images:
+            raise ValueError(
+                f"{path}, row {number} has images, and the first row has none: write rows with "
+                'images into a file of their own, or give rows of text "images": []'
+            )
+        documents.append(image_row(path, number, value, row) if with_images else value)
     return documents
 
 

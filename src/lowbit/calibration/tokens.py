@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.calibration.images import ImageRow
 from lowbit.calibration.sources import Corpus, Document
 from lowbit.parsing import shorten, single_bos
 
@@ -37,8 +38,14 @@ def encode(tokenizer: Tokenizer, document: Document, name: str) -> Tensor:
 
     A BOS at the start of the text is not doubled by the tokenizer's own.
 
-    Raises ValueError for a chat that the tokenizer's chat template refuses, or if it has none.
+    Raises ValueError for a chat that the tokenizer's chat template refuses, or if it has none, and
+    for a row with images.
     """
+    if isinstance(document, ImageRow):
+        raise ValueError(
+            f"{name} has rows with images, which only `lowbit quantize` and `lowbit plan` read: "
+            "name a text here"
+        )
     # verbose=False: no warning that the text is longer than the model's context, as is intended.
     options = {"verbose": False, "truncation": False, "return_attention_mask": False}
     if isinstance(document, str):

@@ -6,7 +6,7 @@ import random
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lowbit.calibration.images import Inputs, draw_rows, rows_digest
 from lowbit.calibration.sources import (
     HUB_SOURCES,
     Corpus,
@@ -68,17 +69,40 @@ class Calibration(Config):
 class TokenWindows:
     """Calibration windows.
 
-    tokens: (samples, seqlen) int64, source after source.
+    tokens: (windows, seqlen) int64, source after source.
     digest: sha256, in hex, of everything that the tokens depend on.
-    seqlen: tokens in a window.
+    seqlen: tokens in a window, and the most tokens in a row with images.
     sources: for each source, its name (for a file also its size and sha256), the number of
         windows, and how many tokens and documents they were drawn from.
+    rows: rows with images, as the arguments of the model's forward pass; each is a sample.
     """
 
     tokens: Tensor
     digest: str
     seqlen: int
     sources: list[dict[str, Any]]
+    rows: tuple[Inputs, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """The number of windows and rows."""
+        return len(self.tokens) + len(self.rows)
+
+    @property
+    def total(self) -> int:
+        """The number of tokens in all of them."""
+        return self.tokens.numel() + sum(row["input_ids"].numel() for row in self.rows)
+
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        ids = [self.tokens, *(row["input_ids"] for row in self.rows)]
+        return max(int(each.max()) for each in ids if each.numel())
+
+    def batches(self, size: int) -> list[Tensor | Inputs]:
+        """Returns batches of `size` windows, and then every row as a batch of its own."""
+        windows = self.tokens.split(size) if len(self.tokens) else ()
+        return [*windows, *self.rows]
 
 
 @dataclass(frozen=True)
@@ -94,42 +118,76 @@ class _Drawn:
 
 
 def token_windows(
-    calibration: Calibration, tokenizer: Tokenizer, context: int | None, cache: Path | None = None
+    calibration: Calibration,
+    tokenizer: Tokenizer,
+    context: int | None,
+    cache: Path | None = None,
+    processor: Callable[[], Any] | None = None,
 ) -> TokenWindows:
-    """Draws the calibration windows, which are random and may overlap.
+    """Draws the calibration windows, which are random and may overlap, and rows with images.
 
     calibration: sources, number and length of the windows, and the seed.
     tokenizer: tokenizes the documents.
     context: most tokens that the model takes; None: there is no limit.
     cache: folder in which the windows are kept by their digest, so that the same text is tokenized
         only once; it is ignored if it cannot be written. None: no cache.
+    processor: returns the processor that reads rows with images, or raises ValueError; None: such
+        rows are refused.
 
     Raises ValueError for sources that cannot be loaded or are too short, and for a seqlen that the
     model cannot take.
     """
     seqlen = _window_length(calibration.seqlen, context)
     plan = split_windows(calibration.sources, calibration.samples)
-    corpora = [(calibration_corpus(name), windows) for name, windows in plan if windows]
+    read = [
+        (name, calibration_corpus(name) if windows else None, windows) for name, windows in plan
+    ]
+    texts = [(corpus, count) for _, corpus, count in read if corpus and not corpus.image_rows]
+    drawn, digest = _text_windows(texts, seqlen, calibration.seed, tokenizer, cache)
+    sizes, rows, sources = iter(drawn.sizes.tolist()), list[Inputs](), []
+    for name, corpus, count in read:
+        tokens, documents = 0, 0
+        if corpus and corpus.image_rows:
+            rng = random.Random(calibration.seed)
+            own = draw_rows(corpus.image_rows, count, seqlen, processor or _no_processor, rng)
+            tokens = sum(row["input_ids"].numel() for row in own)
+            documents = len(corpus.documents)
+            rows += own
+        elif corpus:
+            tokens, documents = next(sizes)
+        counts = {"windows": count, "tokens": tokens, "documents": documents}
+        sources.append({**described(name), **counts})
+    if rows:
+        digest = json_digest([digest, rows_digest(rows)])
+    return TokenWindows(drawn.tokens, digest, seqlen, sources, tuple(rows))
+
+
+def _no_processor() -> Any:
+    raise ValueError("the calibration text has images, which this command does not read: name text")
+
+
+def _text_windows(
+    corpora: Sequence[tuple[Corpus, int]],
+    seqlen: int,
+    seed: int,
+    tokenizer: Tokenizer,
+    cache: Path | None,
+) -> tuple[_Drawn, str]:
+    """Returns windows of text, drawn or from the cache, and a digest of what they depend on."""
     texts = [
         [documents_digest(corpus.documents), corpus.separator, corpus.windows_in_rows, windows]
         for corpus, windows in corpora
     ]
-    settings = [DRAWING, calibration.samples, seqlen, calibration.seed]
-    digest = json_digest([settings, tokenizer_digest(tokenizer), texts])
-    file = None if cache is None else cache / f"{digest}.npz"
-    drawn = None if file is None else _load(file, (calibration.samples, seqlen), len(corpora))
+    samples = sum(windows for _, windows in corpora)
+    digest = json_digest([[DRAWING, samples, seqlen, seed], tokenizer_digest(tokenizer), texts])
+    file = None if cache is None or not corpora else cache / f"{digest}.npz"
+    drawn = None if file is None else _load(file, (samples, seqlen), len(corpora))
     if drawn is None:
-        drawn = _draw(corpora, seqlen, tokenizer, random.Random(calibration.seed))
+        drawn = _draw(corpora, seqlen, tokenizer, random.Random(seed))
         if file is not None:
             with suppress(OSError):  # the disk is full or read-only: run without a cache
                 _save(file, drawn)
-    sizes = iter(drawn.sizes.tolist())
-    sources = []
-    for name, windows in plan:
-        tokens, documents = next(sizes) if windows else (0, 0)
-        counts = {"windows": windows, "tokens": tokens, "documents": documents}
-        sources.append({**described(name), **counts})
-    return TokenWindows(drawn.tokens, digest, seqlen, sources)
+    return drawn, digest
 
 
 def split_windows(sources: Sequence[str], samples: int) -> list[tuple[str, int]]:
@@ -201,7 +259,8 @@ def _draw(
             windows += [_random_window(rows[0], seqlen, rng) for _ in range(count)]
         documents = len(rows if corpus.windows_in_rows else corpus.documents)
         sizes.append([sum(len(row) for row in rows), documents])
-    return _Drawn(torch.stack(windows), torch.tensor(sizes))
+    none = torch.empty(0, seqlen, dtype=torch.int64)
+    return _Drawn(torch.stack(windows) if windows else none, torch.tensor(sizes))
 
 
 def _random_window(row: Tensor, seqlen: int, rng: random.Random) -> Tensor:

@@ -2,9 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,7 +27,11 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> PreTrainedMo
     tables, have their values.
     """
     with init_empty_weights(include_buffers=False):
-        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        # In the dtype of the config, buffers such as Gemma's embed_scale would be rounded to it.
+        # from_config writes the dtype into the config.
+        model = auto_class(config).from_config(
+            deepcopy(config), trust_remote_code=trust_remote_code, dtype=torch.float32
+        )
     model.eval()
     linears_for_conv1d(model)
     unfuse_experts(model)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowbit.blocks.added import with_added
 from lowbit.blocks.capture import BlockStub, copied_around
 from lowbit.blocks.handed import Handed, hand_on, with_dictionary
 from lowbit.blocks.stream import Batch, Stream
@@ -22,6 +23,7 @@ from lowbit.models.fitting import missing_tensors, wrong_shape
 from lowbit.models.skeleton import memory_names, views_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+Inputs = Tensor | Mapping[str, Tensor]  # of a forward pass: token ids alone, or all by name
 Progress = Callable[[int, int], None]  # number of steps done, number of all steps
 
 
@@ -111,14 +113,14 @@ class StreamedModel:
 
     def first_stream(
         self,
-        batches: Iterable[Tensor],
+        batches: Iterable[Inputs],
         device: torch.device | str = "cpu",
         folder: Path | None = None,
         embed_on: torch.device | str = "cpu",
     ) -> Stream:
         """Returns the stream of hidden states with the inputs of the first block.
 
-        batches: (batch, tokens) int64 each, of any lengths.
+        batches: (batch, tokens) int64 each, of any lengths; or as for `ModelWithoutBlocks.calls`.
         device: where the stream's batches are moved when they are read.
         folder: where hidden states are kept on disk; None: in memory.
         embed_on: where embeddings and masks are computed.
@@ -210,14 +212,20 @@ class ModelWithoutBlocks:
         parent, _, attribute = blocks.rpartition(".")
         setattr(model.get_submodule(parent), attribute, nn.ModuleList(self.stubs))
 
-    def calls(self, tokens: Tensor) -> list[Batch]:
+    def calls(self, batch: Inputs) -> list[Batch]:
         """Returns the arguments of every block, with the hidden states of the first one in all.
 
-        tokens: (batch, tokens) int64
+        batch: (batch, tokens) int64, or the arguments of the forward pass by name, such as
+            input_ids and pixel_values.
         """
+        inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        inputs = {name: value.to(self._device) for name, value in inputs.items()}
         with torch.no_grad():
-            self.model.base_model(input_ids=tokens.to(self._device), use_cache=False)
-        return with_dictionary([stub.calls.pop() for stub in self.stubs], self.handed)
+            self.model.base_model(**inputs, use_cache=False)
+        calls = [stub.calls.pop() for stub in self.stubs]
+        if len(inputs) > 1:  # with text alone, the self-check has seen that nothing is added
+            calls = with_added(calls)
+        return with_dictionary(calls, self.handed)
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Returns the logits for given outputs of the last block.

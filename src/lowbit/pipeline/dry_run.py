@@ -25,6 +25,7 @@ from lowbit.checkpoint import CheckpointReader, CheckpointWriter
 from lowbit.checkpoint.reader import TensorInfo
 from lowbit.events import Event
 from lowbit.methods.result import BlockResult
+from lowbit.models.streamed import Inputs
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.memory import PeakMemory
 from lowbit.pipeline.results import result_of
@@ -116,7 +117,6 @@ def dry_run(job: Job, windows: TokenWindows | None) -> DryRun:
     Raises whatever the run would raise, and ValueError for a block that computes other values after
     it has been written and read back.
     """
-    tokens = windows.tokens[: BATCHES * job.method.windows_per_batch()] if windows else None
     kinds = linear_kinds(job)
     with (
         TemporaryDirectory(prefix="lowbit-dry-run-") as folder,
@@ -125,7 +125,7 @@ def dry_run(job: Job, windows: TokenWindows | None) -> DryRun:
         hashing = _seconds_per_hashed_byte(job.source.folder / job.source.reader.files[0])
         with _measured(job) as outside:
             job.write_outside(writer)
-        stream, capture = _capture(job, tokens)
+        stream, capture = _capture(job, windows)
         blocks = {i: _measure_block(job, writer, i, stream) for i in chosen_blocks(kinds)}
         record = writer.record(0)
         assert record is not None
@@ -195,19 +195,19 @@ def _measured(job: Job) -> Iterator[list[Stage]]:
     stages.append(Stage(seconds, peak.bytes["memory"], peak.bytes.get("device_memory")))
 
 
-def _capture(job: Job, tokens: Tensor | None) -> tuple[Stream | None, Stage | None]:
+def _capture(job: Job, windows: TokenWindows | None) -> tuple[Stream | None, Stage | None]:
     """Computes the inputs of the first block, and measures that; (None, None) without text."""
-    if tokens is None:
+    if windows is None:
         return None, None
     moments: list[float] = []
 
-    def batches() -> Iterator[Tensor]:
-        for batch in tokens.split(job.method.windows_per_batch()):
+    def batches() -> Iterator[Inputs]:
+        for batch in windows.batches(job.method.windows_per_batch())[:BATCHES]:
             moments.append(time.perf_counter())
             yield batch
 
     with _measured(job) as whole:
-        stream = job.source.first_stream(batches(), job.device)
+        stream = job.first_stream(batches(), bool(windows.rows))
         moments.append(time.perf_counter())
     per_batch = (moments[-1] - moments[0]) / len(stream)
     memory = whole[0].memory - stream.bytes

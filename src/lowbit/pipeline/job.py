@@ -7,7 +7,9 @@ import hashlib
 import math
 import os
 import time
+from collections.abc import Iterable
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,12 @@ from lowbit.methods import Method
 from lowbit.methods.result import BlockResult
 from lowbit.models.discovery import kind_of
 from lowbit.models.locate import locate
+from lowbit.models.processor import need_processor
 from lowbit.models.sizes import check_tokens, context_of, hidden_of
 from lowbit.models.source import SourceModel
+from lowbit.models.streamed import Inputs
 from lowbit.models.tokenizer import check_tokenizer
+from lowbit.parsing import reason_of
 from lowbit.pipeline.head import outside_blocks
 from lowbit.pipeline.memory import PeakMemory
 from lowbit.pipeline.options import RunOptions, choose_device
@@ -115,9 +120,14 @@ class Job:
                 "pass token ids (lowbit.TokenIds), or choose a method without calibration text, "
                 "such as rtn"
             )
-        windows = token_windows(self.calibration, self.tokenizer, context, self.options.cache)
-        largest = int(windows.tokens.max())
-        check_tokens(largest, self.source.vocabulary, "the calibration text")
+        windows = token_windows(
+            self.calibration,
+            self.tokenizer,
+            context,
+            self.options.cache,
+            partial(need_processor, self.source.folder, self.options.trust_remote_code),
+        )
+        check_tokens(windows.largest, self.source.vocabulary, "the calibration text")
         return windows
 
     def signature(self, windows: TokenWindows | None) -> dict[str, Any]:
@@ -139,19 +149,19 @@ class Job:
             "versions": {"lowbit": __version__, "torch": torch.__version__},
         }
 
-    def stream_bytes(self, tokens: Tensor) -> int:
-        """Returns the bytes of one stream of hidden states. tokens: (windows, seqlen)"""
-        return tokens.numel() * hidden_of(self.source.config) * torch.float32.itemsize
+    def stream_bytes(self, windows: TokenWindows) -> int:
+        """Returns the bytes of one stream of hidden states."""
+        return windows.total * hidden_of(self.source.config) * torch.float32.itemsize
 
-    def all_streams_bytes(self, tokens: Tensor) -> int:
+    def all_streams_bytes(self, windows: TokenWindows) -> int:
         """Returns the bytes of all streams, doubled: methods keep targets as well as inputs."""
-        return 2 * len(self.method.streams()) * self.stream_bytes(tokens)
+        return 2 * len(self.method.streams()) * self.stream_bytes(windows)
 
-    def streams_on_disk(self, tokens: Tensor) -> bool:
+    def streams_on_disk(self, windows: TokenWindows) -> bool:
         """Returns whether hidden states are kept on disk instead of in memory."""
         if self.options.streams != "auto":
             return self.options.streams == "disk"
-        return self.all_streams_bytes(tokens) > MOST_OF_MEMORY * physical_memory()
+        return self.all_streams_bytes(windows) > MOST_OF_MEMORY * physical_memory()
 
     def check_finished(self, writer: CheckpointWriter) -> None:
         """Discards the shards of an earlier run that this run would not have written."""
@@ -200,18 +210,32 @@ class Job:
         tensors, record = outside_blocks(self.source, self.options.lm_head_bits)
         writer.write_shard(0, tensors, None, record)
 
-    def first_streams(self, tokens: Tensor, folder: Path | None) -> dict[str, Stream]:
+    def first_stream(
+        self, batches: Iterable[Inputs], with_images: bool, folder: Path | None = None
+    ) -> Stream:
+        """Returns the stream of calibration batches with the inputs of the first block.
+
+        with_images: whether some batches have images, which the model itself may refuse.
+        folder: where hidden states are kept; None: in memory.
+        """
+        try:
+            return self.source.first_stream(batches, self.device, folder)
+        except Exception as error:
+            if not with_images:
+                raise
+            raise ValueError(
+                f"the model cannot read the calibration rows with images ({reason_of(error)}): "
+                "check that each text has the placeholder of this model once for each image"
+            ) from error
+
+    def first_streams(self, windows: TokenWindows, folder: Path | None) -> dict[str, Stream]:
         """Returns the method's streams with the inputs of the first block.
 
-        tokens: (windows, seqlen) int64
         folder: where hidden states are kept; None: in memory.
         """
         first_name, *others = self.method.streams()
-        first = self.source.first_stream(
-            tokens.split(self.method.windows_per_batch()),
-            self.device,
-            folder and folder / first_name,
-        )
+        batches = windows.batches(self.method.windows_per_batch())
+        first = self.first_stream(batches, bool(windows.rows), folder and folder / first_name)
         return {first_name: first} | {n: first.copy(folder and folder / n) for n in others}
 
     def quantize_block(self, writer: CheckpointWriter, step: Step, log: OnEvent) -> BlockResult:

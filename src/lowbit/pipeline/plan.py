@@ -123,7 +123,7 @@ def estimate(job: Job, windows: TokenWindows | None, preparation: float = 0.0) -
     measured = dry_run(job, windows)
     dry_run_seconds = time.perf_counter() - started
     similar = [_most_similar(measured, index) for index in range(len(job.blocks))]
-    batches = math.ceil(len(windows.tokens) / job.method.windows_per_batch()) if windows else 0
+    batches = len(windows.batches(job.method.windows_per_batch())) if windows else 0
     epochs = getattr(job.method, "epochs", 0)
     block_seconds = sum(ratio * block.seconds(batches, epochs) for block, ratio in similar)
     streams = _streams(job, measured, windows)
@@ -166,7 +166,7 @@ def longest(job: Job, windows: TokenWindows | None) -> float:
     weights = sum(weights_in(kinds) for kinds in linear_kinds(job))
     if windows is None:
         return weights * per_weight * WITHOUT_CALIBRATION
-    tokens = windows.tokens.numel()
+    tokens = windows.total
     passes = 2 * len(job.method.streams()) + PASSES_PER_EPOCH * getattr(job.method, "epochs", 0)
     return weights * (per_weight + 2 * tokens * passes / operations)
 
@@ -190,9 +190,9 @@ def _streams(job: Job, measured: DryRun, windows: TokenWindows | None) -> dict[s
     if windows is None:
         return None
     return {
-        "place": "disk" if job.streams_on_disk(windows.tokens) else "memory",
+        "place": "disk" if job.streams_on_disk(windows) else "memory",
         "held": max(block.most_streams for block in measured.blocks.values()),
-        "bytes": job.stream_bytes(windows.tokens),
+        "bytes": job.stream_bytes(windows),
     }
 
 

@@ -191,17 +191,17 @@ class _Run:
     ) -> dict[str, Stream]:
         if windows is None:
             return {}
-        self._log(writer, CalibrationRead(samples=len(windows.tokens), seqlen=windows.seqlen))
+        self._log(writer, CalibrationRead(samples=windows.samples, seqlen=windows.seqlen))
         self._warn(writer, too_little_text(self.job, windows))
         folder = self._stream_folder(writer, windows)
-        return self.job.first_streams(windows.tokens, folder)
+        return self.job.first_streams(windows, folder)
 
     def _stream_folder(self, writer: CheckpointWriter, windows: TokenWindows) -> Path | None:
         """Returns the folder in which hidden states are kept; None: they are kept in memory."""
-        if not self.job.streams_on_disk(windows.tokens):
+        if not self.job.streams_on_disk(windows):
             return None
         writer.clear_streams()
-        needed = self.job.all_streams_bytes(windows.tokens)
+        needed = self.job.all_streams_bytes(windows)
         free = shutil.disk_usage(writer.folder).free
         if needed > free:  # writing to a mapped file on a full disk kills the process (SIGBUS)
             raise ValueError(
@@ -232,7 +232,7 @@ class _Run:
             "calibration": windows
             and {
                 "sources": windows.sources,
-                "samples": len(windows.tokens),
+                "samples": windows.samples,
                 "seqlen": windows.seqlen,
                 "digest": windows.digest,
             },

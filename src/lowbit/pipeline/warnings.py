@@ -46,12 +46,12 @@ def too_little_text(job: Job, windows: TokenWindows) -> list[str]:
     text says nothing about most of its directions.
     """
     found, batch = list[str](), job.method.windows_per_batch()
-    if job.method.matches_float() and len(windows.tokens) <= batch:
+    if job.method.matches_float() and len(windows.batches(batch)) < 2:
         found.append(
             "match has no effect: the windows of calibration text are one batch, and what helps is "
             f"measured by comparing two; give at least {batch + 1} windows (--samples)"
         )
-    tokens, width = windows.tokens.numel(), job.widest()
+    tokens, width = windows.total, job.widest()
     if tokens >= width:
         return found
     return [
