@@ -1,5 +1,6 @@
 """lowbit generate."""
 
+import re
 import shutil
 
 import pytest
@@ -13,7 +14,9 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}User: {{ m.content }}\nFox:{% 
 
 def test_a_story_goes_on(lowbit, learned):
     options = ("generate", learned, "Once upon a time", "--max-new-tokens", 8)
-    text = lowbit(*options).stdout
+    result = lowbit(*options)
+    text = result.stdout
+    assert re.search(r"^8 tokens, the first after .* s, then [\d.]+ tokens/s$", result.stderr, re.M)
     assert text.startswith("Once upon a time") and text.endswith("\n")
     assert len(text) > len("Once upon a time\n")
     assert lowbit(*options, "--seed", 1).stdout == text  # nothing is drawn

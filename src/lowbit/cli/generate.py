@@ -1,16 +1,19 @@
 """lowbit generate: continues a prompt, and prints the text while it is generated."""
 
+import time
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
 from lowbit.checkpoint.recognize import runnable_folder
+from lowbit.cli.chat import speed
 from lowbit.cli.device import device_map
 from lowbit.cli.parameters import Devices, Model, TrustRemoteCode
 from lowbit.config import LARGEST_SEED
 from lowbit.load import load_model, locate, need_tokenizer
 from lowbit.models import generation
+from lowbit.models.generation import Sampling
 
 
 def generate(  # noqa: PLR0913 (a command's options)
@@ -34,7 +37,8 @@ def generate(  # noqa: PLR0913 (a command's options)
 ) -> None:
     """Continue a prompt, or answer it.
 
-    The prompt is answered if the tokenizer has a chat template, unless --raw is given.
+    The prompt is answered if the tokenizer has a chat template, unless --raw is given. At the end,
+    the number of tokens per second is printed to stderr.
     """
     folder = locate(model, trust_remote_code)
     runnable_folder(folder)
@@ -42,11 +46,16 @@ def generate(  # noqa: PLR0913 (a command's options)
     runner = load_model(folder, device_map(device), trust_remote_code=trust_remote_code)
     chat = generation.has_chat_template(tokenizer) and not raw
     tokens = generation.prompt_tokens(tokenizer, prompt, chat)
-    pieces = generation.generate(runner, tokenizer, tokens, max_new_tokens, temperature, seed)
+    sampling = Sampling(max_new_tokens, temperature, seed=seed)
     if not chat:
         typer.secho(prompt, dim=True, nl=False)
+    count, started = 0, time.perf_counter()
+    first = started
     try:
-        for piece in pieces:
-            typer.echo(piece, nl=False)
+        for piece in generation.pieces(runner, tokenizer, tokens, sampling):
+            count += 1
+            first = time.perf_counter() if count == 1 else first
+            typer.echo(piece.text, nl=False)
     finally:
         typer.echo()
+    typer.secho(speed(count, first - started, time.perf_counter() - first), dim=True, err=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lowbit.models.growing_cache import let_grow
 from lowbit.models.sizes import check_tokens, context_of
 from lowbit.models.text_stream import TextStream
 from lowbit.parsing import check_unicode, shorten, single_bos
@@ -241,6 +242,7 @@ def _continue(
                 cached, whole = False, torch.tensor([ids], device=device)
                 out = model(input_ids=whole, use_cache=False, **last)
         cache = getattr(out, "past_key_values", None) if cached else None
+        let_grow(cache)
         new = [_choose(out.logits[0, -1], temperature, draw, top_p)]
         ids += new
         yield new[0]
@@ -251,7 +253,7 @@ def _choose(logits: Tensor, temperature: float, draw: torch.Generator, top_p: fl
 
     logits: (vocabulary,)
     """
-    if bool(logits.isnan().any()) or not math.isfinite(float(logits.max())):
+    if not math.isfinite(float(logits.max())):  # NaN if one of them is NaN
         raise ValueError(
             "the model computes logits that are not finite (NaN or infinity), so it cannot choose "
             "a token: its weights are damaged, or too large for this dtype; try float32"
