@@ -31,7 +31,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "complete": {"out": "out"},
     "done": {"out": "out"},
     "training": {"steps": 10, "tokens": 20480},
-    "step": {"step": 1, "of": 10, "loss": 3.25},
+    "teacher": {"done": 3, "of": 12},
+    "step": {"step": 1, "of": 10, "loss": 3.25, "held_out": 3.5},
 }
 
 

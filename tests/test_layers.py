@@ -49,6 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "allocate": {"calibration", "checkpoint", "config", "eval", "formats", "load", "models"},
     "preprocess": {"calibration", "checkpoint", "config", "convert", "events", "load", "methods"}
     | {"models", "patterns", "pipeline", "version"},
+    "tuning": {"blocks", "calibration", "checkpoint", "config", "eval", "events", "formats", "load"}
+    | {"models", "version"},
     "auto_quip": {"calibration", "checkpoint", "config", "events", "load", "methods", "models"}
     | {"pipeline"},
 }
@@ -61,6 +63,7 @@ MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {
     "preprocess",
     "report",
     "auto_quip",
+    "tuning",
     "vllm_plugin",
     "server",
     "upload",

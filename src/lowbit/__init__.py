@@ -21,6 +21,7 @@ from lowbit.load import load
 from lowbit.pipeline import Estimate, RunOptions, plan, quantize
 from lowbit.preprocess import LoRA, preprocess
 from lowbit.report import write_report as report
+from lowbit.tuning import Tuned, TuneOptions, tune
 from lowbit.upload import push
 from lowbit.version import __version__
 
@@ -37,6 +38,8 @@ __all__ = [
     "RunOptions",
     "TaskOptions",
     "TokenIds",
+    "TuneOptions",
+    "Tuned",
     "__version__",
     "backend",
     "convert",
@@ -56,5 +59,6 @@ __all__ = [
     "report",
     "set_bits",
     "slice",
+    "tune",
     "verify",
 ]

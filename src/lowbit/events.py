@@ -22,7 +22,7 @@ A run emits, in this order:
 
 If an earlier run has finished everything, RunComplete is the only event. `lowbit.preprocess` emits
 the events of its first pass, then TrainingStarted, TrainingStep after every few steps, and
-RunFinished.
+RunFinished; `lowbit.tune` emits TeacherAdvanced, and then the last three of these.
 """
 
 from collections.abc import Callable
@@ -239,8 +239,21 @@ class RunFinished(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherAdvanced(Event):
+    """`lowbit.tune` has computed a few more predictions of the float model.
+
+    done, of: steps; each window in each block is one, and so is each window behind the blocks.
+    """
+
+    kind: ClassVar[str] = "teacher"
+
+    done: int
+    of: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingStarted(Event):
-    """`lowbit.preprocess` starts to train.
+    """`lowbit.preprocess` or `lowbit.tune` starts to train.
 
     steps: the number of optimiser steps.
     tokens: the number of tokens in all steps together.
@@ -254,11 +267,13 @@ class TrainingStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStep(Event):
-    """`lowbit.preprocess` has taken a few more steps.
+    """`lowbit.preprocess` or `lowbit.tune` has taken a few more steps.
 
     step: the number of steps so far.
     of: the number of steps in all.
-    loss: the mean next-token loss since the last of these events.
+    loss: the mean loss since the last of these events: of the next token in `lowbit.preprocess`,
+        the divergence from the float model in `lowbit.tune`.
+    held_out: the loss on the held-out windows after these steps; None: it was not measured.
     """
 
     kind: ClassVar[str] = "step"
@@ -266,6 +281,7 @@ class TrainingStep(Event):
     step: int
     of: int
     loss: float
+    held_out: float | None = None
 
 
 KINDS: dict[str, type[Event]] = {
@@ -274,7 +290,7 @@ KINDS: dict[str, type[Event]] = {
         *(RunStarted, SelfCheckStarted, SelfCheckFinished, DryRunStarted, DryRunFinished),
         *(CalibrationRead,),
         *(BlockStarted, EpochFinished, BlockResumed, BlockFinished, Warned),
-        *(RunComplete, RunFinished, TrainingStarted, TrainingStep),
+        *(RunComplete, RunFinished, TeacherAdvanced, TrainingStarted, TrainingStep),
     )
 }
 

@@ -9,22 +9,10 @@ import pytest
 
 import lowbit
 from lowbit.config import shapes_result
-from lowbit.pipeline.options import RunOptions, choose_device
+from lowbit.pipeline.options import RunOptions
 
 # What a run is continued by; a change here makes runs that were begun before start over.
 SHAPES = {"device", "allow_float", "skip", "only", "lm_head_bits", "start_from", "recipe"}
-
-DEVICES = {
-    "gpu": "'gpu' is not known: use cpu, cuda:N or auto",
-    "meta": "'meta' is not known",
-    "cuda:99": "'cuda:99' does not exist: torch finds [0-9]+ CUDA devices",
-}
-
-
-@pytest.mark.parametrize("name", DEVICES)
-def test_a_device_that_is_not_there(name: str) -> None:
-    with pytest.raises(ValueError, match=DEVICES[name]):
-        choose_device(name)
 
 
 @pytest.mark.parametrize("name", RunOptions.model_fields)
@@ -52,6 +40,7 @@ def test_those_that_shape_the_result_are_json_values() -> None:
         (lowbit.plan, RunOptions),
         (lowbit.preprocess, RunOptions),
         (lowbit.evaluate, lowbit.EvalOptions),
+        (lowbit.tune, lowbit.TuneOptions),
     ],
     ids=lambda value: value.__name__,
 )

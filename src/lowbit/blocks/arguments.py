@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 CONTAINERS = (MutableMapping, MutableSequence)
+Place = tuple[Any, ...]  # the keys that lead from the keyword arguments to a tensor
 
 
 class BlockArguments:
@@ -81,6 +82,34 @@ class BlockArguments:
         seen: set[int] = set()
         for key, value in self._blocks[block][batch].items():
             _take_over(value, used[key], containers, seen)
+
+
+def map_state(kwargs: dict[str, Any], visit: Callable[[Place, Tensor], Tensor]) -> None:
+    """Replaces the tensors in the containers of one call by what `visit` returns for them.
+
+    kwargs: the keyword arguments, as `BlockArguments.call` returns them. Tensors outside of
+        containers are left alone, since no other block writes them.
+    visit: called with the place of a tensor, the keys that lead to it, and the tensor.
+    """
+    seen: set[int] = set()
+    for key, value in kwargs.items():
+        kwargs[key] = _mapped(value, (key,), False, visit, seen)
+
+
+def _mapped(
+    value: Any, place: Place, inside: bool, visit: Callable[[Place, Tensor], Tensor], seen: set[int]
+) -> Any:
+    """inside: whether the value is in a container"""
+    if isinstance(value, Tensor):
+        return visit(place, value) if inside else value
+    if isinstance(value, tuple):
+        parts = [_mapped(v, (*place, i), inside, visit, seen) for i, v in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, CONTAINERS) and id(value) not in seen:
+        seen.add(id(value))
+        for key, part in _items(value):
+            value[key] = _mapped(part, (*place, key), True, visit, seen)
+    return value
 
 
 def move(value: Any, device: torch.device) -> Any:

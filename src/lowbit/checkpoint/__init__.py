@@ -18,6 +18,7 @@ learned.py:          the learned parameters of an earlier run.
 Writing:
 writer.py:           the folder of a run, block by block; an interrupted run can continue.
 records.py:          what the writer has finished; it is checked before a run continues.
+kept.py:             folders that a stopped run leaves for the next one.
 accept.py:           takes an edited file as right.
 folder.py:           a folder at once.
 provenance.py:       keeps paths of the maker's machine out of what is written.

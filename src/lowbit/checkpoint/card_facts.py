@@ -87,6 +87,8 @@ def method_facts(made_by: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("method", f"`{method['name']}({', '.join(fields)})`"))
     if isinstance(made_by.get("sliced"), dict):
         facts.append(("slice", f"cut from `{made_by['sliced'].get('master')}`"))
+    if (tuned := tuned_fact(made_by)) is not None:
+        facts.append(("tuned", tuned))
     text = made_by.get("calibration")
     if isinstance(text, dict):
         names = ", ".join(_source_name(one) for one in text.get("sources") or ())
@@ -97,6 +99,21 @@ def method_facts(made_by: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
     return facts
+
+
+def tuned_fact(made_by: Mapping[str, Any]) -> str | None:
+    """Returns in words how `lowbit tune` trained a folder; None if it did not."""
+    tuned = made_by.get("tuned")
+    if not isinstance(tuned, dict):
+        return None
+    found = tuned.get("divergence")
+    before, after = (found.get(k) if isinstance(found, dict) else None for k in ("before", "after"))
+    gain = ""
+    if isinstance(before, float) and isinstance(after, float):
+        gain = f"; KL from the float model {before:.4f} → {after:.4f} on held-out windows"
+    tokens = tuned.get("tokens")
+    seen = f"{tokens:,} tokens" if isinstance(tokens, int) else "an unknown number of tokens"
+    return f"{tuned.get('steps')} steps on {seen}{gain}"
 
 
 def bits_fact(found: Size) -> tuple[str, str]:

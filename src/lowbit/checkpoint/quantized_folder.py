@@ -129,6 +129,12 @@ class QuantizedFolder:
             yield tensors
             progress(done, len(shards))
 
+    def placeholder_in(self, name: str) -> dict[str, Tensor]:
+        """Returns the placeholder as a tensor of a layer, if it has the layer's name."""
+        if self.placeholder != f"{name}.weight":
+            return {}
+        return {"weight": self.reader.read([self.placeholder])[self.placeholder]}
+
     def tensors_of(self, name: str) -> list[str]:
         """Returns the names on disk of all tensors of one quantized layer. name: on disk"""
         return tensor_names(name, self.entries[name])

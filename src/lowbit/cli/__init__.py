@@ -31,6 +31,7 @@ from lowbit.cli.report import report
 from lowbit.cli.screen import console
 from lowbit.cli.serve import serve
 from lowbit.cli.slice import cut
+from lowbit.cli.tune import tune
 from lowbit.cli.verify import verify
 from lowbit.config import explain
 from lowbit.models.quiet import quiet
@@ -138,9 +139,9 @@ app = typer.Typer(
 app.command()(quantize)
 app.command("eval")(evaluate)
 app.command("slice")(cut)
-for command in (mix, plan, generate, inspect, report, preprocess, dequantize, export, convert):
+for command in (mix, tune, plan, generate, inspect, report, preprocess, dequantize, export):
     app.command()(command)
-for command in (chat, serve, verify, push):
+for command in (convert, chat, serve, verify, push):
     app.command()(command)
 app.command()(bench)
 app.command()(doctor)

@@ -2,7 +2,7 @@
 
 import torch
 
-from lowbit.pipeline.options import choose_device
+from lowbit.models.device import choose_device
 
 
 def device_map(device: str) -> str | None:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from lowbit.cli.screen import change, size
 from lowbit.eval import Evaluation, TaskScore
-from lowbit.eval.evaluate import AFTER_LORA, labelled
+from lowbit.eval.evaluate import AFTER_LORA, TUNED, labelled
 from lowbit.quantities import perplexity_over
 
 GAP = 2  # spaces between columns
@@ -109,14 +109,20 @@ def short_names(models: list[str]) -> list[str]:
 
 
 def _by_model(rows: list[Evaluation]) -> dict[str, str]:
-    """Returns the short name of each model, with a note if lowbit preprocess trained it.
+    """Returns the short name of each model, with a note if lowbit preprocess or tune trained it.
 
     A trained model must not be compared with models that were only calibrated.
     """
     models = list(dict.fromkeys(row.model for row in rows))
-    trained = {row.model for row in rows if row.method.endswith(AFTER_LORA)}
+    methods = {row.model: row.method for row in rows}
     short = zip(models, short_names(models), strict=True)
-    return {model: name + AFTER_LORA * (model in trained) for model, name in short}
+    return {model: name + _training(methods[model]) for model, name in short}
+
+
+def _training(method: str) -> str:
+    """Returns the end of a method's name that says how the model was trained; "" if it was not."""
+    lora = AFTER_LORA if method.endswith(AFTER_LORA) else ""
+    return TUNED * method.removesuffix(lora).endswith(TUNED) + lora
 
 
 def _by_width(rows: list[Evaluation]) -> dict[int | str, int | str]:

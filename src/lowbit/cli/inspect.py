@@ -15,6 +15,7 @@ from typer import Option
 
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.accept import accept as accept_files
+from lowbit.checkpoint.card_facts import tuned_fact
 from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.ranges import expand
 from lowbit.checkpoint.recognize import runnable_folder
@@ -209,6 +210,7 @@ def _provenance(made_by: dict[str, Any]) -> dict[str, str]:
         "source": made_by.get("source", ""),
         "recipe": made_by.get("recipe") or "",
         "method": f"{name} ({fields})" if name else "",
+        "tuned": tuned_fact(made_by) or "",
         "calibration": f"{text['samples']} windows of {text['seqlen']} tokens of {sources}"
         if text
         else "",

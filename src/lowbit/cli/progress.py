@@ -26,6 +26,7 @@ from lowbit.events import (
     RunStarted,
     SelfCheckFinished,
     SelfCheckStarted,
+    TeacherAdvanced,
     TrainingStarted,
     TrainingStep,
     Warned,
@@ -168,15 +169,26 @@ class RunProgress:
         self._move(done, event.of, f"block {done}/{event.of}")
 
     @_draw.register
+    def _teacher_advanced(self, event: TeacherAdvanced) -> None:
+        if self.started is None:
+            self.started, self.before = time.monotonic(), event.done
+            self._line("predictions of the float model: computed once and kept on disk")
+            self.bar.update(self.task, total=event.of)
+        self._move(event.done, event.of, "predictions of the float model")
+
+    @_draw.register
     def _training_started(self, event: TrainingStarted) -> None:
         self.started = time.monotonic()
         self.before = 0
         self._line(f"training: {event.steps:,} steps, {event.tokens:,} tokens")
-        self.bar.update(self.task, total=event.steps)
+        self.bar.update(self.task, total=event.steps, completed=0)
 
     @_draw.register
     def _training_step(self, event: TrainingStep) -> None:
         text = f"step {event.step:,}/{event.of:,}, loss {event.loss:.3f}"
+        if event.held_out is not None:
+            text = f"step {event.step:,}/{event.of:,}, KL {event.loss:.4f}, held out "
+            text += f"{event.held_out:.4f}"
         self._move(event.step, event.of, text)
         if not self.console.is_terminal:
             self._line(text)

@@ -7,19 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.checkpoint import QuantizedFolder
-from lowbit.checkpoint.companions import companions_of
+from lowbit.checkpoint.derived import as_in_source, derived_config
 from lowbit.checkpoint.folder import write_folder
-from lowbit.checkpoint.hashes import FILES, OTHER_FILES, facts_of_files
-from lowbit.checkpoint.provenance import without_paths
 from lowbit.checkpoint.quantized_folder import Progress
 from lowbit.checkpoint.ranges import collapse
-from lowbit.checkpoint.reader import INDEX
 from lowbit.checkpoint.slices import widths_of
 from lowbit.checkpoint.verify import config_digest
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.widths import WidthPlan, needs_codes, slice_layer
-
-AS_IN_SOURCE = ("dtype", "transposed", "stack")  # of an entry: how the float weight was stored
 
 
 def slice_folder(
@@ -102,31 +97,14 @@ class _Cutting:
         """
         if name in self.widths:
             layer = slice_layer(layer, self.widths[name], self.nested)
-            # How the float weight was stored, which the slice itself does not know.
-            stored = {k: v for k, v in self.entries[name].items() if k in AS_IN_SOURCE}
-            self.entries[name] = layer.entry() | stored
-        tensors: dict[str, Tensor] = dict(layer.state_dict())
-        if (placeholder := self.quantized.placeholder) == f"{name}.weight":
-            tensors["weight"] = self.quantized.reader.read([placeholder])[placeholder]
-        return tensors
+            self.entries[name] = as_in_source(layer.entry(), self.entries[name])
+        return dict(layer.state_dict()) | self.quantized.placeholder_in(name)
 
     def config(self, out: Path) -> dict[str, Any]:
         """Returns config.json for the slices. out: the new folder, which holds all else"""
-        master = self.quantized.quantization
-        names = sorted(path.name for path in out.glob("*.safetensors"))
-        others = [Path(INDEX), *companions_of(out, code=True)]
         sliced = {
             "master": self.quantized.folder.resolve().name,
             "digest": config_digest(self.quantized.config),
             "bits": collapse(self.widths),
         }
-        section = {
-            **master,
-            "modules": collapse(self.entries),
-            FILES: facts_of_files(out, names),
-            OTHER_FILES: facts_of_files(out, others),
-            "made_by": {**(master.get("made_by") or {}), "sliced": sliced},
-        }
-        config = {**without_paths(self.quantized.config), "quantization_config": section}
-        section["digest"] = config_digest(config)
-        return config
+        return derived_config(self.quantized, out, self.entries, {"sliced": sliced})

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 LONGEST_DEFAULT = 2048  # tokens in a window; the papers' context
 AFTER_LORA = " after LoRA"  # suffix of the method of a model that lowbit preprocess trained
+TUNED = " tuned"  # suffix of the method of a model that lowbit tune trained
 
 Progress = Callable[[str, int, int], None]  # what is measured, steps done, steps in all
 
@@ -386,7 +387,8 @@ def _trained(folder: Path, bits: int | str) -> float:
 def _method(folder: Path) -> str:
     """Returns the recipe or method that made a quantized model; "float" for other models.
 
-    A model that lowbit preprocess trained gets a suffix, since that is more than calibration.
+    A model that lowbit preprocess or tune trained gets a suffix, since that is more than
+    calibration.
     """
     found = runnable_folder(folder)
     trained = AFTER_LORA if "lowbit_preprocess" in found.config else ""
@@ -394,4 +396,4 @@ def _method(folder: Path) -> str:
         return f"float{trained}"
     made_by = found.config["quantization_config"].get("made_by") or {}
     name: str = made_by.get("recipe") or (made_by.get("method") or {}).get("name", "quantized")
-    return f"{name}{trained}"
+    return f"{name}{TUNED if made_by.get('tuned') else ''}{trained}"

@@ -38,6 +38,8 @@ class QuantizedLinear(nn.Module):
     A layer of most formats runs at one bit width. If it can run at several, `widths` lists them,
     and `at` and `set_bits` choose one. `lowbit.formats.widths` does this for whole models.
 
+    vectors: class attribute, names of the tensors that `lowbit.tune` may change: scales, and what
+        else is a number for a row, a column or a group. All others are codes, which it keeps.
     limited: class attribute, names of the tensors not all of whose values mean something, such as a
         permutation; `check_values` checks them.
     activation: how `forward` rounds its input; None: it does not, or `prepare` does.
@@ -51,6 +53,7 @@ class QuantizedLinear(nn.Module):
     format: ClassVar[str]
     Entry: ClassVar[type[LayerEntry]]
     backends: ClassVar[tuple[Backend[Any], ...]]
+    vectors: ClassVar[tuple[str, ...]] = ()
     limited: ClassVar[tuple[str, ...]] = ()
     spec: LayerEntry
     activation: Activation | None = None
@@ -147,6 +150,14 @@ class QuantizedLinear(nn.Module):
             made = self.from_entry(entry)
         made.load_state_dict(state, assign=True)
         return made
+
+    def with_vectors(self) -> "QuantizedLinear":
+        """Returns this layer, or an equal one that stores all its vectors and is not linked yet.
+
+        A format whose vectors are not all stored, such as signs that are drawn from a seed,
+        overrides it; the new layer then takes more bytes.
+        """
+        return self
 
     def store(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Copies tensors into the layer's own tensors.

@@ -117,6 +117,8 @@ def side_bytes(
 class RotatedLinear(QuantizedLinear):
     """A linear layer whose stored weight is rotated; the module's docstring gives its tensors."""
 
+    vectors = ("scale", "sign_in", "sign_out")
+
     spec: RotatedEntry
     scale: Tensor
     sign_in: Tensor | None
@@ -163,6 +165,10 @@ class RotatedLinear(QuantizedLinear):
         kept = {"sign_in": None if self.shares else inner, "sign_out": outer}
         made.store(self.state_dict() | {"scale": scale} | kept)
         return made
+
+    def with_vectors(self) -> QuantizedLinear:
+        """Returns the layer with its signs as float16; drawn signs become numbers of any size."""
+        return self if self.sign_out is not None else self.with_signs(torch.float16)
 
     @property
     def shares(self) -> str | None:

@@ -227,19 +227,20 @@ class ModelWithoutBlocks:
             calls = with_added(calls)
         return with_dictionary(calls, self.handed)
 
-    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, hidden: Tensor, gradients: bool = False) -> Tensor:
         """Returns the logits for given outputs of the last block.
 
         Each token is computed independently, so a long text can be passed in pieces.
 
         tokens: (batch, tokens) int64
         hidden: (batch, tokens, channels) float32, the output of the last block
+        gradients: whether the logits have gradients.
 
         Returns (batch, tokens, vocabulary) float32.
         """
         self.last.hidden = hidden.to(self._device)
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(gradients):
                 logits: Tensor = self.model(
                     input_ids=tokens.to(self._device), use_cache=False
                 ).logits

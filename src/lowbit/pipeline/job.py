@@ -33,6 +33,7 @@ from lowbit.checkpoint.learned import Learned
 from lowbit.events import BlockFinished, BlockLog, BlockStarted, OnEvent
 from lowbit.methods import Method
 from lowbit.methods.result import BlockResult
+from lowbit.models.device import choose_device
 from lowbit.models.discovery import kind_of
 from lowbit.models.locate import locate
 from lowbit.models.processor import need_processor
@@ -43,7 +44,7 @@ from lowbit.models.tokenizer import check_tokenizer
 from lowbit.parsing import reason_of
 from lowbit.pipeline.head import outside_blocks
 from lowbit.pipeline.memory import PeakMemory
-from lowbit.pipeline.options import RunOptions, choose_device
+from lowbit.pipeline.options import RunOptions
 from lowbit.pipeline.packed_check import check_packed
 from lowbit.pipeline.results import STATED, as_stored, check_shard, shard_of
 from lowbit.pipeline.selection import Selection, pack_float_experts

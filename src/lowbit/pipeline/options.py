@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from lowbit.config import Config, option, shapes_result
 
 Place = Literal["auto", "memory", "disk"]
@@ -97,25 +95,3 @@ class RunOptions(Config):
         """Returns the options that change the result, as JSON values, in the order of fields."""
         names = {name for name, field in type(self).model_fields.items() if shapes_result(field)}
         return self.model_dump(mode="json", include=names)
-
-
-def choose_device(name: str) -> torch.device:
-    """Returns the device of a name; "auto": the first CUDA device if there is one, else the CPU.
-
-    Raises ValueError for an unknown name, and for a CUDA device that does not exist.
-    """
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not known: use cpu, cuda:N or auto")
-    available = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= available:
-        raise ValueError(
-            f"device {name!r} does not exist: torch finds {available} CUDA devices; use cpu, auto "
-            "or a lower number"
-        )
-    return device

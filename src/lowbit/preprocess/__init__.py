@@ -4,9 +4,8 @@ A first pass quantizes the model. Low-rank adapters are then trained on the quan
 the next-token loss, and merged. The result is a float model for `quantize`. This is training, not
 calibration, and results that used it say so. No other stage needs the whole model in memory.
 
-options.py has the settings of the training, packing.py cuts the text into windows, and lora.py
-trains and merges the adapters. stages.py runs all stages, and continues an interrupted run. Only
-lora.py imports peft.
+options.py has the settings of the training, and lora.py trains and merges the adapters. stages.py
+runs all stages, and continues an interrupted run. Only lora.py imports peft.
 """
 
 from lowbit.preprocess.options import LoRA

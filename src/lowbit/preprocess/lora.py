@@ -21,9 +21,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from lowbit.checkpoint.kept import keep, last_kept
 from lowbit.events import OnEvent, TrainingStep
 from lowbit.patterns import matches_any
-from lowbit.preprocess.kept import is_kept, keep
 from lowbit.preprocess.options import LoRA
 
 
@@ -77,7 +77,8 @@ def train(
             callbacks=[_Progress(lora.steps, log)],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=_last_state(state))
+        last = last_kept(state)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     linears_adapted = sum(isinstance(module, LoraLayer) for module in adapted.modules())
     adapted.merge_and_unload()
     after = mean_loss(model, held_out)
@@ -126,12 +127,6 @@ def mean_loss(model: PreTrainedModel, windows: Tensor) -> float:
 def _check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss} at step {step}: lower lora.learning_rate")
-
-
-def _last_state(folder: Path) -> str | None:
-    """Returns the newest state that is as Trainer wrote it; the last one may be partial."""
-    states = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
-    return next((str(state) for state in states if is_kept(state)), None)
 
 
 @contextmanager

@@ -11,24 +11,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowbit.calibration import Calibration
+from lowbit.calibration.packing import packed_windows
 from lowbit.calibration.windows import described_sources
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
 from lowbit.checkpoint.folder import write_folder
+from lowbit.checkpoint.kept import is_kept, keep
 from lowbit.checkpoint.reader import read_json
 from lowbit.convert import dequantize
 from lowbit.events import OnEvent, RunFinished, TrainingStarted
 from lowbit.load import load_model
 from lowbit.methods import Method
+from lowbit.models.device import choose_device
 from lowbit.models.locate import locate
 from lowbit.models.sizes import context_of
 from lowbit.models.skeleton import memory_names, unfuse_experts
 from lowbit.models.source import SourceModel
 from lowbit.models.tokenizer import need_tokenizer
 from lowbit.pipeline import RunOptions, quantize
-from lowbit.pipeline.options import Place, choose_device
-from lowbit.preprocess.kept import is_kept, keep
+from lowbit.pipeline.options import Place
 from lowbit.preprocess.options import LoRA
-from lowbit.preprocess.packing import packed_windows
 from lowbit.version import __version__
 
 LONGEST_DEFAULT = 2048  # tokens; what the paper trains with

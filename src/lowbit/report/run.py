@@ -89,7 +89,8 @@ class Run:
 
     @property
     def method(self) -> str:
-        return self.made_by.recipe or str(self.made_by.method.get("name", ""))
+        name = self.made_by.recipe or str(self.made_by.method.get("name", ""))
+        return f"{name} tuned" if self.made_by.others.get("tuned") else name
 
     @property
     def layers(self) -> list[Layer]:

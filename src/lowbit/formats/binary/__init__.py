@@ -166,6 +166,7 @@ class BinaryLinear(QuantizedLinear):
     limited = ("mask",)
     Entry = BinaryEntry
     backends = (Cpu(), Lookup(), Weight(), reference.Reference())
+    vectors = ("row_scale", "row_mean", "column_scale", "salient_scale")
 
     spec: BinaryEntry
     sign: Tensor

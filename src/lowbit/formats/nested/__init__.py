@@ -138,6 +138,7 @@ class NestedLinear(QuantizedLinear):
     format = "nested"
     Entry = NestedEntry
     backends = (Cpu(), reference.Reference())
+    vectors = ("scale",)
 
     spec: NestedEntry
     master: Tensor

@@ -79,6 +79,7 @@ class SortedGroupLinear(QuantizedLinear):
     format = "sorted_group"
     Entry = SortedGroupEntry
     backends = (Cpu(), reference.Reference())
+    vectors = ("scale", "salient_scale")
     limited = ("permutation",)
 
     spec: SortedGroupEntry

@@ -109,6 +109,7 @@ class UniformLinear(QuantizedLinear):
     format = "uniform"
     Entry = UniformEntry
     backends = (Cpu(), reference.Reference())
+    vectors = ("scale",)
 
     spec: UniformEntry
     packed: Tensor

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from lowbit.calibration import packing
+from lowbit.calibration.packing import packed_windows
 from lowbit.calibration.sources import Corpus
-from lowbit.preprocess import packing
-from lowbit.preprocess.packing import packed_windows
 
 TOKENIZER = AutoTokenizer.from_pretrained(quantized.source())
 END = 93

@@ -23,3 +23,13 @@ def is_kept(folder: Path) -> bool:
         return False
     whole = isinstance(facts, dict) and bool(facts)
     return whole and not any(problem_of(folder, name, fact) for name, fact in facts.items())
+
+
+def last_kept(folder: Path) -> Path | None:
+    """Returns the newest folder inside that is as it was when `keep` was called; None: none is.
+
+    folder: holds one folder for each state of a training, NAME-STEP; the last one may be partial.
+    """
+    steps = {int(path.name.rpartition("-")[2]): path for path in folder.glob("*-*[0-9]")}
+    newest_first = (steps[step] for step in sorted(steps, reverse=True))
+    return next((state for state in newest_first if is_kept(state)), None)

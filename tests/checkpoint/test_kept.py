@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.preprocess.kept import HASHES, is_kept, keep
+from lowbit.checkpoint.kept import HASHES, is_kept, keep
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "changed": lambda folder: (folder / "inside" / "b").write_text("two"),
