@@ -133,7 +133,7 @@ class Student:
                 found = loss(logits[0].float(), kept).sum()
                 total += float(found.detach())
                 if weight:
-                    (found * weight).backward()  # type: ignore[no-untyped-call]
+                    (found * weight).backward()
                     assert piece.grad is not None
                     gradient[row, part] = piece.grad[0].to(gradient.device)
         return total, gradient
@@ -181,7 +181,7 @@ class Student:
         shape = 1, 1, hidden_of(self.model.config)
         hidden = torch.ones(shape, device=self.device, requires_grad=True)
         logits = self._outside.logits(torch.zeros(1, 1, dtype=torch.int64), hidden, gradients=True)
-        logits.sum().backward()  # type: ignore[no-untyped-call]
+        logits.sum().backward()
         for name, vector in outside.items():
             if vector.value.grad is None:
                 del self.vectors[name]

@@ -71,7 +71,9 @@ class Training:
         self.order = _order(count, options.steps * options.batch, seed)
         self.held_out = torch.arange(count, len(windows)).split(options.batch)
         self.course = Course()
-        self.changes = {name: vector.change for name, vector in student.vectors.items()}
+        self.changes: dict[str, Tensor] = {
+            name: vector.change for name, vector in student.vectors.items()
+        }
         self.best = {name: change.detach().clone() for name, change in self.changes.items()}
         groups: dict[bool, list[Tensor]] = {False: [], True: []}
         for name, change in self.changes.items():
@@ -152,7 +154,9 @@ class Training:
         shutil.rmtree(state, ignore_errors=True)
         state.mkdir(parents=True)
         moments = self.optimizer.state_dict()["state"]
-        tensors = {f"change.{name}": change for name, change in self.changes.items()}
+        tensors: dict[str, Tensor] = {
+            f"change.{name}": change for name, change in self.changes.items()
+        }
         tensors |= {f"best.{name}": change for name, change in self.best.items()}
         tensors |= {f"moment.{i}.{key}": t for i, of in moments.items() for key, t in of.items()}
         save_tensors(state / TENSORS, tensors)
