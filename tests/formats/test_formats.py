@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowbit.formats import FORMATS, build, use_backend
+from lowbit.formats import FORMATS, build, link, use_backend
 from lowbit.formats.backend import Backend
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import BinaryLinear, Salient
@@ -347,6 +347,29 @@ def test_a_fault_in_a_backend_is_noticed(
             noticed += 1
     elsewhere = (name, backend) == ("binary", "weight")  # never on a CPU: see test_binary.py
     assert (noticed > 0) != elsewhere
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(why_not() is not None, reason="needs a compiler: the kernels were not compiled")
+def test_integers_that_might_overflow_run_without_the_kernels() -> None:
+    """255 x 127 x 66,300 is above 2^31, the first number that an int32 sum cannot hold."""
+    for kept, runs in ((64, True), (66_300, False)):
+        layer = sorted_group(1, kept, 0, None, activation_bits=8, permuted=False, bits=(8, 16))
+        assert (NativeBackend.name in supporting(layer, torch.float32, 1)) == runs
+        assert layer(torch.ones(1, kept)).isfinite().all()
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(why_not() is not None, reason="needs a compiler: the kernels were not compiled")
+@pytest.mark.parametrize("offloaded", [False, True], ids=["in memory", "offloaded"])
+def test_an_owner_that_is_offloaded_leaves_its_members_to_torch(offloaded: bool) -> None:
+    """Only the reference asks such an owner for its prepared input."""
+    owner = sorted_group(6, 40, 8, 16)
+    member = sorted_group(6, 40, 8, 16, shares="q")
+    link({"q": owner, "k": member})
+    if offloaded:
+        owner.to("meta")
+    assert (NativeBackend.name in supporting(member, torch.float32, 1)) != offloaded
 
 
 class LargestFloat(TorchDispatchMode):
