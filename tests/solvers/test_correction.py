@@ -94,3 +94,8 @@ def test_output_error_is_that_of_the_outputs() -> None:
         exact, made = (x @ weight.T).double(), (found @ values.T).double()
         expected = float((exact - made).square().sum() / exact.square().sum())
         assert abs(measured - expected) < 1e-3 * expected
+
+
+def test_an_output_of_zero_has_no_relative_error() -> None:
+    weight, x = torch.zeros(ROWS, COLUMNS), torch.randn(TOKENS, COLUMNS)
+    assert output_error(weight, weight, "linear", moments_of(x, x, weight)) == 0

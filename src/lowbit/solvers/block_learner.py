@@ -45,7 +45,7 @@ class Learning:
     let_lr: float
     alpha: float
     init: Literal["minmax", "awq"]
-    inputs: bool = False
+    inputs: bool
 
 
 class BlockLearner:
