@@ -10,6 +10,7 @@ import zoo
 from torch import Tensor, nn
 from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from lowbit.blocks.experts import Expert, ExpertNames, UnfusedExperts, layout_of, unfuse
 
@@ -164,6 +165,16 @@ def test_the_rows_of_dbrx() -> None:
     torch.testing.assert_close(unfuse(fused, NAMES)(hidden, index, weights), wanted)
 
 
+def test_equal_parts_of_llama_4() -> None:
+    config = SimpleNamespace(
+        num_local_experts=COUNT, hidden_size=HIDDEN, intermediate_size=INNER, hidden_act="silu"
+    )
+    fused = Llama4TextExperts(config).requires_grad_(False)
+    zoo.randomise(fused)
+    x = torch.randn(COUNT * 5, HIDDEN)
+    torch.testing.assert_close(unfuse(fused, NAMES)(x), fused(x))
+
+
 def test_the_products_of_jetmoe() -> None:
     fused = JetMoeParallelExperts(COUNT, HIDDEN, INNER).requires_grad_(False)
     zoo.randomise(fused)
@@ -171,6 +182,7 @@ def test_the_products_of_jetmoe() -> None:
     experts = unfuse(fused, NAMES)
     torch.testing.assert_close(experts(x, [2, 0, 3]), fused(x, [2, 0, 3]))
     assert experts.zeros(x, [2, 0, 3]).shape == (5, INNER)
+    assert experts.zeros(x[None], [2, 0, 3]).shape == (1, 5, INNER)
     assert [name for name, _ in experts.named_parameters()] == [
         f"{i}.linear.weight" for i in range(COUNT)
     ]

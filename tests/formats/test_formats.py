@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowbit.formats import FORMATS, build, link, use_backend
+from lowbit.formats import FORMATS, build, link, set_input_bits, use_backend
 from lowbit.formats.backend import Backend
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import BinaryLinear, Salient
@@ -370,6 +370,15 @@ def test_an_owner_that_is_offloaded_leaves_its_members_to_torch(offloaded: bool)
     if offloaded:
         owner.to("meta")
     assert (NativeBackend.name in supporting(member, torch.float32, 1)) != offloaded
+
+
+def test_kernels_round_inputs_to_8_or_16_bits() -> None:
+    layer = uniform(24, 64, 4, 32)
+    for bits in (8, 16):
+        set_input_bits(layer, bits)
+        assert layer.input_bits == bits
+    with pytest.raises(ValueError, match="inputs is 4: allowed are 8 and 16"):
+        set_input_bits(layer, 4)
 
 
 class LargestFloat(TorchDispatchMode):

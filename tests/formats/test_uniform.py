@@ -226,6 +226,7 @@ def made(**changes: Any) -> UniformLinear:
             {"zero": torch.full((6, 3), 64), "layout": UniformLayout(4, 16, 2)},
             "allowed at 6 bits are 0 to 63",
         ),
+        ({"zero": torch.full((6, 3), 17)}, "zero goes from 17 to 17: allowed at 4 bits"),
         (
             {"layout": UniformLayout(4, 16, 5)},
             "zero_shift is 5: allowed with bits 4 and symmetric False are 0 to 4",
