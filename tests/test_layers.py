@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"blocks", "checkpoint", "kernels", "parsing", "patterns"},
     "methods": {"blocks", "solvers", "formats", "kernels", "config", "patterns", "run_report"},
     "calibration": {"config", "parsing"},
-    "load": {"models", "formats", "checkpoint", "config", "parsing", "version"},
+    "load": {"models", "formats", "checkpoint", "kernels", "config", "parsing", "version"},
     "eval": {"load", "calibration", "checkpoint", "formats", "config", "parsing", "quantities"},
     "bench": {"checkpoint", "config", "formats", "kernels", "load", "models", "parsing"}
     | {"version"},

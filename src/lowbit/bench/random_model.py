@@ -23,7 +23,7 @@ def random_quantized(shape: Shape, form: str) -> PreTrainedModel:
     """
     model = _without_weights(shape)
     replace_linears(model, _entries(shape, form))
-    _fill(model, torch.float32)
+    fill(model, torch.float32)
     repack(model)
     return model
 
@@ -31,7 +31,7 @@ def random_quantized(shape: Shape, form: str) -> PreTrainedModel:
 def random_float(shape: Shape, dtype: torch.dtype) -> PreTrainedModel:
     """Returns a Llama of a float dtype, as transformers has it."""
     model = _without_weights(shape)
-    _fill(model, dtype)
+    fill(model, dtype)
     return model
 
 
@@ -63,7 +63,7 @@ def _without_weights(shape: Shape) -> Any:
         return LlamaForCausalLM(config).eval()
 
 
-def _fill(model: nn.Module, dtype: torch.dtype) -> None:
+def fill(model: nn.Module, dtype: torch.dtype) -> None:
     """Gives every parameter on the meta device random values that are allowed."""
     draw, made = torch.Generator().manual_seed(SEED), dict[Any, Tensor]()
     for module in model.modules():

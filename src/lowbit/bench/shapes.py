@@ -131,6 +131,16 @@ def _named(text: str, option: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), given
 
 
+_ROTATED: dict[str, Any] = {
+    "scale": "tensor",
+    "scale_dtype": "float32",
+    "seed_in": 1,
+    "seed_out": 2,
+    "transform_in": "hadamard",
+    "transform_out": "hadamard",
+    "signs": "seed",
+    "shares": None,
+}
 # The fields of an entry that --format need not give, for layers of `inputs` inputs.
 
 
@@ -151,16 +161,11 @@ def _nested(inputs: int, given: dict[str, Any]) -> dict[str, Any]:
 
 def _lattice(inputs: int, given: dict[str, Any]) -> dict[str, Any]:
     two_stages = "RVQ" in str(given.get("codebook", ""))
-    return {"codebook": "E8P12", "residual_scale": 0.25 if two_stages else None} | {
-        "scale": "tensor",
-        "scale_dtype": "float32",
-        "seed_in": 1,
-        "seed_out": 2,
-        "transform_in": "hadamard",
-        "transform_out": "hadamard",
-        "signs": "seed",
-        "shares": None,
-    }
+    return _ROTATED | {"codebook": "E8P12", "residual_scale": 0.25 if two_stages else None}
+
+
+def _trellis(inputs: int, given: dict[str, Any]) -> dict[str, Any]:
+    return _ROTATED | {"codebook": "sum6", "rate": 2.0, "state_bits": 12}
 
 
 def _binary(inputs: int, given: dict[str, Any]) -> dict[str, Any]:
@@ -195,5 +200,6 @@ DEFAULTS: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
     "lattice": _lattice,
     "nested": _nested,
     "sorted_group": _sorted_group,
+    "trellis": _trellis,
     "uniform": _uniform,
 }

@@ -72,9 +72,7 @@ def of_folder(folder: str, inputs: int) -> Subject:
     path = locate(folder)
     if runnable_folder(path).program is None:
         raise ValueError(f"{folder} is a float model: name a folder that lowbit has quantized")
-    model = load_model(path)
-    set_input_bits(model, inputs)
-    repack(model)
+    model = load_model(path, inputs=inputs)
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     form = Counter(layer.format for layer in layers).most_common(1)[0][0]
     return Subject(path.name, model, form, _bits(layers), _llama_shape(model, layers))

@@ -13,6 +13,7 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import BinaryLinear
 from lowbit.formats.dense import DenseLinear
 from lowbit.formats.lattice import LatticeLinear
+from lowbit.formats.native import NativeBackend
 from lowbit.formats.nested import NestedLinear
 from lowbit.formats.sorted_group import SortedGroupLinear
 from lowbit.formats.trellis import TrellisLinear
@@ -93,6 +94,25 @@ def set_input_bits(model: nn.Module, bits: int) -> None:
     for layer in model.modules():
         if isinstance(layer, QuantizedLinear):
             layer.set_input_bits(bits)
+
+
+def keep_packed_only(model: nn.Module) -> list[str]:
+    """Frees the stored codes of all layers that the compiled kernels have packed.
+
+    Layers on other devices and without kernels, lattice, trellis and dense layers, and masters of
+    nested layers, which other widths are cut from, stay as they are. A freed tensor is made again
+    where code asks for it, with the same bytes.
+
+    Returns the names of the layers whose codes were freed.
+    """
+    freed = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLinear) or any(p.is_meta for p in layer.parameters()):
+            continue
+        backend = layer.backend_for(1)
+        if isinstance(backend, NativeBackend) and backend.free(layer):
+            freed.append(name)
+    return freed
 
 
 def repack(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:

@@ -12,12 +12,13 @@ from lowbit.formats.activation import Activation
 from lowbit.formats.backend import Backend, choose
 from lowbit.formats.checks import check_shape, dtype_name
 from lowbit.formats.entry import LayerEntry
+from lowbit.formats.packed_only import PackedOnly
 from lowbit.formats.packed_weight import PackedWeight
 from lowbit.formats.repacked import Repacked
 from lowbit.formats.sharing import LastInput
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(PackedOnly):
     """A linear layer whose weight is stored in few bits.
 
     The state dict of a layer is what the checkpoint stores. It holds frozen parameters only,
@@ -69,6 +70,7 @@ class QuantizedLinear(nn.Module):
         self._owner: tuple[QuantizedLinear, ...] = ()  # in a tuple, so that it is not a submodule
         self._last_input = LastInput()
         self._repacked = Repacked()
+        self._freed = {}
         self.add_frozen("bias", (self.out_features,), spec.bias)
 
     def add_frozen(self, name: str, shape: tuple[int, ...], dtype: str | None) -> None:
@@ -164,6 +166,7 @@ class QuantizedLinear(nn.Module):
 
         Raises ValueError for a missing tensor, a surplus one, and a wrong shape or dtype.
         """
+        self.put_back()
         for name, tensor in (dict.fromkeys(self.state_dict()) | dict(tensors)).items():
             own: Tensor | None = getattr(self, name)
             if (own is None) != (tensor is None):
@@ -333,6 +336,7 @@ class QuantizedLinear(nn.Module):
     def set_input_bits(self, bits: int) -> None:
         """Sets `input_bits` of later forwards, and repacks what depends on it."""
         if bits != self.input_bits:
+            self.put_back()
             self.input_bits = bits
             self._repacked = Repacked()
 
@@ -341,7 +345,9 @@ class QuantizedLinear(nn.Module):
 
     def weight_bytes(self) -> int:
         """Returns the bytes that store the weight: those of all tensors except the bias."""
-        return sum(p.numel() * p.element_size() for n, p in self.named_parameters() if n != "bias")
+        freed = sum(size for _, size in self._freed.values())
+        kept = (p for n, p in self.named_parameters() if n != "bias")
+        return freed + sum(p.numel() * p.element_size() for p in kept)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves to another device, but never changes a dtype: the format fixes the dtypes."""
@@ -351,12 +357,15 @@ class QuantizedLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         device = self.own_tensors()[0].device
-        self.float_dtype = fn(torch.empty(1, dtype=self.float_dtype, device=device)).dtype
+        moved = fn(torch.empty(1, dtype=self.float_dtype, device=device))
+        self.float_dtype = moved.dtype
+        if moved.device != device:
+            self.put_back()
         return super()._apply(keep_dtype, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves cached tensors out of copies and pickles."""
-        return {**self.__dict__, "_last_input": LastInput(), "_repacked": Repacked()}
+        return {**super().__getstate__(), "_last_input": LastInput(), "_repacked": Repacked()}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.entry().items())

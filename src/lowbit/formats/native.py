@@ -1,13 +1,14 @@
 """What the backends named "cpu" of all formats share: products with the compiled kernels."""
 
 from abc import abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowbit.formats.backend import Backend
-from lowbit.kernels.native import Part, Rounding, multiply_op, pack_layer, why_not
+from lowbit.kernels.native import Part, Rounding, multiply_op, pack_layer, stored_codes, why_not
 
 if TYPE_CHECKING:
     from lowbit.formats.base import QuantizedLinear
@@ -37,6 +38,33 @@ class NativeBackend(Backend[Layer]):
 
     def repack(self, layer: Layer) -> dict[str, Tensor]:
         return {"layer": pack_layer(self.parts(layer), layer.out_features)}
+
+    def restorable(self, layer: Layer) -> dict[str, tuple[int, int]]:
+        """Returns the stored tensors that the packed layer holds exactly.
+
+        For each name, the number of the part that holds its codes, and their bits.
+        """
+        return {}
+
+    def free(self, layer: Layer) -> bool:
+        """Packs the layer and frees what the packed layer holds; returns whether that is anything.
+
+        A tensor is not freed if it has other bits than its codes, in the last bytes of rows.
+        """
+        if any(tensor.is_inference() or tensor.requires_grad for tensor in layer.own_tensors()):
+            return False  # their changes could not be noticed
+        if layer._freed:
+            return True
+        packed, freed = layer._repacked.of(layer, self)["layer"], False
+        for name, (part, bits) in self.restorable(layer).items():
+            stored = getattr(layer, name)
+            restore = partial(stored_codes, packed, part, tuple(stored.shape), bits)
+            if torch.equal(restore(), stored):
+                layer.free(name, restore)
+                freed = True
+        if freed:
+            layer._repacked.keep(layer, self, {"layer": packed})
+        return freed
 
     def multiply(self, layer: Layer, packed: dict[str, Tensor], prepared: Tensor) -> Tensor:
         return multiply_op(prepared, [packed["layer"]], [layer.out_features])[0]

@@ -60,6 +60,14 @@ class Repacked:
         self._kept[backend.name] = _keep(layer, sources, made)
         return made
 
+    def keep(
+        self, layer: "QuantizedLinear", backend: Backend[Any], made: dict[str, Tensor]
+    ) -> None:
+        """Keeps a result of `backend.repack` for the tensors that the layer has now."""
+        sources = _sources(layer)
+        assert sources is not None
+        self._kept[backend.name] = _keep(layer, sources, made)
+
 
 def _keep(layer: "QuantizedLinear", sources: Sources, made: dict[str, Tensor]) -> _Kept:
     for device in {tensor.device for tensor in made.values() if tensor.is_cuda}:

@@ -13,9 +13,8 @@ from lowbit.checkpoint.finite import is_finite
 from lowbit.checkpoint.low_precision import is_low_precision, open_checkpoint
 from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.checkpoint.slices import widths_of
-from lowbit.formats import repack, set_input_bits
-from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.widths import WidthPlan, set_bits
+from lowbit.kernels.native import why_not
 from lowbit.load.transformers_plugin import (
     VerifiedSection,
     mark_attentions,
@@ -41,6 +40,7 @@ def load(
     trust_remote_code: bool = False,
     bits: WidthPlan | None = None,
     inputs: int = 16,
+    kernels: str = "keep",
 ) -> tuple[PreTrainedModel, Any]:
     """Loads a quantized or float model; returns (model, tokenizer), tokenizer None if it has none.
 
@@ -57,15 +57,22 @@ def load(
     inputs: to how many bits the compiled kernels round the inputs of layers, 16 or 8. 8 bits are
         faster; each product then has an error of about 1 %, and more with outliers in the inputs.
 
+    kernels: "keep": the compiled kernels' form of the codes is kept beside the stored codes, which
+        takes about twice the memory; "replace": instead of them. Stored codes are then made again,
+        with the same bytes, where something asks for them. Lattice, trellis and dense layers, and
+        8-bit codes that are to run at several widths, always keep both.
+
     Raises ValueError, with the name of the file or tensor, if the folder is damaged.
     """
+    if kernels not in ("keep", "replace"):
+        raise ValueError(f"kernels is {shorten(repr(kernels))}: allowed are 'keep' and 'replace'")
     if inputs not in (8, 16):
         raise ValueError(f"inputs is {inputs}: allowed are 8 and 16")
     folder = locate(model, trust_remote_code)
-    loaded = load_model(folder, device_map, dtype, verify, trust_remote_code, bits)
-    if inputs != QuantizedLinear.input_bits:
-        set_input_bits(loaded, inputs)
-        repack(loaded)
+    replace = kernels == "replace"
+    if replace:
+        _check_replaceable(folder, device_map, dtype)
+    loaded = load_model(folder, device_map, dtype, verify, trust_remote_code, bits, inputs, replace)
     return loaded, load_tokenizer(folder, trust_remote_code)
 
 
@@ -76,14 +83,19 @@ def load_model(
     verify: bool = True,
     trust_remote_code: bool = False,
     bits: WidthPlan | None = None,
+    inputs: int = 16,
+    packed_only: bool = False,
 ) -> PreTrainedModel:
-    """Loads the model without its tokenizer; the arguments are those of `load`."""
+    """Loads the model without its tokenizer; the arguments are those of `load`.
+
+    packed_only: whether stored codes are freed, as `kernels="replace"` does.
+    """
     _check_dtype(dtype)
     verified = None
     if runnable_folder(folder).program is not None:
         quantized = QuantizedFolder(folder)
         quantized.verify(hashes=verify)
-        verified = VerifiedSection(quantized.quantization, bits)
+        verified = VerifiedSection(quantized.quantization, bits, inputs, packed_only)
     elif bits is not None:
         raise ValueError(
             f"{folder} is a float model: bits is for models that lowbit has quantized; leave it out"
@@ -123,6 +135,21 @@ def load_model(
     if verify:
         _check_finite(folder, model)
     return cast(PreTrainedModel, model)
+
+
+def _check_replaceable(folder: Path, device_map: Any, dtype: Any) -> None:
+    """Raises ValueError if kernels="replace" cannot do anything."""
+    problem = None
+    if runnable_folder(folder).program is None:
+        problem = f"{folder} is a float model"
+    elif not on_cpu(device_map):
+        problem = "the compiled kernels run on the CPU only, and device_map names another device"
+    elif dtype in (torch.float64, "float64"):
+        problem = "the compiled kernels do not compute in float64"
+    elif (reason := why_not()) is not None:
+        problem = reason
+    if problem is not None:
+        raise ValueError(f"kernels='replace' cannot be used: {problem}; leave it out")
 
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:

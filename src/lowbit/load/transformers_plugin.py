@@ -33,7 +33,7 @@ from lowbit.checkpoint.verify import (
     quantized_entries,
     rounded_attentions,
 )
-from lowbit.formats import build, link, repack
+from lowbit.formats import build, keep_packed_only, link, repack, set_input_bits
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.widths import WidthPlan
 from lowbit.load.slices import cut_names, slice_conversions
@@ -55,11 +55,21 @@ class VerifiedSection(dict[str, Any]):
     It is a class, not a key of config.json, so that no file can claim to be verified.
 
     bits: the widths of the slices that `load` was asked for; None: no slices.
+    inputs: bits to which kernels round inputs.
+    packed_only: whether stored codes are freed as soon as the kernels have packed them.
     """
 
-    def __init__(self, section: dict[str, Any], bits: WidthPlan | None = None) -> None:
+    def __init__(
+        self,
+        section: dict[str, Any],
+        bits: WidthPlan | None = None,
+        inputs: int = 16,
+        packed_only: bool = False,
+    ) -> None:
         super().__init__(section)
         self.bits = bits
+        self.inputs = inputs
+        self.packed_only = packed_only
 
 
 @register_quantization_config("lowbit")
@@ -131,6 +141,13 @@ class LowbitQuantizer(HfQuantizer):
         return slice_conversions() if self.sliced else []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLinear):
+                layer.requires_grad_(False)  # transformers lets all float tensors have gradients
+        section = self.quantization_config.section
+        set_input_bits(model, getattr(section, "inputs", QuantizedLinear.input_bits))
+        if getattr(section, "packed_only", False):
+            keep_packed_only(model)
         repack(model)
 
     def is_serializable(self) -> bool:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 class Cpu(NativeBackend["BinaryLinear"]):
     """The plain channels are codes of 1 bit, and the salient ones codes of 4 bits, in one call."""
 
+    def restorable(self, layer: "BinaryLinear") -> dict[str, tuple[int, int]]:
+        return {"sign": (0, 1)} | ({"salient": (1, 4)} if layer.spec.salient else {})
+
     def parts(self, layer: "BinaryLinear") -> list[Part]:
         salient = layer.spec.salient
         plain = Part(

@@ -42,6 +42,9 @@ class Cpu(NativeBackend["SortedGroupLinear"]):
     def prepare(self, layer: "SortedGroupLinear", x: Tensor) -> Tensor:
         return layer.reordered(x)  # the kernel rounds it
 
+    def restorable(self, layer: "SortedGroupLinear") -> dict[str, tuple[int, int]]:
+        return {"packed": (0, layer.spec.bits)}
+
     def parts(self, layer: "SortedGroupLinear") -> list[Part]:
         spec = layer.spec
         rounded = rounding(layer)
