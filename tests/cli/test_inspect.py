@@ -7,6 +7,7 @@ import pytest
 from zoo import MODELS, rewrite
 
 from lowbit.checkpoint.output import size_of
+from lowbit.kernels.native.library import available
 
 pytestmark = pytest.mark.slow
 
@@ -119,3 +120,12 @@ def test_mistakes(lowbit, rtn, tmp_path):
     assert "uniform" in lowbit("inspect", broken).stdout
     (broken / "config.json").unlink()
     assert "is unfinished" in lowbit("inspect", broken, code=1).stderr
+
+
+@pytest.mark.kernels
+def test_memory(lowbit, rtn):
+    """Without kernels, the codes as they are stored and float tensors in float32."""
+    text = lowbit("inspect", rtn).stdout
+    line = next(line for line in text.splitlines() if line.startswith("in memory"))
+    with_kernels = "of it for the kernels; " in line and 'with kernels="replace"' in line
+    assert " on the CPU, " in line and with_kernels == bool(available())

@@ -88,6 +88,20 @@ def test_the_bytes_are_those_of_the_folder(
         keep_packed_only(layer)
 
 
+@every_freed
+def test_the_size_is_known_before(form: str, shape: tuple[int, int], freed: list[str]) -> None:
+    """From the entry alone, as `lowbit inspect` computes it."""
+    layer = layer_of(form, shape)
+    with torch.device("meta"):
+        described = build(layer.entry())
+    backend = described.backend_for(1, device="cpu")
+    packed = layer._repacked.of(layer, backend)["layer"].nbytes
+    assert backend.packed_bytes(described) == (
+        packed,
+        sum(layer.state_dict()[n].nbytes for n in freed),
+    )
+
+
 @pytest.mark.parametrize("form", KEPT.values(), ids=KEPT)
 def test_what_cannot_be_restored_is_kept(form: str) -> None:
     layer = layer_of(form)

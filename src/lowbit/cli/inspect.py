@@ -23,6 +23,7 @@ from lowbit.cli.integrity import check_files
 from lowbit.cli.parameters import QuantizedModel
 from lowbit.cli.screen import console, shortened, size
 from lowbit.formats import MANY_TOKENS, build
+from lowbit.formats.native import NativeBackend
 from lowbit.models.locate import locate
 from lowbit.report.drawing import decibels
 from lowbit.report.records import read_report
@@ -82,6 +83,7 @@ def inspect(
         "linears": f"{len(quantized.entries):,} of {found.linears:.2f} bits per weight",
         "model": f"{found.model:.2f} bits per parameter, {size(found.bytes)} in "
         f"{len(quantized.reader.files)} files",
+        "in memory": _memory(quantized),
         "attention": _attention(quantized),
         **origin,
         "quantized more simply": _named(report.fallbacks),
@@ -190,6 +192,32 @@ def _backends(entry: dict[str, Any]) -> str:
         layer = build(entry)
     names = [layer.backend_for(tokens, device="cpu").name for tokens in (1, MANY_TOKENS)]
     return ", ".join(dict.fromkeys(names))
+
+
+def _memory(quantized: QuantizedFolder) -> str:
+    """Says how much memory the loaded model takes on the CPU, without its cache and activations."""
+    packed, freed, by_entry = 0, 0, {}
+    for entry in quantized.entries.values():
+        if (key := repr(entry)) not in by_entry:
+            by_entry[key] = _packed_bytes(entry)
+        packed, freed = packed + by_entry[key][0], freed + by_entry[key][1]
+    names = {tensor for name in quantized.entries for tensor in quantized.tensors_of(name)}
+    stored = sum(
+        tensor.bytes if name in names else max(tensor.bytes, 4 * prod(tensor.shape))
+        for name, tensor in quantized.reader.tensors.items()
+    )
+    if not packed:
+        return f"{size(stored)} on the CPU, with float tensors in float32"
+    text = f"{size(stored + packed)} on the CPU, {size(packed)} of it for the kernels"
+    return f'{text}; {size(stored + packed - freed)} with kernels="replace"' if freed else text
+
+
+def _packed_bytes(entry: dict[str, Any]) -> tuple[int, int]:
+    """Returns what kernels add to a layer's memory, and what of its codes they can replace."""
+    with torch.device("meta"):
+        layer = build(entry)
+    backend = layer.backend_for(1, device="cpu")
+    return backend.packed_bytes(layer) if isinstance(backend, NativeBackend) else (0, 0)
 
 
 def _attention(quantized: QuantizedFolder) -> str:

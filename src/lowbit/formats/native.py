@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.backend import Backend
-from lowbit.kernels.native import Part, Rounding, multiply_op, pack_layer, stored_codes, why_not
+from lowbit.kernels.native import (
+    Part,
+    Rounding,
+    multiply_op,
+    pack_layer,
+    packed_size,
+    stored_codes,
+    why_not,
+)
 
 if TYPE_CHECKING:
     from lowbit.formats.base import QuantizedLinear
@@ -45,6 +53,14 @@ class NativeBackend(Backend[Layer]):
         For each name, the number of the part that holds its codes, and their bits.
         """
         return {}
+
+    def packed_bytes(self, layer: Layer) -> tuple[int, int]:
+        """Returns the bytes of the packed layer, and those of the stored codes that it can replace.
+
+        layer: it may be on the meta device.
+        """
+        freed = sum(getattr(layer, name).nbytes for name in self.restorable(layer))
+        return packed_size(self.parts(layer), layer.out_features), freed
 
     def free(self, layer: Layer) -> bool:
         """Packs the layer and frees what the packed layer holds; returns whether that is anything.

@@ -10,7 +10,14 @@ portable.c is plain C and the definition: the others give equal bits.
 """
 
 from lowbit.kernels.native.library import INSTRUCTION_SETS, available, chosen, why_not
-from lowbit.kernels.native.planes import Part, Rounding, pack_layer, stored_codes, stored_scales
+from lowbit.kernels.native.planes import (
+    Part,
+    Rounding,
+    pack_layer,
+    packed_size,
+    stored_codes,
+    stored_scales,
+)
 from lowbit.kernels.native.product import multiply, multiply_op
 
 __all__ = [
@@ -22,6 +29,7 @@ __all__ = [
     "multiply",
     "multiply_op",
     "pack_layer",
+    "packed_size",
     "stored_codes",
     "stored_scales",
     "why_not",

@@ -182,6 +182,14 @@ def pack_layer(parts: list[Part], outputs: int, instruction_set: str | None = No
     return blob
 
 
+def packed_size(parts: list[Part], outputs: int) -> int:
+    """Returns the bytes of what `pack_layer` returns; the parts may be on the meta device."""
+    specs = (Spec * len(parts))(*(part.spec() for part in parts))
+    count, in_tile = ctypes.c_int64(outputs), rows(chosen())
+    size: int = functions().lowbit_layout(ctypes.byref(Header()), specs, len(parts), count, in_tile)
+    return size
+
+
 def _fill(blob: Tensor, index: int, part: Part, header: PartHeader, outputs: int) -> None:
     c, memory = functions(), _pointer(blob)
     scale = part.scale.contiguous()
