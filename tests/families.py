@@ -226,8 +226,8 @@ def causal_types() -> list[str]:
     return sorted(chosen)
 
 
-def small(model_type: str) -> Any:
-    """The config of a small model of a type."""
+def small(model_type: str, **more: Any) -> Any:
+    """The config of a small model of a type. more: fields that differ from those of the tables"""
     default = AutoConfig.for_model(model_type)
     fields = default.to_dict()
     layers = fields.get("num_hidden_layers") or 0
@@ -240,16 +240,16 @@ def small(model_type: str) -> Any:
         if isinstance(value, list) and len(value) == layers and layers > LAYERS:
             kinds = list(dict.fromkeys(value)) if isinstance(value[0], str) else value
             options[key] = [kinds[i % len(kinds)] for i in range(LAYERS)]
-    options |= OPTIONS.get(model_type, {})
+    options |= OPTIONS.get(model_type, {}) | more
     options = {key: value for key, value in options.items() if value is not ...}
     return AutoConfig.for_model(model_type, **options)
 
 
-def make(model_type: str, seed: int = 0) -> PreTrainedModel:
+def make(model_type: str, seed: int = 0, **more: Any) -> PreTrainedModel:
     """A float32 model whose parameters are all random, those of norms and biases too."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(small(model_type), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(small(model_type, **more), dtype=torch.float32)
     model = model.eval().requires_grad_(False)
     draw = torch.Generator().manual_seed(seed)
     embedding = model.get_input_embeddings()

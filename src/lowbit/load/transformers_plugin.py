@@ -38,6 +38,7 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.widths import WidthPlan
 from lowbit.load.slices import cut_names, slice_conversions
 from lowbit.models.attention import round_attentions
+from lowbit.models.config import without_rescaling
 from lowbit.models.conv1d import TransposedLinear
 from lowbit.models.skeleton import memory_names, unfuse_experts
 
@@ -116,6 +117,7 @@ class LowbitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         section = self.quantization_config.section
+        without_rescaling(model.config)
         files = kwargs.get("checkpoint_files")
         if files:
             folder = QuantizedFolder(folder_of(files, model))
@@ -131,9 +133,10 @@ class LowbitQuantizer(HfQuantizer):
             attention = rounded_attentions(section, "the model")
         replace_linears(model, entries)
         mark_attentions(model, attention)
-        ignored = re.escape(memory_names(model, [placeholder])[placeholder])
+        names = {placeholder, memory_names(model, [placeholder])[placeholder]}
         unexpected = model._keys_to_ignore_on_load_unexpected or set()
-        model._keys_to_ignore_on_load_unexpected = {*unexpected, f"^{ignored}$"}
+        ignored = {f"^{re.escape(name)}$" for name in names}
+        model._keys_to_ignore_on_load_unexpected = {*unexpected, *ignored}
         if files:
             check_complete(model, folder, self.sliced)
 

@@ -60,7 +60,19 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         path = folder / GENERATION
         usable(path, read_json(path), lambda fields: GenerationConfig(**fields).validate())
     config.return_dict = True  # eval and generate read outputs by name; OUT keeps what it says
-    return without_empty_parts(config)
+    return without_rescaling(without_empty_parts(config))
+
+
+def without_rescaling(config: Any) -> Any:
+    """Returns the config of a model that does not divide its hidden states between blocks.
+
+    RWKV halves them after every sixth block, and in place some weights of all later blocks, so that
+    float16 does not overflow. The logits are the same without it; the blocks are then independent
+    of each other, and no packed weight would have to be divided.
+    """
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0
+    return config
 
 
 def build_model(folder: Path, config: Any, trust_remote_code: bool = False) -> PreTrainedModel:

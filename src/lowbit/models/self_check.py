@@ -204,8 +204,22 @@ def _outputs(
         block.register_forward_hook(partial(leave, index))
     # Last window first, so that state which a block keeps from window to window shows as well.
     with torch.no_grad():
-        logits = [whole(input_ids=window, use_cache=False).logits for window in reversed(tokens)]
+        logits = [_logits(whole, model, window) for window in reversed(tokens)]
     return {index: each[::-1] for index, each in outputs.items()}, logits[::-1]
+
+
+def _logits(whole: Any, model: StreamedModel, window: Tensor) -> Tensor:
+    """Runs the whole model. Raises ValueError if its own code fails, as for sizes that misfit."""
+    try:
+        logits: Tensor = whole(input_ids=window, use_cache=False).logits
+    except _Between:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{model.folder}: the forward pass of {type(model.skeleton).__name__} in transformers "
+            f"fails on {window.numel()} tokens ({reason_of(error)}): check the sizes in config.json"
+        ) from error
+    return logits
 
 
 def _compare(

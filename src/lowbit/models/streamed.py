@@ -1,6 +1,7 @@
 """A model that is read from its folder and run block by block, with one block in memory."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from itertools import count
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.blocks.added import with_added
-from lowbit.blocks.capture import BlockStub, copied_around
+from lowbit.blocks.capture import BlockStub, call_block, copied_around
 from lowbit.blocks.handed import Handed, hand_on, with_dictionary
 from lowbit.blocks.stream import Batch, Stream
 from lowbit.blocks.walk import Step
@@ -127,6 +128,29 @@ class StreamedModel:
         """
         outside = self.without_blocks(embed_on, head=False)
         return Stream.of_calls(map(outside.calls, batches), device, folder)
+
+    def moved(
+        self, stream: Stream, index: int, device: torch.device | str = "cpu", block: Any = None
+    ) -> Stream:
+        """Returns a copy of a stream, moved to a block that can run with it.
+
+        Its hidden states are still those of the first block, if the block can run with them alone.
+        A block that reads state of earlier blocks gets it from them: they run in float.
+
+        stream: at the first block.
+        index: the index of the block.
+        block: the block, if it is loaded already.
+        """
+        own = stream.copy()
+        if not self.family.handed:
+            own.block = index
+            with suppress(Exception), torch.no_grad():  # of the model's own code, for want of state
+                block = self.load_block(self.block_names[index], device) if block is None else block
+                call_block(block, own[0])
+                return own
+            own.block = 0
+        self.walk({"float": own}, lambda step: step.advance(), device, range(index))
+        return own
 
     def walk(
         self,

@@ -126,7 +126,10 @@ def dry_run(job: Job, windows: TokenWindows | None) -> DryRun:
         with _measured(job) as outside:
             job.write_outside(writer)
         stream, capture = _capture(job, windows)
-        blocks = {i: _measure_block(job, writer, i, stream) for i in chosen_blocks(kinds)}
+        blocks = {}
+        for index in chosen_blocks(kinds):
+            own = stream and job.source.moved(stream, index, job.device)
+            blocks[index] = _measure_block(job, writer, index, own)
         record = writer.record(0)
         assert record is not None
         written = CheckpointReader.of_file(writer.folder / record["file"]).tensors

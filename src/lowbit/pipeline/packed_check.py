@@ -5,14 +5,13 @@ The packed block is compared with the same block whose linears multiply by dequa
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.install import replace_module
-from lowbit.blocks.stream import Stream
 from lowbit.formats.base import QuantizedLinear
 from lowbit.methods.result import BlockResult
 from lowbit.models.source import SourceModel
@@ -54,7 +53,10 @@ def check_packed(
 
     Raises ValueError if the packed block fails or differs.
     """
-    stream = _stream_at(source, block, name)
+    device = next(block.parameters()).device
+    tokens = torch.arange(TOKENS)[None] % source.vocabulary
+    first = source.first_stream([tokens], device)
+    stream = source.moved(first, source.block_names.index(name), device, block)
     try:
         with swapped(block, result.linears, result.tensors):
             found = call_block(block, stream[0])
@@ -76,24 +78,6 @@ def check_packed(
             "report this architecture"
         )
     return difference
-
-
-def _stream_at(source: SourceModel, block: nn.Module, name: str) -> Stream:
-    """Returns a stream of one window, at a block that can run with it.
-
-    A block that reads state of earlier blocks gets it from them: they run in float before it.
-    """
-    device = next(block.parameters()).device
-    stream = source.first_stream([torch.arange(TOKENS)[None] % source.vocabulary], device)
-    index = source.block_names.index(name)
-    if not source.family.handed:
-        stream.block = index
-        with suppress(Exception):  # of the model's own code, for want of state
-            call_block(block, stream[0])
-            return stream
-        stream.block = 0
-    source.walk({"float": stream}, lambda step: step.advance(), device, range(index))
-    return stream
 
 
 @contextmanager
