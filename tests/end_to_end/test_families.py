@@ -26,8 +26,15 @@ pytestmark = pytest.mark.slow
 FEW = OmniQuant(bits=3, group_size=16, epochs=1, min_tokens=12, rounding="nearest")
 
 
-@pytest.mark.parametrize("method", quantized.METHODS)
-@pytest.mark.parametrize("name", [*zoo.ZOO, *zoo.DISCOVERED])
+# Each family with one or two methods in `make test`, with all in `make test-exhaustive`.
+PAIRS = [
+    pytest.param(name, method, marks=() if (i + j) % 3 == 0 else pytest.mark.exhaustive)
+    for i, name in enumerate([*zoo.ZOO, *zoo.DISCOVERED])
+    for j, method in enumerate(quantized.METHODS)
+]
+
+
+@pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_quantized_and_loaded(name: str, method: str) -> None:
     out, source = quantized.folder(name, method), SourceModel(quantized.source(name))
     model, tokenizer = lowbit.load(out)

@@ -47,7 +47,7 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_commands_run_in_their_order(tmp_path: Path) -> None:
     found = commands()
     assert [line.split()[1] for line in found] == ["plan", "quantize", "eval", "generate", "report"]
@@ -58,7 +58,6 @@ def test_the_commands_run_in_their_order(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.html").exists()
 
 
-@pytest.mark.slow
 def test_the_python_code_runs(tmp_path: Path) -> None:
     (code,) = blocks("python")
     given = f'lowbit.Calibration(sources=["{TEXT}"], samples=2, seqlen=16)'

@@ -34,6 +34,7 @@ from lowbit.methods.result import NOT_POSITIVE_DEFINITE, BlockResult
 pytestmark = pytest.mark.slow
 
 BLOCKS = ["opt", "llama", "qwen3", "falcon 40b", "mixtral"]
+SAMPLE = ("llama", "mixtral")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,11 @@ EXAMPLES: dict[str, Example] = {
     ),
 }
 every_method = pytest.mark.parametrize("name", EXAMPLES)
-every_block = pytest.mark.parametrize("block", BLOCKS)
+# `make test` takes two of the blocks, `make test-exhaustive` the others.
+every_block = pytest.mark.parametrize(
+    "block",
+    [pytest.param(b, marks=() if b in SAMPLE else pytest.mark.exhaustive) for b in BLOCKS],
+)
 
 
 def outputs(task: BlockTask, example: Example, result: BlockResult) -> list[Tensor]:
