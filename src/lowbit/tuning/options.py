@@ -15,14 +15,14 @@ class TuneOptions(Config):
     )
     batch: int = option(4, "Windows of text in one step.", shapes_result=True, ge=1)
     rate: float = option(
-        1e-3,
+        3e-3,
         "Learning rate of scales and signs, relative to each value; it falls to 0 along a cosine.",
         shapes_result=True,
         gt=0,
         lt=1,
     )
     norm_rate: float = option(
-        5e-5,
+        1e-3,
         "Learning rate of norms and biases, relative to the size of the vector.",
         shapes_result=True,
         ge=0,
