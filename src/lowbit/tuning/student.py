@@ -16,7 +16,7 @@ from lowbit.eval.divergence import LOGITS
 from lowbit.formats import use_backend
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.widths import entry_widths
-from lowbit.load import hidden_of, stream, vocabulary_of
+from lowbit.load import stream, vocabulary_of
 from lowbit.tuning.teacher import loss
 from lowbit.tuning.vectors import CENTRED, Vector, store_vectors, vectors_in
 
@@ -117,7 +117,7 @@ class Student:
     ) -> tuple[float, Tensor]:
         """Runs what comes after the blocks.
 
-        hidden: (windows, tokens, channels), the outputs of the last block.
+        hidden: (..., windows, tokens, channels), the outputs of the last block.
         weight: of each position in the loss whose gradients are computed; None: of none.
 
         Returns the sum of the divergences, and the gradient by `hidden`, in its shape.
@@ -127,7 +127,8 @@ class Student:
         for row, (likely, logarithms) in enumerate(target):
             for start in range(0, last, at_once):
                 part = slice(start, min(start + at_once, last))
-                piece = hidden[row : row + 1, part].to(self.device).requires_grad_(bool(weight))
+                place = (..., slice(row, row + 1), part, slice(None))
+                piece = hidden[place].to(self.device).requires_grad_(bool(weight))
                 logits = self._outside.logits(tokens[row : row + 1, part], piece, bool(weight))
                 kept = likely[part].to(logits.device), logarithms[part].to(logits.device)
                 found = loss(logits[0].float(), kept).sum()
@@ -135,7 +136,7 @@ class Student:
                 if weight:
                     (found * weight).backward()
                     assert piece.grad is not None
-                    gradient[row, part] = piece.grad[0].to(gradient.device)
+                    gradient[place] = piece.grad.to(gradient.device)
         return total, gradient
 
     def _block(self, index: int, bits: int | None = None) -> nn.Module:
@@ -178,9 +179,9 @@ class Student:
             for name, vector in self.vectors.items()
             if any(p is vector.value for p in self._outside.model.parameters())
         }
-        shape = 1, 1, hidden_of(self.model.config)
-        hidden = torch.ones(shape, device=self.device, requires_grad=True)
-        logits = self._outside.logits(torch.zeros(1, 1, dtype=torch.int64), hidden, gradients=True)
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        hidden = torch.ones_like(self._outside.calls(token)[0].hidden).requires_grad_()
+        logits = self._outside.logits(token, hidden, gradients=True)
         logits.sum().backward()
         for name, vector in outside.items():
             if vector.value.grad is None:
