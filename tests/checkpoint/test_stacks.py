@@ -112,3 +112,8 @@ def test_other_layers_stay_and_conv1d_is_turned() -> None:
     assert torch.equal(found.pop("b.weight"), tensors.pop("b.weight").T)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_a_stack_is_not_turned_unless_its_entry_says_so() -> None:
+    """Folders that were written before stacks could be transposed do not say it."""
+    assert not Stack(tensor="mlp.experts.down_proj").transposed

@@ -15,7 +15,9 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import BinaryLinear, Salient, lookup, reference, tensor_bytes
 from lowbit.formats.binary.lookup import signed_sums, weighted_sums
 from lowbit.formats.binary.weight import Weight
+from lowbit.formats.native import NativeBackend
 from lowbit.kernels.bits import pack
+from lowbit.kernels.native import why_not
 
 ENTRY: dict[str, Any] = {
     "format": "binary",
@@ -331,3 +333,13 @@ def test_compiles_without_a_break(make: Callable[[], QuantizedLinear]) -> None:
     for tokens in (1, 8):
         x = torch.randn(tokens, 32)
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(why_not() is not None, reason="needs a compiler: the kernels were not compiled")
+def test_packed_signs_take_one_bit() -> None:
+    rows, columns = 64, 4096
+    layer = BinaryLinear.from_parts(torch.randn(rows, columns) < 0, torch.ones(rows))
+    (backend,) = (b for b in layer.backends if isinstance(b, NativeBackend))
+    packed, _ = backend.packed_bytes(layer)
+    assert packed < 1.2 * rows * columns / 8

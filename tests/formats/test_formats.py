@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.formats import FORMATS, build, link, set_input_bits, use_backend
+from lowbit.formats.activation import Activation
 from lowbit.formats.backend import Backend
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import BinaryLinear, Salient
@@ -370,6 +371,21 @@ def test_an_owner_that_is_offloaded_leaves_its_members_to_torch(offloaded: bool)
     if offloaded:
         owner.to("meta")
     assert (NativeBackend.name in supporting(member, torch.float32, 1)) != offloaded
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(why_not() is not None, reason="needs a compiler: the kernels were not compiled")
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_kernels_round_the_inputs_of_a_layer_as_torch_does(bits: int, symmetric: bool) -> None:
+    layer = uniform(24, 64, 4, 32)
+    layer.activation = Activation(bits=bits, symmetric=symmetric)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(bits))
+    with use_backend(NativeBackend.name):
+        found = layer(x)
+    with use_backend("reference"):
+        wanted = layer(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_kernels_round_inputs_to_8_or_16_bits() -> None:

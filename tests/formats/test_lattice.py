@@ -237,6 +237,14 @@ def test_squared_error_on_a_unit_gaussian(name: str, error: float, tolerance: fl
     assert found == pytest.approx(error, abs=tolerance)
 
 
+def test_3_bits_take_the_nearest_first_word() -> None:
+    """The second try costs as much as the first, and gains less than 0.5 % there."""
+    x = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    codes, _ = codebook("E8P12RVQ3B").nearest(x)
+    first, _ = codebook("E8P12").nearest(x)
+    assert torch.equal(codes & 2**16 - 1, first.to(codes.dtype))
+
+
 def test_two_tries_beat_one() -> None:
     x = draw(5000, 8)
     one = CODEBOOKS["E8P12"].nearest(x)[1]
