@@ -1,11 +1,13 @@
 """How much memory does a loaded model take, compared with its folder?
 
-    python benchmarks/load_memory.py [--layers 22] [--folder DIR] [--bits 4]
+    python benchmarks/load_memory.py [--layers 22] [--folder DIR] [--bits 4] [--head 8]
 
 A random Llama in TinyLlama's shape (1.1 billion parameters) is quantized with rtn in groups of 128.
 Then `lowbit.load` and one forward pass run in a process of their own, with `kernels="keep"` and
 with `kernels="replace"`. What this process holds at most is watched from outside. What it held
 before it called `load` is subtracted: the interpreter, torch, transformers and lowbit.
+
+Embeddings and a float output layer, stored in float16, are float32 on a CPU.
 
 anonymous memory  what only the process holds; the system cannot take it back
 resident memory   with the pages of files that the process has read, which the system can drop
@@ -72,17 +74,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="folder to keep the models in; default: none")
     parser.add_argument("--layers", type=int, default=22, help="layers of the model")
     parser.add_argument("--bits", type=int, default=4, help="bits of the codes")
+    parser.add_argument("--head", type=int, help="bits of the output layer; default: float")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         place = args.folder or Path(temporary)
-        source, out = place / "float", place / f"rtn-{args.bits}"
+        source, out = place / "float", place / f"rtn-{args.bits}-head-{args.head}"
         if not source.exists():
             make_model(source, args.layers)
         if not out.exists():
             method = lowbit.methods.RTN(bits=args.bits, group_size=128)
-            lowbit.quantize(source, out, method, device="cpu")
+            lowbit.quantize(source, out, method, device="cpu", lm_head_bits=args.head)
         size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
         case = f"TinyLlama's shape, {args.layers} layers, rtn {args.bits} bits"
+        case += f", head of {args.head} bits" if args.head else ", float head"
         for kernels in ("keep", "replace"):
             rows = [
                 {"case": f"{case} | {kernels}", "metric": name, "value": f"{found / 1e6:.0f}"}

@@ -79,6 +79,9 @@ class NativeBackend(Backend[Layer]):
                 layer.free(name, restore)
                 freed = True
         if freed:
+            # The small tensors that stay may be views of the whole file, mapped into memory.
+            for tensor in layer.own_tensors():
+                tensor.data = tensor.data.clone()
             layer._repacked.keep(layer, self, {"layer": packed})
         return freed
 
