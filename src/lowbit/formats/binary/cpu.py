@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 class Cpu(NativeBackend["BinaryLinear"]):
     """The plain channels are codes of 1 bit, and the salient ones codes of 4 bits, in one call."""
 
-    def restorable(self, layer: "BinaryLinear") -> dict[str, tuple[int, int]]:
-        return {"sign": (0, 1)} | ({"salient": (1, 4)} if layer.spec.salient else {})
+    def restorable(self, layer: "BinaryLinear") -> dict[str, tuple[int, int, int]]:
+        count = layer.spec.salient
+        salient = {"salient": (1, 4, count)} if count else {}
+        return {"sign": (0, 1, layer.plain)} | salient
 
     def parts(self, layer: "BinaryLinear") -> list[Part]:
         salient = layer.spec.salient

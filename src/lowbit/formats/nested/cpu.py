@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 class Cpu(NativeBackend["NestedLinear"]):
     """Packs the slice at the present width: then it costs what uniform codes of the width cost."""
 
-    def restorable(self, layer: "NestedLinear") -> dict[str, tuple[int, int]]:
+    def restorable(self, layer: "NestedLinear") -> dict[str, tuple[int, int, int]]:
         """A master is needed for other widths, and an overflow has codes of one bit more."""
         spec = layer.spec
         whole = spec.resident == "slice" and spec.top_codes is None
-        return {"packed": (0, spec.bits)} if whole else {}
+        return {"packed": (0, spec.bits, layer.in_features)} if whole else {}
 
     def parts(self, layer: "NestedLinear") -> list[Part]:
         spec = layer.spec

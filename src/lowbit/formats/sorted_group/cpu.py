@@ -42,8 +42,8 @@ class Cpu(NativeBackend["SortedGroupLinear"]):
     def prepare(self, layer: "SortedGroupLinear", x: Tensor) -> Tensor:
         return layer.reordered(x)  # the kernel rounds it
 
-    def restorable(self, layer: "SortedGroupLinear") -> dict[str, tuple[int, int]]:
-        return {"packed": (0, layer.spec.bits)}
+    def restorable(self, layer: "SortedGroupLinear") -> dict[str, tuple[int, int, int]]:
+        return {"packed": (0, layer.spec.bits, layer.spec.kept)}
 
     def parts(self, layer: "SortedGroupLinear") -> list[Part]:
         spec = layer.spec

@@ -17,8 +17,8 @@ class Cpu(NativeBackend["UniformLinear"]):
     def prepare(self, layer: "UniformLinear", x: Tensor) -> Tensor:
         return x  # the kernel rounds it
 
-    def restorable(self, layer: "UniformLinear") -> dict[str, tuple[int, int]]:
-        return {"packed": (0, layer.spec.bits)}
+    def restorable(self, layer: "UniformLinear") -> dict[str, tuple[int, int, int]]:
+        return {"packed": (0, layer.spec.bits, layer.in_features)}
 
     def parts(self, layer: "UniformLinear") -> list[Part]:
         spec, activation = layer.spec, layer.activation
