@@ -20,11 +20,9 @@ from rich.table import Table
 from torch import Tensor
 
 from lowbit.formats.trellis import codebook
-from lowbit.formats.trellis.codebook import POSITIONS, RATES, SPREAD, UNIT, Trellis
+from lowbit.formats.trellis.codebook import POSITIONS, RATES, UNIT, TrellisCode
 from lowbit.solvers.viterbi import encode
 
-# Standard deviation of the weights over that of the codebook, with the least error.
-RATIOS = {1: 1.1, 1.5: 1.0, 2: 0.96, 2.5: 0.94, 3: 0.92, 4: 0.89}
 FINALISTS = 30
 
 
@@ -32,9 +30,9 @@ def gaussian(tiles: int) -> Tensor:
     return torch.randn(tiles, POSITIONS, generator=torch.Generator().manual_seed(1))
 
 
-def error(code: Trellis, x: Tensor) -> float:
-    step = UNIT / (SPREAD * RATIOS[code.rate])
-    found = code.decode(encode(x / step, code.table(), code.shift)).flatten(1) * step
+def error(code: TrellisCode, x: Tensor) -> float:
+    found = code.decode(encode(x * code.scale / UNIT, code.table(), code.shift)).flatten(1)
+    found = found * UNIT / code.scale
     return float((found - x).square().mean() / x.square().mean())
 
 
@@ -42,7 +40,7 @@ def measure(tiles: int) -> None:
     rows, table = [], Table("rate", "state bits", "error", "least", "ms per tile")
     for state_bits, count in ((12, tiles), (16, tiles // 4)):
         for rate in RATES:
-            code, x = Trellis(rate, state_bits), gaussian(count)
+            code, x = TrellisCode(rate, state_bits), gaussian(count)
             error(code, x[:1])
             started = time.process_time()
             found = error(code, x)
@@ -85,7 +83,7 @@ def search(seconds: float) -> None:
 def _error_with(multipliers: tuple[int, int], rate: float, x: Tensor) -> float:
     codebook.MULTIPLIERS = multipliers
     codebook._table.cache_clear()
-    return error(Trellis(rate, 12), x)
+    return error(TrellisCode(rate, 12), x)
 
 
 def main() -> None:

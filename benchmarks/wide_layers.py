@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowbit.formats.incoherence import rotate_hessian, rotate_weight, rotation
 from lowbit.formats.lattice.codebooks import codebook
-from lowbit.methods.quip.words import Rounder, Words
+from lowbit.methods.rotated.words import Rounder, Words
 
 LARGE_CHANNELS, FACTOR = 4, 30.0
 RANK = 512  # of the correlated part of the Hessian

@@ -91,6 +91,7 @@ SIBLINGS: dict[str, set[str]] = {
         "method",
         "packing",
         "result",
+        "rotated",
     },
     "exporters": {
         "__init__",

@@ -9,6 +9,7 @@ import torch
 import lowbit
 from lowbit.kernels.native import why_not
 from lowbit.kernels.native.library import VARIABLE, available
+from lowbit.methods import Method, Trellis
 
 pytestmark = [
     pytest.mark.kernels,
@@ -17,9 +18,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("method", ["omniquant", "gptq", "quip"])
+TRELLIS = Trellis(rate=1.5, state_bits=9, min_tokens=8, scale=1.1, row_scale="never")
+
+
+@pytest.mark.parametrize("method", ["omniquant", "gptq", "quip", TRELLIS])
 def test_a_run_with_and_without_kernels(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str | Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, logits = {}, {}
     for setting in ("", "off"):

@@ -70,7 +70,7 @@ def test_the_python_code_runs(tmp_path: Path) -> None:
 def test_every_recipe_that_is_named_exists() -> None:
     from lowbit.recipes import recipe_names
 
-    methods = "rtn|gptq|omniquant|matquant|ptq161|mixedquant|quip"
-    named = set(re.findall(rf"`((?:{methods})-[a-z0-9-]+)`", README))
+    methods = "rtn|gptq|omniquant|matquant|ptq161|mixedquant|quip|trellis"
+    named = set(re.findall(rf"`((?:{methods})-[a-z0-9.-]+)`", README))
     named -= {name for name in named if name.endswith("-")}
     assert named and named <= set(recipe_names())

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lowbit
 from lowbit.checkpoint import file_sha256
 from lowbit.kernels import products
-from lowbit.methods import GPTQ, PTQ161, RTN, MatQuant, MixedQuant, OmniQuant, QuIP
+from lowbit.methods import GPTQ, PTQ161, RTN, MatQuant, MixedQuant, OmniQuant, QuIP, Trellis
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +24,7 @@ METHODS = {
     "mixedquant": MixedQuant(bits=3, group_size=32, rounding="gptq"),
     "ptq161": PTQ161(**FEW, init="als"),
     "quip": QuIP(codebook="HI"),
+    "trellis": Trellis(rate=1.5, state_bits=9),
 }
 
 

@@ -18,7 +18,7 @@ from lowbit.checkpoint import QuantizedFolder
 from lowbit.exporters import PlannedLayer
 from lowbit.exporters.grid import grid_of
 from lowbit.formats.base import QuantizedLinear
-from lowbit.methods import PTQ161, RTN, MatQuant, Method, MixedQuant, OmniQuant, QuIP
+from lowbit.methods import PTQ161, RTN, MatQuant, Method, MixedQuant, OmniQuant, QuIP, Trellis
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +36,7 @@ def slices(symmetric: bool, **options: Any) -> MatQuant:
 
 
 LATTICE = QuIP(codebook="HI", scale=2.9, row_scale="always", tune_iters=0, min_tokens=8)
+TRELLIS = Trellis(rate=1.5, state_bits=9, min_tokens=8, scale=1.1, row_scale="never")
 W4A4 = OmniQuant(bits=4, activation_bits=4, epochs=0, group_size=None, min_tokens=1)
 W8A8 = W4A4.model_copy(update={"bits": 8, "activation_bits": 8, "symmetric": True})
 ROWS: dict[str, tuple[Method, dict[str, Any], str]] = {
@@ -66,6 +67,7 @@ ROWS: dict[str, tuple[Method, dict[str, Any], str]] = {
         "E E E E E E E",
     ),
     "lattice": (LATTICE, {}, "R R R R R R E"),
+    "trellis": (TRELLIS, {}, "R R R R R R E"),
     "binary": (PTQ161(epochs=0, min_tokens=1), {}, "R R R R R R E"),
     "sorted_group, W4A4": (MixedQuant(group_size=32, min_tokens=1), {}, "R R R R R R L"),
     "W4A4": (W4A4, {}, "R R R R R R L"),

@@ -17,13 +17,15 @@ import lowbit
 from lowbit.checkpoint import CheckpointReader, QuantizedFolder
 from lowbit.exporters import TARGETS, Exporter, Step
 from lowbit.exporters.compressed_tensors import CompressedTensorsExporter
-from lowbit.methods import PTQ161, RTN, MixedQuant, QuIP
+from lowbit.methods import PTQ161, RTN, MixedQuant, QuIP, Trellis
 
 pytestmark = pytest.mark.slow
 
 LATTICE = QuIP(codebook="HI", scale=2.9, row_scale="always", tune_iters=0, min_tokens=8)
+TRELLIS = Trellis(rate=1.5, state_bits=9, min_tokens=8, scale=1.1, row_scale="never")
 NO_GRID = {
     "lattice": LATTICE,
+    "trellis": TRELLIS,
     "binary": PTQ161(epochs=0, min_tokens=1),
     "sorted_group": MixedQuant(group_size=16, min_tokens=1),
 }

@@ -25,7 +25,7 @@ from lowbit.formats.native import NativeBackend
 from lowbit.formats.nested import NestedLayout, NestedLinear
 from lowbit.formats.sorted_group import InputOrder, SortedGroupLayout, SortedGroupLinear
 from lowbit.formats.trellis import TrellisLayout, TrellisLinear
-from lowbit.formats.trellis.codebook import Trellis, tile_bytes, tiles
+from lowbit.formats.trellis.codebook import TrellisCode, tile_bytes, tiles
 from lowbit.formats.uniform import UniformLayout, UniformLinear
 from lowbit.kernels.native import why_not
 
@@ -157,7 +157,7 @@ def trellis(
     """Random bits."""
     draw = torch.Generator().manual_seed(rows + columns)
     shape = tiles(rows), tiles(columns), tile_bytes(rate)
-    code, sides = Trellis(rate, state_bits), (rotation(columns, 1), rotation(rows, 2))
+    code, sides = TrellisCode(rate, state_bits), (rotation(columns, 1), rotation(rows, 2))
     return TrellisLinear.from_codes(
         torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8),
         torch.rand(scales, generator=draw) + 0.5,

@@ -15,7 +15,7 @@ from lowbit.formats.trellis.codebook import (
     SPREAD,
     TILE,
     UNIT,
-    Trellis,
+    TrellisCode,
     tile_bytes,
 )
 from lowbit.solvers.viterbi import encode
@@ -34,7 +34,7 @@ def random_tiles(count: int, rate: float) -> Tensor:
     return torch.randint(0, 256, (count, tile_bytes(rate)), generator=draw, dtype=torch.uint8)
 
 
-def by_hand(tile: bytes, code: Trellis) -> Tensor:
+def by_hand(tile: bytes, code: TrellisCode) -> Tensor:
     """The values of a tile, (row, column), as the format's docstring says it."""
     bits = [byte >> i & 1 for byte in tile for i in range(8)]
     grid = torch.zeros(TILE, TILE, dtype=torch.int8)
@@ -51,7 +51,7 @@ def by_hand(tile: bytes, code: Trellis) -> Tensor:
 @every_rate
 @pytest.mark.parametrize("state_bits", [9, 12, 16])
 def test_a_tile_is_decoded_as_the_docstring_says(rate: float, state_bits: int) -> None:
-    code, tiles = Trellis(rate, state_bits), random_tiles(2, rate)
+    code, tiles = TrellisCode(rate, state_bits), random_tiles(2, rate)
     found = code.decode(tiles)
     assert found.shape == (2, TILE, TILE) and found.dtype == torch.int8
     for tile, grid in zip(tiles, found, strict=True):
@@ -60,7 +60,7 @@ def test_a_tile_is_decoded_as_the_docstring_says(rate: float, state_bits: int) -
 
 @every_rate
 def test_windows_overlap_around_the_ring(rate: float) -> None:
-    code = Trellis(rate, 16)
+    code = TrellisCode(rate, 16)
     windows = code.windows(random_tiles(5, rate))
     assert windows.shape == (5, code.steps)
     mask = 2 ** (16 - code.shift) - 1
@@ -70,7 +70,7 @@ def test_windows_overlap_around_the_ring(rate: float) -> None:
 @pytest.mark.parametrize("values", [1, 2])
 @pytest.mark.parametrize("state_bits", [12, 16])
 def test_values_look_gaussian(values: int, state_bits: int) -> None:
-    table = Trellis(2 if values == 1 else 1.5, state_bits).table().float() * UNIT
+    table = TrellisCode(2 if values == 1 else 1.5, state_bits).table().float() * UNIT
     assert table.shape == (values, 2**state_bits)
     assert table.mean(1).abs().max() < 0.03 * SPREAD
     assert table.std(1).tolist() == pytest.approx([SPREAD] * values, rel=0.02)
@@ -78,13 +78,10 @@ def test_values_look_gaussian(values: int, state_bits: int) -> None:
         assert abs(float(torch.corrcoef(table)[0, 1])) < 0.1
 
 
-RATIOS = {1: 1.1, 1.5: 1.0, 2: 0.96, 2.5: 0.94, 3: 0.92, 4: 0.89}  # of a Gaussian to the codebook
-
-
-def gaussian_error(code: Trellis, count: int) -> float:
+def gaussian_error(code: TrellisCode, count: int) -> float:
     x = torch.randn(count, POSITIONS, generator=torch.Generator().manual_seed(1))
-    step = UNIT / (SPREAD * RATIOS[code.rate])
-    found = code.decode(encode(x / step, code.table(), code.shift)).flatten(1) * step
+    found = code.decode(encode(x * code.scale / UNIT, code.table(), code.shift)).flatten(1)
+    found = found * UNIT / code.scale
     return float((found - x).square().mean() / x.square().mean())
 
 
@@ -92,7 +89,7 @@ def gaussian_error(code: Trellis, count: int) -> float:
 @every_rate
 def test_the_error_of_a_gaussian_without_kernels(rate: float) -> None:
     """Of few tiles, so that luck counts: within 6 % of the least."""
-    assert gaussian_error(Trellis(rate, 12), 12) < 1.06 * LEAST[12][rate]
+    assert gaussian_error(TrellisCode(rate, 12), 12) < 1.06 * LEAST[12][rate]
 
 
 @pytest.mark.kernels
@@ -101,13 +98,13 @@ def test_the_error_of_a_gaussian_without_kernels(rate: float) -> None:
 @pytest.mark.parametrize("state_bits", LEAST)
 def test_the_error_of_a_gaussian(rate: float, state_bits: int) -> None:
     """Within 2 % of the least, and 4 % where a step has two values."""
-    code = Trellis(rate, state_bits)
+    code = TrellisCode(rate, state_bits)
     bound = LEAST[state_bits][rate] * (1.02 if code.values == 1 else 1.04)
     assert gaussian_error(code, 200 if state_bits == 12 else 50) < bound
 
 
 def test_scales_of_rows_and_of_the_tensor() -> None:
-    code, sides = Trellis(2, 12), (rotation(20, 1), rotation(24, 2))
+    code, sides = TrellisCode(2, 12), (rotation(20, 1), rotation(24, 2))
     codes = random_tiles(4, 2).view(2, 2, -1)
     one = TrellisLinear.from_codes(codes, torch.ones(1), TrellisLayout(code, *sides))
     each = torch.arange(1, 25) / 8
@@ -131,7 +128,7 @@ BAD_ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD_ENTRIES)
 def test_entries_that_are_refused(case: str) -> None:
     changed, message = BAD_ENTRIES[case]
-    layout = TrellisLayout(Trellis(2, 12), rotation(20, 1), rotation(24, 2))
+    layout = TrellisLayout(TrellisCode(2, 12), rotation(20, 1), rotation(24, 2))
     entry = TrellisLinear.from_codes(
         random_tiles(4, 2).view(2, 2, -1), torch.ones(1), layout
     ).entry()
@@ -140,6 +137,6 @@ def test_entries_that_are_refused(case: str) -> None:
 
 
 def test_codes_of_another_shape_are_refused() -> None:
-    layout = TrellisLayout(Trellis(2, 12), rotation(20, 1), rotation(24, 2))
+    layout = TrellisLayout(TrellisCode(2, 12), rotation(20, 1), rotation(24, 2))
     with pytest.raises(ValueError, match=r"packed is \(1, 4, 64\)"):
         TrellisLinear.from_codes(random_tiles(4, 2).view(1, 4, -1), torch.ones(1), layout)

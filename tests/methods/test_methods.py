@@ -28,6 +28,7 @@ from lowbit.methods import (
     MixedQuant,
     OmniQuant,
     QuIP,
+    Trellis,
 )
 from lowbit.methods.result import NOT_POSITIVE_DEFINITE, BlockResult
 
@@ -55,8 +56,10 @@ FINE = W3 | {"fine_zeros": True}
 OMNI = W3 | {"init": "minmax", "rounding": "nearest", "epochs": 3, "let": True, "min_tokens": 8}
 # Scales in groups of 16 take more than a bit for each weight.
 QUIP: dict[str, Any] = {"codebook": "HI", "min_tokens": 8}
+TRELLIS: dict[str, Any] = {"rate": 4, "state_bits": 9, "min_tokens": 8}
 RVQ4 = QUIP | {"codebook": "E8P12RVQ4B"}
 D4 = {"codebook": "D4"}
+RATE = {"rate": 1.0}
 MIXED: dict[str, Any] = W3 | {"salient_ratio": 0.1, "alignment": 4, "min_tokens": 8}
 UNSORTED = MIXED | {"sort": "none", "clip": False}
 PTQ: dict[str, Any] = {"epochs": 3, "min_tokens": 8, "init": "reference"}
@@ -99,6 +102,21 @@ EXAMPLES: dict[str, Example] = {
     "quip": Example(QuIP(**RVQ4), "rtn", "code_book", "codebook", D4),
     "quip, merged": Example(QuIP(**QUIP, merge_suv=True), "rtn", "merge_uv", "merge_suv", D4),
     "quip, tuned": Example(QuIP(**QUIP, finetune_epochs=1), "rtn", "sign_rate", "sign_lr", D4),
+    "trellis": Example(Trellis(**TRELLIS), "rtn", "state_bit", "state_bits", RATE),
+    "trellis, tuned": Example(
+        Trellis(**TRELLIS | {"rate": 2.5}, finetune_epochs=1),
+        "trellis, merged",
+        "rat",
+        "rate",
+        RATE,
+    ),
+    "trellis, merged": Example(
+        Trellis(**TRELLIS | {"rate": 1.5}, merge_suv=True),
+        "trellis, merged",
+        "row_scales",
+        "row_scale",
+        RATE,
+    ),
     "mixedquant, unsorted": Example(
         MixedQuant(**UNSORTED), "mixedquant, unsorted", "salient_ration", "salient_ratio"
     ),
@@ -122,7 +140,11 @@ EXAMPLES: dict[str, Example] = {
         2,
     ),
 }
-every_method = pytest.mark.parametrize("name", EXAMPLES)
+# Torch alone would take seconds for a trellis code of the smallest block.
+IN_C = [name for name in EXAMPLES if name.startswith("trellis")]
+every_method = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.kernels) if n in IN_C else n for n in EXAMPLES]
+)
 # `make test` takes two of the blocks, `make test-exhaustive` the others.
 every_block = pytest.mark.parametrize(
     "block",
@@ -279,6 +301,7 @@ def test_options_out_of_range_are_refused(name: str, options: dict[str, Any]) ->
         MatQuant(group_size=16, min_tokens=8, rounding="joint", lwc=False, epochs=0),
         MixedQuant(**UNSORTED | {"salient_ratio": 0.0}, rounding="gptq"),
         QuIP(**RVQ4),
+        pytest.param(Trellis(**TRELLIS), marks=pytest.mark.kernels),
     ],
     ids=lambda method: method.name,
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_stand_in import PACKED, Layer, LinearBase, ParallelLMHead, tensors_of
 
 import lowbit
-from lowbit.methods import PTQ161, RTN, MatQuant, MixedQuant
+from lowbit.methods import PTQ161, RTN, MatQuant, MixedQuant, Trellis
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +27,7 @@ FOLDERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "output layer": (RTN(bits=4, group_size=8), {"lm_head_bits": 8}),
     "nested": (MatQuant(group_size=8, lwc=False, epochs=0, min_tokens=1), {}),
     "lattice": ("quip", {}),
+    "trellis": (Trellis(rate=1.5, state_bits=9, min_tokens=8, scale=1.1, row_scale="never"), {}),
     "binary": (PTQ161(epochs=0, min_tokens=1), {}),
     "sorted_group": (MixedQuant(group_size=16, min_tokens=1), {}),
 }

@@ -8,9 +8,11 @@ from lowbit.methods.omniquant import OmniQuant
 from lowbit.methods.ptq161 import PTQ161
 from lowbit.methods.quip import QuIP
 from lowbit.methods.rtn import RTN
+from lowbit.methods.trellis import Trellis
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (RTN, GPTQ, OmniQuant, MatQuant, QuIP, PTQ161, MixedQuant)
+    method.name: method
+    for method in (RTN, GPTQ, OmniQuant, MatQuant, QuIP, Trellis, PTQ161, MixedQuant)
 }
 
 __all__ = [
@@ -23,4 +25,5 @@ __all__ = [
     "PTQ161",
     "QuIP",
     "RTN",
+    "Trellis",
 ]

@@ -47,7 +47,10 @@ class _Encoder:
         self.table, self.shift = table, shift
         self.uppers = self.states >> shift
         self.steps = target.shape[1] // values
-        self.target = target.view(len(target), values, self.steps)
+        free = target.isnan()
+        # Whether a weight matters, 1 or 0: (sequences, values, steps); None: all do.
+        self.matters = (~free).float().view(-1, values, self.steps) if bool(free.any()) else None
+        self.target = target.masked_fill(free, 0).view(-1, values, self.steps)
         self.rows = torch.arange(len(target), device=target.device)
 
     def encode(self) -> Tensor:
@@ -95,22 +98,28 @@ class _Encoder:
 
     def _least(self, cost: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the least cost of each upper part, and the first j that has it."""
-        of_j = cost.view(len(cost), -1, self.uppers).unbind(1)
-        best, choice = of_j[0], torch.zeros_like(of_j[0], dtype=torch.uint8)
-        for j, other in enumerate(of_j[1:], 1):
-            choice = choice.masked_fill_(other < best, j)
-            best = torch.minimum(best, other)
-        return best, choice
+        best = cost.view(len(cost), -1, self.uppers)
+        choice = torch.zeros_like(best, dtype=torch.uint8)
+        for level in range(self.shift):  # neighbours are compared, so that the first one wins ties
+            (a, b), (first, second) = ((of_j[:, ::2], of_j[:, 1::2]) for of_j in (best, choice))
+            less = b < a
+            best = torch.minimum(a, b)
+            choice = torch.where(less, second + 2**level, first) if level else less.byte()
+        return best.squeeze(1), choice.squeeze(1)
 
     def _distances(self, t: int) -> Tensor:
         """Returns the squared error of each state: (sequences, uppers, 2**shift)."""
-        total: Tensor | None = None
-        for values, target in zip(self.table, self.target[:, :, t].unbind(1), strict=True):
-            difference = target.unsqueeze(1) - values
-            squared = (difference * difference).masked_fill(target.isnan().unsqueeze(1), 0.0)
-            total = squared if total is None else total + squared
-        assert total is not None
-        return total.unflatten(1, (self.uppers, -1))
+        squared = [self._squared(v, t) for v in range(len(self.table))]
+        total = squared[0] if len(squared) == 1 else squared[0] + squared[1]
+        return total.view(len(total), self.uppers, -1)
+
+    def _squared(self, v: int, t: int) -> Tensor:
+        """Returns the squared error of value v of each state: (sequences, states)."""
+        values = self.table[v]
+        if self.matters is not None:
+            values = values * self.matters[:, v, t : t + 1]
+        difference = self.target[:, v, t : t + 1] - values
+        return difference.square_()
 
     def _before(self, choices: Tensor, state: Tensor) -> Tensor:
         """Returns the state of step t + 1, given the choices and the state of step t."""

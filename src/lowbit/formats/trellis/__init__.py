@@ -48,7 +48,7 @@ from lowbit.formats.rotated import (
     stored_scale,
 )
 from lowbit.formats.trellis import reference
-from lowbit.formats.trellis.codebook import RATES, TILE, UNIT, Trellis, tile_bytes, tiles
+from lowbit.formats.trellis.codebook import RATES, TILE, UNIT, TrellisCode, tile_bytes, tiles
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TrellisLayout:
         will look it up; None: this layer stores them.
     """
 
-    code: Trellis
+    code: TrellisCode
     rotation_in: Rotation
     rotation_out: Rotation
     shares: str | None = None
@@ -83,8 +83,8 @@ class TrellisEntry(RotatedEntry):
         return rate
 
     @property
-    def code(self) -> Trellis:
-        return Trellis(self.rate, self.state_bits)
+    def code(self) -> TrellisCode:
+        return TrellisCode(self.rate, self.state_bits)
 
 
 def tensor_bytes(

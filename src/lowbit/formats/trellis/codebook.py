@@ -28,6 +28,8 @@ RATES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 MULTIPLIERS = (2406234277, 4075449853)
 UNIT = 1 / 32  # weights are scale * UNIT * value, so that the scale is about that of the weights
 SPREAD = 36.95 * UNIT  # standard deviation of UNIT * value
+# Standard deviation of Gaussian weights over that of the values, with the least error, by rate.
+RATIOS = {1.0: 1.1, 1.5: 1.0, 2.0: 0.96, 2.5: 0.94, 3.0: 0.92, 4.0: 0.89}
 WINDOWS_AT_ONCE = 2**22  # that are decoded at once: 16 MiB each
 
 
@@ -41,7 +43,7 @@ def tile_bytes(rate: float) -> int:
 
 
 @dataclass(frozen=True)
-class Trellis:
+class TrellisCode:
     """A code of a tile; the format's docstring explains it.
 
     rate: bits per weight, one of RATES.
@@ -65,6 +67,11 @@ class Trellis:
     @property
     def steps(self) -> int:
         return POSITIONS // self.values
+
+    @property
+    def scale(self) -> float:
+        """The root mean square that Gaussian weights should have when they are rounded."""
+        return SPREAD * RATIOS[self.rate]
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """Returns the values of all states: (values, 2**state_bits) int8; do not modify it."""

@@ -1,7 +1,8 @@
-"""Round a rotated weight to words of a codebook, and choose the scales of its rows.
+"""Round a rotated weight to words of a code, and choose the scales of its rows.
 
 Row r of the weight is approximated by scale_r * words. Either all rows have one scale, or each has
-its own, which takes more bits and has a lower loss; `spread` decides between both.
+its own, which takes more bits and has a lower loss; `spread` decides between both. A word is `dim`
+columns wide. It has one row, or as many as a strip, whose rows are rounded together.
 """
 
 import math
@@ -25,7 +26,8 @@ DB_PER_BIT = 20 * math.log10(2)  # the gain of another bit per weight, at any nu
 SAMPLED_ROWS = 128  # scales are compared on so many rows, or on a quarter of them if that is less
 MOST_VALUES = 2**26  # weights times scales that are rounded at once: a few buffers of 256 MB
 
-# The nearest words to vectors (rows, dim): their codes (rows,) and the words (rows, dim)
+# The nearest words to a block of columns, (rows, dim) or fewer columns at the end of the weight:
+# their codes (strips, ...) and the words (rows, dim). A row of NaN only fills its strip.
 Nearest = Callable[[Tensor], tuple[Tensor, Tensor]]
 RowScale = Literal["auto", "never", "always"]
 
@@ -34,7 +36,7 @@ RowScale = Literal["auto", "never", "always"]
 class Words:
     """A weight rounded to scale * words.
 
-    codes: (rows, blocks), the code of each word.
+    codes: (strips, blocks, ...), the code of each word.
     values: (rows, blocks * dim), the words.
     scale: (rows,) or (1,).
     loss: (rows,), the loss of scale * words under the damped Hessian.
@@ -79,7 +81,7 @@ class Rounder:
     def round(self, weight: Tensor, scale: Tensor, nearest: Nearest) -> Words:
         """Rounds a weight (rows, columns) with scales (rows,) by block LDLQ."""
         unit = self._unit(weight, scale)
-        rounded = round_with_feedback(unit, self.factor, _of_any_column(nearest), self.dim)
+        rounded = round_with_feedback(unit, self.factor, self._at_column(nearest), self.dim)
         return self._words(unit, scale, rounded)
 
     def improve(self, weight: Tensor, words: Words, nearest: Nearest, passes: int) -> Words:
@@ -87,8 +89,9 @@ class Rounder:
         if not passes or not self.factored:
             return words
         unit, rounded = self._unit(weight, words.scale), Rounded(words.values, words.codes)
+        of_block = self._at_column(nearest)
         for _ in range(passes):
-            rounded = greedy_pass(unit, self.hessian, rounded, _of_any_column(nearest), self.dim)
+            rounded = greedy_pass(unit, self.hessian, rounded, of_block, self.dim)
         return self._words(unit, words.scale, rounded)
 
     def energy(self, weight: Tensor) -> float:
@@ -102,6 +105,7 @@ class Rounder:
 
     def _words(self, unit: Tensor, scale: Tensor, rounded: Rounded) -> Words:
         loss = self._losses(unit - rounded.values) * scale.square()
+        loss = loss.masked_fill(unit[:, 0].isnan(), 0)  # rows that only fill their strip
         return Words(rounded.codes, rounded.values, scale, loss)
 
     def _losses(self, error: Tensor) -> Tensor:
@@ -109,9 +113,9 @@ class Rounder:
         n = self.columns
         return row_losses(error[:, :n], self.hessian[:n, :n])
 
-
-def _of_any_column(nearest: Nearest) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
-    return lambda column, target: nearest(target)
+    def _at_column(self, nearest: Nearest) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
+        """Returns a `Quantize` of `solvers.feedback`; without the columns that fill a word."""
+        return lambda column, target: nearest(target[:, : self.columns - column])
 
 
 @dataclass(frozen=True)
@@ -120,10 +124,11 @@ class Spread:
 
     size: the root mean square that a row should have after division by its scale.
     ratios: the factors of `size` that are tried; with a single one there is no search.
+    strip: the number of rows that are rounded together.
     rows: whether each row has its own scale.
     row_bits: the cost of scales per row, in bits per weight.
     stored: rounds a scale to the dtype in which it is stored, and returns it in float32.
-    passes: the number of greedy passes.
+    passes: the number of greedy passes; 0 if a strip has several rows.
     """
 
     size: float
@@ -132,6 +137,7 @@ class Spread:
     row_bits: float
     stored: Callable[[Tensor], Tensor]
     passes: int
+    strip: int = 1
 
 
 def spread(
@@ -152,27 +158,28 @@ def spread(
     """
     single, own = _scales(weight, how)
     count = min(SAMPLED_ROWS, -(-len(weight) // 4))
+    count = min(len(weight), count + -count % how.strip)
     sample = torch.randperm(len(weight), generator=generator)[:count].to(weight.device)
     by_row, best = how.rows == "always", 0
     if how.rows == "auto" or (how.rows == "never" and len(single) > 1):
         tried = torch.cat([single[:, sample], own[:, sample]])
-        losses = _round_all(weight[sample], tried, rounder, nearest).loss.view(2, len(single), -1)
+        rounded = _round_all(weight[sample], tried, rounder, nearest, how.strip)
+        losses = _strip_losses(rounded, len(tried), how.strip).view(2, len(single), -1)
         shared, apart = losses[0].sum(1), losses[1].amin(0).sum()
         best = int(shared.argmin())
         needed = 10 ** (-how.row_bits * DB_PER_BIT / 10)  # the factor by which the loss must fall
         by_row = how.rows == "auto" and float(apart) < needed * float(shared[best])
     scales = own if by_row else single[best : best + 1]
-    rows = max(1, MOST_VALUES // (len(scales) * weight.shape[1]))
+    rows = max(1, MOST_VALUES // (len(scales) * weight.shape[1] * how.strip)) * how.strip
     parts = [
-        rounder.improve(part, _round_best(part, tried, rounder, nearest), nearest, how.passes)
+        _round_part(part, tried, rounder, nearest, how)
         for part, tried in zip(weight.split(rows), scales.split(rows, 1), strict=True)
     ]
-    codes, values, loss = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "values", "loss")
+    codes, values, loss, scale = (
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("codes", "values", "loss", "scale")
     )
-    return Words(
-        codes, values, torch.cat([p.scale for p in parts]) if by_row else scales[0, :1], loss
-    )
+    return Words(codes, values, scale if by_row else scales[0, :1], loss)
 
 
 def _scales(weight: Tensor, how: Spread) -> tuple[Tensor, Tensor]:
@@ -186,14 +193,35 @@ def _scales(weight: Tensor, how: Spread) -> tuple[Tensor, Tensor]:
     return one.expand_as(each), each
 
 
-def _round_all(weight: Tensor, scales: Tensor, rounder: Rounder, nearest: Nearest) -> Words:
-    """Rounds each row at several scales (tries, rows); the result has tries * rows rows."""
+def _round_all(
+    weight: Tensor, scales: Tensor, rounder: Rounder, nearest: Nearest, strip: int
+) -> Words:
+    """Rounds each row at several scales (tries, rows).
+
+    The result has tries * rows rows, where rows of NaN fill the last strip of each try.
+    """
+    fill = -len(weight) % strip
+    weight = functional.pad(weight, (0, 0, 0, fill), value=torch.nan)
+    scales = functional.pad(scales, (0, fill), value=1.0)
     return rounder.round(weight.repeat(len(scales), 1), scales.flatten(), nearest)
 
 
-def _round_best(weight: Tensor, scales: Tensor, rounder: Rounder, nearest: Nearest) -> Words:
-    """Rounds each row at the scale with the lowest loss, of several scales (tries, rows)."""
-    tried = _round_all(weight, scales, rounder, nearest)
-    rows = torch.arange(len(weight), device=weight.device)
-    best = tried.loss.view(scales.shape).argmin(0) * len(weight) + rows
-    return Words(tried.codes[best], tried.values[best], tried.scale[best], tried.loss[best])
+def _strip_losses(words: Words, tries: int, strip: int) -> Tensor:
+    """Returns the loss of each strip of each try: (tries, strips)."""
+    return words.loss.view(tries, -1, strip).sum(-1)
+
+
+def _round_part(
+    weight: Tensor, scales: Tensor, rounder: Rounder, nearest: Nearest, how: Spread
+) -> Words:
+    """Rounds each strip at the scale with the lowest loss, of several scales (tries, rows)."""
+    tried = _round_all(weight, scales, rounder, nearest, how.strip)
+    best = _strip_losses(tried, len(scales), how.strip).argmin(0)
+    strips = torch.arange(len(best), device=weight.device)
+    chosen = best * len(best) + strips
+    rows = (chosen.unsqueeze(1) * how.strip + strips.new_tensor(range(how.strip))).flatten()
+    found = Words(tried.codes[chosen], tried.values[rows], tried.scale[rows], tried.loss[rows])
+    n = len(weight)
+    if how.passes:  # only of words of one row: greedy passes look at each row alone
+        found = rounder.improve(weight, found, nearest, how.passes)
+    return Words(found.codes, found.values[:n], found.scale[:n], found.loss[:n])

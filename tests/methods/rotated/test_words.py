@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.methods.quip import words
-from lowbit.methods.quip.words import DB_PER_BIT, Rounder, Spread, Words, spread
+from lowbit.methods.rotated import words
+from lowbit.methods.rotated.words import DB_PER_BIT, Rounder, Spread, Words, spread
 from lowbit.solvers.feedback import row_losses
 
 SPREAD = Spread(
@@ -19,6 +19,7 @@ SPREAD = Spread(
 
 def nearest(target: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs of half-integers from -1.5 to 1.5."""
+    target = torch.nn.functional.pad(target, (0, 2 - target.shape[1]))
     codes = (target + 1.5).round().clamp(0, 3)
     return (4 * codes[:, 0] + codes[:, 1]).to(torch.uint8), codes - 1.5
 
@@ -133,3 +134,38 @@ def test_rows_in_parts(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(parts.scale, whole.scale) and parts.codes.shape == whole.codes.shape
     assert (parts.codes != whole.codes).float().mean() < 0.05  # sums in another order
     torch.testing.assert_close(parts.loss.sum(), whole.loss.sum(), rtol=0.02, atol=0)
+
+
+def nearest_of_strips(target: Tensor) -> tuple[Tensor, Tensor]:
+    """Half-integers, whose codes are those of four rows together; NaN counts for nothing."""
+    codes, values = nearest(target.nan_to_num())
+    return codes.view(-1, 4), values
+
+
+@pytest.mark.parametrize("rows", ["never", "always", "auto"])
+@pytest.mark.parametrize("count", [3, 4, 11])
+def test_strips_of_rows(rows: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strip takes one ratio; rows that fill the last strip are in no result."""
+    weight, rounder = weight_of(count, 15), rounder_for(15)
+    ratios = (0.6, 0.8, 1.0)
+    strips = -(-count // 4)
+
+    def found(n: int) -> Words:
+        monkeypatch.setattr(words, "MOST_VALUES", n)
+        how = replace(SPREAD, rows=rows, ratios=ratios, strip=4)
+        draw = torch.Generator().manual_seed(2)
+        return spread(weight, rounder, nearest_of_strips, how, draw)
+
+    whole, parts = found(2**20), found(1)
+    for w in (whole, parts):
+        assert w.codes.shape == (strips, 8, 4) and w.values.shape == (count, 16)
+        assert w.scale.shape in ((1,), (count,)) and w.values.isfinite().all()
+        error = weight - w.values[:, :15] * w.scale[:, None]
+        torch.testing.assert_close(w.loss, row_losses(error, rounder.hessian[:15, :15]))
+    assert torch.equal(whole.scale, parts.scale)
+    if rows == "always":
+        tried = [spread_of(weight, rounder, rows=rows, ratios=(r,)).loss for r in ratios]
+        of_strip = torch.nn.functional.pad(torch.stack(tried), (0, 4 * strips - count))
+        least = of_strip.view(len(ratios), strips, 4).sum(-1).amin(0)
+        got = torch.nn.functional.pad(whole.loss, (0, 4 * strips - count)).view(strips, 4).sum(-1)
+        torch.testing.assert_close(got, least)

@@ -8,7 +8,7 @@ from torch.func import functional_call
 from lowbit.blocks import BlockTask
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import Tensors, tensors_of
-from lowbit.methods.quip.signs import Merged, merge_signs
+from lowbit.methods.rotated.signs import Merged, merge_signs
 
 QKV = [f"self_attn.{part}_proj" for part in "qkv"]
 # What is left without signs to multiply at run time: on the input side, on the output side.

@@ -1,15 +1,17 @@
-"""QuIP# (Tseng et al., arXiv 2402.04396): rotates weights and rounds them to words of a lattice.
+"""The base of the methods that rotate weights, and round them with feedback to words of a code.
 
-Weights and Hessians are rotated by random signs and a Hadamard transform on both sides (section 3).
-Blocks of columns are rounded with error feedback to words of E8P or another codebook (section 4),
-and improved by greedy passes, which never increase the loss. Then signs, scales, norms and biases
-of the block can be trained (section 5; only the stage inside a block, not the stage of the
-whole model). With `match: self`, Hessians are computed from the float model, as in the paper.
+Weights and Hessians are rotated by random signs and a Hadamard transform on both sides, which makes
+the weights look as if they were drawn from one Gaussian (QuIP#, arXiv 2402.04396, section 3).
+Blocks of columns are rounded with error feedback (section 4). Then signs, scales, norms and biases
+of the block can be trained (section 5; only the stage inside a block, not the stage of the whole
+model). With `match: self`, Hessians are computed from the float model, as in the paper.
 """
 
+from abc import abstractmethod
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -27,15 +29,10 @@ from lowbit.formats.incoherence import (
     rotate_weight,
     rotation,
 )
-from lowbit.formats.lattice import LatticeLayout, LatticeLinear, tensor_bytes
-from lowbit.formats.lattice.codebooks import Codebook, codebook
-from lowbit.formats.rotated import stored_scale
+from lowbit.formats.rotated import RotatedLinear, stored_scale
 from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.matching import Match, Step, match_field, steps, streams_of
 from lowbit.methods.method import Method
-from lowbit.methods.quip.finetune import Training, finetune
-from lowbit.methods.quip.signs import Merged, merge_signs
-from lowbit.methods.quip.words import Rounder, RowScale, Spread, spread
 from lowbit.methods.result import (
     NOT_POSITIVE_DEFINITE,
     BlockResult,
@@ -43,58 +40,49 @@ from lowbit.methods.result import (
     too_few_tokens,
     warn_of_hessians,
 )
+from lowbit.methods.rotated.finetune import Training, finetune
+from lowbit.methods.rotated.signs import Merged, merge_signs
+from lowbit.methods.rotated.words import Nearest, Rounder, RowScale, Spread, spread
 from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.correction import Target
 
-# Factors of the codebook's own scale that are tried. That scale itself is best without feedback,
-# but feedback adds to the weights.
-RATIOS = (0.8, 0.86, 0.92, 0.98, 1.04)
 
+@dataclass(frozen=True)
+class Code:
+    """What weights are rounded to.
 
-class QuIP(Method):
-    """Rotates weights, then rounds eight at a time to points of a lattice.
-
-    Source: QuIP# (Tseng et al., arXiv 2402.04396). The rotation, random signs and a Hadamard
-    transform on both sides, gives all weights a similar size; at 2 bits the lattice E8P then has a
-    lower error than any grid of single numbers. It is the best of these methods at 2 bits.
+    nearest: finds the nearest words; see `lowbit.methods.rotated.words`.
+    dim: columns of a word.
+    strip: rows of a word.
+    size: root mean square that weights should have when they are rounded.
+    ratios: factors of `size` that are tried. The size itself is best without feedback, but feedback
+        adds to the weights.
+    passes: number of greedy passes.
+    layer: makes a layer of codes, a scale, the rotations of the inputs and of the outputs, the name
+        of the layer that it shares with, and a bias.
     """
 
-    name: ClassVar[str] = "quip"
-    per_linear: ClassVar[tuple[str, ...]] = (
-        "codebook",
-        "resid_scale",
-        "scale",
-        "row_scale",
-        "tune_iters",
-    )
+    nearest: Nearest
+    dim: int
+    strip: int
+    size: float
+    ratios: tuple[float, ...]
+    passes: int
+    layer: Callable[[Tensor, Tensor, Rotation, Rotation, str | None, Tensor | None], RotatedLinear]
 
-    codebook: str = Field(
-        "E8P12",
-        description="Points that weights are rounded to: E8P12 or D4 (2 bits), E8P12RVQ3B (3), "
-        "E8P12RVQ4B or HI (4).",
-    )
-    resid_scale: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Factor of the second stage of E8P12RVQ3B and E8P12RVQ4B; None: the codebook's "
-        "own.",
-    )
+
+class Rotated(Method):
+    """A method that rotates weights; the module's docstring says what it does."""
+
     scale: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto",
         description='Root mean square that weights are scaled to before rounding; "auto": the best '
-        "of five around the codebook's own.",
+        "of a few around the codebook's own.",
     )
     row_scale: RowScale = Field(
         "auto",
         description='Whether each output row has a scale of its own; "auto": where the error falls '
         "by at least 6 dB for each bit per weight that the scales cost.",
-    )
-    tune_iters: int = Field(
-        2,
-        ge=0,
-        description="Passes after rounding that improve one group of weights at a time: eight in a "
-        "row with codebook E8P12, E8P12RVQ3B or E8P12RVQ4B, four with D4, one with HI.",
     )
     damping: Damping = damping_field()
     transform: Literal["auto", "hadamard", "hartley", "random"] = Field(
@@ -129,8 +117,7 @@ class QuIP(Method):
     )
 
     @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        codebook(self.codebook, self.resid_scale)
+    def _check_training(self) -> Self:
         if self.merge_suv and self.finetune_epochs:
             raise ValueError(
                 "merge_suv leaves no signs to train: set finetune_epochs to 0 or merge_suv to false"
@@ -151,6 +138,14 @@ class QuIP(Method):
     def needs_folds(self) -> dict[str, tuple[str, ...]]:
         return {"merge_suv": ("norm", "values", "gated")} if self.merge_suv else {}
 
+    @abstractmethod
+    def code(self) -> Code:
+        """Returns what weights are rounded to, with the settings of one linear."""
+
+    @abstractmethod
+    def stored_bytes(self, shape: tuple[int, int], scale: str, dtype: str, signs: str) -> int:
+        """Returns the bytes of a layer; the arguments are fields of its entry."""
+
     def weight_bytes(self, rows: int, columns: int) -> int:
         """Returns the bytes that the weight of a linear takes on disk, without its bias.
 
@@ -161,7 +156,7 @@ class QuIP(Method):
         """
         scale = ("row", "float16") if self.row_scale == "always" else ("tensor", "float32")
         signs = "float16" if self.finetune_epochs else "seed"
-        return tensor_bytes((rows, columns), self.codebook, *scale, signs, None)
+        return self.stored_bytes((rows, columns), *scale, signs)
 
     def quantize(self, task: BlockTask) -> BlockResult:
         merged = self._merged(task)
@@ -253,20 +248,19 @@ class QuIP(Method):
 
     def _linear(
         self, task: BlockTask, name: str, inputs: "_Inputs", merged: Merged
-    ) -> tuple[LatticeLinear, LinearReport]:
+    ) -> tuple[RotatedLinear, LinearReport]:
         here = self.at(f"{task.name}.{name}")
-        book = codebook(here.codebook, here.resid_scale)
+        code = here.code()
         weight, bias = merged.tensors[f"{name}.weight"], merged.tensors.get(f"{name}.bias")
         seed = None if name in merged.rows else self._seed_out
         side = self._rotation(f"{task.name}.{name}", len(weight), seed)
         few = inputs.fallback is not None  # too few tokens to measure what earlier layers lost
         target = Target(weight, None) if few else inputs.step.target(weight, inputs.damping)
         rotated = rotate_weight(target.weight, inputs.side, side)
-        rounder = inputs.rounder(book.dim)
-        generator = task.generator(name)
-        words = spread(rotated, rounder, book.nearest, here._spread(book, weight), generator)
-        layout = LatticeLayout(book, inputs.side, side, inputs.owner)
-        layer = LatticeLinear.from_codes(words.codes, words.scale, layout, bias=bias)
+        rounder = inputs.rounder(code.dim)
+        how, generator = here._spread(code, weight), task.generator(name)
+        words = spread(rotated, rounder, code.nearest, how, generator)
+        layer = code.layer(words.codes, words.scale, inputs.side, side, inputs.owner, bias)
         inputs.owner = inputs.owner or name
         energy = rounder.energy(rotated)
         return layer, LinearReport(
@@ -279,20 +273,20 @@ class QuIP(Method):
             fallback=inputs.fallback_with(rounder),
         )
 
-    def _spread(self, book: Codebook, weight: Tensor) -> Spread:
-        auto = self.scale == "auto"
+    def _spread(self, code: Code, weight: Tensor) -> Spread:
         rows, columns = weight.shape
         single, each = (
-            tensor_bytes((rows, columns), book.name, scale, dtype, "seed", None)
+            self.stored_bytes((rows, columns), scale, dtype, "seed")
             for scale, dtype in (("tensor", "float32"), ("row", "float16"))
         )
         return Spread(
-            size=book.scale if self.scale == "auto" else self.scale,
-            ratios=RATIOS if auto else (1.0,),
+            size=code.size if self.scale == "auto" else self.scale,
+            ratios=code.ratios if self.scale == "auto" else (1.0,),
             rows=self.row_scale,
             row_bits=8 * (each - single) / (rows * columns),
             stored=lambda scale: stored_scale(scale).float(),
-            passes=self.tune_iters,
+            passes=code.passes,
+            strip=code.strip,
         )
 
 

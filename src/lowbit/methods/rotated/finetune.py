@@ -16,7 +16,7 @@ from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import tensors_of
 from lowbit.blocks.training import ParameterGroup, fit, mean_loss
 from lowbit.formats import link
-from lowbit.formats.lattice import LatticeLinear
+from lowbit.formats.rotated import RotatedLinear
 from lowbit.methods.result import BlockResult, trained_report
 
 NOTHING_GAINED = "fine-tuning did not lower the loss, and is not kept"
@@ -35,8 +35,8 @@ class Training:
     others: float
 
 
-def _layers(result: BlockResult) -> dict[str, LatticeLinear]:
-    return {n: x for n, x in result.linears.items() if isinstance(x, LatticeLinear)}
+def _layers(result: BlockResult) -> dict[str, RotatedLinear]:
+    return {n: x for n, x in result.linears.items() if isinstance(x, RotatedLinear)}
 
 
 def finetune(
@@ -49,7 +49,7 @@ def finetune(
     energy = sum(float(batch.hidden.square().mean()) for batch in targets) / len(targets)
     block = deepcopy(task.block)
 
-    def put(dtype: torch.dtype, layers: Mapping[str, LatticeLinear]) -> BlockResult:
+    def put(dtype: torch.dtype, layers: Mapping[str, RotatedLinear]) -> BlockResult:
         changed = BlockResult(linears={n: x.with_signs(dtype) for n, x in layers.items()})
         link(changed.linears)
         changed.install(block)
@@ -94,11 +94,11 @@ def finetune(
     }
 
 
-def _signs(layers: Mapping[str, LatticeLinear]) -> list[Tensor]:
+def _signs(layers: Mapping[str, RotatedLinear]) -> list[Tensor]:
     return [s for x in layers.values() for s in (x.sign_in, x.sign_out) if s is not None]
 
 
-def _scales_and_biases(layers: Mapping[str, LatticeLinear]) -> list[Tensor]:
+def _scales_and_biases(layers: Mapping[str, RotatedLinear]) -> list[Tensor]:
     """Returns scales and biases, converted to float32 for training; storing rounds them again."""
     for layer in layers.values():
         for part in (layer.scale, layer.bias):

@@ -1,0 +1,83 @@
+"""QuIP# (Tseng et al., arXiv 2402.04396): rotates weights and rounds them to words of a lattice.
+
+`lowbit.methods.rotated` describes the rotation, the feedback and the training. Here rotated weights
+are rounded to words of E8P or another codebook (section 4), and improved by greedy passes, which
+never increase the loss.
+"""
+
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from lowbit.formats.incoherence import Rotation
+from lowbit.formats.lattice import LatticeLayout, LatticeLinear, tensor_bytes
+from lowbit.formats.lattice.codebooks import codebook
+from lowbit.methods.rotated import Code, Rotated
+
+RATIOS = (0.8, 0.86, 0.92, 0.98, 1.04)
+
+
+class QuIP(Rotated):
+    """Rotates weights, then rounds eight at a time to points of a lattice.
+
+    Source: QuIP# (Tseng et al., arXiv 2402.04396). The rotation, random signs and a Hadamard
+    transform on both sides, gives all weights a similar size; at 2 bits the lattice E8P then has a
+    lower error than any grid of single numbers.
+    """
+
+    name: ClassVar[str] = "quip"
+    per_linear: ClassVar[tuple[str, ...]] = (
+        "codebook",
+        "resid_scale",
+        "scale",
+        "row_scale",
+        "tune_iters",
+    )
+
+    codebook: str = Field(
+        "E8P12",
+        description="Points that weights are rounded to: E8P12 or D4 (2 bits), E8P12RVQ3B (3), "
+        "E8P12RVQ4B or HI (4).",
+    )
+    resid_scale: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Factor of the second stage of E8P12RVQ3B and E8P12RVQ4B; None: the codebook's "
+        "own.",
+    )
+    tune_iters: int = Field(
+        2,
+        ge=0,
+        description="Passes after rounding that improve one group of weights at a time: eight in a "
+        "row with codebook E8P12, E8P12RVQ3B or E8P12RVQ4B, four with D4, one with HI.",
+    )
+
+    @model_validator(mode="after")
+    def _check_codebook(self) -> Self:
+        codebook(self.codebook, self.resid_scale)
+        return self
+
+    def stored_bytes(self, shape: tuple[int, int], scale: str, dtype: str, signs: str) -> int:
+        return tensor_bytes(shape, self.codebook, scale, dtype, signs, None)
+
+    def code(self) -> Code:
+        book = codebook(self.codebook, self.resid_scale)
+
+        def nearest(target: Tensor) -> tuple[Tensor, Tensor]:
+            return book.nearest(functional.pad(target, (0, book.dim - target.shape[1])))
+
+        def layer(
+            codes: Tensor,
+            scale: Tensor,
+            inner: Rotation,
+            outer: Rotation,
+            shares: str | None,
+            bias: Tensor | None,
+        ) -> LatticeLinear:
+            layout = LatticeLayout(book, inner, outer, shares)
+            return LatticeLinear.from_codes(codes, scale, layout, bias=bias)
+
+        return Code(nearest, book.dim, 1, book.scale, RATIOS, self.tune_iters, layer)
