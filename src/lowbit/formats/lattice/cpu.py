@@ -15,17 +15,16 @@ as the stored one; reading it is faster than looking words up.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lowbit.formats.incoherence import Rotation
 from lowbit.formats.lattice.codebooks import E8P12, Codebook, Residual
 from lowbit.formats.lattice.tables import look_up
-from lowbit.formats.native import NativeBackend, rounding
+from lowbit.formats.native import rounding
+from lowbit.formats.rotated_native import RotatedNative
 from lowbit.kernels.native import Part
-from lowbit.kernels.native.transform import LARGEST, odd_matrix, transform
 
 if TYPE_CHECKING:
     from lowbit.formats.lattice import LatticeLinear
@@ -45,20 +44,8 @@ class Grid:
 GRIDS = {"E8P12": Grid(11, 1, 4), "E8": Grid(8, 1, 4), "D4": Grid(10, 2, 3), "HI": Grid(30, 2, 4)}
 
 
-class Cpu(NativeBackend["LatticeLinear"]):
-    """Packs the coordinates of all words, and computes the transforms in C too.
-
-    Wide odd factors, and compiled models, leave the transforms to torch.
-    """
-
-    def prepare(self, layer: "LatticeLinear", x: Tensor) -> Tensor:
-        owner = cast("LatticeLinear", layer.owner)
-        if not _in_c(layer.rotation_in) or owner.is_offloaded():
-            return layer.prepared(x)
-        rows, rotation = x.reshape(-1, layer.in_features).float(), layer.rotation_in
-        signs = rotation.diagonal(owner.sign_in)
-        made = transform(rows, *_steps(rotation, owner.factor_in, inverse=True), before=signs)
-        return made.view(x.shape)
+class Cpu(RotatedNative["LatticeLinear"]):
+    """Packs the coordinates of all words."""
 
     def parts(self, layer: "LatticeLinear") -> list[Part]:
         book = layer.codebook
@@ -72,27 +59,7 @@ class Cpu(NativeBackend["LatticeLinear"]):
     def multiply(
         self, layer: "LatticeLinear", packed: dict[str, Tensor], prepared: Tensor
     ) -> Tensor:
-        y, rotation = super().multiply(layer, packed, prepared), layer.rotation_out
-        if not _in_c(rotation):
-            return rotation.undo(y, layer.sign_out, layer.factor_out)
-        signs = rotation.diagonal(layer.sign_out)
-        return transform(y, *_steps(rotation, layer.factor_out, inverse=False), after=signs)
-
-
-def _in_c(rotation: Rotation) -> bool:
-    """Whether C computes the transform."""
-    known = rotation.size // rotation.transform.power <= LARGEST
-    return known and not torch.compiler.is_compiling()
-
-
-def _steps(
-    rotation: Rotation, factor: Tensor | None, *, inverse: bool
-) -> tuple[int, Tensor | None, float]:
-    """Returns the power of two of a transform, the matrix of its odd part, and its scale."""
-    part = rotation.transform
-    if factor is None:
-        return part.power, odd_matrix(part, inverse), part.scale
-    return part.power, factor.T if inverse else factor, part.scale
+        return self.finish(layer, super().multiply(layer, packed, prepared))
 
 
 def _part(layer: "LatticeLinear", book: Codebook, first_bit: int, factor: float) -> Part:

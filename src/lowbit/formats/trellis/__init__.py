@@ -49,6 +49,7 @@ from lowbit.formats.rotated import (
 )
 from lowbit.formats.trellis import reference
 from lowbit.formats.trellis.codebook import RATES, TILE, UNIT, TrellisCode, tile_bytes, tiles
+from lowbit.formats.trellis.cpu import Cpu
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class TrellisLinear(RotatedLinear):
 
     format = "trellis"
     Entry = TrellisEntry
-    backends = (reference.Reference(),)
+    backends = (Cpu(), reference.Reference())
 
     spec: TrellisEntry
     packed: Tensor

@@ -6,6 +6,7 @@ product.py: the operator that multiplies.
 
 The C files: lowbit_kernels.h describes the packed layer, layout.c packs, rounding.h rounds inputs,
 dispatch.c runs a product on torch's threads, and there is one file for each instruction set.
+trellis.c and viterbi.c multiply by trellis codes and find them, each with files of its own.
 portable.c is plain C and the definition: the others give equal bits.
 """
 

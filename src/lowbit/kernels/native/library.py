@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 2  # LOWBIT_ABI in lowbit_kernels.h
+ABI = 3  # LOWBIT_ABI in lowbit_kernels.h
 VARIABLE = "LOWBIT_KERNELS"
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")  # numbered as in dispatch.c
 NAMES = ("lowbit_kernels.so", "lowbit_kernels.dll", "lowbit_kernels.dylib")

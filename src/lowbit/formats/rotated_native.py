@@ -1,0 +1,55 @@
+"""What the backends named "cpu" of rotated formats share: the transforms in C."""
+
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from lowbit.formats.incoherence import Rotation
+from lowbit.formats.native import NativeBackend
+from lowbit.kernels.native.transform import LARGEST, odd_matrix, transform
+
+if TYPE_CHECKING:
+    from lowbit.formats.rotated import RotatedLinear
+
+Layer = TypeVar("Layer", bound="RotatedLinear")
+
+
+class RotatedNative(NativeBackend[Layer]):
+    """Computes the transforms in C too.
+
+    Wide odd factors, and compiled models, leave the transforms to torch.
+    """
+
+    def prepare(self, layer: Layer, x: Tensor) -> Tensor:
+        owner = cast("RotatedLinear", layer.owner)
+        if not _in_c(layer.rotation_in) or owner.is_offloaded():
+            return layer.prepared(x)
+        rows, rotation = x.reshape(-1, layer.in_features).float(), layer.rotation_in
+        signs = rotation.diagonal(owner.sign_in)
+        made = transform(rows, *_steps(rotation, owner.factor_in, inverse=True), before=signs)
+        return made.view(x.shape)
+
+    def finish(self, layer: Layer, y: Tensor) -> Tensor:
+        """Computes S_out B_out y for each token. y: (tokens, out) float32"""
+        rotation = layer.rotation_out
+        if not _in_c(rotation):
+            return rotation.undo(y, layer.sign_out, layer.factor_out)
+        signs = rotation.diagonal(layer.sign_out)
+        return transform(y, *_steps(rotation, layer.factor_out, inverse=False), after=signs)
+
+
+def _in_c(rotation: Rotation) -> bool:
+    """Whether C computes the transform."""
+    known = rotation.size // rotation.transform.power <= LARGEST
+    return known and not torch.compiler.is_compiling()
+
+
+def _steps(
+    rotation: Rotation, factor: Tensor | None, *, inverse: bool
+) -> tuple[int, Tensor | None, float]:
+    """Returns the power of two of a transform, the matrix of its odd part, and its scale."""
+    part = rotation.transform
+    if factor is None:
+        return part.power, odd_matrix(part, inverse), part.scale
+    return part.power, factor.T if inverse else factor, part.scale

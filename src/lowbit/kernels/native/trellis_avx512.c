@@ -1,0 +1,146 @@
+/* Products with trellis codes with AVX-512 VNNI: 16 states, of the rows of a column, at once. The
+ * four bytes of a mixed state are multiplied by the same input and summed by one instruction. */
+
+#include "trellis.h"
+
+#if defined(__AVX512VNNI__) || (defined(_MSC_VER) && defined(__AVX512F__))
+
+#include <immintrin.h>
+#include <string.h>
+
+#if defined(_MSC_VER)
+#define INLINE static __forceinline
+#define UNROLL
+#else
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#define TOKENS LOWBIT_TILE_TOKENS
+
+/* What moves the windows of 16 steps from 16 bytes to 16 words. */
+typedef struct {
+    __m512i bytes, shifts, mask;
+} picker;
+
+static picker picker_of(const lowbit_code *code) {
+    uint8_t bytes[64];
+    uint32_t shifts[16];
+    for (int i = 0; i < 16; i++) {
+        for (int b = 0; b < 3; b++) bytes[4 * i + b] = (uint8_t)(i * code->shift / 8 + b);
+        bytes[4 * i + 3] = 0x80; /* a byte of zeros */
+        shifts[i] = (uint32_t)(i * code->shift % 8);
+    }
+    picker made = {_mm512_loadu_si512(bytes), _mm512_loadu_si512(shifts),
+                   _mm512_set1_epi32((1 << code->state_bits) - 1)};
+    return made;
+}
+
+/* 16 bytes of a ring from byte `at` on. */
+INLINE __m128i ring(const uint8_t *tile, int bytes, int at) {
+    static const uint8_t RAMP[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    if (at + 16 <= bytes) return _mm_loadu_si128((const __m128i *)(tile + at));
+    int over = at + 16 - bytes; /* bytes that are missing at the end */
+    __m128i index = _mm_add_epi8(_mm_loadu_si128((const __m128i *)RAMP), _mm_set1_epi8((char)over));
+    __m128i end = _mm_loadu_si128((const __m128i *)(tile + bytes - 16));
+    __m128i begin = _mm_loadu_si128((const __m128i *)tile);
+    /* An index with bit 7 gives a byte of zeros. */
+    end = _mm_shuffle_epi8(end, _mm_adds_epu8(index, _mm_set1_epi8(0x70)));
+    begin = _mm_shuffle_epi8(begin, _mm_sub_epi8(index, _mm_set1_epi8(16)));
+    return _mm_or_si128(end, begin);
+}
+
+INLINE __m512i states(const uint8_t *tile, int bytes, int shift, int group, const picker *pick) {
+    __m512i words = _mm512_broadcast_i32x4(ring(tile, bytes, 2 * shift * group));
+    words = _mm512_srlv_epi32(_mm512_shuffle_epi8(words, pick->bytes), pick->shifts);
+    return _mm512_and_si512(words, pick->mask);
+}
+
+INLINE void add_column(__m512i state, uint32_t multiplier, const uint32_t *low,
+                       const uint32_t *high, int64_t apart, int tokens, int halves, __m512i *sums) {
+    __m512i mixed = _mm512_mullo_epi32(state, _mm512_set1_epi32((int)multiplier));
+    mixed = _mm512_and_si512(mixed, _mm512_set1_epi32(LOWBIT_SUM6_BITS));
+    UNROLL
+    for (int m = 0; m < tokens; m++) {
+        __m512i q = _mm512_set1_epi32((int)low[m * apart]);
+        sums[m * halves] = _mm512_dpbusd_epi32(sums[m * halves], mixed, q);
+        if (halves == 2) {
+            q = _mm512_set1_epi32((int)high[m * apart]);
+            sums[m * halves + 1] = _mm512_dpbusd_epi32(sums[m * halves + 1], mixed, q);
+        }
+    }
+}
+
+INLINE void add_tiles(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
+                      const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
+                      int halves, int shift, int values, int32_t *results) {
+    const int bytes = 32 * shift / values, groups = LOWBIT_TILE / values;
+    const picker pick = picker_of(code);
+    __m512i sums[2][2 * TOKENS]; /* of even and of odd columns, so that sums do not wait */
+    for (int i = 0; i < halves * tokens; i++)
+        sums[0][i] = sums[1][i] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < tiles; i++, tile += bytes, low += LOWBIT_TILE) {
+        _mm_prefetch((const char *)tile + 1024, _MM_HINT_T0);
+        if (bytes > 64) _mm_prefetch((const char *)tile + 1088, _MM_HINT_T0);
+        UNROLL
+        for (int g = 0; g < groups; g++) {
+            __m512i state = states(tile, bytes, shift, g, &pick);
+            add_column(state, code->multiplier[0], low + g, high + g, apart, tokens, halves,
+                       sums[g % 2]);
+            if (values == 2)
+                add_column(state, code->multiplier[1], low + g + 8, high + g + 8, apart, tokens,
+                           halves, sums[(g + 1) % 2]);
+        }
+        if (halves == 2) high += LOWBIT_TILE;
+    }
+    for (int m = 0; m < tokens; m++) {
+        __m512i sum = _mm512_add_epi32(sums[0][m * halves], sums[1][m * halves]);
+        if (halves == 2) {
+            __m512i upper = _mm512_add_epi32(sums[0][m * halves + 1], sums[1][m * halves + 1]);
+            sum = _mm512_add_epi32(sum, _mm512_slli_epi32(upper, 7));
+        }
+        int32_t *to = results + m * LOWBIT_TILE;
+        _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), sum));
+    }
+}
+
+#define RATE(name, shift, values)                                                                  \
+    static void name(const lowbit_code *code, const uint8_t *tile, int64_t tiles,                  \
+                     const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,         \
+                     int32_t *sums) {                                                              \
+        if (tokens == 1 && high)                                                                   \
+            add_tiles(code, tile, tiles, low, high, apart, 1, 2, shift, values, sums);             \
+        else if (tokens == 1)                                                                      \
+            add_tiles(code, tile, tiles, low, low, apart, 1, 1, shift, values, sums);              \
+        else if (high)                                                                             \
+            add_tiles(code, tile, tiles, low, high, apart, TOKENS, 2, shift, values, sums);        \
+        else                                                                                       \
+            add_tiles(code, tile, tiles, low, low, apart, TOKENS, 1, shift, values, sums);         \
+    }
+
+RATE(rate_1, 1, 1)
+RATE(rate_2, 2, 1)
+RATE(rate_3, 3, 1)
+RATE(rate_4, 4, 1)
+RATE(rate_1_5, 3, 2)
+RATE(rate_2_5, 5, 2)
+
+void lowbit_trellis_avx512(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
+                           const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
+                           int32_t *sums) {
+    static const lowbit_trellis_piece ONE[] = {rate_1, rate_2, rate_3, rate_4};
+    lowbit_trellis_piece rate = code->values == 1   ? ONE[code->shift - 1]
+                                : code->shift == 3 ? rate_1_5
+                                                   : rate_2_5;
+    rate(code, tile, tiles, low, high, apart, tokens, sums);
+}
+
+#else
+
+void lowbit_trellis_avx512(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
+                           const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
+                           int32_t *sums) {
+    lowbit_trellis_portable(code, tile, tiles, low, high, apart, tokens, sums);
+}
+
+#endif
