@@ -8,7 +8,7 @@ All models in the given directories, and the models in examples/models, are quan
   128 and 64; at 2 bits their zero points are fine, which takes slightly more bits;
 - at 2 bits both with zero points that are codes ("whole zeros");
 - OmniQuant as published ("omniquant paper"): whole ranges, 20 epochs, nearest codes, no fine zeros;
-- each codebook of QuIP#, E8P12 also with training after rounding.
+- each codebook of QuIP#, E8P12 also with training after rounding, and each rate of trellis codes.
 
 They are measured on held-back stories and, with --data, on the test text of WikiText-2. LET is
 learned for OPT, as in the original scripts. The calibration stories are in no evaluation text.
@@ -16,7 +16,8 @@ learned for OPT, as in the original scripts. The calibration stories are in no e
 
 from runs import EPOCHS, Rows, arguments, models_of
 
-from lowbit.methods import GPTQ, RTN, Method, OmniQuant, QuIP
+from lowbit.formats.trellis.codebook import RATES
+from lowbit.methods import GPTQ, RTN, Method, OmniQuant, QuIP, Trellis
 from lowbit.models import family_name
 
 CODEBOOKS = ("E8P12", "D4", "HI", "E8P12RVQ3B", "E8P12RVQ4B")
@@ -48,6 +49,8 @@ def all_methods(family: str) -> dict[str, Method]:
         methods |= methods_for(bits, group_size, family)
     for codebook in CODEBOOKS:
         methods[f"quip {codebook}"] = QuIP(codebook=codebook)
+    for rate in RATES:
+        methods[f"trellis {rate:g}"] = Trellis(rate=rate)
     methods["quip+tuning E8P12"] = QuIP(finetune_epochs=EPOCHS)
     return methods
 

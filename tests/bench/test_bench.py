@@ -108,6 +108,7 @@ def test_folders_of_any_family(family: str) -> None:
 
 TYPES = {"uniform": [(8.0, "Q8_0"), (4.2, "Q4_0"), (3.2, "Q3_K"), (2.1, "Q2_K")]} | {
     "lattice": [(2.0, "IQ2_XXS"), (3.0, "IQ3_XXS"), (4.0, "Q4_0")],
+    "trellis": [(1.5, "IQ1_S"), (2.0, "IQ2_XXS"), (3.0, "IQ3_XXS")],
     "binary": [(1.6, "IQ1_S")],
 }
 

@@ -117,7 +117,7 @@ def test_scales_of_rows_and_of_the_tensor() -> None:
 
 
 BAD_ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
-    "rate": ({"rate": 3.5}, "rate is 3.5: allowed are 1.0, 1.5, 2.0"),
+    "rate": ({"rate": 3.5}, "rate is 3.5: allowed are 1, 1.5, 2, 2.5, 3, 4"),
     "codebook": ({"codebook": "sum7"}, "codebook"),
     "state_bits": ({"state_bits": 17}, "state_bits"),
     "no state_bits": ({"state_bits": None}, "state_bits"),

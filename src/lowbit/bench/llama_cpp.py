@@ -24,7 +24,7 @@ SCALES = {
 # The types of a grid, and those of a codebook, with their bits per weight.
 GRIDS = {"Q8_0": 8.5, "Q6_K": 6.56, "Q5_K": 5.5, "Q4_0": 4.5, "Q3_K": 3.44, "Q2_K": 2.63}
 CODEBOOKS = {"Q4_0": 4.5, "IQ3_XXS": 3.06, "IQ2_XXS": 2.06, "IQ1_S": 1.56}
-OF_CODEBOOKS = ("lattice", "binary")  # formats that are compared with them
+OF_CODEBOOKS = ("lattice", "trellis", "binary")  # formats that are compared with them
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",

@@ -5,16 +5,16 @@
 (section 3). Feedback goes from 16 columns to the next 16.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional
 
 from lowbit.formats.incoherence import Rotation
 from lowbit.formats.trellis import TrellisLayout, TrellisLinear, tensor_bytes
-from lowbit.formats.trellis.codebook import TILE, UNIT, TrellisCode
+from lowbit.formats.trellis.codebook import TILE, UNIT, TrellisCode, checked_rate
 from lowbit.methods.rotated import Code, Rotated
 from lowbit.solvers.viterbi import encode
 
@@ -32,9 +32,7 @@ class Trellis(Rotated):
     name: ClassVar[str] = "trellis"
     per_linear: ClassVar[tuple[str, ...]] = ("rate", "state_bits", "scale", "row_scale")
 
-    rate: Literal[1.0, 1.5, 2.0, 2.5, 3.0, 4.0] = Field(
-        2.0, description="Bits per weight: 1, 1.5, 2, 2.5, 3 or 4."
-    )
+    rate: float = Field(2.0, description="Bits per weight: 1, 1.5, 2, 2.5, 3 or 4.")
     state_bits: int = Field(
         12,
         ge=9,
@@ -42,6 +40,11 @@ class Trellis(Rotated):
         description="Bits that a weight depends on; with 16 instead of 12 the error is 2 to 9 % "
         "lower (4 % at 2 bits), and rounding takes 25 times as long.",
     )
+
+    @field_validator("rate")
+    @classmethod
+    def _check_rate(cls, rate: float) -> float:
+        return checked_rate(rate)
 
     def stored_bytes(self, shape: tuple[int, int], scale: str, dtype: str, signs: str) -> int:
         return tensor_bytes(shape, self.rate, scale, dtype, signs, None)

@@ -48,7 +48,7 @@ from lowbit.formats.rotated import (
     stored_scale,
 )
 from lowbit.formats.trellis import reference
-from lowbit.formats.trellis.codebook import RATES, TILE, UNIT, TrellisCode, tile_bytes, tiles
+from lowbit.formats.trellis.codebook import TILE, UNIT, TrellisCode, checked_rate, tile_bytes, tiles
 from lowbit.formats.trellis.cpu import Cpu
 
 
@@ -79,9 +79,7 @@ class TrellisEntry(RotatedEntry):
     @field_validator("rate")
     @classmethod
     def _check_rate(cls, rate: float) -> float:
-        if rate not in RATES:
-            raise ValueError(f"rate is {rate}: allowed are {', '.join(map(str, RATES))}")
-        return rate
+        return checked_rate(rate)
 
     @property
     def code(self) -> TrellisCode:

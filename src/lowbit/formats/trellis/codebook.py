@@ -38,6 +38,13 @@ def tiles(features: int) -> int:
     return -(-features // TILE)
 
 
+def checked_rate(rate: float) -> float:
+    """Returns the rate. Raises ValueError if it is not one of RATES."""
+    if rate not in RATES:
+        raise ValueError(f"rate is {rate}: allowed are {', '.join(f'{r:g}' for r in RATES)}")
+    return rate
+
+
 def tile_bytes(rate: float) -> int:
     return round(POSITIONS * rate) // 8
 
