@@ -18,6 +18,7 @@ from lowbit.formats.backend import Backend
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import BinaryLinear, Salient
 from lowbit.formats.dense import DenseLinear
+from lowbit.formats.embedding import QuantizedEmbedding
 from lowbit.formats.incoherence import rotation
 from lowbit.formats.lattice import LatticeLayout, LatticeLinear
 from lowbit.formats.lattice.codebooks import codebook
@@ -52,6 +53,14 @@ def uniform(
         UniformLayout(bits, group_size, shift),
         bias=bias,
     )
+
+
+def embedding(rows: int, columns: int, bits: int, group_size: int) -> QuantizedEmbedding:
+    """A random table."""
+    draw = torch.Generator().manual_seed(rows + columns)
+    scale = torch.rand(rows, -(-columns // group_size), generator=draw) + 0.1
+    weight = torch.randn(rows, columns, generator=draw) * 2 ** (bits - 2)
+    return QuantizedEmbedding.nearest(weight, scale, bits, group_size)
 
 
 def lattice(
@@ -200,6 +209,8 @@ EXAMPLES: dict[str, Callable[[], QuantizedLinear]] = {
         3, 20, 8, 5, bias=torch.randn(3) * 1e-7, scale=1e-8
     ),
     "uniform w2, fine zeros": lambda: uniform(9, 16, 2, 8, zero_shift=6),
+    "embedding w8 g32": lambda: embedding(24, 64, 8, 32),
+    "embedding w6, ragged": lambda: embedding(9, 37, 6, 16),
     "uniform w5, group beyond the row": lambda: uniform(1, 1, 5, 128, bias=torch.ones(1).half()),
     "lattice E8P12": lambda: lattice(24, 64, "E8P12"),
     "lattice 3 bits, ragged, bfloat16 bias": lambda: lattice(

@@ -82,19 +82,14 @@ def size_of_tensors(reader: CheckpointReader, entries: Mapping[str, Record]) -> 
     """
     stored = sum((reader.folder / file).stat().st_size for file in reader.files)
     entries = {name: entry for name, entry in entries.items() if entry["format"] != "dense"}
-    if not entries:
-        weights = sum(prod(info.shape) for info in reader.tensors.values())
-        bits = 8 * reader.stored_bytes / max(weights, 1)
-        return Size(bits, bits, stored)
-    linear_weights = sum(prod(entry["shape"]) for entry in entries.values())
-    packed = {n for name, entry in entries.items() for n in tensor_names(name, entry)}
-    packed -= {f"{name}.bias" for name in entries}
-    linear_bytes = sum(info.bytes for name, info in reader.tensors.items() if name in packed)
-    rest = [info for name, info in reader.tensors.items() if name not in packed]
-    rest_weights = sum(prod(info.shape) for info in rest)
-    rest_bytes = sum(info.bytes for info in rest)
-    return Size(
-        8 * linear_bytes / linear_weights,
-        8 * (linear_bytes + rest_bytes) / (linear_weights + rest_weights),
-        stored,
-    )
+    packed = {n: name for name, entry in entries.items() for n in tensor_names(name, entry)}
+    packed = {n: name for n, name in packed.items() if n != f"{name}.bias"}
+    weights = sum(prod(entry["shape"]) for entry in entries.values())
+    weights += sum(prod(info.shape) for name, info in reader.tensors.items() if name not in packed)
+    whole = 8 * reader.stored_bytes / max(weights, 1)
+    linears = {name for name, entry in entries.items() if entry["format"] != "embedding"}
+    if not linears:
+        return Size(whole, whole, stored)
+    linear_weights = sum(prod(entries[name]["shape"]) for name in linears)
+    linear_bytes = sum(reader.tensors[n].bytes for n, name in packed.items() if name in linears)
+    return Size(8 * linear_bytes / linear_weights, whole, stored)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.checkpoint.reader import CheckpointReader, TensorInfo
@@ -27,12 +28,14 @@ class View:
     make: makes it from them.
     shape: its shape.
     place: where it is in its source, if that is a stack of experts; None: it is something else.
+    dtype: its dtype; None: that of the first source.
     """
 
     sources: tuple[str, ...]
     make: Callable[[list[Any]], Tensor]
     shape: tuple[int, ...]
     place: Place | None = None
+    dtype: torch.dtype | None = None
 
 
 class ViewingReader(CheckpointReader):
@@ -49,7 +52,7 @@ class ViewingReader(CheckpointReader):
         self.tensors = {n: info for n, info in inner.tensors.items() if n not in sources}
         for name, view in views.items():
             first = inner.tensors[view.sources[0]]
-            self.tensors[name] = TensorInfo(first.file, view.shape, first.dtype)
+            self.tensors[name] = TensorInfo(first.file, view.shape, view.dtype or first.dtype)
 
     @property
     def stored_bytes(self) -> int:

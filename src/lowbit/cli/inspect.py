@@ -23,6 +23,7 @@ from lowbit.cli.integrity import check_files
 from lowbit.cli.parameters import QuantizedModel
 from lowbit.cli.screen import console, shortened, size
 from lowbit.formats import MANY_TOKENS, build
+from lowbit.formats.embedding import tables_of
 from lowbit.formats.native import NativeBackend
 from lowbit.models.locate import locate
 from lowbit.report.drawing import decibels
@@ -79,8 +80,11 @@ def inspect(
     layers = list(_layers(quantized, linears, brief))
     screen.print(_table(layers, brief))
     found = size_of(folder)
+    tables = tables_of(quantized.entries)
+    linear_count = len(quantized.entries) - len(tables)
     facts = {
-        "linears": f"{len(quantized.entries):,} of {found.linears:.2f} bits per weight",
+        "linears": f"{linear_count:,} of {found.linears:.2f} bits per weight",
+        "embeddings": _embeddings(quantized, tables),
         "model": f"{found.model:.2f} bits per parameter, {size(found.bytes)} in "
         f"{len(quantized.reader.files)} files",
         "in memory": _memory(quantized),
@@ -218,6 +222,13 @@ def _packed_bytes(entry: dict[str, Any]) -> tuple[int, int]:
         layer = build(entry)
     backend = layer.backend_for(1, device="cpu")
     return backend.packed_bytes(layer) if isinstance(backend, NativeBackend) else (0, 0)
+
+
+def _embeddings(quantized: QuantizedFolder, tables: Sequence[str]) -> str:
+    entries = quantized.entries
+    packed = [f"{name} at {entries[name]['bits']} bits" for name in tables]
+    tied = quantized.config.get("tie_word_embeddings") and "lm_head" not in entries
+    return ", ".join(packed) + (", also the output layer" if packed and tied else "")
 
 
 def _attention(quantized: QuantizedFolder) -> str:

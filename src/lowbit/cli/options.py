@@ -78,6 +78,9 @@ class JobOptions:
     lm_head_bits: Annotated[
         int | None, Option(metavar="2..8", help=meaning(RunOptions, "lm_head_bits"))
     ] = None
+    embedding_bits: Annotated[
+        int | None, Option(metavar="4|6|8", help=meaning(RunOptions, "embedding_bits"))
+    ] = None
     start_from: Annotated[
         Path | None,
         Option(metavar="MODEL", help=f"{meaning(RunOptions, 'start_from')} Default: none."),
@@ -127,7 +130,7 @@ class JobOptions:
 
 PATTERNS = ("skip", "only", "allow_float")
 OTHERS = (
-    *("device", "streams", "lm_head_bits", "start_from", "self_check"),
+    *("device", "streams", "lm_head_bits", "embedding_bits", "start_from", "self_check"),
     *("without_tokenizer", "trust_remote_code"),
 )
 

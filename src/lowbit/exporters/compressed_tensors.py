@@ -69,7 +69,7 @@ class CompressedTensorsExporter(FolderExporter):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        notes = []
+        notes = [*super().notes]
         fine = [name for name, (_, bits, *_) in self.schemes.items() if self._is_wider(name, bits)]
         if fine:
             notes.append(

@@ -27,6 +27,7 @@ class DenseExporter(FolderExporter):
     name = "dense"
     readers = "every program"
     parallel = True
+    packs_tables = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

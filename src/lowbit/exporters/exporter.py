@@ -15,7 +15,9 @@ from lowbit.checkpoint.slices import entries_with_widths, widths_of
 from lowbit.config import Config
 from lowbit.exporters.grid import Grid, Refused, grid_of
 from lowbit.exporters.parallel import Part, check_heads, part_of
+from lowbit.exporters.tables import with_float_tables
 from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.embedding import tables_of
 from lowbit.formats.widths import WidthPlan
 
 FloatDtype = Literal["float16", "bfloat16", "float32"]
@@ -91,6 +93,7 @@ class Exporter(ABC):
     tags: tags of the hub for the result.
     library: `library_name` of the hub.
     conv1d: whether the target's readers read quantized layers of GPT-2's class Conv1D.
+    packs_tables: whether they read packed tables of embeddings; else tables are written in float.
 
     The constructor raises ValueError for a model that the target cannot hold at all.
     """
@@ -101,9 +104,11 @@ class Exporter(ABC):
     tags: ClassVar[tuple[str, ...]] = ()
     library: ClassVar[str] = "transformers"
     conv1d: ClassVar[bool] = False
+    packs_tables: ClassVar[bool] = False
 
     def __init__(self, folder: QuantizedFolder, options: ExportOptions) -> None:
-        self.folder = folder
+        self.float_tables = [] if self.packs_tables else tables_of(folder.entries)
+        self.folder = with_float_tables(folder) if self.float_tables else folder
         self.options = options
         self.widths = widths_of(folder, self._bits()) if entries_with_widths(folder) else {}
         if options.bits is not None and not self.widths:
@@ -128,6 +133,8 @@ class Exporter(ABC):
         Raises Refused if the devices cannot hold equal parts.
         """
         entry = self.folder.entries[name]
+        if tables_of({name: entry}):  # the programs that share it fill it up
+            return Part(*entry["shape"])
         return part_of(name, entry["shape"], self.folder.config, self.options.tensor_parallel)
 
     def _bits(self) -> WidthPlan:
@@ -146,7 +153,10 @@ class Exporter(ABC):
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know about the export, one sentence each."""
-        return ()
+        return tuple(
+            f"the table {name} is written in float, since {self.name} has none that are packed"
+            for name in self.float_tables
+        )
 
     @property
     @abstractmethod

@@ -58,6 +58,7 @@ class MlxExporter(FolderExporter):
     readers = "mlx-lm"
     tags = ("mlx",)
     library = "mlx"
+    packs_tables = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

@@ -12,6 +12,7 @@ from lowbit.formats.backend import force
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import BinaryLinear
 from lowbit.formats.dense import DenseLinear
+from lowbit.formats.embedding import QuantizedEmbedding
 from lowbit.formats.lattice import LatticeLinear
 from lowbit.formats.native import NativeBackend
 from lowbit.formats.nested import NestedLinear
@@ -22,6 +23,7 @@ from lowbit.formats.uniform import UniformLinear
 FORMATS: dict[str, type[QuantizedLinear]] = {
     "binary": BinaryLinear,
     "dense": DenseLinear,
+    "embedding": QuantizedEmbedding,
     "lattice": LatticeLinear,
     "nested": NestedLinear,
     "sorted_group": SortedGroupLinear,

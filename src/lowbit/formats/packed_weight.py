@@ -1,14 +1,17 @@
 """The `weight` of a quantized layer, for code of models that looks at the weights of its linears.
 
 Such code asks for the dtype or the device of a weight (the indexer of DeepSeek-V3.2), and seldom
-computes with it. `PackedWeight` answers both; the float weight exists only while it is needed.
+computes with it. `PackedWeight` answers both; the float weight exists only while it is needed. Of a
+packed table of embeddings, only the rows that are looked up exist.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from lowbit.formats.base import QuantizedLinear
@@ -53,7 +56,16 @@ class PackedWeight:
         return getattr(self.dequantized(), name)
 
     def __getitem__(self, index: Any) -> Tensor:
+        looked_up = getattr(self._layer, "rows", None)
+        if looked_up is not None and isinstance(index, int | Tensor):
+            number = torch.as_tensor(index, device=self.device)
+            if number.dtype in (torch.int64, torch.int32):
+                found: Tensor = looked_up(number % self.shape[0] if number.dim() == 0 else number)
+                return found
         return self.dequantized()[index]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeight":
+        return PackedWeight(deepcopy(self._layer, memo))
 
     @classmethod
     def __torch_function__(
@@ -63,10 +75,25 @@ class PackedWeight:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        looked_up = _looked_up(func, args)
+        if looked_up is not None:
+            return looked_up
         if args and isinstance(args[0], PackedWeight):
             _refuse_change(getattr(func, "__name__", ""))
         named = {key: _whole(value) for key, value in (kwargs or {}).items()}
         return func(*map(_whole, args), **named)
+
+
+def _looked_up(function: Any, args: Sequence[Any]) -> Tensor | None:
+    """Returns the rows that a lookup in a packed table finds; None if it is something else."""
+    order = {functional.embedding: (1, 0), torch.embedding: (0, 1)}.get(function)
+    if order is None or len(args) < 2:
+        return None
+    weight, tokens = (args[index] for index in order)
+    if not isinstance(weight, PackedWeight) or not hasattr(weight._layer, "rows"):
+        return None
+    found: Tensor = weight._layer.rows(tokens)
+    return found
 
 
 def _whole(value: Any) -> Any:

@@ -35,7 +35,9 @@ from lowbit.checkpoint.verify import (
 )
 from lowbit.formats import build, keep_packed_only, link, repack, set_input_bits
 from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.embedding import QuantizedEmbedding
 from lowbit.formats.widths import WidthPlan
+from lowbit.load.embeddings import place_embedding
 from lowbit.load.slices import cut_names, slice_conversions
 from lowbit.models.attention import round_attentions
 from lowbit.models.config import without_rescaling
@@ -166,7 +168,7 @@ class LowbitQuantizer(HfQuantizer):
 
 
 def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) -> None:
-    """Replaces each quantized linear of a model by an empty QuantizedLinear, on the meta device.
+    """Replaces each quantized layer of a model by an empty QuantizedLinear, on the meta device.
 
     entries: the entry of each quantized layer, by name on disk.
 
@@ -188,6 +190,9 @@ def replace_linears(model: PreTrainedModel, entries: dict[str, dict[str, Any]]) 
             new = build(entry)
         new.stored_as = weight.removesuffix(".weight")
         layers[new.stored_as] = new
+        if isinstance(new, QuantizedEmbedding):
+            place_embedding(model, name, new)
+            continue
         _check_fits(name, old, new)
         new.float_dtype = old.get_parameter("weight").dtype
         path, _, attribute = name.rpartition(".")

@@ -118,6 +118,7 @@ class StreamedModel:
         device: torch.device | str = "cpu",
         folder: Path | None = None,
         embed_on: torch.device | str = "cpu",
+        changed: Mapping[str, Tensor] | None = None,
     ) -> Stream:
         """Returns the stream of hidden states with the inputs of the first block.
 
@@ -125,8 +126,12 @@ class StreamedModel:
         device: where the stream's batches are moved when they are read.
         folder: where hidden states are kept on disk; None: in memory.
         embed_on: where embeddings and masks are computed.
+        changed: parameters outside the blocks that have other values, by name in memory.
         """
         outside = self.without_blocks(embed_on, head=False)
+        with torch.no_grad():
+            for name, tensor in (changed or {}).items():
+                outside.model.get_parameter(name).copy_(tensor)
         return Stream.of_calls(map(outside.calls, batches), device, folder)
 
     def moved(

@@ -42,9 +42,9 @@ from lowbit.models.source import SourceModel
 from lowbit.models.streamed import Inputs
 from lowbit.models.tokenizer import check_tokenizer
 from lowbit.parsing import reason_of
-from lowbit.pipeline.head import outside_blocks
 from lowbit.pipeline.memory import PeakMemory
 from lowbit.pipeline.options import RunOptions
+from lowbit.pipeline.outside import outside_blocks, rounded_tables
 from lowbit.pipeline.packed_check import check_packed
 from lowbit.pipeline.results import STATED, as_stored, check_shard, shard_of
 from lowbit.pipeline.selection import Selection, pack_float_experts
@@ -192,7 +192,7 @@ class Job:
 
     def _check_outside(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Raises ValueError if `write_outside` would write another shard or record."""
-        wanted, stated = outside_blocks(self.source, self.options.lm_head_bits)
+        wanted, stated = outside_blocks(self.source, self.options)
         for key in STATED:
             if (record.get(key) or None) != (stated.get(key) or None):
                 raise ValueError(f"states another {key} than this run has outside the blocks")
@@ -208,19 +208,24 @@ class Job:
 
     def write_outside(self, writer: CheckpointWriter) -> None:
         """Writes shard 0: everything outside the blocks (embeddings, last norm, lm_head)."""
-        tensors, record = outside_blocks(self.source, self.options.lm_head_bits)
+        tensors, record = outside_blocks(self.source, self.options)
         writer.write_shard(0, tensors, None, record)
 
     def first_stream(
-        self, batches: Iterable[Inputs], with_images: bool, folder: Path | None = None
+        self,
+        batches: Iterable[Inputs],
+        with_images: bool,
+        folder: Path | None = None,
+        changed: Mapping[str, Tensor] | None = None,
     ) -> Stream:
         """Returns the stream of calibration batches with the inputs of the first block.
 
         with_images: whether some batches have images, which the model itself may refuse.
         folder: where hidden states are kept; None: in memory.
+        changed: parameters outside the blocks that have other values, by name in memory.
         """
         try:
-            return self.source.first_stream(batches, self.device, folder)
+            return self.source.first_stream(batches, self.device, folder, changed=changed)
         except Exception as error:
             if not with_images:
                 raise
@@ -234,10 +239,20 @@ class Job:
 
         folder: where hidden states are kept; None: in memory.
         """
-        first_name, *others = self.method.streams()
-        batches = windows.batches(self.method.windows_per_batch())
-        first = self.first_stream(batches, bool(windows.rows), folder and folder / first_name)
-        return {first_name: first} | {n: first.copy(folder and folder / n) for n in others}
+        rounded = rounded_tables(self.source, self.options)
+        streams: dict[str, Stream] = {}
+        for name in self.method.streams():
+            place = folder and folder / name
+            # All streams begin alike, but for the float one if embeddings are rounded.
+            alike = (s for n, s in streams.items() if not rounded or "float" not in (n, name))
+            same = next(alike, None)
+            if same is not None:
+                streams[name] = same.copy(place)
+                continue
+            tables = {} if name == "float" else rounded
+            batches = windows.batches(self.method.windows_per_batch())
+            streams[name] = self.first_stream(batches, bool(windows.rows), place, tables)
+        return streams
 
     def quantize_block(self, writer: CheckpointWriter, step: Step, log: OnEvent) -> BlockResult:
         """Quantizes one block and writes its shard; returns the result as it was written."""

@@ -51,6 +51,13 @@ class RunOptions(Config):
         ge=2,
         le=8,
     )
+    embedding_bits: Literal[4, 6, 8] | None = option(
+        None,
+        "Bits of the table of token embeddings, which is rounded to nearest with a scale for each "
+        "group of a row; an output layer that is tied to it stays so, unless lm_head_bits gives it "
+        "bits of its own; None: the table stays in float.",
+        shapes_result=True,
+    )
     start_from: Path | None = option(
         None,
         "Output folder of an earlier run; learning starts from its parameters (with epochs=0 they "

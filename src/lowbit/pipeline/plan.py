@@ -14,6 +14,7 @@ from torch import nn
 from lowbit.calibration import Calibration, TokenIds, TokenWindows
 from lowbit.calibration.token_ids import Rows
 from lowbit.formats import use_backend
+from lowbit.formats.embedding import tables_of
 from lowbit.kernels.products import reproducible
 from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
@@ -85,6 +86,7 @@ def plan(  # noqa: PLR0913 (the options of a run)
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
     lm_head_bits: int | None = None,
+    embedding_bits: int | None = None,
     start_from: str | Path | None = None,
     dry_run_block: bool | None = None,
     self_check: bool = True,
@@ -214,12 +216,16 @@ def _sizes(job: Job, measured: DryRun, similar: list[tuple[DryRunBlock, float]])
     similar: what `_most_similar` returns, for every block.
     """
     reader, outside = job.source.reader, measured.outside_tensors
-    head_entries = measured.outside_record.get("modules", {})
+    entries = measured.outside_record.get("modules", {})
+    tables = tables_of(entries)
+    head_entries = {disk: entry for disk, entry in entries.items() if disk not in tables}
     stored = _stored_by_kind(measured)
     head = {name for disk in head_entries for name in _packed_tensors(disk, outside)}
     packed = float(sum(outside[name].bytes for name in head))
     weights = sum(math.prod(entry["shape"]) for entry in head_entries.values())
-    rest = [info for name, info in outside.items() if name not in head]
+    table_parts = {name for disk in tables for name in _packed_tensors(disk, outside)}
+    table_bytes = sum(outside[name].bytes for name in table_parts)
+    rest = [info for name, info in outside.items() if name not in head | table_parts]
     headers = measured.outside_record["size"] - sum(info.bytes for info in outside.values())
     learned = 0.0
     for name, kinds, (block, ratio) in zip(job.blocks, measured.kinds, similar, strict=True):
@@ -233,10 +239,12 @@ def _sizes(job: Job, measured: DryRun, similar: list[tuple[DryRunBlock, float]])
         tensors = block.record["tensors"]
         headers += count * (block.record["size"] - sum(tensors.values())) / len(tensors)
         learned += ratio * block.learned
-    whole = packed + sum(info.bytes for info in rest)
+    whole = packed + table_bytes + sum(info.bytes for info in rest)
+    outside_linears = sum(math.prod(entries[disk]["shape"]) for disk in tables)
+    outside_linears += sum(math.prod(info.shape) for info in rest)
     return {
         "linears": 8 * packed / weights,
-        "model": 8 * whole / (weights + sum(math.prod(info.shape) for info in rest)),
+        "model": 8 * whole / (weights + outside_linears),
         "bytes": round(whole + headers),
         "learned": round(learned),
     }

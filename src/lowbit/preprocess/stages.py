@@ -50,6 +50,7 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
     lm_head_bits: int | None = None,
+    embedding_bits: int | None = None,
     start_from: str | Path | None = None,
     dry_run_block: bool | None = None,
     self_check: bool = True,

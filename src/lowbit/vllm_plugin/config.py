@@ -14,6 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.verify import quantization_section, quantized_entries, rounded_attentions
+from lowbit.formats.embedding import tables_of
 from lowbit.formats.widths import choose_widths, entry_widths
 from lowbit.vllm_plugin.experts import LowbitExpertsMethod
 from lowbit.vllm_plugin.linear import LowbitLinearMethod
@@ -39,6 +40,11 @@ class LowbitConfig(QuantizationConfig):
         super().__init__()
         section = quantization_section({"quantization_config": section}, MODEL)
         self.entries: Mapping[str, dict[str, Any]] = quantized_entries(section, MODEL)
+        if tables := tables_of(self.entries):
+            raise ValueError(
+                f"{tables[0]} is a packed table of embeddings, which vLLM's embedding cannot hold: "
+                "quantize without --embedding-bits, or run this model with lowbit.load"
+            )
         if attention := rounded_attentions(section, MODEL):
             raise ValueError(
                 f"{next(iter(attention))} rounds its queries, keys or values, which vLLM's "

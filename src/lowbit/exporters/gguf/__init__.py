@@ -58,6 +58,7 @@ class GgufExporter(Exporter):
     readers = "llama.cpp, Ollama, LM Studio"
     tags = ("gguf",)
     library = "gguf"
+    packs_tables = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

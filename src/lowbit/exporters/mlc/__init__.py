@@ -71,6 +71,7 @@ class MlcExporter(Exporter):
     @property
     def notes(self) -> tuple[str, ...]:
         notes = [
+            *super().notes,
             f"MLC needs a model library for {QUANTIZATION}: mlc_llm compile DEST --device DEVICE "
             "-o LIBRARY, or let MLC compile it when it loads the folder",
             "conv_template in mlc-chat-config.json holds no chat template; to chat, replace it by "
