@@ -240,6 +240,7 @@ LARGE: list[Callable[[], QuantizedLinear]] = [
     lambda: nested(96, 64, 32),
     lambda: sorted_group(96, 64, 8, 16),
     lambda: uniform(96, 64, 4, 32),
+    lambda: embedding(96, 64, 4, 32),
     lambda: lattice(96, 64, "E8P12"),
     lambda: trellis(96, 64, 2),
 ]

@@ -39,12 +39,13 @@ def test_the_signature_of_a_run() -> None:
         "skip": ["q_proj"],
         "only": [],
         "lm_head_bits": 4,
+        "embedding_bits": None,
         "start_from": made.start.digest(),
         "recipe": "mine",
     }
     assert list(found) == [
         *("method", "model", "calibration", "seed", "device", "allow_float", "skip", "only"),
-        *("lm_head_bits", "start_from", "recipe", "versions"),
+        *("lm_head_bits", "embedding_bits", "start_from", "recipe", "versions"),
     ]
     assert found["method"] == METHOD.signature() and found["versions"].keys() == {"lowbit", "torch"}
 

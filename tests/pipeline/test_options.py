@@ -12,7 +12,16 @@ from lowbit.config import shapes_result
 from lowbit.pipeline.options import RunOptions
 
 # What a run is continued by; a change here makes runs that were begun before start over.
-SHAPES = {"device", "allow_float", "skip", "only", "lm_head_bits", "start_from", "recipe"}
+SHAPES = {
+    "device",
+    "allow_float",
+    "skip",
+    "only",
+    "lm_head_bits",
+    "embedding_bits",
+    "start_from",
+    "recipe",
+}
 
 
 @pytest.mark.parametrize("name", RunOptions.model_fields)
@@ -28,6 +37,7 @@ def test_those_that_shape_the_result_are_json_values() -> None:
         "skip": ["q_proj"],
         "only": [],
         "lm_head_bits": None,
+        "embedding_bits": None,
         "start_from": "x",
         "recipe": None,
     }

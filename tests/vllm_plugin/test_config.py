@@ -78,3 +78,9 @@ def test_a_config_that_was_edited(vllm: Any) -> None:
     section["modules"] = {"a": {"format": "unknown"}}
     with pytest.raises(ValueError, match="layer a: format"):
         vllm.config(section)
+
+
+def test_a_packed_table_is_refused_by_name(vllm: Any, tmp_path: Path) -> None:
+    made = quantized.quantize(quantized.source(), tmp_path / "made", embedding_bits=8)
+    with pytest.raises(ValueError, match="embed_tokens is a packed table of embeddings"):
+        vllm.config(quantized.section(made))

@@ -33,13 +33,14 @@ def final_config(
     Raises ValueError if no layer was quantized.
     """
     modules = {name: entry for r in records for name, entry in r.get("modules", {}).items()}
-    if not modules:
+    marker = next((r["marker"] for r in records if r.get("marker")), None)
+    if marker is None:  # at most tables of embeddings are packed
         raise ValueError("no linear was quantized: all of them were skipped or left in float")
     attention = {name: how for r in records for name, how in r.get("attention", {}).items()}
     section = {
         "quant_method": "lowbit",
         "version": VERSION,
-        "marker": next((r["marker"] for r in records if r.get("marker")), None),
+        "marker": marker,
         "modules": collapse(modules),
         **({"attention": collapse(attention)} if attention else {}),
         FILES: {r["file"]: {"size": r["size"], "sha256": r["sha256"]} for r in records},

@@ -95,6 +95,9 @@ class Exporter(ABC):
     conv1d: whether the target's readers read quantized layers of GPT-2's class Conv1D.
     packs_tables: whether they read packed tables of embeddings; else tables are written in float.
 
+    stored: attribute, the folder as it is stored.
+    folder: attribute, the folder as the target reads it: with float tables, unless it packs them.
+
     The constructor raises ValueError for a model that the target cannot hold at all.
     """
 
@@ -108,6 +111,7 @@ class Exporter(ABC):
 
     def __init__(self, folder: QuantizedFolder, options: ExportOptions) -> None:
         self.float_tables = [] if self.packs_tables else tables_of(folder.entries)
+        self.stored = folder
         self.folder = with_float_tables(folder) if self.float_tables else folder
         self.options = options
         self.widths = widths_of(folder, self._bits()) if entries_with_widths(folder) else {}

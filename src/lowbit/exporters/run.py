@@ -116,7 +116,7 @@ def export(  # noqa: PLR0913 (the options of an export)
     if dest.resolve().is_relative_to(Path(folder).resolve()):
         raise ValueError(f"{dest} would lie in the folder that is exported: choose another folder")
     exporter = exporter_for(folder, to, options)
-    exporter.folder.verify(hashes=verify)
+    exporter.stored.verify(hashes=verify)
     plan = make_plan(exporter, _reporter(on_step, "planning"))
     plan.check(options.allow_lossy)
     with written_aside(dest) as part:
@@ -149,7 +149,7 @@ def verify(
         return None
     to, options = recorded(Path(folder))
     exporter = exporter_for(against, to, options)
-    exporter.folder.verify()
+    exporter.stored.verify()
     return compare(Path(folder), exporter, _reporter(on_step, "comparing"))
 
 

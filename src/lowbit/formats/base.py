@@ -17,6 +17,8 @@ from lowbit.formats.packed_weight import PackedWeight
 from lowbit.formats.repacked import Repacked
 from lowbit.formats.sharing import LastInput
 
+INTEGERS = (torch.int64, torch.int32)  # the dtypes of tokens
+
 
 class QuantizedLinear(PackedOnly):
     """A linear layer whose weight is stored in few bits.
@@ -239,6 +241,13 @@ class QuantizedLinear(PackedOnly):
         """Whether accelerate has offloaded tensors that `prepare` reads."""
         return any(tensor.is_meta for tensor in self.shared_tensors())
 
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """Returns the vectors of tokens, (..., in_features). tokens: (...) int64 or int32
+
+        Raises TypeError if the layer is no table of embeddings.
+        """
+        raise TypeError(f"x is {tokens.dtype}: a {self.format} layer needs an input of floats")
+
     def prepared(self, x: Tensor) -> Tensor:
         """Returns the owner's `prepare(x)`, computed once for all layers; do not modify it."""
         owner = self.owner
@@ -251,7 +260,8 @@ class QuantizedLinear(PackedOnly):
     def forward(self, x: Tensor, prepare_only: bool = False) -> Tensor:
         """Multiplies x by the weight and adds the bias. Autocast has no effect.
 
-        x: (..., in_features) of a float dtype.
+        x: (..., in_features) of a float dtype; for a table of embeddings also tokens, see
+            `look_up`.
         prepare_only: returns `prepare(x)` only. `prepared` calls an offloaded owner so, because
             accelerate brings offloaded tensors back only while the layer itself is called.
 
@@ -260,6 +270,8 @@ class QuantizedLinear(PackedOnly):
         """
         if prepare_only:
             return self.prepare(x)
+        if x.dtype in INTEGERS:
+            return self.look_up(x)
         check_shape("x", x, torch.Size((*x.shape[:-1], self.in_features)))
         if not x.numel():
             return x.new_zeros(*x.shape[:-1], self.out_features)

@@ -56,7 +56,7 @@ class PackedWeight:
         return getattr(self.dequantized(), name)
 
     def __getitem__(self, index: Any) -> Tensor:
-        looked_up = getattr(self._layer, "rows", None)
+        looked_up: Any = getattr(self._layer, "rows", None)
         if looked_up is not None and isinstance(index, int | Tensor):
             number = torch.as_tensor(index, device=self.device)
             if number.dtype in (torch.int64, torch.int32):
@@ -90,10 +90,8 @@ def _looked_up(function: Any, args: Sequence[Any]) -> Tensor | None:
     if order is None or len(args) < 2:
         return None
     weight, tokens = (args[index] for index in order)
-    if not isinstance(weight, PackedWeight) or not hasattr(weight._layer, "rows"):
-        return None
-    found: Tensor = weight._layer.rows(tokens)
-    return found
+    rows: Any = getattr(weight._layer, "rows", None) if isinstance(weight, PackedWeight) else None
+    return None if rows is None else rows(tokens)
 
 
 def _whole(value: Any) -> Any:

@@ -203,8 +203,8 @@ class Job:
                 raise ValueError(f"is about a shard with another tensor {name} than the model's")
 
     def _is_first(self, writer: CheckpointWriter, index: int) -> bool:
-        """Returns whether no shard before this one has quantized layers."""
-        return not any((writer.record(i) or {}).get("modules") for i in range(index))
+        """Returns whether no shard before this one has quantized linears."""
+        return not any((writer.record(i) or {}).get("marker") for i in range(index))
 
     def write_outside(self, writer: CheckpointWriter) -> None:
         """Writes shard 0: everything outside the blocks (embeddings, last norm, lm_head)."""

@@ -39,11 +39,8 @@ def outside_blocks(
         record = _pack_head(source, tensors, options.lm_head_bits)
     if options.embedding_bits is not None:
         modules = _pack_tables(source, tensors, options.embedding_bits)
-        first = next(iter(modules))
-        placeholder = record.get("marker") or f"{first}.weight"
-        tensors[placeholder] = tensors.get(placeholder, _empty(modules[first]))
-        modules = record.get("modules", {}) | {n: t.entry() for n, t in modules.items()}
-        record |= {"modules": modules, "marker": placeholder}
+        entries = {name: table.entry() for name, table in modules.items()}
+        record["modules"] = record.get("modules", {}) | entries
     return tensors, record
 
 
@@ -137,11 +134,7 @@ def table_names(source: SourceModel) -> list[str]:
 def _rounded(weight: Tensor, bits: int) -> QuantizedEmbedding:
     size = GROUPS[bits]
     scales = [minmax_grid(part.float(), bits, size, True).scale for part in weight.split(ROWS)]
-    return QuantizedEmbedding.nearest(weight, torch.cat(scales), bits, size)
-
-
-def _empty(table: QuantizedEmbedding) -> Tensor:
-    return torch.empty(0, dtype=table.float_dtype)
+    return QuantizedEmbedding.nearest(weight, torch.cat(scales), bits, size, weight.dtype)
 
 
 def _head_of(source: SourceModel) -> str:

@@ -20,13 +20,14 @@ An output layer that is tied to the table multiplies by the same codes; nothing 
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.formats.packed_weight import PackedWeight
 from lowbit.formats.uniform import UniformEntry, UniformLayout, UniformLinear, reference
+from lowbit.formats.uniform import tensor_bytes as uniform_bytes
 from lowbit.kernels.bits import unpack
 
 __all__ = ["EmbeddingEntry", "QuantizedEmbedding", "TiedLinear", "tables_of"]
@@ -36,10 +37,26 @@ class EmbeddingEntry(UniformEntry):
     """The entry of a table in config.json; the module's docstring explains it."""
 
     format: Literal["embedding"]  # type: ignore[assignment]
-    bias: None = None
+    bias: None
     symmetric: Literal[True] = True
     zero_shift: Literal[0] = 0
     activation: None = None
+
+
+def tensor_bytes(
+    shape: list[int] | tuple[int, int],
+    bits: int,
+    group_size: int | None,
+    scale_dtype: str,
+    **free: Any,
+) -> int:
+    """Returns `QuantizedEmbedding.weight_bytes()` of the table that an entry describes:
+
+    rows * ceil(in * bits / 8) + rows * groups * (2 or 4)
+
+    free: the other fields of the entry, which take no bytes.
+    """
+    return uniform_bytes(shape, bits, group_size, True, 0, scale_dtype)
 
 
 class QuantizedEmbedding(UniformLinear):
@@ -51,14 +68,11 @@ class QuantizedEmbedding(UniformLinear):
     """
 
     format = "embedding"
-    Entry = EmbeddingEntry
+    Entry: ClassVar[type[EmbeddingEntry]] = EmbeddingEntry
 
     def __init__(self, spec: EmbeddingEntry) -> None:
         super().__init__(spec)
         self.original: nn.Module | None = None
-
-    def entry(self) -> dict[str, Any]:
-        return super().entry() | {"bias": None}
 
     def take_place_of(self, embedding: nn.Embedding) -> None:
         """Keeps an embedding without its weight, to run its forward.
@@ -95,21 +109,26 @@ class QuantizedEmbedding(UniformLinear):
         reference.write_weight(values, codes, scale, zeros, spec.layout)
         return values.to(self.float_dtype).view(*tokens.shape, self.in_features)
 
-    def forward(self, x: Tensor, prepare_only: bool = False) -> Tensor:  # type: ignore[misc]
-        """Looks up tokens (...), or multiplies x (..., in) of a float dtype by the table.
-
-        Returns (..., in) or (..., rows).
-        """
-        if x.is_floating_point():
-            return super().forward(x, prepare_only)
-        out: Tensor = self.rows(x) if self.original is None else self.original(x)
+    def look_up(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.rows(tokens) if self.original is None else self.original(tokens)
         return out
 
     @classmethod
-    def nearest(cls, weight: Tensor, scale: Tensor, bits: int, group_size: int | None) -> Self:
-        """Rounds a table (rows, in) to the nearest codes. scale: (rows, groups)"""
-        layout = UniformLayout(bits, group_size)
-        return cls.from_grid(weight, scale, None, layout, dtype=weight.dtype)
+    def nearest(
+        cls,
+        weight: Tensor,
+        scale: Tensor,
+        bits: int,
+        group_size: int | None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Rounds a table to the nearest codes.
+
+        weight: (rows, in).
+        scale: (rows, groups).
+        dtype: dtype of the original table; None: unknown.
+        """
+        return cls.from_grid(weight, scale, None, UniformLayout(bits, group_size), dtype=dtype)
 
 
 class TiedLinear(nn.Module):
@@ -132,7 +151,8 @@ class TiedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in)  ->  (..., out)"""
         y: Tensor = self._embedding[0](x)  # called, so that accelerate brings an offloaded table
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 def tables_of(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
