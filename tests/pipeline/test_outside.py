@@ -1,4 +1,4 @@
-"""embedding_bits: in every family, tied and untied, whole and streamed, and in exports."""
+"""embedding_bits and lm_head_bits: in every family, tied and untied, whole and streamed, and in exports."""
 
 import json
 from functools import cache
@@ -17,6 +17,7 @@ import lowbit
 from lowbit.checkpoint import CheckpointReader, QuantizedFolder
 from lowbit.checkpoint.output import size_of
 from lowbit.formats.embedding import QuantizedEmbedding, TiedLinear
+from lowbit.formats.uniform import UniformLinear
 from lowbit.load import load_model, stream
 from lowbit.methods import RTN
 from lowbit.models.source import SourceModel
@@ -231,3 +232,30 @@ def test_a_plan_knows_the_size(tmp_path: Path) -> None:
     assert found.linears == pytest.approx(size.linears)
     assert found.model == pytest.approx(size.model)
     assert found.bytes == pytest.approx(size.bytes, rel=0.02)
+
+
+HEADS = ["llama", "llama, tied, biased", "opt", "falcon 40b", "mixtral", "gpt_neox"]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_output_layer_is_packed_and_loads(tmp_path: Path, name: str) -> None:
+    source = quantized.source(name)
+    out = quantized.quantize(source, tmp_path / "out", lm_head_bits=8)
+    plain = quantized.folder(name)
+    assert len(QuantizedFolder(out).entries) == len(QuantizedFolder(plain).entries) + 1
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    model, _ = lowbit.load(out)
+    head = model.get_output_embeddings()
+    assert isinstance(head, UniformLinear) and head.spec.bits == 8
+    wanted = AutoModelForCausalLM.from_pretrained(source).get_output_embeddings().weight
+    assert ((head.dequantize() - wanted).abs() <= head.scale.float()).all()
+    before, _ = lowbit.load(plain)
+    batch = zoo.tokens()
+    assert torch.equal(model.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    assert 0 < zoo.error(model(batch).logits, before(batch).logits) < 0.02
+
+
+def test_no_bits_leave_the_head_alone() -> None:
+    model, _ = lowbit.load(quantized.folder("llama"))
+    assert isinstance(model.get_output_embeddings(), torch.nn.Linear)
