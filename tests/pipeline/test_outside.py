@@ -1,4 +1,4 @@
-"""embedding_bits and lm_head_bits: in every family, tied and untied, whole and streamed, and in exports."""
+"""embedding_bits and lm_head_bits in every family: tied, streamed, planned and exported."""
 
 import json
 from functools import cache
