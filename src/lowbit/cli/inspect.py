@@ -81,9 +81,8 @@ def inspect(
     screen.print(_table(layers, brief))
     found = size_of(folder)
     tables = tables_of(quantized.entries)
-    linear_count = len(quantized.entries) - len(tables)
     facts = {
-        "linears": f"{linear_count:,} of {found.linears:.2f} bits per weight",
+        "linears": f"{len(quantized.entries) - len(tables):,} of {found.linears:.2f} bits per weight",
         "embeddings": _embeddings(quantized, tables),
         "model": f"{found.model:.2f} bits per parameter, {size(found.bytes)} in "
         f"{len(quantized.reader.files)} files",
