@@ -82,7 +82,8 @@ def inspect(
     found = size_of(folder)
     tables = tables_of(quantized.entries)
     facts = {
-        "linears": f"{len(quantized.entries) - len(tables):,} of {found.linears:.2f} bits per weight",
+        "linears": f"{len(quantized.entries) - len(tables):,} of {found.linears:.2f} bits per "
+        "weight",
         "embeddings": _embeddings(quantized, tables),
         "model": f"{found.model:.2f} bits per parameter, {size(found.bytes)} in "
         f"{len(quantized.reader.files)} files",
@@ -200,7 +201,10 @@ def _backends(entry: dict[str, Any]) -> str:
 def _memory(quantized: QuantizedFolder) -> str:
     """Says how much memory the loaded model takes on the CPU, without its cache and activations."""
     packed, freed, by_entry = 0, 0, {}
+    tied = bool(quantized.config.get("tie_word_embeddings"))
     for entry in quantized.entries.values():
+        if tables_of({"": entry}) and not tied:  # its rows are looked up, and no kernel reads it
+            continue
         if (key := repr(entry)) not in by_entry:
             by_entry[key] = _packed_bytes(entry)
         packed, freed = packed + by_entry[key][0], freed + by_entry[key][1]

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from lowbit.formats.embedding.cpu import Cpu
 from lowbit.formats.packed_weight import PackedWeight
 from lowbit.formats.uniform import UniformEntry, UniformLayout, UniformLinear, reference
 from lowbit.formats.uniform import tensor_bytes as uniform_bytes
@@ -65,10 +66,14 @@ class QuantizedEmbedding(UniformLinear):
     It takes the place of an `nn.Embedding`, whose own forward runs with rows of the packed table,
     so that a class that scales its vectors (Gemma) goes on doing so. With a floating input it
     multiplies by the table, as an output layer that is tied to it does.
+
+    multiplies: whether an output layer is tied to it; else it is not repacked for the kernels.
     """
 
     format = "embedding"
     Entry: ClassVar[type[EmbeddingEntry]] = EmbeddingEntry
+    backends = (Cpu(), reference.Reference())
+    multiplies = False
 
     def __init__(self, spec: EmbeddingEntry) -> None:
         super().__init__(spec)
@@ -109,6 +114,10 @@ class QuantizedEmbedding(UniformLinear):
         reference.write_weight(values, codes, scale, zeros, spec.layout)
         return values.to(self.float_dtype).view(*tokens.shape, self.in_features)
 
+    def repack(self, tokens: int, dtype: torch.dtype = torch.float32) -> None:
+        if self.multiplies:
+            super().repack(tokens, dtype)
+
     def look_up(self, tokens: Tensor) -> Tensor:
         out: Tensor = self.rows(tokens) if self.original is None else self.original(tokens)
         return out
@@ -140,6 +149,7 @@ class TiedLinear(nn.Module):
 
     def __init__(self, embedding: QuantizedEmbedding, linear: nn.Linear) -> None:
         super().__init__()
+        embedding.multiplies = True
         self._embedding = (embedding,)  # in a tuple, so that its tensors are not this layer's too
         self.out_features, self.in_features = embedding.out_features, embedding.in_features
         self.register_parameter("bias", linear.bias)
