@@ -7,5 +7,5 @@ from lowbit.formats.uniform.cpu import Cpu as UniformCpu
 class Cpu(UniformCpu):
     """As for the uniform format, but stored codes are never freed: rows are looked up in them."""
 
-    def restorable(self, layer: UniformLinear) -> dict[str, tuple[int, int]]:
+    def restorable(self, layer: UniformLinear) -> dict[str, tuple[int, int, int]]:
         return {}
