@@ -80,11 +80,9 @@ def inspect(
     layers = list(_layers(quantized, linears, brief))
     screen.print(_table(layers, brief))
     found = size_of(folder)
-    tables = tables_of(quantized.entries)
     facts = {
-        "linears": f"{len(quantized.entries) - len(tables):,} of {found.linears:.2f} bits per "
-        "weight",
-        "embeddings": _embeddings(quantized, tables),
+        "linears": _linears(quantized, found.linears),
+        "embeddings": _embeddings(quantized),
         "model": f"{found.model:.2f} bits per parameter, {size(found.bytes)} in "
         f"{len(quantized.reader.files)} files",
         "in memory": _memory(quantized),
@@ -227,9 +225,14 @@ def _packed_bytes(entry: dict[str, Any]) -> tuple[int, int]:
     return backend.packed_bytes(layer) if isinstance(backend, NativeBackend) else (0, 0)
 
 
-def _embeddings(quantized: QuantizedFolder, tables: Sequence[str]) -> str:
+def _linears(quantized: QuantizedFolder, bits: float) -> str:
+    count = len(quantized.entries) - len(tables_of(quantized.entries))
+    return f"{count:,} of {bits:.2f} bits per weight"
+
+
+def _embeddings(quantized: QuantizedFolder) -> str:
     entries = quantized.entries
-    packed = [f"{name} at {entries[name]['bits']} bits" for name in tables]
+    packed = [f"{name} at {entries[name]['bits']} bits" for name in tables_of(entries)]
     tied = quantized.config.get("tie_word_embeddings") and "lm_head" not in entries
     return ", ".join(packed) + (", also the output layer" if packed and tied else "")
 
