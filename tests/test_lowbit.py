@@ -17,7 +17,7 @@ FUNCTIONS = [name for name in lowbit.__all__ if inspect.isfunction(getattr(lowbi
 
 def test_every_command_has_a_function() -> None:
     commands = {"convert", "dequantize", "evaluate", "mix", "plan", "preprocess", "quantize"}
-    assert commands | {"load", "report", "set_bits", "slice"} <= set(FUNCTIONS)
+    assert commands | {"load", "report", "set_bits", "slice", "tune"} <= set(FUNCTIONS)
 
 
 @pytest.mark.parametrize("name", [name for name in lowbit.__all__ if name != "__version__"])

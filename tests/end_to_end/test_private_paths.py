@@ -131,6 +131,13 @@ def test_the_report(home: Home) -> None:
     assert found(out, home) == []
 
 
+def test_tune(home: Home) -> None:
+    folder, out = quantize(home, "rtn"), home.folder / "out"
+    text = ("--calibration", home.text, "--samples", 4, "--seqlen", 16, "--steps", 1)
+    lowbit("tune", folder, "--reference", home.model, "-o", out, *text)
+    assert found(out, home) == []
+
+
 def test_preprocess(home: Home) -> None:
     out = home.folder / "out"
     recipe = home.recipe(RECIPE + LORA)

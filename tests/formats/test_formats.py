@@ -650,3 +650,44 @@ def test_bad_entries_are_refused_by_name(make: Callable[[], QuantizedLinear]) ->
 def test_unknown_formats_are_refused(entry: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(entry)  # type: ignore[arg-type]
+
+
+def with_vectors(layer: QuantizedLinear) -> QuantizedLinear:
+    """A layer with all its vectors stored; one that shares is linked to a layer like itself."""
+    whole = layer.with_vectors()
+    if whole.shares is not None:
+        owner = build(layer.entry() | {"shares": None})
+        owner.store(layer.state_dict())
+        link({whole.shares: owner.with_vectors(), "this": whole})
+    return whole
+
+
+@every_example
+def test_storing_all_vectors_changes_no_weight(make: Callable[[], QuantizedLinear]) -> None:
+    layer = make()
+    whole = with_vectors(layer)
+    assert torch.allclose(whole.dequantize(), layer.dequantize(), rtol=1e-6, atol=1e-12)
+    assert whole.with_vectors() is whole
+    before, after = layer.state_dict(), whole.state_dict()
+    assert after.keys() - before.keys() <= {*whole.vectors}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert build(whole.entry()).state_dict().keys() == after.keys()
+
+
+@every_example
+def test_vectors_have_the_gradients_of_the_weight(make: Callable[[], QuantizedLinear]) -> None:
+    layer, draw = with_vectors(make()), torch.Generator().manual_seed(0)
+    names = [n for n in (*layer.vectors, "bias") if layer._parameters.get(n) is not None]
+    values = [torch.nn.Parameter(layer.get_parameter(n).detach().float()) for n in names]
+    for name, value in zip(names, values, strict=True):
+        layer.register_parameter(name, value)
+    x = torch.randn(6, layer.in_features, generator=draw)
+    weight = torch.randn(6, layer.out_features, generator=draw)
+    with use_backend("reference"):
+        found = torch.autograd.grad((layer(x) * weight).sum(), values) if values else ()
+    inputs = layer.quantized_input(x).detach().float()
+    product = torch.nn.functional.linear(inputs, layer.dequantize(), layer.bias)
+    wanted = torch.autograd.grad((product * weight).sum(), values) if values else ()
+    assert values or layer.format == "dense"
+    for name, ours, theirs in zip(names, found, wanted, strict=True):
+        assert float((ours - theirs).norm()) <= 1e-4 * float(theirs.norm()), name

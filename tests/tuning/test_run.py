@@ -160,6 +160,9 @@ def test_what_is_wrong_is_refused_before_any_work(llamas: Any, tmp_path: Path) -
     with pytest.raises(ValueError, match="seqlen is 1,000 tokens: the model's context is 64"):
         text = Calibration(sources=(quantized.text(),), seqlen=1000)
         lowbit.tune(folder, tmp_path / "out", quantized.source(), text)
+    with pytest.raises(ValueError, match="use fewer samples or more text"):
+        text = Calibration(sources=(quantized.text(),), samples=1000, seqlen=16)
+        lowbit.tune(folder, tmp_path / "out", quantized.source(), text)
     with pytest.raises(ValueError, match="samples is 1, of which 1 are held out"):
         text = Calibration(sources=(quantized.text(),), samples=1, seqlen=16)
         lowbit.tune(folder, tmp_path / "out", quantized.source(), text)

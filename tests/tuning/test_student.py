@@ -9,7 +9,7 @@ import zoo
 from whole_gradients import compare_gradients
 
 from lowbit.eval.divergence import StreamedLogits, divergence
-from lowbit.methods import PTQ161, MixedQuant, OmniQuant
+from lowbit.methods import PTQ161, RTN, MixedQuant, OmniQuant
 from lowbit.tuning import student as module
 from lowbit.tuning.student import Student
 from lowbit.tuning.teacher import most_likely
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 
 BINARY = PTQ161(epochs=0, alignment=4, salient_ratio=0.2, min_tokens=1)
 SORTED = MixedQuant(group_size=16, salient_ratio=0.1, alignment=4, min_tokens=1)
+HEAD = RTN(bits=3, group_size=16)
 ROUNDED = OmniQuant(bits=4, activation_bits=4, epochs=0, min_tokens=1, init="minmax")
 # A family, and what quantized it: every format, rounded inputs, experts, a tied and a biased head.
 FOLDERS: dict[str, tuple[str, Any]] = {
@@ -29,7 +30,14 @@ FOLDERS: dict[str, tuple[str, Any]] = {
     "rounded inputs and attention": ("llama, tied, biased", ROUNDED),
     "experts": ("mixtral", "gptq"),
     "norms behind": ("opt, norms behind", "rtn"),
+    "a quantized head": ("llama, tied, biased", HEAD),
 }
+
+
+def options(key: str) -> dict[str, Any]:
+    return {"lm_head_bits": 4} if key == "a quantized head" else {}
+
+
 TOKENS = zoo.tokens(3, rows=2, length=12)
 
 
@@ -44,7 +52,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
             made[key] = (
                 quantized.folder(name, method)
                 if isinstance(method, str)
-                else quantized.quantize(quantized.source(name), out, method)
+                else quantized.quantize(quantized.source(name), out, method, **options(key))
             )
         return quantized.source(name), made[key]
 

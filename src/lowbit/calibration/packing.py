@@ -12,7 +12,12 @@ from lowbit.calibration.windows import split_windows
 
 
 def packed_windows(
-    sources: Sequence[str], count: int, seqlen: int, tokenizer: Tokenizer, seed: int
+    sources: Sequence[str],
+    count: int,
+    seqlen: int,
+    tokenizer: Tokenizer,
+    seed: int,
+    count_is: str = "steps",
 ) -> Tensor:
     """Cuts sources into windows that do not overlap, and draws some of them.
 
@@ -24,6 +29,7 @@ def packed_windows(
     seqlen: tokens in a window.
     tokenizer: tokenizes the text.
     seed: seed of the order of documents, and of the choice and order of windows.
+    count_is: which option the number of windows comes from, for the message.
 
     Returns (count, seqlen) int64.
     Raises ValueError for sources that cannot be loaded or are too short.
@@ -36,7 +42,7 @@ def packed_windows(
             if len(row) < wanted * seqlen:
                 raise ValueError(
                     f"{name} has {len(row):,} tokens: {wanted:,} different windows of {seqlen:,} "
-                    f"need {wanted * seqlen:,}; use fewer steps or more text"
+                    f"need {wanted * seqlen:,}; use fewer {count_is} or more text"
                 )
             cut = row[: len(row) // seqlen * seqlen].view(-1, seqlen)
             windows += [cut[i] for i in rng.sample(range(len(cut)), wanted)]

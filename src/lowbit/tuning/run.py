@@ -165,7 +165,9 @@ class _Job:
         if context and seqlen > context:
             raise ValueError(f"seqlen is {seqlen:,} tokens: the model's context is {context:,}")
         tokenizer = need_tokenizer(self.folder, self.options.trust_remote_code)
-        windows = packed_windows(text.sources, text.samples, seqlen, tokenizer, text.seed)
+        windows = packed_windows(
+            text.sources, text.samples, seqlen, tokenizer, text.seed, count_is="samples"
+        )
         check_tokens(int(windows.max()), vocabulary, "the calibration text")
         return windows
 
