@@ -32,7 +32,7 @@ def test_every_layer(lowbit, rtn):
 
 def test_totals_and_provenance(lowbit, learned, story):
     found, text = size_of(learned), lowbit("inspect", learned).stdout
-    facts = dict(line.split(maxsplit=1) for line in text.splitlines()[-9:])
+    facts = dict(line.split(maxsplit=1) for line in text.splitlines()[-10:])
     assert facts["linears"] == f"42 of {found.linears:.2f} bits per weight"
     assert facts["model"].startswith(f"{found.model:.2f} bits per parameter, ")
     assert facts["recipe"] == "omniquant-w2a16-g64 with epochs=1"
