@@ -323,8 +323,8 @@ def test_every_backend_multiplies_by_what_dequantize_shows(
 FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "a percent too large": lambda y: 1.01 * y,
     "doubled": lambda y: 2 * y,
-    "rows exchanged": lambda y: y.flip(1),
-    "tokens exchanged": lambda y: y.roll(1, 0),
+    "rows exchanged": lambda y: y.flip(-1),
+    "tokens exchanged": lambda y: y.roll(1, -2),
 }
 BACKENDS = [
     (name, b.name)
@@ -343,7 +343,7 @@ def test_a_fault_in_a_backend_is_noticed(
 ) -> None:
     """With every example that has several rows, and with every number of tokens it runs for."""
     (faulty,) = (b for b in FORMATS[name].backends if b.name == backend)
-    right = type(faulty).multiply
+    right = type(faulty).product
     noticed = 0
     for make in EXAMPLES.values():
         layer = make()
@@ -354,7 +354,7 @@ def test_a_fault_in_a_backend_is_noticed(
                 continue
             check_forward(layer, torch.float32, tokens, backend)
             with monkeypatch.context() as patch:
-                patch.setattr(type(faulty), "multiply", lambda *given: FAULTS[fault](right(*given)))
+                patch.setattr(type(faulty), "product", lambda *given: FAULTS[fault](right(*given)))
                 with pytest.raises(AssertionError):
                     check_forward(layer, torch.float32, tokens, backend)
             noticed += 1

@@ -51,6 +51,17 @@ class Backend(ABC, Generic[Layer]):
         """Returns the input as `multiply` reads it: (..., in_features) -> (..., width)."""
         return layer.prepared(x)
 
+    def product(self, layer: Layer, x: Tensor) -> Tensor:
+        """Multiplies the input of a forward by the layer's weight, without the bias.
+
+        x: (..., in_features), at least one token.
+
+        Returns (tokens, out_features) or (..., out_features).
+        """
+        prepared = self.prepare(layer, x)
+        rows = prepared.reshape(-1, prepared.shape[-1])
+        return self.multiply(layer, layer._repacked.of(layer, self), rows)
+
     @abstractmethod
     def multiply(self, layer: Layer, packed: dict[str, Tensor], prepared: Tensor) -> Tensor:
         """Multiplies by the layer's weight, without the bias.

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self, final
 
 import torch
@@ -16,6 +15,7 @@ from lowbit.formats.packed_only import PackedOnly
 from lowbit.formats.packed_weight import PackedWeight
 from lowbit.formats.repacked import Repacked
 from lowbit.formats.sharing import LastInput
+from lowbit.formats.together import Together
 
 INTEGERS = (torch.int64, torch.int32)  # the dtypes of tokens
 
@@ -72,6 +72,7 @@ class QuantizedLinear(PackedOnly):
         self._owner: tuple[QuantizedLinear, ...] = ()  # in a tuple, so that it is not a submodule
         self._last_input = LastInput()
         self._repacked = Repacked()
+        self._together = Together()
         self._freed = {}
         self.add_frozen("bias", (self.out_features,), spec.bias)
 
@@ -272,21 +273,36 @@ class QuantizedLinear(PackedOnly):
             return self.prepare(x)
         if x.dtype in INTEGERS:
             return self.look_up(x)
-        check_shape("x", x, torch.Size((*x.shape[:-1], self.in_features)))
+        shape = x.shape
+        if not shape or shape[-1] != self.in_features:
+            check_shape("x", x, torch.Size((*shape[:-1], self.in_features)))
         if not x.numel():
-            return x.new_zeros(*x.shape[:-1], self.out_features)
-        with _without_autocast(x.device):
-            tokens = x.numel() // self.in_features
-            gradients = torch.is_grad_enabled() and (
-                x.requires_grad or any(tensor.requires_grad for tensor in self._read_tensors())
-            )
-            backend = choose(self, x.device, x.dtype, tokens, gradients)
-            prepared = backend.prepare(self, x)
-            rows = prepared.reshape(-1, prepared.shape[-1])
-            with torch.set_grad_enabled(gradients):
-                y = backend.multiply(self, self._repacked.of(self, backend), rows)
-                y = y if self.bias is None else y + self.bias.to(y.dtype)
-                return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+            return x.new_zeros(*shape[:-1], self.out_features)
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+            return self._product(x)
+        with torch.autocast(x.device.type, enabled=False):  # it would round exact products
+            return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        tokens = x.numel() // self.in_features
+        enabled = torch.is_grad_enabled()
+        gradients = enabled and (
+            x.requires_grad or any(tensor.requires_grad for tensor in self._read_tensors())
+        )
+        backend = choose(self, x.device, x.dtype, tokens, gradients)
+        if gradients or not enabled:
+            return self._with_bias(backend.product(self, x), x)
+        with torch.no_grad():
+            return self._with_bias(backend.product(self, x), x)
+
+    def _with_bias(self, y: Tensor, x: Tensor) -> Tensor:
+        bias = self._parameters["bias"]
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+        shape = (*x.shape[:-1], self.out_features)
+        if y.shape != shape:
+            y = y.reshape(shape)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def backend_for(
         self,
@@ -377,14 +393,8 @@ class QuantizedLinear(PackedOnly):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves cached tensors out of copies and pickles."""
-        return {**super().__getstate__(), "_last_input": LastInput(), "_repacked": Repacked()}
+        fresh = {"_last_input": LastInput(), "_repacked": Repacked(), "_together": Together()}
+        return {**super().__getstate__(), **fresh}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.entry().items())
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Returns a context without autocast, which would round products that must be exact."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)

@@ -2,12 +2,13 @@
 
 from abc import abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowbit.formats.backend import Backend
+from lowbit.formats.together import has_version
 from lowbit.kernels.native import (
     Part,
     Rounding,
@@ -72,10 +73,10 @@ class NativeBackend(Backend[Layer]):
             return False  # their changes could not be noticed
         if layer._freed:
             return True
-        packed, freed = layer._repacked.of(layer, self)["layer"], False
+        packed, freed = layer._repacked.of(layer, self), False
         for name, (part, bits, codes) in self.restorable(layer).items():
             stored = getattr(layer, name)
-            restore = partial(stored_codes, packed, part, tuple(stored.shape), bits)
+            restore = partial(stored_codes, packed["layer"], part, tuple(stored.shape), bits)
             # Restoring all would leave holes in memory, a quarter of a model's size.
             if codes * bits % 8 == 0 or torch.equal(restore(), stored):
                 layer.free(name, restore)
@@ -84,11 +85,41 @@ class NativeBackend(Backend[Layer]):
             # The small tensors that stay may be views of the whole file, mapped into memory.
             for tensor in layer.own_tensors():
                 tensor.data = tensor.data.clone()
-            layer._repacked.keep(layer, self, {"layer": packed})
+            layer._repacked.keep(layer, self, packed)
         return freed
 
+    def prepared_with(self, layer: Layer) -> tuple[Any, ...] | None:
+        """Returns what the result of `prepare` depends on besides its input.
+
+        Layers prepare an input in the same way if these are equal (==). None: unknown.
+        """
+        owner = layer.owner
+        if owner.is_offloaded():
+            return None
+        return (owner, *((id(t), t._version, t.data_ptr()) for t in owner.shared_tensors()))
+
+    def product(self, layer: Layer, x: Tensor) -> Tensor:
+        """Multiplies as `Backend.product` does; see `Together` for layers with the same input."""
+        packed = layer._repacked.of(layer, self)
+        key = self.prepared_with(layer) if has_version(x) else None
+        if key is None:
+            return self.multiply(layer, packed, self.prepare(layer, x))
+
+        def multiply(layers: list["QuantizedLinear"], weights: list[Tensor]) -> list[Tensor]:
+            outputs = [one.out_features for one in layers]
+            return multiply_op(self.prepare(layer, x), weights, outputs)
+
+        state = (self, x._version, *key)
+        y = layer._together.product(layer, x, state, packed["layer"], multiply)
+        return self.finish(layer, y)
+
     def multiply(self, layer: Layer, packed: dict[str, Tensor], prepared: Tensor) -> Tensor:
-        return multiply_op(prepared, [packed["layer"]], [layer.out_features])[0]
+        y = multiply_op(prepared, [packed["layer"]], [layer.out_features])[0]
+        return self.finish(layer, y)
+
+    def finish(self, layer: Layer, y: Tensor) -> Tensor:
+        """Returns the layer's product, given that of its packed weight."""
+        return y
 
 
 def rounding(layer: "QuantizedLinear") -> Rounding:

@@ -68,6 +68,16 @@ class Repacked:
         assert sources is not None
         self._kept[backend.name] = _keep(layer, sources, made)
 
+    def kept(self, layer: "QuantizedLinear", backend: Backend[Any]) -> dict[str, Tensor] | None:
+        """Returns the cached result without checking that it is still valid; None: there is none.
+
+        What is computed with it is valid if `of` then returns the same object.
+        """
+        kept = self._kept.get(backend.name)
+        if kept is None or not kept.made or kept.entry is not layer.spec:
+            return None
+        return kept.made[0]
+
 
 def _keep(layer: "QuantizedLinear", sources: Sources, made: dict[str, Tensor]) -> _Kept:
     for device in {tensor.device for tensor in made.values() if tensor.is_cuda}:
@@ -79,9 +89,11 @@ def _keep(layer: "QuantizedLinear", sources: Sources, made: dict[str, Tensor]) -
 
 def _sources(layer: "QuantizedLinear") -> Sources | None:
     """Returns identity, version and place of the layer's tensors; None: they cannot be tracked."""
-    tensors = layer.own_tensors()
-    if any(tensor.is_inference() or tensor.requires_grad for tensor in tensors):
-        return None
-    if any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing():
-        return None
-    return tuple((id(t), t._version, t.device, t.data_ptr()) for t in tensors)
+    sources = []
+    for tensor in layer.own_tensors():
+        if tensor.requires_grad or tensor.is_inference():
+            return None
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        sources.append((id(tensor), tensor._version, tensor.device, tensor.data_ptr()))
+    return tuple(sources)

@@ -1,6 +1,6 @@
 """What the backends named "cpu" of rotated formats share: the transforms in C."""
 
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ class RotatedNative(NativeBackend[Layer]):
         signs = rotation.diagonal(owner.sign_in)
         made = transform(rows, *_steps(rotation, owner.factor_in, inverse=True), before=signs)
         return made.view(x.shape)
+
+    def prepared_with(self, layer: Layer) -> tuple[Any, ...] | None:
+        key = super().prepared_with(layer)
+        # The owner stands for what it stores; what is drawn from seeds, the rotation describes.
+        return None if key is None else (layer.rotation_in, *key[1:])
 
     def finish(self, layer: Layer, y: Tensor) -> Tensor:
         """Computes S_out B_out y for each token. y: (tokens, out) float32"""

@@ -1,10 +1,13 @@
 """The compiled kernels: every instruction set gives the bits of portable C, which is exact."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +15,16 @@ from rounded_inputs import rounded_inputs
 from torch import Tensor
 
 from lowbit.kernels.bits import pack, unpack
-from lowbit.kernels.native import Part, Rounding, multiply, multiply_op, pack_layer, stored_codes
-from lowbit.kernels.native.library import available, chosen, why_not
+from lowbit.kernels.native import (
+    Part,
+    Rounding,
+    library,
+    multiply,
+    multiply_op,
+    pack_layer,
+    stored_codes,
+)
+from lowbit.kernels.native.library import INSTRUCTION_SETS, available, chosen, why_not
 
 ROWS = 37
 SETS = available()
@@ -169,8 +180,11 @@ def test_equal_bits_on_every_number_of_threads() -> None:
 
 
 def test_several_layers_in_one_call() -> None:
+    """Which round the input in equal or in different ways."""
     parts, x = [part(bits, 256, 128) for bits in (4, 3)], torch.randn(3, 256)
-    together = multiply(x, [pack_layer([p], ROWS) for p in parts], [ROWS, ROWS])
+    parts += [part(4, 256, 64), part(4, 256, 128, input_bits=8), part(4, 256, 64)]
+    parts += [replace(parts[0], columns=torch.rand(256)) for _ in range(2)]
+    together = multiply(x, [pack_layer([p], ROWS) for p in parts], [ROWS] * len(parts))
     for result, of in zip(together, parts, strict=True):
         assert torch.equal(result, run(of, x))
 
@@ -254,3 +268,76 @@ def test_a_wrong_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWBIT_KERNELS", "off")
     assert why_not() == "LOWBIT_KERNELS is off"
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a change of the C sources in a checkout."""
+    monkeypatch.setattr(library, "source_hash", lambda folder: "another")
+    assert "compiled from other sources than those beside it" in str(library._load.__wrapped__())
+
+
+def test_the_hash_covers_every_source(tmp_path: Path) -> None:
+    (tmp_path / "a.c").write_text("1")
+    hashes = {library.source_hash(tmp_path)}
+    for name in ("b.h", "c.c", "a.c"):
+        (tmp_path / name).write_text("2")
+        hashes.add(library.source_hash(tmp_path))
+    assert len(hashes) == 4
+
+
+def test_a_wheel_has_no_sources(tmp_path: Path) -> None:
+    assert library.source_hash(tmp_path) is None
+
+
+HERE = Path(__file__).parent
+NATIVE = HERE.parents[2] / "src" / "lowbit" / "kernels" / "native"
+SOURCES = ("dispatch", "layout", "portable", "avx2", "avx512", "neon")
+STRICT = ["-std=gnu11", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+FLAGS = {
+    "avx2": ["-mavx2", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    "neon": ["-march=armv8.2-a+dotprod"],
+}
+LAYERS = 8 * 5 * 12  # widths, shapes and variants in sets.c
+# Instruction sets, compiler, and emulator.
+X86, ARM = ("portable", "avx2", "avx512"), ("portable", "neon")
+OWN = ARM if platform.machine() in ("aarch64", "arm64") else X86
+MACHINES = {"here": (OWN, "cc", ""), "aarch64": (ARM, "aarch64-linux-gnu-gcc", "qemu-aarch64")}
+PRESENT = {
+    name: machine
+    for name, machine in MACHINES.items()
+    if all(shutil.which(tool) for tool in machine[1:] if tool)
+}
+
+
+def compiled(folder: Path, sets: tuple[str, ...], compiler: str, static: bool) -> Path:
+    """Compiles the program, each file with the flags of its instruction set."""
+    objects, program = [], folder / "sets"
+    for name in SOURCES:
+        flags, out = FLAGS.get(name, []) if name in sets else [], folder / f"{name}.o"
+        command = [compiler, *STRICT, *flags, "-c", NATIVE / f"{name}.c", "-o", out]
+        subprocess.run(command, check=True)
+        objects.append(out)
+    command = [compiler, *STRICT, f"-I{NATIVE}", HERE / "sets.c", *objects, "-o", program]
+    subprocess.run(command + (["-static"] if static else []), check=True)
+    return program
+
+
+@exhaustive
+@pytest.mark.parametrize(
+    ("sets", "compiler", "emulator"), list(PRESENT.values()), ids=list(PRESENT)
+)
+def test_equal_bits_without_python(
+    tmp_path: Path, sets: tuple[str, ...], compiler: str, emulator: str
+) -> None:
+    """Of the sets of this processor, and of an emulated one.
+
+    That is 64-bit ARM, where there are a compiler (gcc-aarch64-linux-gnu) and an emulator
+    (qemu-user) for it; elsewhere only the test of its wheel runs NEON.
+    """
+    program = compiled(tmp_path, sets, compiler, static=bool(emulator))
+    for name in sets:
+        command = [*([emulator] if emulator else []), program, str(INSTRUCTION_SETS.index(name))]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        lacks_it = ran.returncode == 1 and not emulator
+        assert lacks_it or (ran.returncode, ran.stdout) == (0, f"{LAYERS}\n"), (name, ran.stdout)

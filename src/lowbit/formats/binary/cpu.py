@@ -2,6 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from lowbit.formats.binary.reference import channel_order
 from lowbit.formats.native import NativeBackend, rounding
 from lowbit.kernels.native import Part
 
@@ -10,7 +14,25 @@ if TYPE_CHECKING:
 
 
 class Cpu(NativeBackend["BinaryLinear"]):
-    """The plain channels are codes of 1 bit, and the salient ones codes of 4 bits, in one call."""
+    """The plain channels are codes of 1 bit, and the salient ones codes of 4 bits, in one call.
+
+    The order of the channels is kept with the packed weight of the layer that stores the mask.
+    """
+
+    def repack(self, layer: "BinaryLinear") -> dict[str, Tensor]:
+        packed = super().repack(layer)
+        order = channel_order(layer.mask, layer.in_features)
+        if order is not None:
+            packed["order"] = order.int()
+        return packed
+
+    def prepare(self, layer: "BinaryLinear", x: Tensor) -> Tensor:
+        if not layer.spec.salient:
+            return x
+        owner = layer.owner
+        if torch.compiler.is_compiling() or owner.is_offloaded():
+            return layer.prepared(x)
+        return x.index_select(-1, owner._repacked.of(owner, self)["order"])
 
     def restorable(self, layer: "BinaryLinear") -> dict[str, tuple[int, int, int]]:
         count = layer.spec.salient

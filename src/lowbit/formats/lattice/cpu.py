@@ -56,11 +56,6 @@ class Cpu(RotatedNative["LatticeLinear"]):
             _part(layer, book.second, E8P12.code_bits, book.residual_scale),
         ]
 
-    def multiply(
-        self, layer: "LatticeLinear", packed: dict[str, Tensor], prepared: Tensor
-    ) -> Tensor:
-        return self.finish(layer, super().multiply(layer, packed, prepared))
-
 
 def _part(layer: "LatticeLinear", book: Codebook, first_bit: int, factor: float) -> Part:
     """Returns a stage, whose code begins at a bit of the layer's codes; factor: of its words."""

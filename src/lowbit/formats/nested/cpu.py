@@ -1,7 +1,7 @@
 """Multiplies slices of the nested format with the compiled kernels."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ class Cpu(NativeBackend["NestedLinear"]):
         spec = layer.spec
         whole = spec.resident == "slice" and spec.top_codes is None
         return {"packed": (0, spec.bits, layer.in_features)} if whole else {}
+
+    def prepared_with(self, layer: "NestedLinear") -> tuple[Any, ...] | None:
+        return ()  # the input is only rounded, by the kernel
 
     def parts(self, layer: "NestedLinear") -> list[Part]:
         spec = layer.spec

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lowbit.formats.backend import Backend
 from lowbit.formats.native import rounding
 from lowbit.formats.rotated_native import RotatedNative
 from lowbit.formats.trellis.codebook import MULTIPLIERS, TILE, UNIT
@@ -40,6 +41,9 @@ class Cpu(RotatedNative["TrellisLinear"]):
                 rounding=rounding(layer),
             )
         ]
+
+    def product(self, layer: "TrellisLinear", x: Tensor) -> Tensor:
+        return Backend.product(self, layer, x)  # its kernel takes one layer
 
     def multiply(
         self, layer: "TrellisLinear", packed: dict[str, Tensor], prepared: Tensor

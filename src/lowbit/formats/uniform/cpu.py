@@ -1,6 +1,6 @@
 """Multiplies integer codes of the uniform format with the compiled kernels."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ class Cpu(NativeBackend["UniformLinear"]):
 
     def restorable(self, layer: "UniformLinear") -> dict[str, tuple[int, int, int]]:
         return {"packed": (0, layer.spec.bits, layer.in_features)}
+
+    def prepared_with(self, layer: "UniformLinear") -> tuple[Any, ...] | None:
+        return ()  # the kernel rounds it
 
     def parts(self, layer: "UniformLinear") -> list[Part]:
         spec, activation = layer.spec, layer.activation

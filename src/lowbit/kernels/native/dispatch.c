@@ -13,10 +13,24 @@
 #endif
 #endif
 
-enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+#if defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2, NEON = 3 };
 enum { TOKENS_FOR_THREADS = 8, TILES_FOR_A_THREAD = 16 };
 
 LOWBIT_EXPORT int32_t lowbit_abi(void) { return LOWBIT_ABI; }
+
+/* The hash of the sources that this library was compiled from; cmake/CMakeLists.txt computes it. */
+LOWBIT_EXPORT const char *lowbit_sources(void) {
+#if defined(LOWBIT_SOURCES)
+    return LOWBIT_SOURCES;
+#else
+    return "unknown";
+#endif
+}
 
 #ifdef X86
 static void cpuid(int leaf, unsigned *a, unsigned *b, unsigned *c, unsigned *d) {
@@ -42,28 +56,53 @@ static uint64_t saved_registers(void) {
 }
 #endif
 
-/* The widest instruction set that the processor, the system and this library have. */
-LOWBIT_EXPORT int32_t lowbit_widest(void) {
 #ifdef X86
-    unsigned a, b, c, d, b7, c7;
+static int has_avx2(void) {
+    unsigned a, b, c, d;
     cpuid(1, &a, &b, &c, &d);
     int osxsave = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1;
-    if (!osxsave || !avx || !f16c) return PORTABLE;
-    uint64_t saved = saved_registers();
-    cpuid(7, &a, &b7, &c7, &d);
-    if ((saved & 0x6) != 0x6 || !(b7 >> 5 & 1) || !lowbit_avx2.rows) return PORTABLE;
-    int foundation = b7 >> 16 & 1, dq = b7 >> 17 & 1, bw = b7 >> 30 & 1, vl = b7 >> 31 & 1;
-    int vnni = c7 >> 11 & 1;
-    if ((saved & 0xe6) != 0xe6 || !(foundation && dq && bw && vl && vnni) || !lowbit_avx512.rows)
-        return AVX2;
-    return AVX512;
+    if (!osxsave || !avx || !f16c || (saved_registers() & 0x6) != 0x6) return 0;
+    cpuid(7, &a, &b, &c, &d);
+    return b >> 5 & 1;
+}
+
+static int has_avx512(void) {
+    unsigned a, b, c, d;
+    if (!has_avx2() || (saved_registers() & 0xe6) != 0xe6) return 0;
+    cpuid(7, &a, &b, &c, &d);
+    int foundation = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
+    return foundation && dq && bw && vl && c >> 11 & 1; /* the last is VNNI */
+}
+#endif
+
+static int has_dot_products(void) {
+#if defined(__APPLE__) && defined(__aarch64__)
+    return 1; /* every processor of Apple's for macOS */
+#elif defined(__linux__) && defined(__aarch64__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #else
-    return PORTABLE;
+    return 0;
 #endif
 }
 
 static const lowbit_set *set_of(int32_t number) {
-    return number == AVX512 ? &lowbit_avx512 : number == AVX2 ? &lowbit_avx2 : &lowbit_portable;
+    switch (number) {
+    case AVX2: return &lowbit_avx2;
+    case AVX512: return &lowbit_avx512;
+    case NEON: return &lowbit_neon;
+    default: return &lowbit_portable;
+    }
+}
+
+/* Whether the processor, the system and this library have an instruction set. */
+LOWBIT_EXPORT int32_t lowbit_has(int32_t set) {
+    if (!set_of(set)->rows) return 0;
+    if (set == NEON) return has_dot_products();
+#ifdef X86
+    if (set == AVX2) return has_avx2();
+    if (set == AVX512) return has_avx512();
+#endif
+    return set == PORTABLE;
 }
 
 LOWBIT_EXPORT int32_t lowbit_rows(int32_t set) { return set_of(set)->rows; }
@@ -75,16 +114,22 @@ typedef int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, range
 typedef struct {
     const float *x;
     int64_t tokens, stride; /* stride: from one token to the next, in floats */
-    int32_t set, count;
+    int32_t count;
     const lowbit_layer *const *layers;
     float *const *outputs; /* of each layer: [token][output] */
-    parallel_for parallel; /* torch_parallel_for, or NULL for one thread */
-} lowbit_call;
+} product;
+
+/* The rounded inputs of a layer, and of all later layers that round alike. */
+typedef struct {
+    const lowbit_layer *layer;
+    lowbit_inputs part[LOWBIT_PARTS];
+} rounded;
 
 typedef struct {
-    const lowbit_call *call;
+    const product *call;
     const lowbit_set *set;
-    lowbit_inputs inputs[LOWBIT_PARTS];
+    rounded *rounded;
+    const rounded **of_layer;
 } work;
 
 static void run(parallel_for parallel, int64_t count, int64_t grain, range_function function,
@@ -97,11 +142,11 @@ static void run(parallel_for parallel, int64_t count, int64_t grain, range_funct
 
 static void round_range(int64_t begin, int64_t end, void *context) {
     const work *w = context;
-    const lowbit_layer *layer = w->call->layers[0];
-    for (int32_t i = 0; i < layer->parts; i++)
-        if (layer->part[i].spec.kind == LOWBIT_PLANES)
-            w->set->round(layer, &layer->part[i], w->call->x, w->call->stride, &w->inputs[i], begin,
-                          end);
+    for (const rounded *r = w->rounded; r->layer != NULL; r++)
+        for (int32_t i = 0; i < r->layer->parts; i++)
+            if (r->layer->part[i].spec.kind == LOWBIT_PLANES)
+                w->set->round(r->layer, &r->layer->part[i], w->call->x, w->call->stride,
+                              &r->part[i], begin, end);
 }
 
 /* Adds the product with float weights: one input after the other, without fused operations. */
@@ -148,10 +193,11 @@ static void add_unusual(const work *w, const lowbit_layer *layer, const lowbit_p
 }
 
 /* Adds a part's product to y[token][tile][row]. */
-static void add_part(const work *w, const lowbit_layer *layer, int index, const int64_t *tile,
-                     int tiles, int64_t token, int tokens, float *y) {
+static void add_part(const work *w, int32_t number, int index, const int64_t *tile, int tiles,
+                     int64_t token, int tokens, float *y) {
+    const lowbit_layer *layer = w->call->layers[number];
     const lowbit_part *part = &layer->part[index];
-    const lowbit_inputs *in = &w->inputs[index];
+    const lowbit_inputs *in = &w->of_layer[number]->part[index];
     int rows = layer->rows;
     float own[LOWBIT_BLOCK * 2 * LOWBIT_MOST_ROWS];
     if (part->spec.kind == LOWBIT_PLANES)
@@ -189,8 +235,8 @@ static void write_outputs(const lowbit_layer *layer, const int64_t *tile, int ti
 }
 
 /* Multiplies by tiles that lie `apart` from each other. */
-static void multiply_some(const work *w, const lowbit_layer *layer, int64_t first, int64_t apart,
-                          int tiles, float *output) {
+static void multiply_some(const work *w, int32_t number, int64_t first, int64_t apart, int tiles) {
+    const lowbit_layer *layer = w->call->layers[number];
     int64_t all = w->call->tokens, tile[LOWBIT_STREAMS];
     float y[LOWBIT_BLOCK * 2 * LOWBIT_MOST_ROWS];
     for (int t = 0; t < tiles; t++) tile[t] = first + t * apart;
@@ -198,19 +244,18 @@ static void multiply_some(const work *w, const lowbit_layer *layer, int64_t firs
         int tokens = all - token < LOWBIT_BLOCK ? (int)(all - token) : LOWBIT_BLOCK;
         memset(y, 0, (size_t)(tokens * tiles * layer->rows) * sizeof(float));
         for (int32_t i = 0; i < layer->parts; i++)
-            add_part(w, layer, i, tile, tiles, token, tokens, y);
-        write_outputs(layer, tile, tiles, token, tokens, y, output);
+            add_part(w, number, i, tile, tiles, token, tokens, y);
+        write_outputs(layer, tile, tiles, token, tokens, y, w->call->outputs[number]);
     }
 }
 
 /* The tiles are cut into runs that are read side by side, each from its beginning to its end. */
-static void multiply_range(const work *w, const lowbit_layer *layer, int64_t begin, int64_t end,
-                           float *output) {
+static void multiply_range(const work *w, int32_t number, int64_t begin, int64_t end) {
     int most = w->call->tokens > 1 ? w->set->pair : w->set->streams;
     for (int streams = most; streams; streams /= 2) {
         int64_t run = (end - begin) / streams;
         for (int64_t i = 0; i < run; i++)
-            multiply_some(w, layer, begin + i, run, streams, output);
+            multiply_some(w, number, begin + i, run, streams);
         begin += run * streams;
     }
 }
@@ -223,7 +268,7 @@ static void multiply_tiles(int64_t begin, int64_t end, void *context) {
         const lowbit_layer *layer = w->call->layers[i];
         int64_t from = begin > first ? begin - first : 0, to = end - first;
         if (to > layer->tiles) to = layer->tiles;
-        if (from < to) multiply_range(w, layer, from, to, w->call->outputs[i]);
+        if (from < to) multiply_range(w, i, from, to);
         first += layer->tiles;
     }
 }
@@ -251,21 +296,66 @@ static void place_inputs(const lowbit_part *part, const lowbit_set *set, int64_t
     in->state = take(memory, tokens);
 }
 
-/* Multiplies. Returns 0, or 1 if there is not enough memory. */
-LOWBIT_EXPORT int32_t lowbit_multiply(const lowbit_call *call) {
-    work w = {call, set_of(call->set), {{0}}};
-    const lowbit_layer *first = call->layers[0];
-    int64_t bytes = 64, tiles = 0;
-    for (int32_t i = 0; i < first->parts; i++) bytes += input_bytes(&first->part[i], call->tokens);
-    void *memory = malloc((size_t)bytes);
-    if (memory == NULL) return 1;
-    char *free_memory = (char *)(((uintptr_t)memory + 63) / 64 * 64);
-    for (int32_t i = 0; i < first->parts; i++)
-        if (first->part[i].spec.kind == LOWBIT_PLANES)
-            place_inputs(&first->part[i], w.set, call->tokens, &w.inputs[i], &free_memory);
-    for (int32_t i = 0; i < call->count; i++) tiles += call->layers[i]->tiles;
-    run(call->parallel, call->tokens, TOKENS_FOR_THREADS, round_range, &w);
-    run(call->parallel, tiles, TILES_FOR_A_THREAD, multiply_tiles, &w);
+/* Whether two layers round the same inputs to the same integers. */
+static int round_alike(const lowbit_layer *a, const lowbit_layer *b) {
+    if (a->parts != b->parts) return 0;
+    for (int32_t i = 0; i < a->parts; i++) {
+        const lowbit_part *p = &a->part[i], *q = &b->part[i];
+        const lowbit_spec *s = &p->spec, *t = &q->spec;
+        if (s->kind != t->kind || s->first != t->first || s->inputs != t->inputs) return 0;
+        if (s->kind == LOWBIT_FLOATS) continue;
+        if (s->group_size != t->group_size || s->rounding != t->rounding || s->top != t->top ||
+            s->symmetric != t->symmetric || s->halves != t->halves ||
+            s->has_columns != t->has_columns)
+            return 0;
+        size_t bytes = (size_t)s->inputs * sizeof(float);
+        if (s->has_columns && memcmp(lowbit_at(a, p->columns), lowbit_at(b, q->columns), bytes))
+            return 0;
+    }
+    return 1;
+}
+
+/* Finds the layers that round alike; returns the bytes of all rounded inputs. */
+static int64_t plan(const work *w) {
+    int64_t bytes = 0, tokens = w->call->tokens;
+    int32_t kinds = 0;
+    for (int32_t i = 0; i < w->call->count; i++) {
+        const lowbit_layer *layer = w->call->layers[i];
+        int32_t kind = 0;
+        while (kind < kinds && !round_alike(w->rounded[kind].layer, layer)) kind++;
+        w->of_layer[i] = &w->rounded[kind];
+        if (kind < kinds) continue;
+        w->rounded[kinds++].layer = layer;
+        for (int32_t p = 0; p < layer->parts; p++) bytes += input_bytes(&layer->part[p], tokens);
+    }
+    return bytes;
+}
+
+/* Multiplies by `count` layers, which read the same inputs, with an instruction set. parallel:
+ * torch_parallel_for, or NULL for one thread. Returns 0, or 1 if there is not enough memory. */
+LOWBIT_EXPORT int32_t lowbit_multiply(const float *x, int64_t tokens, int64_t stride, int32_t set,
+                                      int32_t count, const lowbit_layer *const *layers,
+                                      float *const *outputs, parallel_for parallel) {
+    product call = {x, tokens, stride, count, layers, outputs};
+    int64_t tiles = 0, lists = (count + 1) * (int64_t)sizeof(rounded) + count * sizeof(void *);
+    char *list = calloc((size_t)lists, 1);
+    if (list == NULL) return 1;
+    work w = {&call, set_of(set), (rounded *)list,
+              (const rounded **)(list + (count + 1) * sizeof(rounded))};
+    char *memory = malloc((size_t)plan(&w) + 64);
+    if (memory == NULL) {
+        free(list);
+        return 1;
+    }
+    char *left = (char *)(((uintptr_t)memory + 63) / 64 * 64);
+    for (rounded *r = w.rounded; r->layer != NULL; r++)
+        for (int32_t i = 0; i < r->layer->parts; i++)
+            if (r->layer->part[i].spec.kind == LOWBIT_PLANES)
+                place_inputs(&r->layer->part[i], w.set, tokens, &r->part[i], &left);
+    for (int32_t i = 0; i < count; i++) tiles += layers[i]->tiles;
+    run(parallel, tokens, TOKENS_FOR_THREADS, round_range, &w);
+    run(parallel, tiles, TILES_FOR_A_THREAD, multiply_tiles, &w);
     free(memory);
+    free(list);
     return 0;
 }

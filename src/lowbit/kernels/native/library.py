@@ -1,10 +1,11 @@
 """Finds and loads the compiled library, and chooses its instruction set.
 
-The environment variable LOWBIT_KERNELS forces one: off (torch computes everything), portable, avx2
-or avx512. It is read once.
+The environment variable LOWBIT_KERNELS forces one: off (torch computes everything), portable, avx2,
+avx512 or neon. It is read once.
 """
 
 import ctypes
+import hashlib
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-ABI = 3  # LOWBIT_ABI in lowbit_kernels.h
+ABI = 4  # LOWBIT_ABI in lowbit_kernels.h
 VARIABLE = "LOWBIT_KERNELS"
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")  # numbered as in dispatch.c
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon")  # numbered as in dispatch.c
 NAMES = ("lowbit_kernels.so", "lowbit_kernels.dll", "lowbit_kernels.dylib")
 
 
@@ -23,11 +24,11 @@ class Library:
     """The loaded library.
 
     functions: its C functions.
-    widest: number of the widest instruction set that this machine can run.
+    sets: the instruction sets that this machine can run, the widest last.
     """
 
     functions: ctypes.CDLL
-    widest: int
+    sets: tuple[str, ...]
 
 
 def path() -> Path | None:
@@ -52,8 +53,39 @@ def _load() -> Library | str:
             f"the kernel library {file.name} has version {abi}, but lowbit needs {ABI}: "
             "install lowbit again"
         )
-    functions.lowbit_layout.restype = ctypes.c_int64
-    return Library(functions, functions.lowbit_widest())
+    functions.lowbit_sources.restype = ctypes.c_char_p
+    sources = source_hash(file.parent)
+    if sources is not None and functions.lowbit_sources().decode() != sources:
+        return (
+            f"the kernel library {file.name} was compiled from other sources than those beside "
+            "it: compile it again with `cmake -S cmake -B build -DIN_PLACE=ON && cmake --build "
+            "build`, or install lowbit again"
+        )
+    _declare(functions)
+    sets = [name for i, name in enumerate(INSTRUCTION_SETS) if functions.lowbit_has(i)]
+    return Library(functions, tuple(sets))
+
+
+def source_hash(folder: Path) -> str | None:
+    """Returns a hash of the C sources in a folder, as cmake/CMakeLists.txt computes it.
+
+    None: there are none, as in a wheel.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".c", ".h"))
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes else None
+
+
+def _declare(functions: ctypes.CDLL) -> None:
+    """Declares the functions that run often; ctypes converts declared arguments faster."""
+    pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    functions.lowbit_layout.restype = int64
+    functions.lowbit_multiply.argtypes = [
+        pointer, int64, int64, int32, int32, pointer, pointer, pointer
+    ]  # fmt: skip
+    functions.lowbit_transform.argtypes = [
+        pointer, pointer, int64, int64, int64, pointer, ctypes.c_float, pointer, pointer, pointer
+    ]  # fmt: skip
 
 
 def functions() -> ctypes.CDLL:
@@ -67,7 +99,7 @@ def functions() -> ctypes.CDLL:
 def available() -> tuple[str, ...]:
     """Returns the instruction sets that this machine can run; empty if there is no library."""
     library = _load()
-    return () if isinstance(library, str) else INSTRUCTION_SETS[: library.widest + 1]
+    return () if isinstance(library, str) else library.sets
 
 
 @torch.compiler.assume_constant_result

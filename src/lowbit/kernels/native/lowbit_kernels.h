@@ -20,7 +20,7 @@
 
 #include <stdint.h>
 
-#define LOWBIT_ABI 3
+#define LOWBIT_ABI 4
 #define LOWBIT_PARTS 2
 #define LOWBIT_MOST_PLANES 3
 #define LOWBIT_MOST_ROWS 16 /* rows of the largest tile */
@@ -138,6 +138,7 @@ typedef struct {
 extern const lowbit_set lowbit_portable;
 extern const lowbit_set lowbit_avx2;
 extern const lowbit_set lowbit_avx512;
+extern const lowbit_set lowbit_neon;
 
 /* Writes the codes of a piece of one tile as bytes: out[input / 4][4 * row + input % 4]. */
 void lowbit_unpack_piece(const lowbit_layer *, const lowbit_part *, int64_t tile,

@@ -175,7 +175,7 @@ def pack_layer(parts: list[Part], outputs: int, instruction_set: str | None = No
     size = c.lowbit_layout(
         ctypes.byref(header), specs, len(parts), ctypes.c_int64(outputs), in_tile
     )
-    blob = torch.zeros(size, dtype=torch.uint8)
+    blob = torch.empty(size, dtype=torch.uint8)
     c.lowbit_begin(_pointer(blob), ctypes.byref(header))
     for index, part in enumerate(parts):
         _fill(blob, index, part, header.part[index], outputs)

@@ -7,55 +7,47 @@ from torch import Tensor
 
 from lowbit.kernels.native.library import INSTRUCTION_SETS, chosen, functions, threads
 
-
-class Call(ctypes.Structure):
-    """lowbit_call in dispatch.c."""
-
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("tokens", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("set", ctypes.c_int32),
-        ("count", ctypes.c_int32),
-        ("layers", ctypes.POINTER(ctypes.c_void_p)),
-        ("outputs", ctypes.POINTER(ctypes.c_void_p)),
-        ("parallel", ctypes.c_void_p),
-    ]
+_NUMBERS = {name: number for number, name in enumerate(INSTRUCTION_SETS)}
 
 
 def multiply(
     x: Tensor, layers: list[Tensor], outputs: list[int], instruction_set: str | None = None
 ) -> list[Tensor]:
-    """Multiplies by one or more packed layers that round the same input in the same way.
+    """Multiplies by one or more packed layers, which read the same input.
 
-    x: (tokens, inputs) of a float dtype; the product computes in float32.
+    Layers that round it in the same way share the rounded input.
+
+    x: (..., inputs) of a float dtype; the product computes in float32.
     layers: results of `pack_layer` for this instruction set.
     outputs: rows of each layer.
     instruction_set: None: that of `chosen`.
 
-    Returns a float32 tensor (tokens, rows) for each layer. Each is the same, to the last bit, for
+    Returns a float32 tensor (..., rows) for each layer. Each is the same, to the last bit, for
     every number of tokens and threads and for every instruction set.
     """
     name = instruction_set or chosen()
-    x = x.float()
-    if x.stride(-1) != 1:
+    if x.dtype != torch.float32:
+        x = x.float()
+    width = x.shape[-1]
+    shape, tokens = x.shape[:-1], x.numel() // max(1, width)
+    if not x.is_contiguous() and (x.dim() != 2 or x.stride(1) != 1):
         x = x.contiguous()
-    results = [x.new_empty(len(x), count) for count in outputs]
+    results = [x.new_empty((*shape, count)) for count in outputs]
     if not x.numel():
         return [result.zero_() for result in results]
     pointers = ctypes.c_void_p * len(layers)
-    call = Call(
-        x=x.data_ptr(),
-        tokens=len(x),
-        stride=x.stride(0),
-        set=INSTRUCTION_SETS.index(name),
-        count=len(layers),
-        layers=pointers(*(layer.data_ptr() for layer in layers)),
-        outputs=pointers(*(result.data_ptr() for result in results)),
-        parallel=threads.loop,
+    failed = functions().lowbit_multiply(
+        x.data_ptr(),
+        tokens,
+        x.stride(0) if x.dim() == 2 else width,
+        _NUMBERS[name],
+        len(layers),
+        pointers(*[layer.data_ptr() for layer in layers]),
+        pointers(*[result.data_ptr() for result in results]),
+        threads.loop,
     )
-    if functions().lowbit_multiply(ctypes.byref(call)):
-        raise MemoryError(f"a product of {len(x)} tokens needs more memory than there is")
+    if failed:
+        raise MemoryError(f"a product of {tokens} tokens needs more memory than there is")
     return results
 
 
@@ -69,14 +61,15 @@ def _multiply(x: Tensor, layers: list[Tensor], outputs: list[int]) -> list[Tenso
 
 
 def _shapes(x: Tensor, layers: list[Tensor], outputs: list[int]) -> list[Tensor]:
-    return [x.new_empty(x.shape[0], count, dtype=torch.float32) for count in outputs]
+    return [x.new_empty((*x.shape[:-1], count), dtype=torch.float32) for count in outputs]
 
 
 _LIBRARY.impl("multiply", _multiply, "CPU")
 _LIBRARY.impl("multiply", _shapes, "Meta")
+_OPERATOR = torch.ops.lowbit_native.multiply.default
 
 
 def multiply_op(x: Tensor, layers: list[Tensor], outputs: list[int]) -> list[Tensor]:
     """Multiplies as `multiply` does, through torch's dispatcher, so that it can be compiled."""
-    result: list[Tensor] = torch.ops.lowbit_native.multiply(x, layers, outputs)
+    result: list[Tensor] = _OPERATOR(x, layers, outputs)
     return result

@@ -1,6 +1,5 @@
 """The orthogonal transforms of `lowbit.kernels.hadamard` in C: a fifth of torch's time at M = 1."""
 
-import ctypes
 from functools import lru_cache
 
 import torch
@@ -23,29 +22,19 @@ def transform(
 ) -> Tensor:
     """Computes after * scale * (M (x) I)(I (x) H)(before * x) for each token.
 
-    x: (tokens, n) float32.
+    x: (..., n) float32.
     power: rows of the Sylvester matrix H of 1 and -1; a power of two that divides n.
     matrix: M, (n / power, n / power) float32; None: 1, and n is the power.
     before, after: (n,) float32; None: 1.
 
-    Returns (tokens, n) float32.
+    Returns (..., n) float32.
     """
-    x = x.contiguous()
-    y, n = torch.empty_like(x), x.shape[1]
-    spare = torch.empty(n)
+    x, n = x.contiguous(), x.shape[-1]
+    y, spare = torch.empty_like(x), x if matrix is None else torch.empty(n)
     kept = [None if t is None else t.float().contiguous() for t in (matrix, before, after)]
-    m, b, a = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in kept)
+    m, b, a = [None if t is None else t.data_ptr() for t in kept]
     functions().lowbit_transform(
-        ctypes.c_void_p(x.data_ptr()),
-        ctypes.c_void_p(y.data_ptr()),
-        ctypes.c_int64(len(x)),
-        ctypes.c_int64(n),
-        ctypes.c_int64(power),
-        m,
-        ctypes.c_float(scale),
-        b,
-        a,
-        ctypes.c_void_p(spare.data_ptr()),
+        x.data_ptr(), y.data_ptr(), x.numel() // n, n, power, m, scale, b, a, spare.data_ptr()
     )
     return y
 

@@ -98,7 +98,7 @@ static int allocate(encoder *e) {
 static void encode_range(int64_t begin, int64_t end, void *context) {
     lowbit_encode_call *call = context;
     lowbit_viterbi_step steps[] = {lowbit_viterbi_portable, lowbit_viterbi_avx2,
-                                   lowbit_viterbi_avx512};
+                                   lowbit_viterbi_avx512, lowbit_viterbi_portable};
     encoder e;
     lowbit_trellis code = {call->state_bits, call->shift, call->values,
                            LOWBIT_SEQUENCE / call->values, (int64_t)1 << call->state_bits,
