@@ -213,7 +213,7 @@ def test_other_folders_are_left_alone(name: str, restart: bool, tmp_path: Path) 
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).mkdir() if file.endswith("/") else (tmp_path / file).write_text(file)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match="is not empty and was not made by"):
+    with pytest.raises(ValueError, match="is not empty and holds no record of a run"):
         with writer(tmp_path, restart):
             pass
     assert sorted(tmp_path.rglob("*")) == before

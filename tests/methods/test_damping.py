@@ -7,7 +7,17 @@ from torch import Tensor, nn
 
 from lowbit.blocks import BlockTask, LinearGroup, Stream
 from lowbit.blocks.arguments import BlockArguments
-from lowbit.methods import GPTQ, METHODS, PTQ161, MatQuant, Method, MixedQuant, OmniQuant, QuIP
+from lowbit.methods import (
+    GPTQ,
+    METHODS,
+    PTQ161,
+    MatQuant,
+    Method,
+    MixedQuant,
+    OmniQuant,
+    QuIP,
+    Trellis,
+)
 from lowbit.methods.damping import LEAST, damping_share
 
 WIDTH = 96
@@ -17,6 +27,7 @@ HESSIAN: dict[str, Method] = {
     "omniquant": OmniQuant(bits=3, min_tokens=1, epochs=0, rounding="gptq", init="awq"),
     "matquant": MatQuant(min_tokens=1, epochs=0, lwc=False, rounding="joint"),
     "quip": QuIP(codebook="HI", min_tokens=1),
+    "trellis": Trellis(state_bits=9, min_tokens=1),
     "mixedquant": MixedQuant(
         bits=3, activation_bits=16, salient_ratio=0.0, rounding="gptq", min_tokens=1
     ),

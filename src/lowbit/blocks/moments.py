@@ -18,6 +18,7 @@ from lowbit.blocks.capture import Stopped, call_block, observe_inputs, observed
 from lowbit.blocks.experts import Expert
 from lowbit.blocks.hessian import Hessian, Hessians, OuterSum, in_features, storage, zeros
 from lowbit.blocks.routing import routed
+from lowbit.blocks.stream import Batch
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,15 @@ def stages(block: nn.Module, groups: Sequence[LinearGroup], stream: Stream) -> l
     """
     first = {group.linears[0]: group.name for group in groups}
     stage_of: dict[str, str] = {}  # the stage of each group
-    tokens = stream[0].hidden.shape[:-1].numel()
+    batch = stream[0]
+    tokens = batch.hidden.shape[:-1].numel()
 
     def note(name: str, x: Tensor) -> None:
         # Modules of a list that all see every token may read each other's output (LongCat).
         expert = x.shape[:-1].numel() != tokens or _in_expert(block, name)
         stage_of.setdefault(first[name], _part(first[name]) if expert else first[name])
 
-    observe_inputs(block, first, [stream[0]], note)
+    observe_inputs(block, first, [batch], note)
     for group in groups:  # experts that the first batch does not reach come last
         stage_of.setdefault(group.name, _part(group.name))
     seen: dict[str, list[str]] = {}
@@ -133,14 +135,16 @@ def paired_moments(
     alone = len(names) == 1
     with torch.no_grad():
         for index in range(len(stream)):
-            wanted = _inputs(float_block, names, float_stream, index, alone)
-            found = _inputs(block, names, stream, index, alone)
+            wanted = _inputs(float_block, names, float_stream[index], alone)
+            batch = stream[index]  # read once, since it may be on disk
+            found = _inputs(block, names, batch, alone)
+            tokens = batch.hidden.shape[:-1].numel()
             for first, quantized in found.items():
                 if rounded is not None:
                     quantized = replace(quantized, rows=rounded(first, quantized.rows))
                 half = moments[first].halves[index % 2]
-                every = len(quantized.rows) == stream[index].hidden.shape[:-1].numel()
-                x, difference = _paired(wanted.get(first), quantized, alone or every)
+                in_order = alone or len(quantized.rows) == tokens
+                x, difference = _paired(wanted.get(first), quantized, in_order)
                 half.second.update(quantized.rows)
                 half.drift.update(difference, quantized.rows)
                 moments[first].add_outputs(weights[first], x, difference)
@@ -173,7 +177,7 @@ class _Input:
 
 
 def _inputs(
-    block: nn.Module, names: dict[str, LinearGroup], stream: Stream, index: int, alone: bool
+    block: nn.Module, names: dict[str, LinearGroup], batch: Batch, alone: bool
 ) -> dict[str, _Input]:
     """Returns the inputs of the named linears in one batch.
 
@@ -189,7 +193,7 @@ def _inputs(
                 raise Stopped
 
         with observed(block, names, keep):
-            call_block(block, stream[index])
+            call_block(block, batch)
     return found
 
 

@@ -313,8 +313,8 @@ class _Learner(BlockLearner):
             made = learned and self.tokens[name] >= self.method.min_tokens
             targets = dict.fromkeys(weights, Target(weight, None))
             nested = self._nested(name, weight, bias, factors.get(name), made, targets)
-            report = sliced_report(weight, nested, targets, self.tokens[name])
-            return nested, report.model_copy(update={"fallback": fallbacks.get(name)})
+            fallback = fallbacks.get(name)
+            return nested, sliced_report(weight, nested, targets, self.tokens[name], fallback)
 
         return packed_block(self, packed)
 
@@ -353,9 +353,9 @@ class _Learner(BlockLearner):
                 targets = dict.fromkeys(weights, Target(weight, None))
             made = learned and self.tokens[name] >= self.method.min_tokens
             nested = self._nested(name, mean, bias, factor, made, targets)
-            report = sliced_report(mean, nested, targets, self.tokens[name])
             error = step.output_error(name, weight, nested)
-            return nested, report.model_copy(update={"output_error": error, "fallback": fallback})
+            tokens = self.tokens[name]
+            return nested, sliced_report(mean, nested, targets, tokens, fallback, error)
 
         streams = {width: self.method.stream_of(width) for width in self.method.widths}
         return packed_block(self, packed, lambda made: slice_steps(task, block, streams, made))

@@ -55,7 +55,12 @@ def packed_plain(
 
 
 def sliced_report(
-    weight: Tensor, layer: NestedLinear, targets: Mapping[int, Target], tokens: int
+    weight: Tensor,
+    layer: NestedLinear,
+    targets: Mapping[int, Target],
+    tokens: int,
+    fallback: str | None,
+    output_error: float | None = None,
 ) -> LinearReport:
     """Returns the report of a linear that is sliced. targets: what each width was rounded for."""
     return LinearReport(
@@ -63,6 +68,8 @@ def sliced_report(
         slices_db={
             width: signal_to_noise(t.weight, layer.at(width)) for width, t in targets.items()
         },
+        output_error=output_error,
         correction=targets[min(targets)].strength,
         tokens=tokens,
+        fallback=fallback,
     )
