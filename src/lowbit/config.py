@@ -87,8 +87,9 @@ def unknown_name(name: object, allowed: Any, what: str) -> str:
     what: what such a name stands for, as in "method" or "field of RTN".
     """
     names = sorted(allowed)
-    near = get_close_matches(shorten(name), names, n=1, cutoff=NEAR)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    lower = {each.lower(): each for each in reversed(names)}
+    near = get_close_matches(shorten(name).lower(), lower, n=1, cutoff=NEAR)
+    hint = f"did you mean {lower[near[0]]!r}? " if near else ""
     return f"{_shown(name)} is not a {what}: {hint}allowed are {', '.join(names)}"
 
 
@@ -109,4 +110,6 @@ def _sentence(detail: Any) -> str:
 
 def _shown(value: object) -> str:
     """Returns a value as Python writes it, on one line and not too long."""
-    return repr(shorten(value)) if isinstance(value, str) else shorten(repr(value))
+    if isinstance(value, str) and repr(value)[1:-1] == value.strip():
+        return repr(shorten(value))
+    return shorten(repr(value))  # spaces at its ends and line breaks are seen

@@ -159,6 +159,26 @@ def test_a_row_has_one_bos(text: str) -> None:
     assert encode(OneBos(), text, "rows").tolist() == [1, 97, 98]
 
 
+# Texts, and the share of unknown tokens that is said.
+UNKNOWN = {"漢" * 200: "100%", "漢" * 150 + "a" * 50: "75%", "漢" * 50 + "a" * 150: None}
+
+
+@pytest.mark.parametrize("text", UNKNOWN, ids=map(str, UNKNOWN.values()))
+def test_a_text_that_the_tokenizer_does_not_know(
+    text: str, write: Callable[..., str], tokenizer: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, says = write("a.txt", text), UNKNOWN[text]
+    for read in (
+        lambda: evaluation_text(path, tokenizer, 8),
+        lambda: evaluation_documents(path, tokenizer),
+        lambda: draw(tokenizer, path, samples=2, seqlen=100),
+    ):
+        caplog.clear()
+        read()
+        found = "of the tokens of" in caplog.text and "<unk>, which stands for" in caplog.text
+        assert found == (says is not None)
+
+
 def test_a_chat_that_the_template_refuses() -> None:
     with pytest.raises(ValueError, match="rows: the tokenizer's chat template refuses a chat .rol"):
         encode(OneBos(), [{"role": "user", "content": "a"}], "rows")

@@ -34,11 +34,18 @@ MISTAKES = {
     "no such libraries": (["--llama", "/no/where"], "--llama /no/where: there is no such folder"),
     "type": (["--llama", "/", "--peer-type", "Q9"], "--peer-type: 'Q9' is not a type"),
     "type alone": (["--peer-type", "Q4_0"], "--peer-type needs --llama DIR"),
+    "shape that does not fit": (
+        ["--shape", "tinyllama:hidden=10"],
+        "--shape: hidden is 10, heads 32: hidden must be a multiple of heads",
+    ),
+    "shape of a folder": (["OUT", "--shape", SMALL], "OUT has its own: leave out either"),
+    "format of a folder": (["OUT", "--format", "binary"], "OUT has its own: leave out either"),
     "folder": (["/no/where"], "/no/where: there is no such folder"),
 }
 
 
 @pytest.mark.parametrize(("options", "sentence"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_one_sentence(lowbit, options, sentence):
-    error = lowbit("bench", *options, code=1).stderr
+    given = [quantized.folder("opt") if option == "OUT" else option for option in options]
+    error = lowbit("bench", *given, code=1).stderr
     assert error.startswith("error: ") and sentence in error and error.count("\n") == 1

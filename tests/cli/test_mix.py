@@ -30,6 +30,9 @@ def test_a_pyramid_reads_no_text(lowbit, nested, tmp_path):
     widths = yaml.safe_load(plan.read_text())
     ends = [w for name, w in widths.items() if ".0." in name or ".5." in name]
     assert set(ends) == {2} and widths["model.layers.2.mlp.up_proj"] > 2
+    ignored = lowbit("mix", nested, "-o", plan, *budget, "--samples", 3, "--calibration", "c4")
+    says = "pyramid measures nothing: --calibration and --samples are ignored\n"
+    assert ignored.stdout == says + "\n".join(lines) + "\n"
     assert len(lines) == 2 and " bits per weight in the linears, 3." in lines[0]
 
 

@@ -103,6 +103,9 @@ def test_no_text_for_a_method_that_needs_none(lowbit, tmp_path):
         "quantize", MODEL, tmp_path / "out", "--method", "rtn", "--calibration", "c4"
     ).stdout
     assert "rtn needs no calibration text: --calibration is ignored" in text
+    few = ("--samples", 3, "--seqlen", 32)
+    text = lowbit("quantize", MODEL, tmp_path / "few", "--method", "rtn", *few).stdout
+    assert "rtn needs no calibration text: --samples and --seqlen are ignored" in text
 
 
 def test_a_dry_run(lowbit, tmp_path):
@@ -137,6 +140,10 @@ MISTAKES = [
     (("--recipe", "rtn-w4a16", *RTN_METHOD), "give --recipe or --method, not both"),
     (("--recipe", "rtn-w4a61"), "'rtn-w4a61' is not a recipe: did you mean 'rtn-w4a16'?"),
     (("--recipe", "none.yaml"), "there is no recipe file none.yaml"),
+    (("--recipe", MODEL), "llama-mini is a folder: allowed are the names that `lowbit recipes`"),
+    (("--recipe", MODEL / "config.json"), "config.json is a file that does not end in .yaml"),
+    (("--method", "GPTQ"), "'GPTQ' is not a method: did you mean 'gptq'?"),
+    (("--method", "gptq "), "'gptq ' is not a method: did you mean 'gptq'?"),
     (("--method", "omniqant"), "'omniqant' is not a method: did you mean 'omniquant'?"),
     ((*RTN_METHOD, "--set", "bit=4"), "'bit' is not a field of RTN: did you mean 'bits'?"),
     ((*RTN_METHOD, "--set", "bits=9"), "bits: should be less than or equal to 8 (got 9)"),

@@ -118,6 +118,31 @@ def test_accepted_everywhere(name: str, tmp_path: Path) -> None:
     assert "float model" in CliRunner().invoke(app, ["inspect", str(model)]).stdout
 
 
+def test_a_path_that_is_not_utf_8(tmp_path: Path) -> None:
+    """safetensors opens no file of such a path, and calls it damaged."""
+    name = "m\udcff"  # the byte 0xff
+    try:
+        float_model = shutil.copytree(quantized.source(), tmp_path / name)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    made = shutil.copytree(quantized.folder(), tmp_path / f"q{name}")
+    for model, paths in ((float_model, FLOAT_ONLY | ANY), (made, ANY | QUANTIZED_ONLY)):
+        for path, function in paths.items():
+            with pytest.raises(ValueError, match="the path of the model has the byte 0xff"):
+                function(model, tmp_path / "out")
+            assert not (tmp_path / "out").exists(), path
+    writing: list[Callable[[Path], Any]] = [
+        lambda out: lowbit.quantize(quantized.source(), out, RTN(), device="cpu"),
+        lambda out: lowbit.dequantize(quantized.folder(), out),
+        lambda out: lowbit.slice(quantized.master(), out, 4),
+        lambda out: lowbit.export(quantized.folder(), out, "ct"),
+    ]
+    for write in writing:
+        with pytest.raises(ValueError, match="the path of the folder to write has the byte 0xff"):
+            write(tmp_path / f"out{name}")
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
 @pytest.mark.parametrize("path", QUANTIZED_ONLY)
 def test_a_float_model_where_a_quantized_one_is_needed(path: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was not quantized by lowbit, it is a float model: quant"):

@@ -100,6 +100,22 @@ def test_bits_of_a_folder_without_slices(made: Path, tmp_path: Path) -> None:
         lowbit.export(made, tmp_path / "dest", "ct", bits=4)
 
 
+@pytest.mark.parametrize("to", sorted(set(TARGETS) - {"gptq", "awq"}))
+def test_numbers_that_the_dtype_cannot_hold(to: str, tmp_path: Path) -> None:
+    """They would become infinite: an embedding as from a diverged run, exported in float16."""
+    line = zoo.Line("llama", zoo.GQA | {**WIDE, "tie_word_embeddings": False})
+    source = quantized.add_byte_tokenizer(zoo.write(line, tmp_path / "source"))
+
+    def grow(held: dict[str, Any]) -> None:
+        held["model.embed_tokens.weight"] *= 1e6
+
+    quantized.edit_shard(source / "model.safetensors", grow)
+    folder = quantized.quantize(source, tmp_path / "made", SYMMETRIC)
+    with pytest.raises(ValueError, match="tensor model.embed_tokens.weight has (values|numbers)"):
+        lowbit.export(folder, tmp_path / "dest", to, dtype="float16")
+    assert nothing_was_written(tmp_path)
+
+
 @pytest.mark.parametrize("to", TARGETS)
 def test_a_plan_writes_nothing(to: str, made: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())

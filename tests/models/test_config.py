@@ -45,13 +45,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "heads as text": (fields(num_attention_heads="4"), "num_attention_heads is '4'"),
     "no key-value heads": (fields(num_key_value_heads=0), "num_key_value_heads is 0"),
-    "no channels": (fields(hidden_size=0), "hidden_size is 0: allowed are 1 or more"),
+    "no channels": (fields(hidden_size=0), "hidden_size is 0: allowed are whole numbers, 1 or"),
+    "channels as a float": (fields(hidden_size=48.0), "hidden_size is 48.0: allowed are whole num"),
     "10^30 channels": (fields(hidden_size=10**30), "hidden_size is 1000.*up to 2.63 - 1"),
     "a fraction of channels": (fields(hidden_size=48.5), "hidden_size is 48.5"),
     "10^30 tokens": (fields(vocab_size=10**30), "vocab_size is 1000.*up to 2.63 - 1"),
     "2^40 tokens": (fields(vocab_size=2**40), "vocab_size is 1099511627776, which"),
     "10^30 inside": (fields(intermediate_size=10**30), "intermediate_size is 1000"),
-    "no layers": (fields(num_hidden_layers=0), "num_hidden_layers is 0: allowed are 1 to 10,000"),
+    "no layers": (fields(num_hidden_layers=0), "num_hidden_layers is 0: .* numbers, 1 to 10,000"),
     "10^30 layers": (fields(num_hidden_layers=10**30), "num_hidden_layers is 1000"),
     "2^40 layers": (fields(num_hidden_layers=2**40), "num_hidden_layers is 1099511627776: allowed"),
     "2^40 experts": (
@@ -63,6 +64,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "head of 0": (fields(head_dim=0), "head_dim is 0"),
     "an odd head": (fields(head_dim=7), "head_dim is 7"),
     "rope": (fields(rope_scaling={"rope_type": "zap"}), 'rope_scaling.rope_type is "zap"'),
+    "rope, stated twice": (
+        fields(rope_scaling={"rope_type": "zap"}, rope_parameters={"rope_type": "zap"}),
+        'rope_parameters.rope_type is "zap"',
+    ),
     "rope as text": (fields(rope_scaling="linear"), 'rope_scaling is "linear"'),
     "theta": (fields(rope_theta=0), "rope_theta is 0: allowed are numbers above 0"),
     "an epsilon as text": (fields(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5': allowed are num"),
@@ -72,6 +77,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "padding": (fields(pad_token_id=10**6), "pad_token_id is 1000000"),
     "an end as text": (fields(eos_token_id="</s>"), 'eos_token_id is "</s>"'),
     "attention": (fields(_attn_implementation="zap"), '_attn_implementation is "zap"'),
+    "attention, stated twice": (
+        fields(_attn_implementation="zap", attn_implementation="zap"),
+        'attn_implementation is "zap"',
+    ),
     "text_config": (fields(text_config="x"), "text_config is 'x': allowed are objects and null"),
     "long": (fields(hidden_act="z" * 5000), r'hidden_act is "zz.*\.\.\.zz'),
 }

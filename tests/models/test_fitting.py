@@ -29,6 +29,10 @@ def without_norm(held: dict[str, Tensor]) -> None:
     del held[NORM]
 
 
+def without_head(held: dict[str, Tensor]) -> None:
+    del held["lm_head.weight"]
+
+
 MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "missing": (without_norm, f"tensor {NORM} is missing: the model that"),
     "another shape": (
@@ -54,6 +58,15 @@ def test_misfits(
     with pytest.raises(ValueError) as refusal:
         PATHS[path](model)
     assert str(refusal.value).startswith(f"{model}: {says}")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_model_without_an_output_layer(path: str, tmp_path: Path) -> None:
+    """As embedding models and classifiers are saved."""
+    model = changed(tmp_path / "model", without_head)
+    odd_folders.config(architectures=["LlamaModel"])(model)
+    with pytest.raises(ValueError, match=r"states the architecture LlamaModel, .*ForCausalLM"):
+        PATHS[path](model)
 
 
 @pytest.mark.parametrize("path", PATHS)

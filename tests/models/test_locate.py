@@ -30,6 +30,29 @@ def test_what_must_be_a_folder_is_not_looked_up(name: str) -> None:
         locate(name)
 
 
+# Names of models as users paste them, and what they are told.
+PASTED = {
+    "https://huggingface.co/owner/name": "of this page of the hub, give its id, owner/name$",
+    "https://huggingface.co/owner/name/tree/main": "give its id, owner/name$",
+    "hf.co/owner/name": "give its id, owner/name$",
+    "file:///models/name": r"without file://, and ids of the hub \(OWNER/NAME\)$",
+    "s3://bucket/name": "allowed are folders",
+    "~": "~ stands for the home folder only where the shell reads it",
+}
+
+
+@pytest.mark.parametrize("name", PASTED)
+def test_what_is_pasted_is_answered_with_advice(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: there is no such folder: .*{PASTED[name]}"):
+        locate(name)
+
+
+@pytest.mark.parametrize("model", [None, 3, b"model", ["model"], {}], ids=str)
+def test_what_is_no_path(model: object) -> None:
+    with pytest.raises(ValueError, match="^the model is .*: allowed are the path of a folder and"):
+        locate(model)
+
+
 def test_a_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.safetensors").touch()

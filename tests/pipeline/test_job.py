@@ -10,6 +10,7 @@ import quantized
 import torch
 from torch import Tensor
 
+import lowbit
 from lowbit.checkpoint import CheckpointReader
 from lowbit.methods import Method, OmniQuant
 from lowbit.pipeline import job as module
@@ -118,3 +119,20 @@ def test_calibration_text_with_a_token_that_the_model_lacks(tmp_path: Path) -> N
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"calibration text has token \d+, but the model has"):
         quantized.quantize(model, tmp_path / "out", "gptq")
+
+
+# What is no method with its settings: a name, a class, settings alone, nothing.
+NO_METHODS = {"name": "gptq", "class": OmniQuant, "settings": {"bits": 4}, "nothing": None}
+
+
+@pytest.mark.parametrize("given", NO_METHODS.values(), ids=NO_METHODS)
+def test_what_is_no_method(given: object, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for function in (
+        lambda: lowbit.quantize(quantized.source(), out, given),
+        lambda: lowbit.plan(quantized.source(), given),
+        lambda: lowbit.preprocess(quantized.source(), out, given),
+    ):
+        with pytest.raises(ValueError, match=r"^method is .*such as lowbit.methods.GPTQ\(bits=4\)"):
+            function()
+    assert not out.exists()

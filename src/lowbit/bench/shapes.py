@@ -86,6 +86,11 @@ def parse_shape(text: str) -> Shape:
             f"--shape: heads is {shape.heads}, kv_heads {shape.kv_heads}, head_size "
             f"{shape.head_size}: heads must be a multiple of kv_heads, and head_size even"
         )
+    if shape.hidden % shape.heads:
+        raise ValueError(
+            f"--shape: hidden is {shape.hidden}, heads {shape.heads}: hidden must be a multiple of "
+            "heads"
+        )
     return shape
 
 

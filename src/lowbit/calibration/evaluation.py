@@ -18,7 +18,7 @@ from lowbit.calibration.sources import (
     evaluation_corpus,
     is_text_file,
 )
-from lowbit.calibration.tokens import Tokenizer, encode, encode_corpus
+from lowbit.calibration.tokens import Tokenizer, encode, encode_corpus, note_unknown
 
 # What separates the documents of a text file: a line "<|endoftext|>", or "</s>" or "</s><s>".
 SEPARATOR = re.compile(r"^[ \t]*<\|endoftext\|>[ \t\r]*$|</s>(?:<s>)?", re.MULTILINE)
@@ -42,10 +42,12 @@ def evaluation_text(name_or_path: str, tokenizer: Tokenizer, seqlen: int) -> Ten
     """
     corpus = evaluation_corpus(name_or_path)
     if corpus.windows_in_rows:
-        return _random_windows(corpus, tokenizer, seqlen)
-    tokens = encode_corpus(tokenizer, corpus)
+        tokens = _random_windows(corpus, tokenizer, seqlen)
+    else:
+        tokens = encode_corpus(tokenizer, corpus)
     if len(tokens) < 2:
         raise ValueError(f"{name_or_path} has {len(tokens)} tokens: there is nothing to predict")
+    note_unknown(tokenizer, tokens, [name_or_path])
     return tokens
 
 
@@ -75,6 +77,7 @@ def evaluation_documents(name_or_path: str, tokenizer: Tokenizer) -> list[Tensor
     rows = [row for row in rows if len(row) >= 2]
     if not rows:
         raise ValueError(f"{name_or_path} has no document of 2 tokens or more")
+    note_unknown(tokenizer, torch.cat(rows), [name_or_path])
     return rows
 
 

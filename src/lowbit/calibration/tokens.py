@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from lowbit.calibration.images import ImageRow
 from lowbit.calibration.sources import Corpus, Document
 from lowbit.parsing import shorten, single_bos
 
+logger = logging.getLogger(__name__)
+MOST_UNKNOWN = 0.5  # of the tokens of a text; more, and the tokenizer is not for this text
 READ_AT_ONCE = 1000  # documents; a shard of C4 takes 1.4 s instead of 8 s one by one
 
 Tokenizer = Any  # any Hugging Face tokenizer; transformers is not imported here
@@ -66,6 +69,25 @@ def encode(tokenizer: Tokenizer, document: Document, name: str) -> Tensor:
         ids = tokenizer(text, add_special_tokens=False, **options)["input_ids"]
     bos = getattr(tokenizer, "bos_token_id", None)
     return torch.tensor(single_bos(ids, bos), dtype=torch.int64)
+
+
+def note_unknown(tokenizer: Tokenizer, tokens: Tensor, names: Sequence[str]) -> None:
+    """Logs that most tokens of a text are the token for what a tokenizer does not know.
+
+    tokens: of the text, any shape.
+    names: of its sources.
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or not tokens.numel():
+        return
+    share = float((tokens == unknown).double().mean())
+    if share > MOST_UNKNOWN:
+        logger.warning(
+            f"warning: {share:.0%} of the tokens of {', '.join(names)} are "
+            f"{shorten(tokenizer.unk_token)}, which stands for what the tokenizer does not know, "
+            "so this text says little about the model: use a text in its language, or check that "
+            "the tokenizer is that of the model"
+        )
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:

@@ -32,6 +32,7 @@ from lowbit.calibration.tokens import (
     encode,
     encode_corpus,
     json_digest,
+    note_unknown,
     tokenizer_digest,
 )
 from lowbit.config import LARGEST_SEED, Config
@@ -144,6 +145,7 @@ def token_windows(
     ]
     texts = [(corpus, count) for _, corpus, count in read if corpus and not corpus.image_rows]
     drawn, digest = _text_windows(texts, seqlen, calibration.seed, tokenizer, cache)
+    note_unknown(tokenizer, drawn.tokens, [corpus.name for corpus, _ in texts])
     sizes, rows, sources = iter(drawn.sizes.tolist()), list[Inputs](), []
     for name, corpus, count in read:
         tokens, documents = 0, 0

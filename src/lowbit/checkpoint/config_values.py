@@ -98,7 +98,8 @@ def _rule(name: str) -> tuple[Callable[[Any], bool], str] | None:
     if name in POSITIVE or name in SIZES:
         least, most = int(name in POSITIVE), MOST.get(name, INT64)
         limit = f"to {most:,}" if name in MOST else "or more"
-        return lambda v: _is_integer(v) and least <= v <= most, f"allowed are {least} {limit}"
+        words = f"allowed are whole numbers, {least} {limit}"
+        return lambda v: _is_integer(v) and least <= v <= most, words
     if name in ("rope_theta", "factor"):
         return lambda v: _is_number(v) and v > 0, "allowed are numbers above 0"
     if name.endswith(EPSILONS):

@@ -1,16 +1,23 @@
 """Says in words why a folder cannot be written."""
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from lowbit.parsing import check_unicode
+
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors ends what the system said
+
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
     """Turns errors of a full disk, or a folder that cannot be written, into a clear ValueError."""
+    check_unicode(str(folder), "the path of the folder to write")
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -24,6 +31,8 @@ def explained(folder: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror:
             place = str(error.filename2 or error.filename or folder)
             reason = error.strerror
+        elif number := OS_ERROR.search(reason):
+            reason = os.strerror(int(number[1]))
         hint = ": remove what is there, or choose another OUT" if _is_in_the_way(error) else ""
         raise ValueError(f"{place} cannot be written ({reason}){hint}") from error
 

@@ -34,7 +34,7 @@ from lowbit.checkpoint.other_programs import (
     stated_quantization,
 )
 from lowbit.checkpoint.reader import INDEX, SINGLE, CheckpointReader, read_json
-from lowbit.parsing import shorten
+from lowbit.parsing import check_unicode, shorten
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -76,6 +76,7 @@ def recognize(folder: Path) -> ModelFolder:
     Raises ValueError, with what to do, for a folder that holds no model, or none in safetensors:
     an unfinished run, an adapter, GGUF, pickles, Git LFS pointers, shards without an index ...
     """
+    check_unicode(str(folder), "the path of the model")  # safetensors opens no other files
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     check_links(folder)

@@ -39,11 +39,6 @@ from lowbit.parsing import reason_of, shorten
 from lowbit.version import __version__
 
 MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
-# What code raises that meets something unforeseen; typer's own errors are of other types.
-UNEXPECTED = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) + (
-    RuntimeError,
-    ImportError,
-)
 LONGEST_WORD = 400  # characters; a path may have as many
 
 
@@ -115,8 +110,14 @@ def _sentence(error: BaseException) -> str:
 
 
 def _is_unexpected(error: BaseException) -> bool:
-    """Whether it is an error of code that met something unforeseen, and not a wish to stop."""
-    return isinstance(error, UNEXPECTED) or type(error).__name__ == "PanicException"  # of Rust
+    """Whether it is an error of code that met something unforeseen.
+
+    Libraries raise errors of their own types as well. A wish to stop is no Exception, and what
+    typer raises of a bad option is shown by typer.
+    """
+    if type(error).__name__ == "PanicException":  # of Rust
+        return True
+    return isinstance(error, Exception) and not hasattr(error, "format_message")
 
 
 def _raiser_of(error: BaseException) -> str:

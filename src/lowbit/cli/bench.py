@@ -20,6 +20,7 @@ from lowbit.parsing import shorten
 
 MOST_TOKENS = 512  # of a pass
 LLAMA_CPP = "llama.cpp"
+SHAPE, FORMAT = "tinyllama", "uniform:bits=4,group_size=128"  # of random weights
 
 
 def bench(  # noqa: PLR0913 (a command's options)
@@ -38,7 +39,7 @@ def bench(  # noqa: PLR0913 (a command's options)
             "llama-3.1-8b, llama-2-7b or qwen3-0.6b. Fields: layers, vocabulary, hidden, wide, "
             "heads, kv_heads, head_size.",
         ),
-    ] = "tinyllama",
+    ] = SHAPE,
     form: Annotated[
         str,
         Option(
@@ -46,7 +47,7 @@ def bench(  # noqa: PLR0913 (a command's options)
             metavar="NAME[:FIELD=VALUE,...]",
             help="Format of its linears, with fields as in config.json.",
         ),
-    ] = "uniform:bits=4,group_size=128",
+    ] = FORMAT,
     inputs: Annotated[
         int, Option(metavar="8|16", help="Bits to which kernels round the inputs of layers.")
     ] = 16,
@@ -84,6 +85,10 @@ def bench(  # noqa: PLR0913 (a command's options)
     read from memory. The share is that of the read bandwidth, which is measured in the same run.
     """
     check_writable("--json", json)
+    if out is not None and (shape, form) != (SHAPE, FORMAT):
+        raise ValueError(
+            "--shape and --format are for random weights, and OUT has its own: leave out either"
+        )
     counts = [_numbers("--threads", threads, 1024), _numbers("--tokens", tokens, MOST_TOKENS)]
     library = _library(peer, llama, peer_type)
     machine, screen = Machine.here(), console()
@@ -102,11 +107,11 @@ def bench(  # noqa: PLR0913 (a command's options)
             for m in counts[1]
             for n in counts[0]
         ]
+    _print(screen, subject, machine, found, title, inputs)
     if json is not None:
         facts = {"model": subject.title, "inputs": inputs, "peer": title or None}
         made = {**facts, "machine": machine.to_json(), "speed": [each.to_json() for each in found]}
         write_json(json, made)
-    _print(screen, subject, machine, found, title, inputs)
 
 
 def _numbers(option: str, text: str, most: int) -> list[int]:

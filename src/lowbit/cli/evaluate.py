@@ -126,15 +126,15 @@ def evaluate(  # noqa: PLR0913 (a command's options)
     models = list(dict.fromkeys([model, *(others or [])]))
     cards = folders_with_cards(models) if write_card else {}
     found = _measure(models, options)
-    if json is not None:
-        write_json(json, {row.name: row.to_json() for row in found})
-    write_cards(found, cards)
     screen = console()
     show_texts(screen, found)
     _warn_of_broken(found)
     if found[0].tasks:
         screen.print()
         show_tasks(screen, found, tasks_dir)
+    if json is not None:  # after the tables, which are seen even if the disk is full
+        write_json(json, {row.name: row.to_json() for row in found})
+    write_cards(found, cards)
 
 
 def _warn_of_broken(found: Sequence[Evaluation]) -> None:

@@ -9,6 +9,7 @@ from lowbit.allocate import STRATEGIES, Mix
 from lowbit.allocate import mix as allocate
 from lowbit.calibration import Calibration
 from lowbit.cli.device import device_map
+from lowbit.cli.options import warn_of_unused
 from lowbit.cli.parameters import (
     Devices,
     MatQuantModel,
@@ -18,6 +19,8 @@ from lowbit.cli.parameters import (
     meaning,
 )
 from lowbit.cli.screen import console, counting_bar, size
+
+WINDOWS = 4  # of text to measure on
 
 
 def mix(  # noqa: PLR0913 (a command's options)
@@ -48,7 +51,7 @@ def mix(  # noqa: PLR0913 (a command's options)
         ),
     ] = None,
     calibration: Annotated[list[str] | None, calibration_option("wikitext2")] = None,
-    samples: Annotated[int, Option(help=meaning(Calibration, "samples"))] = 4,
+    samples: Annotated[int, Option(help=meaning(Calibration, "samples"))] = WINDOWS,
     seqlen: Annotated[
         int | None,
         Option(help="Tokens in a window. Default: 512, or the model's context if it is shorter."),
@@ -63,6 +66,11 @@ def mix(  # noqa: PLR0913 (a command's options)
     lowbit eval and lowbit slice takes.
     """
     check_writable("-o", out)
+    if strategy == "pyramid":
+        given = {"--calibration": calibration, "--seqlen": seqlen, "--seed": seed}
+        given["--samples"] = samples != WINDOWS
+        unused = [name for name in given if given[name]]
+        warn_of_unused(console(), unused, "pyramid measures nothing")
     sources = {"sources": tuple(calibration)} if calibration else {}
     text = Calibration(samples=samples, seqlen=seqlen, seed=seed, **sources)
     with counting_bar() as bar:

@@ -124,8 +124,9 @@ class JobOptions:
         patterns = {name: tuple(getattr(self, name) or ()) for name in PATTERNS}
         others = {name: getattr(self, name) for name in OTHERS}
         options = RunOptions(**patterns, **others, cache=cache_folder(), recipe=label, **more)
-        unused_text = bool(self.calibration) and not method.streams()
-        return Chosen(method, Calibration(**text), options, unused_text)
+        given = {name: getattr(self, name) for name in ("calibration", "samples", "seqlen")}
+        unused = () if method.streams() else tuple(f"--{name}" for name in given if given[name])
+        return Chosen(method, Calibration(**text), options, unused)
 
 
 PATTERNS = ("skip", "only", "allow_float")
@@ -139,13 +140,13 @@ OTHERS = (
 class Chosen:
     """The method, calibration and run options that the options of a command stand for.
 
-    unused_text: whether a calibration text was named that the method does not read.
+    unused: the options that are about a calibration text, which the method does not read.
     """
 
     method: Method
     calibration: Calibration
     options: RunOptions
-    unused_text: bool
+    unused: tuple[str, ...]
 
     @property
     def label(self) -> str:
@@ -153,10 +154,15 @@ class Chosen:
         return self.options.recipe or self.method.name
 
     def warn(self, screen: Console) -> None:
-        """Prints a warning if the named calibration text is not read."""
-        if self.unused_text:
-            text = f"{self.method.name} needs no calibration text: --calibration is ignored"
-            screen.print(text, style="yellow")
+        """Prints a warning if options are about a calibration text that is not read."""
+        warn_of_unused(screen, self.unused, f"{self.method.name} needs no calibration text")
+
+
+def warn_of_unused(screen: Console, options: Sequence[str], reason: str) -> None:
+    """Prints that options have no effect; nothing if there are none."""
+    if options:
+        ignored = f"{' and '.join(options)} {'is' if len(options) == 1 else 'are'} ignored"
+        screen.print(f"{reason}: {ignored}", style="yellow", soft_wrap=True)
 
 
 def with_job(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,6 +1,7 @@
 """Defines the arguments and options that several commands share."""
 
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 from typer import Argument, Option
@@ -86,3 +87,9 @@ def check_writable(option: str, file: Path | None) -> None:
     """Raises ValueError if a file cannot be written; called before any work is done."""
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         raise ValueError(f"{option} {file}: it is a folder, or is in a folder that does not exist")
+    if file is not None:
+        try:
+            TemporaryFile(dir=file.parent).close()
+        except OSError as error:
+            reason = f"{file.parent} takes no new files ({error.strerror})"
+            raise ValueError(f"{option} {file}: {reason}: choose another folder") from None

@@ -31,9 +31,9 @@ def plan(
     chosen.warn(screen)
     with screen.status("dry run of one block"):
         found = estimate(model, chosen.method, chosen.calibration, **dict(chosen.options))
+    screen.print(_table(f"{model}: {chosen.label}", found, size_of(source).bytes))
     if json is not None:
         write_json(json, found.to_json())
-    screen.print(_table(f"{model}: {chosen.label}", found, size_of(source).bytes))
 
 
 def _table(title: str, found: Estimate, before: int) -> Table:

@@ -107,7 +107,7 @@ def labelled(model: str, bits: int | str | None) -> str:
 
 
 def evaluate(  # noqa: PLR0913 (the fields of EvalOptions)
-    models: Sequence[str | Path],
+    models: str | Path | Sequence[str | Path],
     *,
     texts: Sequence[str | Path] = ("wikitext2",),
     seqlen: int | None = None,
@@ -134,7 +134,8 @@ def evaluate(  # noqa: PLR0913 (the fields of EvalOptions)
     windows differ in length: their perplexities cannot be compared, so set one seqlen for all.
     """
     options = EvalOptions.of(locals())
-    session, names = _Session(options, on_progress), [str(name) for name in models]
+    listed = [models] if isinstance(models, str | Path) else models
+    session, names = _Session(options, on_progress), [str(name) for name in listed]
     session.check(names)
     rows: list[Evaluation] = []
     for name in names:

@@ -35,7 +35,7 @@ class FolderExporter(Exporter):
     def store_float(self, name: str, tensor: Tensor) -> Tensor:
         """Returns a tensor that belongs to no quantized layer, in the dtype that was chosen."""
         dtype = self.options.float_dtype
-        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        return tensor if dtype is None else float_tensor(name, tensor, dtype)
 
     def write(self, into: Path, progress: Progress) -> None:
         count = len(self.folder.reader.files)
@@ -121,6 +121,21 @@ def _earlier_rope(config: dict[str, Any]) -> dict[str, Any]:
     plain = scaling.get("rope_type", "default") == "default"
     earlier = {"rope_theta": settings["rope_theta"], "rope_scaling": None if plain else scaling}
     return {key: value for key, value in earlier.items() if config.get(key) is None}
+
+
+def float_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a tensor in a float dtype, or as it is if it holds integers.
+
+    Raises Refused, with its name, where the dtype cannot hold its range.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    try:
+        return float_weight(tensor, dtype)
+    except Refused:
+        raise Refused(
+            f"tensor {name} has values that are too large for {dtype}: choose another with --dtype"
+        ) from None
 
 
 def float_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -99,7 +99,7 @@ class MlxExporter(FolderExporter):
             half = scale.half(), bias.half()
             exact = torch.equal(half[0].float(), scale) and torch.equal(half[1].float(), bias)
             dtype = torch.float16 if exact else torch.float32
-        return scale.to(dtype), bias.to(dtype)
+        return float_weight(scale, dtype), float_weight(bias, dtype)
 
     def _float(self, name: str, layer: QuantizedLinear, grid: Grid) -> StoredLayer:
         dtype = self.options.float_dtype or torch.float32

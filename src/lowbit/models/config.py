@@ -25,6 +25,8 @@ from lowbit.parsing import reason_of, shorten
 Fields = Mapping[str, Any]
 T = TypeVar("T")
 TRANSFORMERS = f"transformers {transformers_version}"
+# Fields that state the same, so that leaving out one of them changes nothing.
+TWINS = (("rope_parameters", "rope_scaling"), ("_attn_implementation", "attn_implementation"))
 IDENTITY = ("model_type", "architectures", "transformers_version")  # fields that are never at fault
 LONGEST_VALUE = 200  # characters of a value in a message
 CODE_REFUSED = (
@@ -157,10 +159,10 @@ def _at_fault(
     error: what use(fields) raises.
     """
     another: tuple[str | None, Any] = None, None
-    for name, value in fields.items():
-        if name in IDENTITY:
-            continue
-        others = {key: other for key, other in fields.items() if key != name}
+    alone = [(name,) for name in fields if name not in IDENTITY]
+    for left_out in (*alone, *(pair for pair in TWINS if fields.keys() >= {*pair})):
+        name, value = left_out[0], fields[left_out[0]]
+        others = {key: other for key, other in fields.items() if key not in left_out}
         try:
             use(others)
         except Exception as now:

@@ -8,14 +8,27 @@ from pathlib import Path
 from torch import nn
 
 from lowbit.checkpoint.reader import INDEX, read_json
+from lowbit.checkpoint.recognize import CONFIG
+from lowbit.parsing import shorten
 
 logger = logging.getLogger(__name__)
 SHOWN = 3  # names in a message
+# How the names of the classes end that have an output layer; embedding models and classifiers are
+# often saved as others.
+CONTINUE_TEXT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def missing_tensors(folder: Path, names: Collection[str]) -> ValueError:
     """Returns the error for tensors that a model needs and its folder lacks."""
     first, *others = sorted(names)
+    stated = (read_json(folder / CONFIG) or {}).get("architectures") or []
+    if stated and not any(str(name).endswith(CONTINUE_TEXT) for name in stated):
+        return ValueError(
+            f"{folder}: tensor {first} is missing: config.json states the architecture "
+            f"{shorten(stated[0])}, which is no model that continues text, the only kind that "
+            f"lowbit quantizes and runs ({', '.join(f'...{end}' for end in CONTINUE_TEXT)}): name "
+            "the folder of such a model"
+        )
     more = f" (and {len(others)} others: {', '.join(others[:SHOWN])})" if others else ""
     return ValueError(
         f"{folder}: tensor {first} is missing{more}: the model that config.json describes needs "

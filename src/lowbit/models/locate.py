@@ -1,6 +1,7 @@
 """Finds the folder of a model on disk; downloads it if the model is a hub id."""
 
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_repo_discussions, snapshot_download
@@ -40,13 +41,17 @@ def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
 
     Raises ValueError if `model` is neither a folder nor on the hub, or has no safetensors.
     """
+    if not isinstance(model, str | Path):
+        raise ValueError(
+            f"the model is {shorten(repr(model))}: allowed are the path of a folder and a hub id"
+        )
     folder, name = Path(model), str(model)
     if name and os.path.isdir(folder):  # Path("") is the current folder
         return folder
     if name and os.path.isfile(folder):  # False for a name that no file can have
         raise ValueError(f"{name} is a file: name the folder that contains it")
     if folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~")):
-        raise ValueError(f"{shorten(name)}: there is no such folder")
+        raise ValueError(f"{shorten(name)}: there is no such folder{_meant(name)}")
     patterns = FILES + CODE if trust_remote_code else FILES
     try:
         snapshot = Path(snapshot_download(name, allow_patterns=patterns))
@@ -73,6 +78,18 @@ def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
         f"hf download {name} --local-dir {folder_name}, then "
         f"lowbit convert {folder_name} {folder_name}-safetensors --from-bin, and use that folder"
     )
+
+
+def _meant(name: str) -> str:
+    """Returns what to do about a name that is a URL or begins with ~; "" for others."""
+    page = re.fullmatch(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+).*", name)
+    if page:
+        return f": to use the model of this page of the hub, give its id, {shorten(page[1])}"
+    if "://" in name:
+        return ": allowed are folders, without file://, and ids of the hub (OWNER/NAME)"
+    if name.startswith("~") and os.path.isdir(os.path.expanduser(name)):
+        return ": ~ stands for the home folder only where the shell reads it, outside of quotes"
+    return ""
 
 
 def converted_revision(name: str, commit: str) -> str | None:

@@ -41,7 +41,7 @@ from lowbit.models.sizes import check_tokens, context_of, hidden_of
 from lowbit.models.source import SourceModel
 from lowbit.models.streamed import Inputs
 from lowbit.models.tokenizer import check_tokenizer
-from lowbit.parsing import reason_of
+from lowbit.parsing import reason_of, shorten
 from lowbit.pipeline.memory import PeakMemory
 from lowbit.pipeline.options import RunOptions
 from lowbit.pipeline.outside import outside_blocks, rounded_tables
@@ -66,6 +66,11 @@ class Job:
         calibration: Calibration | TokenIds | Rows | None,
         options: RunOptions,
     ) -> None:
+        if not isinstance(method, Method):
+            raise ValueError(
+                f"method is {shorten(repr(method))}: allowed are the methods of lowbit.methods "
+                "with their settings, such as lowbit.methods.GPTQ(bits=4)"
+            )
         folder = locate(model, options.trust_remote_code)
         self.source = SourceModel(folder, options.allow_float, options.trust_remote_code)
         companions_of(folder, options.trust_remote_code)  # raises for links that lead outside

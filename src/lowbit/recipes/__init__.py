@@ -75,6 +75,12 @@ def load_recipe(name: str) -> Recipe:
     packaged = _packaged()
     if name in packaged:
         return _read(packaged[name], name)
+    if not name.endswith(SUFFIX) and os.path.exists(name):
+        kind = "a folder" if os.path.isdir(name) else f"a file that does not end in {SUFFIX}"
+        raise ValueError(
+            f"the recipe {name} is {kind}: allowed are the names that `lowbit recipes` lists, and "
+            f"{SUFFIX} files"
+        )
     if not name.endswith(SUFFIX):
         raise ValueError(f"{unknown_name(name, packaged, 'recipe')}; or a {SUFFIX} file")
     path = Path(name)

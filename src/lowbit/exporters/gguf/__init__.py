@@ -20,6 +20,7 @@ from lowbit.exporters.exporter import (
     grid_for,
     regrouping,
 )
+from lowbit.exporters.folder import float_tensor, float_weight
 from lowbit.exporters.gguf.architectures import (
     ARCHITECTURES,
     ROPE_FREQS,
@@ -118,7 +119,7 @@ class GgufExporter(Exporter):
         if block_type(grid) is None:
             dtype = self.options.float_dtype or torch.float16
         changes = () if fits_blocks(grid) else (f"rows of {grid.in_features} are not whole blocks",)
-        return FLOATS[dtype], {"weight": grid.weight().to(dtype)}, changes
+        return FLOATS[dtype], {"weight": float_weight(grid.weight(), dtype)}, changes
 
     def _rows(self, name: str, rows: int) -> Tensor:
         """Returns the order in which llama.cpp stores the rows of a layer."""
@@ -240,7 +241,7 @@ class GgufExporter(Exporter):
         if "norm" in name and name.endswith(".weight"):
             tensor = tensor.float() + self.architecture.norm_offset
         owner = source.rpartition(".")[0]
-        return _raw(tensor[self._rows(owner, len(tensor))].to(dtype))
+        return _raw(float_tensor(source, tensor[self._rows(owner, len(tensor))], dtype))
 
     def read(self, folder: Path, name: str) -> dict[str, Tensor]:
         stored = self._written(folder)
