@@ -131,7 +131,6 @@ def test_what_is_no_method(given: object, tmp_path: Path) -> None:
     for function in (
         lambda: lowbit.quantize(quantized.source(), out, given),
         lambda: lowbit.plan(quantized.source(), given),
-        lambda: lowbit.preprocess(quantized.source(), out, given),
     ):
         with pytest.raises(ValueError, match=r"^method is .*such as lowbit.methods.GPTQ\(bits=4\)"):
             function()

@@ -74,7 +74,7 @@ def bench(  # noqa: PLR0913 (a command's options)
     peer_type: Annotated[
         str | None,
         Option(
-            metavar="TYPE", help="llama.cpp's type of the linears. Default: the nearest in size."
+            metavar="TYPE", help="Type of the linears in llama.cpp. Default: the nearest in size."
         ),
     ] = None,
     json: JsonFile = None,
