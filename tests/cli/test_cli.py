@@ -80,7 +80,7 @@ DEVICES = {name.split()[0]: p.help for name, p in PARAMETERS.items() if name.end
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_command_says_how_many_gpus_it_uses(name):
     whole = {"chat", "eval", "generate", "mix", "serve"}  # they load the model with a device_map
-    assert DEVICES.keys() == whole | {"plan", "preprocess", "quantize"}
+    assert DEVICES.keys() == whole | {"plan", "preprocess", "quantize", "tune"}
     assert ("all GPUs" if name in whole else "on the first GPU,") in DEVICES[name]
 
 
@@ -93,7 +93,7 @@ def test_every_command_fits_into_the_list_of_commands(name):
 
 def test_the_one_word_for_a_folder_that_is_read():
     models = [p for name, p in PARAMETERS.items() if name.split()[1] in ("model", "others")]
-    assert len(models) == 17 and {p.metavar for p in models} == {"MODEL", "MODEL|DEST"}
+    assert len(models) == 18 and {p.metavar for p in models} == {"MODEL", "MODEL|DEST"}
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,9 @@ def bench(  # noqa: PLR0913 (a command's options)
     ] = None,
     json: JsonFile = None,
 ) -> None:
-    """Measure how fast a model runs on the CPU: its linears, and the generation of tokens.
+    """Measure how fast a model runs on the CPU.
+
+    Its linears are measured, and the generation of tokens.
 
     The linears, with the output layer, are those that one token meets, one after the other, each
     read from memory. The share is that of the read bandwidth, which is measured in the same run.

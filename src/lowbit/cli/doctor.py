@@ -10,7 +10,9 @@ from lowbit.kernels.native.library import VARIABLE
 
 
 def doctor(json: JsonFile = None) -> None:
-    """Show what lowbit found on this machine: processor, kernels, threads, versions, GPUs, extras.
+    """Show what lowbit found on this machine.
+
+    That is: processor, kernels, threads, versions, GPUs and extras.
 
     Nothing is measured; lowbit bench does that.
     """

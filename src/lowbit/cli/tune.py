@@ -59,11 +59,12 @@ def tune(  # noqa: PLR0913 (a command's options)
     ] = False,
     trust_remote_code: RunAndCopyCode = False,
 ) -> None:
-    """Train scales, signs, norms and biases of a quantized MODEL; its codes stay as they are.
+    """Train scales, signs, norms and biases; codes stay.
 
-    The model learns to predict what the float model predicts. The best result on held-out windows
-    is written to OUT; if nothing is better than MODEL, OUT is a copy of it. Since this trains,
-    tables label the result as tuned. If it is stopped, the same command continues.
+    MODEL is a quantized model. It learns to predict what the float model predicts. The best result
+    on held-out windows is written to OUT; if nothing is better than MODEL, OUT is a copy of it.
+    Since this trains, tables label the result as tuned. If it is stopped, the same command
+    continues.
     """
     folder, screen = locate(model, trust_remote_code), console()
     text = Calibration(
