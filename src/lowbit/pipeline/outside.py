@@ -17,7 +17,6 @@ from lowbit.pipeline.options import RunOptions
 from lowbit.solvers.rounding import minmax_grid
 
 # Channels that share a scale, by the bits of a table. All are multiples of 32, llama.cpp's blocks.
-# Measured on llama-mini: see benchmarks/embeddings.py.
 GROUPS = {8: 128, 6: 64, 4: 32}
 ROWS = 8192  # rows of a table that are rounded at once
 PER_LAYER = "embed_tokens_per_layer"  # Gemma 3n's second table, of a vector for each block
