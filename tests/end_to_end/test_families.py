@@ -69,9 +69,9 @@ def test_what_is_saved_is_what_ran(
     left: list[Tensor] = []
     first_stream, quantize_block = SourceModel.first_stream, Job.quantize_block
 
-    def spy_stream(self: SourceModel, batches: Any, *args: Any) -> Any:
+    def spy_stream(self: SourceModel, batches: Any, *args: Any, **more: Any) -> Any:
         tokens.extend(batches)
-        return first_stream(self, batches, *args)
+        return first_stream(self, batches, *args, **more)
 
     def spy_block(self: Any, writer: Any, step: Step, log: Any) -> BlockResult:
         entered.extend(batch.hidden.clone() for batch in step.streams["quantized"])

@@ -25,6 +25,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "mixedquant": ("min_tokens=8", "alignment=4", "group_size=16"),
     "ptq161": LEARNING,
     "quip": ("codebook=HI", "tune_iters=0", "min_tokens=8"),
+    "trellis": ("state_bits=9", "min_tokens=8"),
 }
 TEXT = ("--samples", 2, "--seqlen", 16)
 RECIPE = "description: mine\nmethod: rtn\nfields: {{bits: 3}}\ncalibration: {{sources: [{text}]}}\n"

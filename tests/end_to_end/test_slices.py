@@ -94,7 +94,7 @@ def test_only_the_slice_stays_in_memory() -> None:
 @pytest.mark.parametrize(
     ("bits", "options", "message"),
     [
-        (9, {}, r"bits for '\*' is 9: allowed are 2 to 8"),
+        (9, {}, "bits is 9: allowed are 2 to 8"),
         ({"q_prj": 4}, {}, "'q_prj' matches no nested layer"),
         (4, {"device_map": {"": "disk"}}, "slices are cut in memory"),
     ],

@@ -46,7 +46,11 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", METHODS)
+# Torch alone takes a minute for trellis codes.
+SLOWEST = {"trellis": pytest.mark.exhaustive}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOWEST.get(n, ())) for n in METHODS])
 def test_bytes_do_not_depend_on_the_number_of_threads(name, model, tmp_path, monkeypatch):
     monkeypatch.setattr(products, "PIECE", 1 << 21)  # so that these products are cut
     tokens = torch.randint(101, (2, 128), generator=torch.Generator().manual_seed(1))

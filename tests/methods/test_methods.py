@@ -329,7 +329,7 @@ def test_a_hessian_that_is_not_positive_definite_is_named(method: Method) -> Non
 def test_many_fall_back_with_one_warning(
     method: Method, concerned: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("learned", "omniquant.method"):
+    for module in ("learned", "omniquant.method", "matquant.joint"):
         monkeypatch.setattr(f"lowbit.methods.{module}.ordered_factor", lambda *args: None)
     task, events = zoo.task("llama"), list[Event]()
     task.log = zoo.log(events.append)
