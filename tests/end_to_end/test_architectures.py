@@ -25,7 +25,7 @@ METHODS: dict[str, Method] = {
     "gptq": GPTQ(bits=4, group_size=16, min_tokens=8),
     "omniquant": OmniQuant(bits=4, group_size=16, let=True, epochs=1, min_tokens=8),
     "quip": QuIP(codebook="HI", scale=2.9, row_scale="always", tune_iters=0, min_tokens=8),
-    "trellis": Trellis(rate=2.5, state_bits=9, min_tokens=8),
+    "trellis": Trellis(rate=4, state_bits=9, min_tokens=8),
     "quip, merged signs": QuIP(codebook="HI", merge_suv=True, tune_iters=0, min_tokens=8),
 }
 
