@@ -1,6 +1,7 @@
 """How many deliberate faults in solvers/, formats/ and blocks/ do the tests see?
 
-    python benchmarks/mutants.py [--mutants 300] [--seed 0] [--only TEXT]
+    python benchmarks/mutants.py [--mutants 300] [--seed 0] [--only TEXT] [--part 1/2] [--skip N]
+        [--quick]
 
 cosmic-ray lists the places where it can make a fault: a + becomes a -, a number changes, a test
 is negated, a loop does not run. A seeded sample of places is taken, and one fault is made at each,
@@ -132,13 +133,16 @@ def tests_of(file: Path) -> list[str]:
         name = package
     own = OF_MODULE.get(inside.as_posix(), f"{package}/test_{name}.py")
     if inside.name == "cpu":  # chooses the compiled kernel of a format
-        own = "kernels/native"
+        own = "formats/test_formats.py"
     listed = [own] if (ROOT / "tests" / own).exists() else []
     return [*listed, *(t for t in OF_PACKAGE[package] if t not in listed)]
 
 
-def fails(tests: str, source: Path, deadline: float) -> bool:
-    """Whether tests fail, or take too long, with the package in `source`; in a forked process."""
+def fails(tests: str, source: Path, deadline: float, marks: str) -> bool:
+    """Whether tests fail, or take too long, with the package in `source`; in a forked process.
+
+    marks: the tests that run, as pytest's -m takes it.
+    """
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -147,7 +151,9 @@ def fails(tests: str, source: Path, deadline: float) -> bool:
         os.dup2(null, 2)
         sys.path.insert(0, str(source))
         os.environ["PYTHONPATH"] = str(source)
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / tests)]))
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-m", marks]
+        found = pytest.main([*options, str(ROOT / "tests" / tests)])
+        os._exit(found != pytest.ExitCode.NO_TESTS_COLLECTED and found)
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -158,14 +164,21 @@ def fails(tests: str, source: Path, deadline: float) -> bool:
     return True
 
 
-def killed_by(file: Path, code: str) -> str | None:
-    """Returns the tests that see a mutant; None if it survives."""
+def killed_by(file: Path, code: str, quick: bool) -> str | None:
+    """Returns the tests that see a mutant; None if it survives.
+
+    quick: whether tests beyond the module's own run only if they are not slow.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder)
         shutil.copytree(SOURCE, source / "lowbit")  # with what is compiled already
         (source / "lowbit" / file.relative_to(SOURCE)).write_text(code)
         deadline = time.monotonic() + TIMEOUT
-        return next((t for t in tests_of(file) if fails(t, source, deadline)), None)
+        first, *others = tests_of(file)
+        if fails(first, source, deadline, "not exhaustive"):
+            return first
+        marks = "not exhaustive and not families" + (" and not slow" if quick else "")
+        return next((t for t in others if fails(t, source, deadline, marks)), None)
 
 
 def main() -> None:
@@ -173,18 +186,24 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=300, help="size of the sample")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
     parser.add_argument("--only", default="", help="text in the descriptions of mutants to run")
+    parser.add_argument("--part", default="1/1", help="run one of several equal parts: 2/3")
+    parser.add_argument("--skip", type=int, default=0, help="mutants of the part to leave out")
+    parser.add_argument("--quick", action="store_true", help="leave out slow tests of other files")
     args = parser.parse_args()
     torch.set_num_threads(1)  # forked processes have no threads of their parent
     os.chdir(ROOT)
-    mutants = sample(args.mutants, args.seed, args.only)
+    part, parts = map(int, args.part.split("/"))
+    mutants = sample(args.mutants, args.seed, args.only)[part - 1 :: parts]
     survivors = []
     for number, (file, code, label) in enumerate(mutants, 1):
-        seen = killed_by(file, code)
+        if number <= args.skip:
+            continue
+        seen = killed_by(file, code, args.quick)
         print(f"{number}/{len(mutants)} {seen or 'SURVIVED'}: {label}", flush=True)
         survivors += [] if seen else [label]
     killed = len(mutants) - len(survivors)
     print(f"{killed} of {len(mutants)} killed; survivors:", *survivors, sep="\n  ")
-    if not args.only:
+    if not args.only and parts == 1:
         row = {"case": f"{len(mutants)} mutants, seed {args.seed}", "metric": "killed"}
         append("mutants", [row | {"value": f"{100 * killed / len(mutants):.1f}", "unit": "%"}])
 
