@@ -30,7 +30,7 @@ FORMS = {name: name for name in DEFAULTS} | {
 
 
 def test_all_formats_can_be_measured() -> None:
-    assert DEFAULTS.keys() == FORMATS.keys()
+    assert DEFAULTS.keys() == FORMATS.keys() - {"embedding"}  # of tables, not of linears
 
 
 @pytest.mark.kernels
