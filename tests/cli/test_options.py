@@ -83,6 +83,6 @@ def test_what_becomes_of_them(monkeypatch):
     options = JobOptions(method="rtn", settings=["bits=3"], calibration=["c4"], skip=["q_proj"])
     chosen = options.chosen(MODELS / "llama-mini", restart=True)
     assert chosen.method.signature()["bits"] == 3 and chosen.label == "rtn"
-    assert chosen.calibration.sources == ("c4",) and chosen.unused_text
+    assert chosen.calibration.sources == ("c4",) and chosen.unused == ("--calibration",)
     assert chosen.options.skip == ("q_proj",) and chosen.options.only == ()
     assert chosen.options.restart and chosen.options.cache is None

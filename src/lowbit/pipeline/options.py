@@ -53,9 +53,8 @@ class RunOptions(Config):
     )
     embedding_bits: Literal[4, 6, 8] | None = option(
         None,
-        "Bits of the table of token embeddings, which is rounded to nearest with a scale for each "
-        "group of a row; an output layer that is tied to it stays so, unless lm_head_bits gives it "
-        "bits of its own; None: the table stays in float.",
+        "Bits of the table of token embeddings, rounded to nearest in groups of a row; a tied "
+        "output layer shares it, unless lm_head_bits is given; None: the table stays in float.",
         shapes_result=True,
     )
     start_from: Path | None = option(
