@@ -14,7 +14,7 @@ from lowbit.formats.entry import LayerEntry
 from lowbit.formats.packed_only import PackedOnly
 from lowbit.formats.packed_weight import PackedWeight
 from lowbit.formats.repacked import Repacked
-from lowbit.formats.sharing import LastInput
+from lowbit.formats.sharing import LastInput, check_owner
 from lowbit.formats.together import Together
 
 INTEGERS = (torch.int64, torch.int32)  # the dtypes of tokens
@@ -45,6 +45,7 @@ class QuantizedLinear(PackedOnly):
         else is a number for a row, a column or a group. All others are codes, which it keeps.
     limited: class attribute, names of the tensors not all of whose values mean something, such as a
         permutation; `check_values` checks them.
+    shared_fields: class attribute, fields of the entry that are equal in a layer and its owner.
     activation: how `forward` rounds its input; None: it does not, or `prepare` does.
     input_bits: 16 or 8; to how many bits kernels round inputs that the layer does not round itself.
     stored_as: the layer's name in the folder that it was loaded from; None: it was not loaded.
@@ -58,6 +59,7 @@ class QuantizedLinear(PackedOnly):
     backends: ClassVar[tuple[Backend[Any], ...]]
     vectors: ClassVar[tuple[str, ...]] = ()
     limited: ClassVar[tuple[str, ...]] = ()
+    shared_fields: ClassVar[tuple[str, ...]] = ()
     spec: LayerEntry
     activation: Activation | None = None
     input_bits: int = 16
@@ -215,16 +217,7 @@ class QuantizedLinear(PackedOnly):
 
     def link(self, owner: "QuantizedLinear") -> None:
         """Sets the owner, the layer that `shares` names. Raises ValueError if it does not fit."""
-        if owner.shares is not None:
-            raise ValueError(
-                f"it shares with {self.shares}, which itself shares with {owner.shares}: name the "
-                "layer that holds the tensors"
-            )
-        if (self.format, self.in_features) != (owner.format, owner.in_features):
-            raise ValueError(
-                f"it is a {self.format} layer of {self.in_features} inputs, but it shares with "
-                f"{self.shares}, a {owner.format} layer of {owner.in_features} inputs"
-            )
+        check_owner(self, owner)
         self._owner = (owner,)
 
     def prepare(self, x: Tensor) -> Tensor:

@@ -118,6 +118,7 @@ class RotatedLinear(QuantizedLinear):
     """A linear layer whose stored weight is rotated; the module's docstring gives its tensors."""
 
     vectors = ("scale", "sign_in", "sign_out")
+    shared_fields = ("signs", "seed_in", "transform_in")
 
     spec: RotatedEntry
     scale: Tensor
@@ -182,17 +183,6 @@ class RotatedLinear(QuantizedLinear):
         if self.shares is None or (self.spec.signs == "seed" and self.rotation_in.stored is None):
             return self
         return super().owner
-
-    def link(self, owner: QuantizedLinear) -> None:
-        super().link(owner)
-        assert isinstance(owner, RotatedLinear)
-        for key in ("signs", "seed_in", "transform_in"):
-            here, there = getattr(self.spec, key), getattr(owner.spec, key)
-            if here != there:
-                self._owner = ()
-                raise ValueError(
-                    f"{key} is {here}, but {there} in {self.shares}, with which it shares tensors"
-                )
 
     def dequantize(self) -> Tensor:
         owner = self.owner

@@ -42,6 +42,26 @@ class LastInput:
         return made
 
 
+def check_owner(layer: "QuantizedLinear", owner: "QuantizedLinear") -> None:
+    """Raises ValueError if a layer cannot use the tensors of another one."""
+    if owner.shares is not None:
+        raise ValueError(
+            f"it shares with {layer.shares}, which itself shares with {owner.shares}: name the "
+            "layer that holds the tensors"
+        )
+    if (layer.format, layer.in_features) != (owner.format, owner.in_features):
+        raise ValueError(
+            f"it is a {layer.format} layer of {layer.in_features} inputs, but it shares with "
+            f"{layer.shares}, a {owner.format} layer of {owner.in_features} inputs"
+        )
+    for field in layer.shared_fields:
+        here, there = getattr(layer.spec, field), getattr(owner.spec, field)
+        if here != there:
+            raise ValueError(
+                f"{field} is {here}, but {there} in {layer.shares}, with which it shares tensors"
+            )
+
+
 def _state(x: Tensor, owner: "QuantizedLinear") -> tuple[Any, ...] | None:
     """Returns all that the result depends on besides the identity of x; None: do not cache it."""
     parameters = owner.shared_tensors()

@@ -164,6 +164,7 @@ class BinaryLinear(QuantizedLinear):
 
     format = "binary"
     limited = ("mask",)
+    shared_fields = ("salient",)
     Entry = BinaryEntry
     backends = (Cpu(), Lookup(), Weight(), reference.Reference())
     vectors = ("row_scale", "row_mean", "column_scale", "salient_scale")
@@ -247,16 +248,6 @@ class BinaryLinear(QuantizedLinear):
     @property
     def shares(self) -> str | None:
         return self.spec.shares
-
-    def link(self, owner: QuantizedLinear) -> None:
-        super().link(owner)
-        assert isinstance(owner, BinaryLinear)
-        if owner.spec.salient != self.spec.salient:
-            self._owner = ()
-            raise ValueError(
-                f"salient is {self.spec.salient}, but {owner.spec.salient} in {self.shares}, with "
-                "which it shares the mask"
-            )
 
     def check_values(self, tensors: Mapping[str, Tensor]) -> None:
         if "mask" in tensors:

@@ -70,7 +70,6 @@ __all__ = [
 ]
 
 INT8_TOP = 127  # the largest code of a salient weight
-SHARED = ("group_size", "salient", "activation", "permutation")  # equal in layers that share
 
 
 class SortedGroupLinear(QuantizedLinear):
@@ -81,6 +80,7 @@ class SortedGroupLinear(QuantizedLinear):
     backends = (Cpu(), reference.Reference())
     vectors = ("scale", "salient_scale")
     limited = ("permutation",)
+    shared_fields = ("group_size", "salient", "activation", "permutation")
 
     spec: SortedGroupEntry
     packed: Tensor
@@ -182,17 +182,6 @@ class SortedGroupLinear(QuantizedLinear):
         if self.shares is None or self.spec.permutation is None:
             return self
         return super().owner
-
-    def link(self, owner: QuantizedLinear) -> None:
-        super().link(owner)
-        assert isinstance(owner, SortedGroupLinear)
-        for key in SHARED:
-            here, there = getattr(self.spec, key), getattr(owner.spec, key)
-            if here != there:
-                self._owner = ()
-                raise ValueError(
-                    f"{key} is {here}, but {there} in {self.shares}, with which it shares tensors"
-                )
 
     def shared_tensors(self) -> list[Tensor]:
         return [] if self.permutation is None else [self.permutation]

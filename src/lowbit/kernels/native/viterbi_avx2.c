@@ -60,25 +60,8 @@ INLINE void add_distances(const lowbit_trellis *code, float *cost, const float *
     }
 }
 
-INLINE void step(const lowbit_trellis *code, float *cost, float *best, uint8_t *choice,
-                 const float *target, const float *const *weight, int first, int shift) {
-    if (!first) least_costs(code, cost, best, choice, shift);
-    if (code->values == 2)
-        add_distances(code, cost, best, target, weight, shift, 2);
-    else
-        add_distances(code, cost, best, target, weight, shift, 1);
-}
-
-void lowbit_viterbi_avx2(const lowbit_trellis *code, float *cost, float *best, uint8_t *choice,
-                         const float *target, const float *const *weight, int first) {
-    switch (code->shift) {
-    case 1: step(code, cost, best, choice, target, weight, first, 1); break;
-    case 2: step(code, cost, best, choice, target, weight, first, 2); break;
-    case 3: step(code, cost, best, choice, target, weight, first, 3); break;
-    case 4: step(code, cost, best, choice, target, weight, first, 4); break;
-    default: step(code, cost, best, choice, target, weight, first, 5);
-    }
-}
+#define LOWBIT_STEP lowbit_viterbi_avx2
+#include "viterbi_step.h"
 
 #else
 
