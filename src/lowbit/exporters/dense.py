@@ -14,7 +14,7 @@ from lowbit.exporters.folder import FolderExporter, float_weight
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.entry import Stack
 
-STACKS = 4  # that are kept in memory while layers are read back: the weights and biases of a block
+STACKS = 4  # stacks kept in memory while layers are read back: weights and biases of one block
 
 
 class DenseExporter(FolderExporter):
