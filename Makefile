@@ -18,7 +18,7 @@ test-exhaustive: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q
 test-engines: $(READY) $(ENGINES)
 	OMP_NUM_THREADS=1 LOWBIT_ENGINES=$(ENGINES) .venv/bin/python -m pytest -n 2 -q tests/engines
 lint:  $(READY) ; .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
-bench: $(READY) ; .venv/bin/python benchmarks/perplexity.py $(ARGS)
+bench: $(READY) ; .venv/bin/python benchmarks/frontier.py $(ARGS)
 fuzz:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python tests/fuzz/run.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
 mutants: $(READY)
 	.venv/bin/pip install -q -e '.[mutants]' -c constraints.txt

@@ -37,9 +37,10 @@ def rows_of(benchmark: str) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
 
 
-def newest(benchmark: str) -> dict[str, dict[str, str]]:
+def newest(benchmark: str, metric: str = "perplexity") -> dict[str, dict[str, str]]:
     """Returns the newest row of each case; one from a tree with changes if there is no other."""
-    rows = sorted(rows_of(benchmark), key=lambda row: not row["commit"].endswith(UNCOMMITTED))
+    rows = [row for row in rows_of(benchmark) if row["metric"] == metric]
+    rows.sort(key=lambda row: not row["commit"].endswith(UNCOMMITTED))
     return {row["case"]: row for row in rows}
 
 

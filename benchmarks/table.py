@@ -3,7 +3,7 @@
     python benchmarks/table.py [--text held_back_stories] [--models llama-mini opt-mini]
         [--columns rtn "gptq shipped" "omniquant shipped" quip]
 
-It takes the newest row of each case of the benchmark "perplexity", and a row from a tree with
+It takes the newest row of each case of the benchmark "frontier", and a row from a tree with
 uncommitted changes only where there is no other: that value is marked with a "+".
 """
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--columns", nargs="+", default=METHODS, help="names of methods")
     parser.add_argument("--models", nargs="+", default=["llama-mini", "opt-mini"])
     args = parser.parse_args()
-    found = {tuple(case.split(" | ")): row for case, row in newest("perplexity").items()}
+    found = {tuple(case.split(" | ")): row for case, row in newest("frontier").items()}
     columns = list(args.columns)
     print("| grid | bits/weight | whole model |", " | ".join(columns), "|")
     print("| --- " * (3 + len(columns)) + "|")
