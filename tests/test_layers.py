@@ -89,6 +89,7 @@ SIBLINGS: dict[str, set[str]] = {
         "learned",
         "matching",
         "method",
+        "output_feedback",
         "packing",
         "result",
         "rotated",

@@ -12,6 +12,7 @@ A run emits, in this order:
     DryRunFinished                    if there was a dry run
     Warned                            for each setting that has no effect on this model
     CalibrationRead                   if the method needs calibration text
+    GradientsAdvanced                 for each block forward and back, with output feedback
     Warned                            if there is very little of it
     BlockResumed                      for each block that an earlier run finished
     for each other block:
@@ -119,6 +120,7 @@ class DryRunFinished(Event):
     seconds_per_block: float
     basis: dict[str, Any]
     warning: str | None = None
+    disk: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,19 @@ class CalibrationRead(Event):
 
     samples: int
     seqlen: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientsAdvanced(Event):
+    """The float model has been passed a step further, forward or backward, for output feedback.
+
+    done, of: steps; each block is one on the way forward, and one on the way back.
+    """
+
+    kind: ClassVar[str] = "gradients"
+
+    done: int
+    of: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +303,7 @@ KINDS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
         *(RunStarted, SelfCheckStarted, SelfCheckFinished, DryRunStarted, DryRunFinished),
-        *(CalibrationRead,),
+        *(CalibrationRead, GradientsAdvanced),
         *(BlockStarted, EpochFinished, BlockResumed, BlockFinished, Warned),
         *(RunComplete, RunFinished, TeacherAdvanced, TrainingStarted, TrainingStep),
     )

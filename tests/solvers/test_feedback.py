@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from lowbit.solvers.feedback import (
+    Place,
     damped_factor,
+    filled,
     greedy_pass,
     proxy_loss,
     round_with_feedback,
@@ -19,7 +21,7 @@ def spectrum_hessian(n: int, power: float, seed: int = 0) -> torch.Tensor:
     return ((basis * values) @ basis.T).float()
 
 
-def halves(column: int, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def halves(place: Place | None, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Four levels per number: half-integers from -1.5 to 1.5."""
     codes = (target + 1.5).round().clamp(0, 3)
     return codes.to(torch.uint8), codes - 1.5
@@ -40,7 +42,7 @@ def test_slabs_equal_the_definition(n: int, block: int) -> None:
             weight[:, k : k + block]
             + (weight - expected)[:, k + block :] @ factor[k + block :, k : k + block]
         )
-        expected[:, k : k + block] = halves(k, target)[1]
+        expected[:, k : k + block] = halves(None, target)[1]
     got = round_with_feedback(weight, factor, halves, block)
     # Sums are taken in another order, which may tip a value that lies between two levels.
     assert (got.values != expected).float().mean() < 0.01
@@ -61,14 +63,16 @@ def test_the_factor_is_unit_lower_block_triangular_and_gives_the_hessian_back(bl
 def test_without_correlations_feedback_is_plain_rounding() -> None:
     weight = weight_of(6, 24)
     _, factor = damped_factor(torch.eye(24), 0.01, 8)
-    assert torch.equal(round_with_feedback(weight, factor, halves, 8).values, halves(0, weight)[1])
+    assert torch.equal(
+        round_with_feedback(weight, factor, halves, 8).values, halves(None, weight)[1]
+    )
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 1.5, 2.0])
 def test_feedback_helps_and_guarded_passes_never_hurt(power: float) -> None:
     weight = weight_of(64, 128)
     damped, factor = damped_factor(spectrum_hessian(128, power), 0.01, 8)
-    plain = proxy_loss(weight, halves(0, weight)[1], damped)
+    plain = proxy_loss(weight, halves(None, weight)[1], damped)
     rounded = round_with_feedback(weight, factor, halves, 8)
     losses = [plain, proxy_loss(weight, rounded.values, damped)]
     for _ in range(2):
@@ -93,3 +97,71 @@ def test_an_indefinite_hessian_gets_more_damping() -> None:
     hessian[0, 0] = -0.03
     damped, _ = damped_factor(hessian, 0.01, 1)
     assert torch.linalg.eigvalsh(damped).min() > 0
+
+
+def strips(place: Place | None, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds 4 rows together to the sign of a codeword, so that there is a code for each strip."""
+    words = target.view(-1, 4, target.shape[1])
+    codes = (words.sum((1, 2)) > 0).to(torch.uint8)
+    return codes[:, None], (codes.float() - 0.5).repeat_interleave(4)[:, None].expand_as(target)
+
+
+TWO_SIDED = {
+    "scalars": (halves, 1, 16),
+    "words": (halves, 8, 16),
+    "tiles": (strips, 8, 4),
+}
+
+
+@pytest.mark.parametrize("rows, n", [(16, 8), (48, 320), (32, 128), (80, 64)])
+@pytest.mark.parametrize("kind", TWO_SIDED)
+def test_tiles_equal_the_definition(kind: str, rows: int, n: int) -> None:
+    quantize, block, tile = TWO_SIDED[kind]
+    weight = weight_of(rows, n).double()
+    _, factor = damped_factor(spectrum_hessian(n, 1.0), 0.01, block)
+    _, row_factor = damped_factor(spectrum_hessian(rows, 0.7, seed=3), 0.01, tile)
+    factor, row_factor = factor.double(), row_factor.double()
+    expected = torch.zeros_like(weight)
+    error = torch.zeros_like(weight)  # of tiles that are done
+    for i in range(rows - tile, -1, -tile):
+        for k in range(n - block, -1, -block):
+            here = slice(i, i + tile), slice(k, k + block)
+            target = weight[here] + (row_factor.T @ error @ factor)[here]
+            expected[here] = quantize(None, target)[1]
+            error[here] = weight[here] - expected[here]
+    got = round_with_feedback(weight, factor, quantize, block, row_factor, tile)
+    assert torch.equal(got.values, expected)
+
+
+@pytest.mark.parametrize("n", [24, 320])
+@pytest.mark.parametrize("kind", TWO_SIDED)
+def test_with_independent_rows_tiles_are_columns(kind: str, n: int) -> None:
+    quantize, block, _ = TWO_SIDED[kind]
+    weight = weight_of(64, n)
+    _, factor = damped_factor(spectrum_hessian(n, 1.0), 0.01, block)
+    plain = round_with_feedback(weight, factor, quantize, block)
+    got = round_with_feedback(weight, factor, quantize, block, torch.eye(64))
+    assert torch.equal(got.codes, plain.codes) and torch.equal(got.values, plain.values)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.5])
+def test_feedback_of_rows_lowers_the_weighted_error(power: float) -> None:
+    weight, outputs = weight_of(128, 64), spectrum_hessian(128, power, seed=5)
+    hessian, factor = damped_factor(spectrum_hessian(64, 1.0), 0.01, 8)
+    damped, row_factor = damped_factor(outputs, 0.01, 16)
+
+    def weighted(values: torch.Tensor) -> float:
+        error = weight - values
+        return float((damped @ error @ hessian * error).sum())
+
+    plain = round_with_feedback(weight, factor, halves, 8)
+    both = round_with_feedback(weight, factor, halves, 8, row_factor)
+    assert weighted(both.values) < (0.9 if power > 0.5 else 0.97) * weighted(plain.values)
+
+
+def test_channels_that_fill_a_block_are_independent() -> None:
+    hessian = spectrum_hessian(10, 1.0)
+    wider = filled(hessian, 8)
+    assert torch.equal(wider[:10, :10], hessian) and not wider[10:, :10].any()
+    assert torch.equal(wider[10:, 10:], hessian.diagonal().mean() * torch.eye(6))
+    assert filled(hessian, 5) is hessian

@@ -10,7 +10,7 @@ from whole_gradients import compare_gradients
 
 from lowbit.eval.divergence import StreamedLogits, divergence
 from lowbit.methods import PTQ161, RTN, MixedQuant, OmniQuant
-from lowbit.tuning import student as module
+from lowbit.models import streamed
 from lowbit.tuning.student import Student
 from lowbit.tuning.teacher import most_likely
 
@@ -73,7 +73,7 @@ SAMPLE = ("uniform", "lattice", "experts")  # `make test-exhaustive` runs all
 def test_gradients_are_those_of_the_whole_model(
     folders: Any, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOGITS", 5 * zoo.VOCABULARY)  # the head runs in pieces
+    monkeypatch.setattr(streamed, "LOGITS", 5 * zoo.VOCABULARY)  # the head runs in pieces
     source, folder = folders(key)
     wanted = targets(source)
     for place in (None, tmp_path / "inputs"):

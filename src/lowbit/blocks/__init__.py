@@ -12,13 +12,16 @@ the names in the checkpoint: "self_attn.q_proj", "input_layernorm".
 import hashlib
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.blocks.stream import Batch, Stream
 from lowbit.events import BlockLog
+
+if TYPE_CHECKING:
+    from lowbit.blocks.hessian import Hessian
 
 __all__ = ["Batch", "BlockTask", "Fold", "LinearGroup", "Stream"]
 
@@ -108,6 +111,8 @@ class BlockTask:
     start: what an earlier run learned for this block (its `BlockResult.learned`); training begins
         with these values.
     attentions: the names of the attention modules whose queries, keys and values can be rounded.
+    output_hessians: how much the errors of each output of a linear matter to the model, by the
+        linear's name; see `lowbit.blocks.output_hessian`. Empty: the method has not asked for it.
     """
 
     name: str
@@ -119,6 +124,7 @@ class BlockTask:
     log: BlockLog
     start: Mapping[str, Tensor] = field(default_factory=dict)
     attentions: tuple[str, ...] = ()
+    output_hessians: Mapping[str, "Hessian"] = field(default_factory=dict)
 
     def generator(self, linear: str) -> torch.Generator:
         """Returns the random number generator of one linear, on the CPU.

@@ -110,6 +110,33 @@ def observed(
             handle.remove()
 
 
+@contextmanager
+def observed_gradients(
+    block: nn.Module, linears: Iterable[str], on_gradient: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Calls on_gradient(name, gradient) with the gradient by each output of the named linears.
+
+    Only calls of a linear in this context count. Their gradients are known during the way back.
+    """
+
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            if not out.requires_grad:  # what it reads does not depend on the block's input
+                out = out.detach().requires_grad_(torch.is_grad_enabled())
+            if out.requires_grad:
+                out.register_hook(lambda gradient: on_gradient(name, gradient))
+            return out
+
+        return hook
+
+    handles = [block.get_submodule(n).register_forward_hook(hook_for(n)) for n in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def observe_inputs(
     block: nn.Module,
     linears: Iterable[str],

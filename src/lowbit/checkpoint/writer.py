@@ -2,6 +2,7 @@
 
 OUT/run/signature.json    what the result depends on: only a run with the same signature continues
 OUT/run/streams/          hidden states, if they are too large for memory
+OUT/run/outputs/          Hessians of the outputs of linears, for methods with output feedback
 OUT/run/NAME.json         one record per finished shard, written after the shard
 OUT/learned/              learned parameters, one file per block
 OUT/*.safetensors         one shard per block, and one for everything outside the blocks
@@ -117,6 +118,11 @@ class CheckpointWriter:
     def streams(self) -> Path:
         """The folder for hidden states during the run."""
         return self.folder / RUN / "streams"
+
+    @property
+    def outputs(self) -> Path:
+        """The folder for the Hessians of outputs during the run."""
+        return self.folder / RUN / "outputs"
 
     def clear_streams(self) -> None:
         shutil.rmtree(self.streams, ignore_errors=True)

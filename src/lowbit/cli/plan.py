@@ -54,6 +54,7 @@ def _table(title: str, found: Estimate, before: int) -> Table:
         "learned parameters": size(found.learned) if found.learned else "",
         "peak memory": memory,
         "peak GPU memory": size(found.device_memory) if found.device_memory else "",
+        "disk during the run": size(found.disk) if found.disk else "",
         "time": f"{seconds}, on {basis['device']}",
         "derived from": _derived(found),
         "warning": found.warning or "",

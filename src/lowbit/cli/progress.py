@@ -22,6 +22,7 @@ from lowbit.events import (
     DryRunStarted,
     EpochFinished,
     Event,
+    GradientsAdvanced,
     RunComplete,
     RunStarted,
     SelfCheckFinished,
@@ -128,6 +129,12 @@ class RunProgress:
         self.bar.update(self.task, description="reading the text")
 
     @_draw.register
+    def _gradients_advanced(self, event: GradientsAdvanced) -> None:
+        if event.done == 1:
+            self._line("gradients of the float model: one pass forward and one back")
+        self._move(event.done, event.of, "gradients of the float model")
+
+    @_draw.register
     def _block_started(self, event: BlockStarted) -> None:
         if self.started is None:
             self.started, self.before = time.monotonic(), event.index
@@ -199,7 +206,11 @@ class RunProgress:
 
     def _move(self, done: float, of: int, description: str) -> None:
         self.bar.update(
-            self.task, completed=done, description=description, left=self._left(done, of)
+            self.task,
+            total=of,
+            completed=done,
+            description=description,
+            left=self._left(done, of),
         )
 
     def _left(self, done: float, of: int) -> str:

@@ -15,6 +15,11 @@ from lowbit.formats.uniform import UniformLinear
 from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.grid import GridMethod
 from lowbit.methods.matching import Match, Step, match_field, steps, streams_of
+from lowbit.methods.output_feedback import (
+    OUTPUT_NOT_POSITIVE_DEFINITE,
+    output_feedback_field,
+    output_hessian,
+)
 from lowbit.methods.packing import pack, pack_with_feedback
 from lowbit.methods.result import (
     NOT_POSITIVE_DEFINITE,
@@ -26,6 +31,7 @@ from lowbit.methods.result import (
 from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.clipping import clipped_grid
 from lowbit.solvers.correction import Target
+from lowbit.solvers.feedback import TILE
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 from lowbit.solvers.rounding import Grid, minmax_grid
 
@@ -57,6 +63,10 @@ class GPTQ(GridMethod):
     )
 
     match: Match = match_field()
+    output_feedback: bool = output_feedback_field()
+
+    def needs_output_hessians(self) -> bool:
+        return self.output_feedback
 
     def matches_float(self) -> bool:
         return self.match == "float"
@@ -72,7 +82,9 @@ class GPTQ(GridMethod):
                 linear = task.block.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
                 here = self.at(f"{task.name}.{name}")
-                result.linears[name], reports[name] = here._linear(name, linear, step, factor)
+                outputs = here._output_factor(task, name)
+                made = here._linear(name, linear, step, factor, outputs)
+                result.linears[name], reports[name] = made
         warn_of_hessians(task, reports)
         result.report = BlockReport(linears=reports)
         return result
@@ -85,8 +97,24 @@ class GPTQ(GridMethod):
         factor = ordered_factor(hessian.matrix, share, self.act_order)
         return NOT_POSITIVE_DEFINITE if factor is None else factor
 
+    def _output_factor(self, task: BlockTask, name: str) -> OrderedFactor | str | None:
+        """Returns the factored Hessian of a linear's output, a fallback sentence, or None: off."""
+        if not self.output_feedback:
+            return None
+        hessian = output_hessian(task, name, self.min_tokens)
+        if isinstance(hessian, str):
+            return hessian
+        share = damping_share(self.damping, hessian.tokens, len(hessian.matrix))
+        factor = ordered_factor(hessian.matrix, share, self.act_order, TILE)
+        return OUTPUT_NOT_POSITIVE_DEFINITE if factor is None else factor
+
     def _linear(
-        self, name: str, linear: nn.Linear, step: Step, factor: OrderedFactor | str
+        self,
+        name: str,
+        linear: nn.Linear,
+        step: Step,
+        factor: OrderedFactor | str,
+        outputs: OrderedFactor | str | None,
     ) -> tuple[UniformLinear, LinearReport]:
         weight, hessian = linear.weight.detach().float(), step.hessian
         share = damping_share(self.damping, hessian.tokens, linear.in_features)
@@ -97,7 +125,8 @@ class GPTQ(GridMethod):
         else:
             target = step.target(weight, share)
             grid = self._grid(target.weight, hessian)
-            packed, loss = pack_with_feedback(target.weight, linear.bias, grid, factor)
+            fallback, rows = (outputs, None) if isinstance(outputs, str) else (None, outputs)
+            packed, loss = pack_with_feedback(target.weight, linear.bias, grid, factor, rows)
         return packed, LinearReport(
             signal_to_noise_db=signal_to_noise(target.weight, packed),
             proxy_loss=loss,

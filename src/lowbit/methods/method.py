@@ -77,6 +77,12 @@ class Method(Config):
         """
         return False
 
+    def needs_output_hessians(self) -> bool:
+        """Whether `BlockTask.output_hessians` is needed: a run then passes through the float model
+        and back before the first block.
+        """
+        return False
+
     def needs_folds(self) -> dict[str, tuple[str, ...]]:
         """Returns the kinds of folds through which a setting acts, by the name of the setting.
 

@@ -16,11 +16,18 @@ def pack(weight: Tensor, bias: Tensor | None, grid: Grid) -> UniformLinear:
 
 
 def pack_with_feedback(
-    weight: Tensor, bias: Tensor | None, grid: Grid, hessian: OrderedFactor
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: Grid,
+    hessian: OrderedFactor,
+    outputs: OrderedFactor | None = None,
 ) -> tuple[UniformLinear, float]:
-    """Rounds a weight (out, in) by GPTQ to the stored grid; returns layer and proxy loss."""
+    """Rounds a weight (out, in) by GPTQ to the stored grid; returns layer and proxy loss.
+
+    hessian, outputs: as in `gptq_codes`.
+    """
     stored = pack(weight, bias, grid)
-    codes, loss = gptq_codes(weight, as_stored(grid, stored), hessian)
+    codes, loss = gptq_codes(weight, as_stored(grid, stored), hessian, outputs)
     zero = None if grid.zero is None else stored.zeros()
     layer = UniformLinear.from_codes(codes, stored.scale, zero, layout_of(grid), bias=bias)
     return layer, loss

@@ -67,6 +67,7 @@ class QuIP(Rotated):
         book = codebook(self.codebook, self.resid_scale)
 
         def nearest(target: Tensor) -> tuple[Tensor, Tensor]:
+            target = target.nan_to_num()
             return book.nearest(functional.pad(target, (0, book.dim - target.shape[1])))
 
         def layer(

@@ -21,11 +21,13 @@ from lowbit.checkpoint.views import ViewingReader
 from lowbit.models import family_of
 from lowbit.models.config import build_model
 from lowbit.models.fitting import missing_tensors, wrong_shape
+from lowbit.models.sizes import vocabulary_of
 from lowbit.models.skeleton import memory_names, views_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Inputs = Tensor | Mapping[str, Tensor]  # of a forward pass: token ids alone, or all by name
 Progress = Callable[[int, int], None]  # number of steps done, number of all steps
+LOGITS = 2**25  # most logits at a time (128 MiB); a text is computed in such pieces
 
 
 class StreamedModel:
@@ -170,7 +172,7 @@ class StreamedModel:
         visit: called with each block; it runs the streams through the block with `Step.advance`.
             When it returns, the block is freed, and the next one is loaded.
         device: where blocks are loaded.
-        indices: indices of the blocks to visit, ascending; None: all blocks.
+        indices: indices of the blocks to visit, in this order; None: all blocks, ascending.
         """
         for index in range(len(self.block_names)) if indices is None else indices:
             name = self.block_names[index]
@@ -278,6 +280,41 @@ class ModelWithoutBlocks:
             for stub in self.stubs:
                 stub.calls.clear()
         return logits
+
+    def losses(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        loss: Callable[[int, slice, Tensor], Tensor],
+        gradient: Tensor | None = None,
+        weight: float = 1.0,
+    ) -> float:
+        """Returns the sum of a loss of the logits, a piece of the text at a time.
+
+        tokens: (windows, tokens) int64.
+        hidden: (..., windows, at least as many tokens, channels), the output of the last block.
+        loss: given the index of a window, a part of its tokens and their logits (tokens of the
+            part, vocabulary) float32, returns the sum of their losses.
+        gradient: takes the gradient by `hidden`, in its shape; None: it is not computed.
+        weight: by which the gradient is multiplied.
+        """
+        total = 0.0
+        length, at_once = tokens.shape[1], max(1, LOGITS // vocabulary_of(self.model.config))
+        for row in range(len(tokens)):
+            for start in range(0, length, at_once):
+                part = slice(start, min(start + at_once, length))
+                place = (..., slice(row, row + 1), part, slice(None))
+                piece = hidden[place].to(self._device).requires_grad_(gradient is not None)
+                logits = self.logits(tokens[row : row + 1, part], piece, gradient is not None)
+                with torch.set_grad_enabled(gradient is not None):
+                    found = loss(row, part, logits[0].float())
+                    weighted = found * weight
+                total += float(found.detach())
+                if gradient is not None:
+                    weighted.backward()
+                    assert piece.grad is not None
+                    gradient[place] = piece.grad.to(gradient.device)
+        return total
 
     @property
     def _device(self) -> torch.device:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +28,8 @@ from lowbit.methods.result import BlockResult
 from lowbit.models.streamed import Inputs
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.memory import PeakMemory
+from lowbit.pipeline.output_side import label_gradients
+from lowbit.pipeline.output_side_cost import try_gradients
 from lowbit.pipeline.results import result_of
 
 # Batches of each stream. The first batch is the slowest; with fewer than 4 it dominates the mean.
@@ -68,6 +70,7 @@ class DryRunBlock:
     memory: peak bytes of the process, without the hidden states.
     device_memory: peak bytes of the CUDA device; None on the CPU.
     most_streams: how many streams existed at once at most, the method's targets included.
+    gradients: the way forward and back for the gradients of its outputs; None: not needed.
     record: the record of the block's shard.
     learned: bytes of the learned parameters.
     """
@@ -80,6 +83,7 @@ class DryRunBlock:
     most_streams: int
     record: dict[str, Any]
     learned: int
+    gradients: Stage | None = None
 
     def seconds(self, batches: int, epochs: int) -> float:
         """Returns the estimated seconds of this block for another number of batches and epochs."""
@@ -97,6 +101,7 @@ class DryRun:
     outside_record: the record of their shard.
     capture: computing the inputs of the first block, its memory without these inputs; None for a
         method that needs no calibration text.
+    labels: drawing labels, and the gradients by the outputs of the last block; None: not needed.
     kinds: the kinds of linears of every block of the model, in order.
     blocks: the measured blocks, by index.
     """
@@ -109,6 +114,7 @@ class DryRun:
     capture: Stage | None
     kinds: list[Kinds]
     blocks: dict[int, DryRunBlock]
+    labels: Stage | None = None
 
 
 def dry_run(job: Job, windows: TokenWindows | None) -> DryRun:
@@ -126,6 +132,14 @@ def dry_run(job: Job, windows: TokenWindows | None) -> DryRun:
         with _measured(job) as outside:
             job.write_outside(writer)
         stream, capture = _capture(job, windows)
+        labels = None
+        if windows and stream and job.method.needs_output_hessians():
+            batches = windows.batches(job.method.windows_per_batch())
+            with _measured(job) as drawing:
+                label_gradients(job, batches[:BATCHES], stream)
+            memory = drawing[0].memory - 2 * stream.bytes  # outputs and gradients
+            each = drawing[0].seconds / len(stream)
+            labels = replace(drawing[0], memory=memory, per_batch=each)
         blocks = {}
         for index in chosen_blocks(kinds):
             own = stream and job.source.moved(stream, index, job.device)
@@ -142,6 +156,7 @@ def dry_run(job: Job, windows: TokenWindows | None) -> DryRun:
             capture=capture,
             kinds=kinds,
             blocks=blocks,
+            labels=labels,
         )
 
 
@@ -226,7 +241,12 @@ def _measure_block(
     """
     epochs = getattr(job.method, "epochs", 0)
     counts = sorted({0, min(epochs, 1)})
-    attempts = []
+    attempts, gradients = [], None
+    if stream is not None and job.method.needs_output_hessians():
+        with _measured(job) as passing:
+            each = try_gradients(job, index, stream)
+        held = passing[0].memory - 3 * stream.bytes  # without inputs, outputs and gradients
+        gradients = replace(passing[0], memory=held, per_batch=each)
     for count in counts:
         short_job = job.with_epochs(count) if epochs else job
         attempt = _attempt(short_job, writer, index, stream)
@@ -252,6 +272,7 @@ def _measure_block(
         most_streams=attempts[-1].most_streams,
         record=record,
         learned=learned.stat().st_size if learned.exists() else 0,
+        gradients=gradients,
     )
 
 

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.blocks import BlockTask, Stream
+from lowbit.blocks.hessian import Hessian
 from lowbit.blocks.walk import Step
 from lowbit.calibration import (
     Calibration,
@@ -89,6 +90,8 @@ class Job:
         self.blocks = self.source.block_names
         self.shards = 1 + len(self.blocks)
         self.checked: list[Any] = []  # the kinds of blocks that have run packed
+        # Of each block, by its index; replaced where the method needs them.
+        self.output_hessians: Callable[[int], Mapping[str, Hessian]] = lambda index: {}
 
     def widest(self) -> int:
         """Returns the largest number of inputs of a linear that is quantized."""
@@ -163,11 +166,19 @@ class Job:
         """Returns the bytes of all streams, doubled: methods keep targets as well as inputs."""
         return 2 * len(self.method.streams()) * self.stream_bytes(windows)
 
+    def tape_bytes(self, windows: TokenWindows) -> int:
+        """Returns the bytes of the inputs of all blocks, of their outputs and the gradients."""
+        return (len(self.blocks) + 2) * self.stream_bytes(windows)
+
     def streams_on_disk(self, windows: TokenWindows) -> bool:
         """Returns whether hidden states are kept on disk instead of in memory."""
+        return self.on_disk(self.all_streams_bytes(windows))
+
+    def on_disk(self, needed: int) -> bool:
+        """Returns whether hidden states of so many bytes are kept on disk."""
         if self.options.streams != "auto":
             return self.options.streams == "disk"
-        return self.all_streams_bytes(windows) > MOST_OF_MEMORY * physical_memory()
+        return needed > MOST_OF_MEMORY * physical_memory()
 
     def check_finished(self, writer: CheckpointWriter) -> None:
         """Discards the shards of an earlier run that this run would not have written."""
@@ -274,6 +285,7 @@ class Job:
             log=BlockLog(emit=log, block=name, index=index, of=of),
             start=self.start.of(index + 1) if self.start else {},
             attentions=self.source.attentions(name),
+            output_hessians=self.output_hessians(index),
         )
         with PeakMemory(self.device) as peak:
             result = self._result(task) if task.groups else BlockResult()

@@ -23,6 +23,7 @@ from lowbit.pipeline.dry_run import (
     DryRun,
     DryRunBlock,
     LinearKind,
+    Stage,
     dry_run,
     linear_kinds,
     weights_in,
@@ -50,6 +51,7 @@ class Estimate:
     learned: bytes of OUT/learned, which is not needed to run the model.
     memory: peak bytes of the process, without memory-mapped files.
     device_memory: peak bytes of the CUDA device; None on the CPU.
+    disk: peak bytes on disk beside the result: hidden states, and what output feedback needs.
     seconds: seconds of the whole run.
     seconds_per_block: mean seconds of a block.
     basis: what the dry run measured: which blocks, how many batches, on which device.
@@ -66,6 +68,7 @@ class Estimate:
     seconds_per_block: float
     basis: dict[str, Any]
     warning: str | None = None
+    disk: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -127,12 +130,17 @@ def estimate(job: Job, windows: TokenWindows | None, preparation: float = 0.0) -
     similar = [_most_similar(measured, index) for index in range(len(job.blocks))]
     batches = len(windows.batches(job.method.windows_per_batch())) if windows else 0
     epochs = getattr(job.method, "epochs", 0)
-    block_seconds = sum(ratio * block.seconds(batches, epochs) for block, ratio in similar)
+    more = batches - measured.batches
+    block_seconds = sum(
+        ratio * (block.seconds(batches, epochs) + _seconds(block.gradients, more))
+        for block, ratio in similar
+    )
     streams = _streams(job, measured, windows)
     device = [b.device_memory for b in measured.blocks.values() if b.device_memory is not None]
     return Estimate(
         **_sizes(job, measured, similar),
-        memory=_memory(measured, streams),
+        memory=_memory(measured, streams, _tape(job, windows, "memory")),
+        disk=_disk(job, measured, windows),
         device_memory=max(device) if device else None,
         seconds=preparation + _seconds_outside(job, measured, batches) + block_seconds,
         seconds_per_block=block_seconds / len(job.blocks),
@@ -153,10 +161,13 @@ def _seconds_outside(job: Job, measured: DryRun, batches: int) -> float:
     """Seconds for hashing the model, writing what is outside the blocks, and the first inputs."""
     model_bytes = sum(info.bytes for info in job.source.reader.tensors.values())
     seconds = measured.outside.seconds + measured.hashing * model_bytes
-    if measured.capture:
-        seconds += measured.capture.seconds
-        seconds += (batches - measured.batches) * measured.capture.per_batch
-    return seconds
+    more = batches - measured.batches
+    return seconds + _seconds(measured.capture, more) + _seconds(measured.labels, more)
+
+
+def _seconds(stage: Stage | None, more: int) -> float:
+    """Returns the seconds of a part of the run with so many more batches than were measured."""
+    return 0.0 if stage is None else stage.seconds + more * stage.per_batch
 
 
 def longest(job: Job, windows: TokenWindows | None) -> float:
@@ -170,6 +181,7 @@ def longest(job: Job, windows: TokenWindows | None) -> float:
         return weights * per_weight * WITHOUT_CALIBRATION
     tokens = windows.total
     passes = 2 * len(job.method.streams()) + PASSES_PER_EPOCH * getattr(job.method, "epochs", 0)
+    passes += PASSES_PER_EPOCH * job.method.needs_output_hessians()
     return weights * (per_weight + 2 * tokens * passes / operations)
 
 
@@ -198,8 +210,32 @@ def _streams(job: Job, measured: DryRun, windows: TokenWindows | None) -> dict[s
     }
 
 
-def _memory(measured: DryRun, streams: Mapping[str, Any] | None) -> int:
-    """Peak bytes of the process over all parts of the run."""
+def _disk(job: Job, measured: DryRun, windows: TokenWindows | None) -> int:
+    """Peak bytes on disk beside the result."""
+    if windows is None:
+        return 0
+    streams = job.all_streams_bytes(windows)
+    found = streams if job.on_disk(streams) else 0
+    if job.method.needs_output_hessians():
+        found = max(found, _tape(job, windows, "disk"))
+        rows = (shape[0] for kinds in measured.kinds for shape, *_ in kinds.values())
+        found += sum(4 * n * n for n in rows)
+    return found
+
+
+def _tape(job: Job, windows: TokenWindows | None, place: str) -> int:
+    """Returns the bytes of hidden states in a place, memory or disk, on the way back."""
+    if windows is None or not job.method.needs_output_hessians():
+        return 0
+    needed = job.tape_bytes(windows)
+    return needed if job.on_disk(needed) == (place == "disk") else 0
+
+
+def _memory(measured: DryRun, streams: Mapping[str, Any] | None, tape: int = 0) -> int:
+    """Peak bytes of the process over all parts of the run.
+
+    tape: bytes of the hidden states that are in memory on the way back through the model.
+    """
     stream_bytes = streams["bytes"] if streams and streams["place"] == "memory" else 0
     parts = [measured.outside.memory]
     parts += [
@@ -207,6 +243,8 @@ def _memory(measured: DryRun, streams: Mapping[str, Any] | None) -> int:
     ]
     if measured.capture:
         parts.append(measured.capture.memory + stream_bytes)
+    back = [measured.labels, *(block.gradients for block in measured.blocks.values())]
+    parts += [stage.memory + tape for stage in back if stage]
     return max(parts)
 
 

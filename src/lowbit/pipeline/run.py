@@ -42,6 +42,7 @@ from lowbit.models.self_check import check_streaming
 from lowbit.models.tokenizer import FILES as TOKENIZER_FILES
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import Place, RunOptions
+from lowbit.pipeline.output_side import OutputSide
 from lowbit.pipeline.plan import LONG, estimate, longest
 from lowbit.pipeline.results import left_float, result_of, run_report
 from lowbit.pipeline.warnings import settings_without_effect, too_little_text
@@ -140,6 +141,7 @@ class _Run:
             with explained(out):
                 self._blocks(writer, windows)
             writer.clear_streams()
+            OutputSide(writer.outputs).delete()
             self._finish(writer, windows)
             self._log(writer, RunFinished(out=str(out)))
         return out
@@ -171,6 +173,8 @@ class _Run:
         unfinished = [i for i in range(len(names)) if writer.record(i + 1) is None]
         if not unfinished:
             return
+        self._note_text(writer, windows)
+        self._output_side(writer, windows)
         streams, last = self._first_streams(writer, windows), unfinished[-1]
 
         def visit(step: Step) -> None:
@@ -187,22 +191,37 @@ class _Run:
         # A finished block is visited again only to compute the inputs of the next one.
         job.source.walk(streams, visit, job.device, range(last + 1) if streams else unfinished)
 
+    def _note_text(self, writer: CheckpointWriter, windows: TokenWindows | None) -> None:
+        if windows is not None:
+            self._log(writer, CalibrationRead(samples=windows.samples, seqlen=windows.seqlen))
+            self._warn(writer, too_little_text(self.job, windows))
+
+    def _output_side(self, writer: CheckpointWriter, windows: TokenWindows | None) -> None:
+        """Computes the Hessians of outputs, if the method needs them and there are none yet."""
+        if windows is None or not self.job.method.needs_output_hessians():
+            return
+        found = OutputSide(writer.outputs)
+        if not found.is_complete:
+            place = self._stream_folder(writer, self.job.tape_bytes(windows))
+            found.write(self.job, windows, place, self._logger(writer))
+        self.job.output_hessians = found.of
+
     def _first_streams(
         self, writer: CheckpointWriter, windows: TokenWindows | None
     ) -> dict[str, Stream]:
         if windows is None:
             return {}
-        self._log(writer, CalibrationRead(samples=windows.samples, seqlen=windows.seqlen))
-        self._warn(writer, too_little_text(self.job, windows))
-        folder = self._stream_folder(writer, windows)
+        folder = self._stream_folder(writer, self.job.all_streams_bytes(windows))
         return self.job.first_streams(windows, folder)
 
-    def _stream_folder(self, writer: CheckpointWriter, windows: TokenWindows) -> Path | None:
-        """Returns the folder in which hidden states are kept; None: they are kept in memory."""
-        if not self.job.streams_on_disk(windows):
+    def _stream_folder(self, writer: CheckpointWriter, needed: int) -> Path | None:
+        """Returns the folder in which hidden states are kept; None: they are kept in memory.
+
+        needed: the bytes of all that are kept at once.
+        """
+        if not self.job.on_disk(needed):
             return None
         writer.clear_streams()
-        needed = self.job.all_streams_bytes(windows)
         free = shutil.disk_usage(writer.folder).free
         if needed > free:  # writing to a mapped file on a full disk kills the process (SIGBUS)
             raise ValueError(

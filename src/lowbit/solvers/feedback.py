@@ -3,21 +3,41 @@
 The loss of a layer is tr((W - Q) H (W - Q)^T) with H = E[x x^T]. Columns are rounded block by
 block, from the last to the first. The error of the columns that are done is fed into the target of
 the next block. Source: QuIP (arXiv 2307.13304), section 3; QuIP# (arXiv 2402.04396), section 4.
+
+Errors of outputs do not all matter alike. With H_out = E[g g^T] of the gradients g of the model's
+loss by the outputs, the loss is tr(H_out (W - Q) H (W - Q)^T). Then tiles are rounded, and errors
+are also fed from the rows that are done into the next ones. Source: YAQA (arXiv 2505.22988).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lowbit.kernels.products import product
 
-# Rounds a block of columns:
-# (its first column, target (rows, block)) -> codes (rows, ...), values (rows, block)
-Quantize = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
+@dataclass(frozen=True)
+class Place:
+    """The part of a weight that a quantizer rounds. Both fields can index its parameters.
+
+    rows: all rows, or (m,) int64.
+    columns: the first column of the block: an int for all rows, or (m,) int64.
+    """
+
+    rows: slice | Tensor
+    columns: int | Tensor
+
+
+# Rounds a block: (place, target (rows, block)) -> codes (rows, ...), values (rows, block).
+# If rows are rounded together, in strips, there is one code for each strip.
+Quantize = Callable[[Place, Tensor], tuple[Tensor, Tensor]]
+
+EVERY = slice(None)
 SLAB = 128  # number of columns whose feedback is computed by one matrix product
+TILE = 16  # rows that are rounded together where rows have feedback too
 MOST_DAMPING = 10  # a Hessian that is not positive definite gets up to 10 times the damping
 
 
@@ -67,7 +87,25 @@ def _block_unit(lower: Tensor, block: int) -> Tensor:
     return torch.einsum("npb,pbc->npc", panels, inverse).reshape(n, n)
 
 
-def round_with_feedback(weight: Tensor, factor: Tensor, quantize: Quantize, block: int) -> Rounded:
+def filled(hessian: Tensor, block: int) -> Tensor:
+    """Fills a Hessian (n, n) with independent channels, so that n is a multiple of `block`."""
+    n, fill = len(hessian), -len(hessian) % block
+    if not fill:
+        return hessian
+    mean = hessian.diagonal().mean()
+    hessian = functional.pad(hessian, (0, fill, 0, fill))
+    hessian.diagonal()[n:] = mean
+    return hessian
+
+
+def round_with_feedback(
+    weight: Tensor,
+    factor: Tensor,
+    quantize: Quantize,
+    block: int,
+    row_factor: Tensor | None = None,
+    tile: int = TILE,
+) -> Rounded:
     """Rounds a weight by block LDLQ: target_k = W_k + (W - Q)_{:, >k} L_{>k, k}.
 
     The feedback from finished slabs of SLAB columns is computed by one matrix product; n need not
@@ -77,7 +115,14 @@ def round_with_feedback(weight: Tensor, factor: Tensor, quantize: Quantize, bloc
     factor: (n, n), L of `damped_factor`.
     quantize: rounds one block of columns; it is called from the last block to the first.
     block: the number of columns of a block.
+    row_factor: (rows, rows), L of the Hessian of the outputs, with blocks of `tile` rows. Tiles of
+        `tile` rows and `block` columns are then rounded, each for the target
+        W_ij + (L_out^T E L - E)_ij over the errors E of tiles that are done; None: rows are
+        independent.
+    tile: with row_factor, the number of rows of a tile, of which `rows` is a multiple.
     """
+    if row_factor is not None:
+        return _Tiles(weight, factor, row_factor, quantize, block, tile).rounded()
     rows, n = weight.shape
     error = torch.zeros_like(weight)
     values = torch.zeros_like(weight)
@@ -86,11 +131,116 @@ def round_with_feedback(weight: Tensor, factor: Tensor, quantize: Quantize, bloc
         start = max(0, stop - SLAB)
         target = weight[:, start:stop] + product(error[:, stop:], factor[stop:, start:stop])
         for k in range(stop - block, start - 1, -block):
-            here = slice(k, k + block)
+            here, place = slice(k, k + block), Place(EVERY, k)
             near = error[:, k + block : stop] @ factor[k + block : stop, here]
-            codes[k], values[:, here] = quantize(k, target[:, k - start : k - start + block] + near)
+            wanted = target[:, k - start : k - start + block] + near
+            codes[k], values[:, here] = quantize(place, wanted)
             error[:, here] = weight[:, here] - values[:, here]
     return Rounded(values, torch.stack([codes[k] for k in sorted(codes)], 1))
+
+
+class _Tiles:
+    """Rounds tiles with feedback on both sides, from the last one to the first.
+
+    Let R = (L_out^T - 1) E be what rows get from the rows below. A strip of `tile` rows is then
+    rounded as by LDLQ alone, but W + R stands for W. A strip needs R only in the columns that it
+    comes to, so several strips are rounded at once, each SLAB columns behind the one below it:
+    cells of one strip and one slab that are on a common antidiagonal.
+
+    The arguments are those of `round_with_feedback`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        factor: Tensor,
+        row_factor: Tensor,
+        quantize: Quantize,
+        block: int,
+        tile: int,
+    ) -> None:
+        self.weight, self.factor, self.row_factor = weight, factor, row_factor
+        self.quantize, self.block, self.tile = quantize, block, tile
+        self.values = torch.zeros_like(weight)
+        self.moved = torch.zeros_like(weight)  # W + R - Q where Q is known
+        self.codes: Tensor | None = None
+
+    def rounded(self) -> Rounded:
+        rows, n = self.weight.shape
+        strips = [slice(k, k + self.tile) for k in range(rows - self.tile, -1, -self.tile)]
+        slabs = [slice(max(0, stop - SLAB), stop) for stop in range(n, 0, -SLAB)]
+        for diagonal in range(len(strips) + len(slabs) - 1):
+            last = min(diagonal, len(slabs) - 1)
+            first = max(0, diagonal - len(strips) + 1)
+            self._round([(strips[diagonal - j], slabs[j]) for j in range(first, last + 1)])
+        assert self.codes is not None
+        return Rounded(self.values, self.codes)
+
+    def _round(self, cells: Sequence[tuple[slice, slice]]) -> None:
+        """Rounds cells that do not depend on each other. Only the last may be narrower."""
+        width = cells[0][1].stop - cells[0][1].start
+        target = self.weight.new_zeros(len(cells), self.tile, width)
+        inside = self.weight.new_zeros(len(cells), width, width)
+        for index, (strip, slab) in enumerate(cells):
+            here = slice(width - (slab.stop - slab.start), None)
+            target[index, :, here] = self.weight[strip, slab] + self._below(strip, slab)
+            inside[index, here, here] = self.factor[slab, slab]
+        moved = target.clone()
+        for index, (strip, slab) in enumerate(cells):
+            after = product(self.moved[strip, slab.stop :], self.factor[slab.stop :, slab])
+            target[index, :, width - after.shape[1] :] += after
+        values = self._columns(cells, target, moved, inside)
+        for index, (strip, slab) in enumerate(cells):
+            here = slice(width - (slab.stop - slab.start), None)
+            self.values[strip, slab] = values[index, :, here]
+            self.moved[strip, slab] = moved[index, :, here]
+
+    def _below(self, strip: slice, slab: slice) -> Tensor:
+        """Returns R of a cell: (tile, columns of the slab)."""
+        error = self.weight[strip.stop :, slab] - self.values[strip.stop :, slab]
+        return product(self.row_factor[strip.stop :, strip].T, error)
+
+    def _columns(
+        self,
+        cells: Sequence[tuple[slice, slice]],
+        target: Tensor,
+        moved: Tensor,
+        inside: Tensor,
+    ) -> Tensor:
+        """Rounds the columns of cells, block by block; returns the values.
+
+        target: (cells, tile, width), with the feedback from outside of the cells. Narrow cells are
+            at its end.
+        moved: (cells, tile, width), W + R; Q is subtracted from it.
+        inside: (cells, width, width), the factor of each cell.
+        """
+        device, width, block = target.device, target.shape[-1], self.block
+        values = torch.zeros_like(target)
+        of_tile = torch.arange(self.tile, device=device)
+        rows = torch.cat([strip.start + of_tile for strip, _ in cells])
+        stops = torch.tensor([slab.stop for _, slab in cells], device=device)
+        narrowest = cells[-1][1].stop - cells[-1][1].start
+        for k in range(width - block, -1, -block):
+            here, count = slice(k, k + block), len(cells) - (width - k > narrowest)
+            near = moved[:count, :, k + block :] @ inside[:count, k + block :, here]
+            wanted = (target[:count, :, here] + near).flatten(0, 1)
+            columns = (stops[:count] - (width - k)).repeat_interleave(self.tile)
+            place = Place(rows[: len(columns)], columns)
+            codes, found = self.quantize(place, wanted)
+            values[:count, :, here] = found.view(count, self.tile, block)
+            moved[:count, :, here] -= values[:count, :, here]
+            self._keep(place, codes)
+        return values
+
+    def _keep(self, place: Place, codes: Tensor) -> None:
+        """Stores the codes of some tiles, of which each strip of rows may have one."""
+        assert isinstance(place.rows, Tensor) and isinstance(place.columns, Tensor)
+        strip = len(place.rows) // len(codes)
+        if self.codes is None:
+            rows, n = self.weight.shape
+            shape = (rows // strip, n // self.block, *codes.shape[1:])
+            self.codes = codes.new_empty(shape)
+        self.codes[place.rows[::strip] // strip, place.columns[::strip] // self.block] = codes
 
 
 def greedy_pass(
@@ -119,7 +269,7 @@ def greedy_pass(
             here, i = slice(k, k + block), k // block
             moved = before[:, : k - start] - values[:, start:k]
             gradient = gradients[:, k - start : k - start + block] + moved @ hessian[start:k, here]
-            new_codes, new = quantize(k, values[:, here] + gradient @ inverses[i])
+            new_codes, new = quantize(Place(EVERY, k), values[:, here] + gradient @ inverses[i])
             step = values[:, here] - new
             change = 2 * (step * gradient).sum(1) + ((step @ diagonal[i]) * step).sum(1)
             better = change < 0

@@ -12,11 +12,10 @@ from lowbit.blocks import Stream
 from lowbit.blocks.backward import Tape
 from lowbit.blocks.capture import call_block
 from lowbit.checkpoint import QuantizedFolder
-from lowbit.eval.divergence import LOGITS
 from lowbit.formats import use_backend
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.widths import entry_widths
-from lowbit.load import stream, vocabulary_of
+from lowbit.load import stream
 from lowbit.tuning.teacher import loss
 from lowbit.tuning.vectors import CENTRED, Vector, store_vectors, vectors_in
 
@@ -49,7 +48,6 @@ class Student:
         self.place = place
         self.quantized = QuantizedFolder(folder)
         self.model = stream(folder, trust_remote_code)
-        self.vocabulary = vocabulary_of(self.model.config)
         self.vectors: dict[str, Vector] = {}
         self.widths = widths_of(self.quantized)
         self._blocks: dict[int, nn.Module] = {}
@@ -122,21 +120,15 @@ class Student:
 
         Returns the sum of the divergences, and the gradient by `hidden`, in its shape.
         """
-        total, gradient = 0.0, torch.zeros_like(hidden)
-        last, at_once = tokens.shape[1] - 1, max(1, LOGITS // self.vocabulary)
-        for row, (likely, logarithms) in enumerate(target):
-            for start in range(0, last, at_once):
-                part = slice(start, min(start + at_once, last))
-                place = (..., slice(row, row + 1), part, slice(None))
-                piece = hidden[place].to(self.device).requires_grad_(bool(weight))
-                logits = self._outside.logits(tokens[row : row + 1, part], piece, bool(weight))
-                kept = likely[part].to(logits.device), logarithms[part].to(logits.device)
-                found = loss(logits[0].float(), kept).sum()
-                total += float(found.detach())
-                if weight:
-                    (found * weight).backward()
-                    assert piece.grad is not None
-                    gradient[place] = piece.grad.to(gradient.device)
+        gradient = torch.zeros_like(hidden)
+
+        def of_part(window: int, part: slice, logits: Tensor) -> Tensor:
+            likely, logarithms = target[window]
+            kept = likely[part].to(logits.device), logarithms[part].to(logits.device)
+            return loss(logits, kept).sum()
+
+        wanted = gradient if weight else None
+        total = self._outside.losses(tokens[:, :-1], hidden, of_part, wanted, weight or 1.0)
         return total, gradient
 
     def _block(self, index: int, bits: int | None = None) -> nn.Module:

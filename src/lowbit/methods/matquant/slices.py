@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels.slicing import MASTER_BITS, slice_codes, step
-from lowbit.solvers.feedback import round_with_feedback
+from lowbit.solvers.feedback import Place, round_with_feedback
 from lowbit.solvers.gptq import OrderedFactor
 from lowbit.solvers.rounding import Grid, grouped, ungrouped
 
@@ -118,8 +118,9 @@ def joint_codes(
     zeros = torch.full_like(grid.scale, ZERO) if grid.zero is None else grid.zero
     group_of = (hessian.order // (grid.group_size or columns)).tolist()
 
-    def choose(column: int, target: Tensor) -> tuple[Tensor, Tensor]:
-        group = group_of[column]
+    def choose(place: Place, target: Tensor) -> tuple[Tensor, Tensor]:
+        assert isinstance(place.columns, int)
+        group = group_of[place.columns]
         scale, offset = grid.scale[:, group], zeros[:, group] - ZERO
         targets = target.view(len(levels), rows) / scale + offset
         # The squared distance to the targets, without the terms that all codes have in common.

@@ -33,6 +33,12 @@ from lowbit.formats.rotated import RotatedLinear, stored_scale
 from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.matching import Match, Step, match_field, steps, streams_of
 from lowbit.methods.method import Method
+from lowbit.methods.output_feedback import (
+    OUTPUT_NOT_POSITIVE_DEFINITE,
+    joined,
+    output_feedback_field,
+    output_hessian,
+)
 from lowbit.methods.result import (
     NOT_POSITIVE_DEFINITE,
     BlockResult,
@@ -45,6 +51,7 @@ from lowbit.methods.rotated.signs import Merged, merge_signs
 from lowbit.methods.rotated.words import Nearest, Rounder, RowScale, Spread, spread
 from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.correction import Target
+from lowbit.solvers.feedback import TILE, damped_factor, filled
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,10 @@ class Rotated(Method):
         return self
 
     match: Match = match_field()
+    output_feedback: bool = output_feedback_field()
+
+    def needs_output_hessians(self) -> bool:
+        return self.output_feedback
 
     def matches_float(self) -> bool:
         return self.match == "float"
@@ -259,7 +270,8 @@ class Rotated(Method):
         rotated = rotate_weight(target.weight, inputs.side, side)
         rounder = inputs.rounder(code.dim)
         how, generator = here._spread(code, weight), task.generator(name)
-        words = spread(rotated, rounder, code.nearest, how, generator)
+        row_factor, problem = self._row_factor(task, name, side, merged)
+        words = spread(rotated, rounder, code.nearest, how, generator, row_factor)
         layer = code.layer(words.codes, words.scale, inputs.side, side, inputs.owner, bias)
         inputs.owner = inputs.owner or name
         energy = rounder.energy(rotated)
@@ -270,8 +282,27 @@ class Rotated(Method):
             correction=target.strength,
             scale=layer.spec.scale,
             tokens=inputs.step.hessian.tokens,
-            fallback=inputs.fallback_with(rounder),
+            fallback=joined(inputs.fallback_with(rounder), problem),
         )
+
+    def _row_factor(
+        self, task: BlockTask, name: str, side: Rotation, merged: Merged
+    ) -> tuple[Tensor | None, str | None]:
+        """Returns the factor of the rotated Hessian of a linear's output, and a fallback sentence.
+
+        side: the rotation of its output.
+        """
+        if not self.output_feedback:
+            return None, None
+        found = output_hessian(task, name, self.min_tokens)
+        if isinstance(found, str):
+            return None, found
+        before = task.block.get_parameter(f"{name}.weight").detach()
+        signs = merged.row_signs(name, before)
+        hessian = rotate_hessian(found.matrix * signs.unsqueeze(1) * signs, side)
+        share = damping_share(self.damping, found.tokens, len(hessian))
+        factored = damped_factor(filled(hessian, TILE), share, TILE)
+        return (None, OUTPUT_NOT_POSITIVE_DEFINITE) if factored is None else (factored[1], None)
 
     def _spread(self, code: Code, weight: Tensor) -> Spread:
         rows, columns = weight.shape

@@ -9,6 +9,7 @@ it is S_out.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lowbit.blocks import Fold
@@ -27,6 +28,15 @@ class Merged:
     tensors: Tensors
     columns: dict[str, Tensor]
     rows: frozenset[str]
+
+    def row_signs(self, linear: str, before: Tensor) -> Tensor:
+        """Returns the signs by which the rows of a linear were multiplied, (out,).
+
+        before: (out, in), its weight without signs.
+        """
+        columns = self.columns.get(linear, before.new_ones(before.shape[1]))
+        same = (self.tensors[f"{linear}.weight"] * before * columns).sum(1)
+        return torch.where(same < 0, -1.0, 1.0)
 
 
 def merge_signs(tensors: Tensors, folds: Iterable[Fold], draw: Callable[[int], Tensor]) -> Merged:

@@ -7,7 +7,7 @@ columns wide. It has one row, or as many as a strip, whose rows are rounded toge
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.solvers.feedback import (
+    Place,
+    Quantize,
     Rounded,
     damped_factor,
+    filled,
     greedy_pass,
     round_with_feedback,
     row_losses,
@@ -27,7 +30,7 @@ SAMPLED_ROWS = 128  # scales are compared on so many rows, or on a quarter of th
 MOST_VALUES = 2**26  # weights times scales that are rounded at once: a few buffers of 256 MB
 
 # The nearest words to a block of columns, (rows, dim) or fewer columns at the end of the weight:
-# their codes (strips, ...) and the words (rows, dim). A row of NaN only fills its strip.
+# their codes (strips, ...) and the words (rows, dim). NaN stands for a weight that does not matter.
 Nearest = Callable[[Tensor], tuple[Tensor, Tensor]]
 RowScale = Literal["auto", "never", "always"]
 
@@ -68,28 +71,40 @@ class Rounder:
         self.padding = -columns % dim  # columns of zeros, to fill the last word
         factors = None
         if hessian is not None:
-            mean = hessian.diagonal().mean()
-            padded = functional.pad(hessian, (0, self.padding, 0, self.padding))
-            padded.diagonal()[columns:] = mean
-            factors = damped_factor(padded, damping, dim)
+            factors = damped_factor(filled(hessian, dim), damping, dim)
         self.factored = factors is not None
         if factors is None:
             eye = torch.eye(columns + self.padding, device=device)
             factors = eye, eye
         self.hessian, self.factor = factors
 
-    def round(self, weight: Tensor, scale: Tensor, nearest: Nearest) -> Words:
-        """Rounds a weight (rows, columns) with scales (rows,) by block LDLQ."""
-        unit = self._unit(weight, scale)
-        rounded = round_with_feedback(unit, self.factor, self._at_column(nearest), self.dim)
-        return self._words(unit, scale, rounded)
+    def round(
+        self, weight: Tensor, scale: Tensor, nearest: Nearest, row_factor: Tensor | None = None
+    ) -> Words:
+        """Rounds a weight (rows, columns) with scales (rows,) by block LDLQ.
+
+        row_factor: as in `round_with_feedback`; it may have more rows than the weight.
+        """
+        unit, rows = self._unit(weight, scale), len(weight)
+        if row_factor is not None:
+            fill = len(row_factor) - rows
+            unit = functional.pad(unit, (0, 0, 0, fill))
+            scales = functional.pad(scale, (0, fill), value=1.0)
+            # Errors are measured in the unit of their row.
+            inverse = scales.reciprocal().masked_fill(scales == 0, 0)
+            row_factor = row_factor * scales.unsqueeze(1) * inverse
+        quantize = self._quantize(nearest, rows)
+        rounded = round_with_feedback(unit, self.factor, quantize, self.dim, row_factor)
+        strip = len(unit) // len(rounded.codes)
+        rounded = Rounded(rounded.values[:rows], rounded.codes[: -(-rows // strip)])
+        return self._words(unit[:rows], scale, rounded)
 
     def improve(self, weight: Tensor, words: Words, nearest: Nearest, passes: int) -> Words:
         """Improves rounded words by greedy passes; the loss of no row grows."""
         if not passes or not self.factored:
             return words
         unit, rounded = self._unit(weight, words.scale), Rounded(words.values, words.codes)
-        of_block = self._at_column(nearest)
+        of_block = self._quantize(nearest, len(weight))
         for _ in range(passes):
             rounded = greedy_pass(unit, self.hessian, rounded, of_block, self.dim)
         return self._words(unit, words.scale, rounded)
@@ -113,9 +128,22 @@ class Rounder:
         n = self.columns
         return row_losses(error[:, :n], self.hessian[:n, :n])
 
-    def _at_column(self, nearest: Nearest) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
-        """Returns a `Quantize` of `solvers.feedback`; without the columns that fill a word."""
-        return lambda column, target: nearest(target[:, : self.columns - column])
+    def _quantize(self, nearest: Nearest, rows: int) -> Quantize:
+        """Returns a `Quantize` of `solvers.feedback`; weights that fill a word do not matter.
+
+        rows: number of rows; further ones fill a tile.
+        """
+
+        def quantize(place: Place, target: Tensor) -> tuple[Tensor, Tensor]:
+            if isinstance(place.columns, int):
+                return nearest(target[:, : self.columns - place.columns])
+            assert isinstance(place.rows, Tensor)
+            left = self.columns - place.columns.unsqueeze(1)
+            filling = torch.arange(self.dim, device=target.device) >= left
+            filling |= place.rows.unsqueeze(1) >= rows
+            return nearest(target.masked_fill(filling, torch.nan))
+
+        return quantize
 
 
 @dataclass(frozen=True)
@@ -141,7 +169,12 @@ class Spread:
 
 
 def spread(
-    weight: Tensor, rounder: Rounder, nearest: Nearest, how: Spread, generator: torch.Generator
+    weight: Tensor,
+    rounder: Rounder,
+    nearest: Nearest,
+    how: Spread,
+    generator: torch.Generator,
+    row_factor: Tensor | None = None,
 ) -> Words:
     """Rounds a weight to words with the scales that have the lowest loss.
 
@@ -153,6 +186,8 @@ def spread(
     rounder: rounds with the Hessian of the weight's input.
     nearest: the codebook.
     generator: chooses the sampled rows.
+    row_factor: the factored Hessian of the outputs, as in `round_with_feedback`. Scales are chosen
+        without it.
 
     Returns the words, with a scale of shape (1,) or (rows,).
     """
@@ -170,6 +205,20 @@ def spread(
         needed = 10 ** (-how.row_bits * DB_PER_BIT / 10)  # the factor by which the loss must fall
         by_row = how.rows == "auto" and float(apart) < needed * float(shared[best])
     scales = own if by_row else single[best : best + 1]
+    if row_factor is not None:
+        chosen = scales[0]
+        if by_row and len(scales) > 1:
+            chosen = _in_parts(weight, scales, rounder, nearest, replace(how, passes=0)).scale
+        words = rounder.round(weight, chosen, nearest, row_factor)
+        return words if by_row else replace(words, scale=chosen[:1])
+    words = _in_parts(weight, scales, rounder, nearest, how)
+    return words if by_row else replace(words, scale=scales[0, :1])
+
+
+def _in_parts(
+    weight: Tensor, scales: Tensor, rounder: Rounder, nearest: Nearest, how: Spread
+) -> Words:
+    """Rounds each strip at the scale with the lowest loss, of several scales (tries, rows)."""
     rows = max(1, MOST_VALUES // (len(scales) * weight.shape[1] * how.strip)) * how.strip
     parts = [
         _round_part(part, tried, rounder, nearest, how)
@@ -179,7 +228,7 @@ def spread(
         torch.cat([getattr(part, name) for part in parts])
         for name in ("codes", "values", "loss", "scale")
     )
-    return Words(codes, values, scale if by_row else scales[0, :1], loss)
+    return Words(codes, values, scale, loss)
 
 
 def _scales(weight: Tensor, how: Spread) -> tuple[Tensor, Tensor]:
@@ -214,7 +263,7 @@ def _strip_losses(words: Words, tries: int, strip: int) -> Tensor:
 def _round_part(
     weight: Tensor, scales: Tensor, rounder: Rounder, nearest: Nearest, how: Spread
 ) -> Words:
-    """Rounds each strip at the scale with the lowest loss, of several scales (tries, rows)."""
+    """Does that for some strips at once."""
     tried = _round_all(weight, scales, rounder, nearest, how.strip)
     best = _strip_losses(tried, len(scales), how.strip).argmin(0)
     strips = torch.arange(len(best), device=weight.device)
