@@ -372,7 +372,8 @@ def _source(test: Path) -> bool:
     folder = ROOT / "src" / "lowbit" / test.parent.relative_to(ROOT / "tests")
     subject = folder / test.stem.removeprefix("test_")
     of_folder = folder.is_dir() and folder.name == subject.name  # formats/test_formats.py
-    return of_folder or subject.is_dir() or subject.with_suffix(".py").is_file()
+    is_file = any(subject.with_suffix(suffix).is_file() for suffix in (".py", ".c"))
+    return of_folder or subject.is_dir() or is_file
 
 
 LONG_FUNCTION = "def f():\n" + "    pass\n" * (BODY_LINES + 1)

@@ -16,7 +16,7 @@ from lowbit.bench.random_model import fill
 from lowbit.bench.shapes import parse_format
 from lowbit.formats import build, keep_packed_only, native, repack, set_input_bits, use_backend
 from lowbit.formats.base import QuantizedLinear
-from lowbit.kernels.native.library import available
+from lowbit.kernels.native.library import available, chosen, reads_words
 
 pytestmark = [
     pytest.mark.kernels,
@@ -32,9 +32,11 @@ FREED = {
     "signs alone": ("binary:salient=0", SHAPE, ["sign"]),
     "sorted_group": ("sorted_group:group_size=32,activation=null", SHAPE, ["packed"]),
 }
+if available() and reads_words(chosen()):
+    FREED["lattice"] = ("lattice", SHAPE, ["packed"])
 KEPT = {
     "nested master": "nested:resident=master",
-    "lattice": "lattice",
+    "lattice D4": "lattice:codebook=D4",
     "trellis": "trellis",
     "dense": "dense",
 }

@@ -59,8 +59,9 @@ def load(
 
     kernels: "keep": the compiled kernels' form of the codes is kept beside the stored codes, which
         takes about twice the memory; "replace": instead of them. Stored codes are then made again,
-        with the same bytes, where something asks for them. Lattice, trellis and dense layers, and
-        8-bit codes that are to run at several widths, always keep both.
+        with the same bytes, where something asks for them. Trellis and dense layers, 8-bit codes
+        that are to run at several widths, and lattice layers whose words the kernels do not read
+        as they are, always keep both.
 
     Raises ValueError, with the name of the file or tensor, if the folder is damaged.
     """

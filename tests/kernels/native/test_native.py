@@ -291,13 +291,16 @@ def test_a_wheel_has_no_sources(tmp_path: Path) -> None:
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[2] / "src" / "lowbit" / "kernels" / "native"
-SOURCES = ("dispatch", "layout", "portable", "avx2", "avx512", "neon")
+SOURCES = (
+    "dispatch", "layout", "words", "portable", "avx2", "avx512", "words_avx512", "neon"
+)  # fmt: skip
 STRICT = ["-std=gnu11", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
 FLAGS = {
     "avx2": ["-mavx2", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
     "neon": ["-march=armv8.2-a+dotprod"],
 }
+FLAGS["words_avx512"] = [*FLAGS["avx512"], "-mavx512vbmi", "-mgfni"]
 LAYERS = 8 * 5 * 12  # widths, shapes and variants in sets.c
 # Instruction sets, compiler, and emulator.
 X86, ARM = ("portable", "avx2", "avx512"), ("portable", "neon")
@@ -314,7 +317,8 @@ def compiled(folder: Path, sets: tuple[str, ...], compiler: str, static: bool) -
     """Compiles the program, each file with the flags of its instruction set."""
     objects, program = [], folder / "sets"
     for name in SOURCES:
-        flags, out = FLAGS.get(name, []) if name in sets else [], folder / f"{name}.o"
+        wanted = name in FLAGS and name.rpartition("_")[2] in sets
+        flags, out = FLAGS[name] if wanted else [], folder / f"{name}.o"
         command = [compiler, *STRICT, *flags, "-c", NATIVE / f"{name}.c", "-o", out]
         subprocess.run(command, check=True)
         objects.append(out)

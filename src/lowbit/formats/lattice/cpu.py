@@ -1,6 +1,8 @@
-"""Multiplies lattice words with the compiled kernels, as integer codes of 3 or 4 bits a weight.
+"""Multiplies lattice words with the compiled kernels.
 
-Four times a coordinate of a word is an integer, one of few. Its number among them is the code:
+Where the processor has byte permutes (AVX-512 VBMI and GFNI), words of E8P12 are packed as they
+are. All others become integer codes of 3 or 4 bits a weight. Four times a coordinate of a word is
+an integer, one of few. Its number among them is the code:
 
 | words | four times a coordinate    | code       | bits |
 | ----- | -------------------------- | ---------- | ---- |
@@ -9,8 +11,8 @@ Four times a coordinate of a word is an integer, one of few. Its number among th
 | D4    | -10, -6, -2, 2, 6, 10      | 0 to 5     | 3    |
 | HI    | even, from -30 to 30       | 0 to 15    | 4    |
 
-A layer of two stages takes twice the bits. The packed layer is therefore 1.5 to 2.7 times as large
-as the stored one; reading it is faster than looking words up.
+A layer of two stages takes twice the bits. Integer codes are up to 2.7 times as large as the stored
+words; reading them is faster than looking words up in a table in memory.
 """
 
 from collections.abc import Iterator
@@ -21,14 +23,16 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.lattice.codebooks import E8P12, Codebook, Residual
+from lowbit.formats.lattice.e8p import DIM, levels
 from lowbit.formats.lattice.tables import look_up
 from lowbit.formats.native import rounding
 from lowbit.formats.rotated_native import RotatedNative
-from lowbit.kernels.native import Part
+from lowbit.kernels.native import Part, chosen, reads_words
 
 if TYPE_CHECKING:
     from lowbit.formats.lattice import LatticeLinear
 
+ZERO_OF_WORDS = 15  # the kernels read a word of E8P12 as codes from 2 to 13; see words.c
 WORDS_AT_ONCE = 2**18  # while they are packed
 
 
@@ -45,7 +49,12 @@ GRIDS = {"E8P12": Grid(11, 1, 4), "E8": Grid(8, 1, 4), "D4": Grid(10, 2, 3), "HI
 
 
 class Cpu(RotatedNative["LatticeLinear"]):
-    """Packs the coordinates of all words."""
+    """Packs the words of E8P12, or the coordinates of words."""
+
+    def restorable(self, layer: "LatticeLinear") -> dict[str, tuple[int, int, int]]:
+        if not _as_words(layer.codebook):
+            return {}
+        return {"packed": (0, E8P12.code_bits, E8P12.blocks(layer.in_features))}
 
     def parts(self, layer: "LatticeLinear") -> list[Part]:
         book = layer.codebook
@@ -57,22 +66,34 @@ class Cpu(RotatedNative["LatticeLinear"]):
         ]
 
 
+def _as_words(book: Codebook) -> bool:
+    return book.name == E8P12.name and reads_words(chosen())
+
+
 def _part(layer: "LatticeLinear", book: Codebook, first_bit: int, factor: float) -> Part:
     """Returns a stage, whose code begins at a bit of the layer's codes; factor: of its words."""
-    grid = GRIDS[book.name]
+    grid, words = GRIDS[book.name], _as_words(book)
     return Part(
         first=0,
         inputs=layer.in_features,
         group_size=layer.in_features,
-        codes=_coordinates(layer, book, first_bit),
-        stream_bits=8,
-        bits=grid.bits,
+        codes=_words(layer, first_bit) if words else _coordinates(layer, book, first_bit),
+        stream_bits=book.code_bits if words else 8,
+        bits=book.code_bits // DIM if words else grid.bits,
         scale=layer.scale.expand(layer.out_features).unsqueeze(1),
-        zero=grid.zero,
+        zero=ZERO_OF_WORDS if words else grid.zero,
         shift=grid.shift,
         unit=0.25 * factor,
         rounding=rounding(layer),
+        patterns=levels() if words else None,
     )
+
+
+def _words(layer: "LatticeLinear", first_bit: int) -> Iterator[Tensor]:
+    """Yields the 16 bits of each code that begin at a bit: (out, 2 blocks) uint8."""
+    blocks = layer.codebook.blocks(layer.in_features)
+    code = layer.packed.unflatten(1, (blocks, layer.codebook.code_bits // 8))
+    yield code[:, :, first_bit // 8 : first_bit // 8 + 2].flatten(1)
 
 
 def _coordinates(layer: "LatticeLinear", book: Codebook, first_bit: int) -> Iterator[Tensor]:

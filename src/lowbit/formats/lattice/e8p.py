@@ -44,6 +44,15 @@ def patterns() -> Tensor:
     return torch.tensor(sorted(ball | triples), dtype=torch.uint8)
 
 
+def levels() -> Tensor:
+    """Returns the patterns in bytes: (2, 256) uint8.
+
+    The first row holds coordinates 0 to 3, the second 4 to 7, in two bits each, the first lowest.
+    """
+    four = patterns().unflatten(1, (2, 4)) << torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    return four.sum(2, dtype=torch.uint8).T.contiguous()
+
+
 def words() -> Tensor:
     """Returns the words of all codes in order: (65536, 8) float32."""
     code = torch.arange(2**16)

@@ -6,11 +6,18 @@ product.py: the operator that multiplies.
 
 The C files: lowbit_kernels.h describes the packed layer, layout.c packs, rounding.h rounds inputs,
 dispatch.c runs a product on torch's threads, and there is one file for each instruction set.
-trellis.c and viterbi.c multiply by trellis codes and find them, each with files of its own.
+words.c decodes the words of a lattice. trellis.c and viterbi.c multiply by trellis codes and find
+them. Each has files of its own for wide instruction sets.
 portable.c is plain C and the definition: the others give equal bits.
 """
 
-from lowbit.kernels.native.library import INSTRUCTION_SETS, available, chosen, why_not
+from lowbit.kernels.native.library import (
+    INSTRUCTION_SETS,
+    available,
+    chosen,
+    reads_words,
+    why_not,
+)
 from lowbit.kernels.native.planes import (
     Part,
     Rounding,
@@ -31,6 +38,7 @@ __all__ = [
     "multiply_op",
     "pack_layer",
     "packed_size",
+    "reads_words",
     "stored_codes",
     "stored_scales",
     "why_not",

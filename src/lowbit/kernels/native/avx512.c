@@ -6,6 +6,7 @@
 
 #include "rounding.h"
 #include "sums.h"
+#include "words_avx512.h"
 
 #include <immintrin.h>
 
@@ -126,6 +127,8 @@ INLINE void multiply_one(const lowbit_layer *layer, const lowbit_part *part,
     const uint8_t *vector[LOWBIT_STREAMS][LOWBIT_MOST_PLANES];
     row_sums to[LOWBIT_STREAMS];
     int32_t visit = VISIT / ROWS * 8 / part->spec.bits / LOWBIT_PADDING * LOWBIT_PADDING;
+    int words = part->spec.kind == LOWBIT_WORDS;
+    if (words) visit = LOWBIT_PIECE;
     for (int t = 0; t < tiles; t++) {
         for (int i = 0; i < part->planes; i++)
             vector[t][i] = (const uint8_t *)lowbit_at(layer, part->plane[i]) +
@@ -140,9 +143,13 @@ INLINE void multiply_one(const lowbit_layer *layer, const lowbit_part *part,
             int32_t length = piece->length - done < visit ? piece->length - done : visit;
             const int8_t *q = low + piece->begin + done;
             const int8_t *upper = halves == 2 ? high + piece->begin + done : NULL;
-            for (int t = 0; t < tiles; t++)
-                product[t] = _mm512_add_epi32(product[t],
-                                              planes_product(part, length, vector[t], q, upper));
+            for (int t = 0; t < tiles; t++) {
+                __m512i here =
+                    words ? lowbit_words_product(lowbit_at(layer, part->table), length,
+                                                 &vector[t][0], q, upper)
+                          : planes_product(part, length, vector[t], q, upper);
+                product[t] = _mm512_add_epi32(product[t], here);
+            }
         }
         for (int t = 0; t < tiles; t++)
             finish_piece(&part->spec, piece, scales_of(layer, part, tile[t], piece->group), sum[p],
@@ -154,6 +161,12 @@ INLINE void multiply_one(const lowbit_layer *layer, const lowbit_part *part,
 /* Writes the codes of a piece of a tile as bytes, 64 for every four inputs. */
 static void unpack(const lowbit_layer *layer, const lowbit_part *part, int64_t tile,
                    const lowbit_piece *piece, uint8_t *codes) {
+    if (part->spec.kind == LOWBIT_WORDS) {
+        const uint8_t *vector = (const uint8_t *)lowbit_at(layer, part->plane[0]) +
+                                tile * part->tile_bytes[0] + (int64_t)piece->begin / 16 * VECTOR;
+        lowbit_words_unpack(lowbit_at(layer, part->table), piece->length, vector, codes);
+        return;
+    }
     for (int plane = 0; plane < part->planes; plane++) {
         int width = part->width[plane], fields = 8 / width;
         const uint8_t *vector = (const uint8_t *)lowbit_at(layer, part->plane[plane]) +

@@ -105,6 +105,18 @@ LOWBIT_EXPORT int32_t lowbit_has(int32_t set) {
     return set == PORTABLE;
 }
 
+/* Whether an instruction set multiplies words faster than the codes that they mean. */
+LOWBIT_EXPORT int32_t lowbit_reads_words(int32_t set) {
+#ifdef X86
+    unsigned a, b, c, d;
+    if (set != AVX512 || !lowbit_has(set)) return 0;
+    cpuid(7, &a, &b, &c, &d);
+    return (c >> 1 & 1) && (c >> 8 & 1); /* VBMI and GFNI */
+#else
+    return set < 0;
+#endif
+}
+
 LOWBIT_EXPORT int32_t lowbit_rows(int32_t set) { return set_of(set)->rows; }
 
 typedef void (*range_function)(int64_t begin, int64_t end, void *context);
@@ -144,7 +156,7 @@ static void round_range(int64_t begin, int64_t end, void *context) {
     const work *w = context;
     for (const rounded *r = w->rounded; r->layer != NULL; r++)
         for (int32_t i = 0; i < r->layer->parts; i++)
-            if (r->layer->part[i].spec.kind == LOWBIT_PLANES)
+            if (r->layer->part[i].spec.kind != LOWBIT_FLOATS)
                 w->set->round(r->layer, &r->layer->part[i], w->call->x, w->call->stride,
                               &r->part[i], begin, end);
 }
@@ -175,7 +187,8 @@ static void add_unusual(const work *w, const lowbit_layer *layer, const lowbit_p
         float step = in->step[token * in->pieces + p];
         lowbit_unpack_piece(layer, part, tile, piece, codes);
         for (int32_t i = 0; i < piece->count; i++) {
-            int64_t at = token * in->padded + piece->begin + i;
+            int32_t place = lowbit_place(spec, i);
+            int64_t at = token * in->padded + piece->begin + place;
             float value = x[piece->source + i];
             if (columns) value *= columns[piece->source + i];
             if (broken && spec->rounding != LOWBIT_GROUPS) value = x[piece->source + i] * 0.0f;
@@ -183,7 +196,7 @@ static void add_unusual(const work *w, const lowbit_layer *layer, const lowbit_p
                 value = step * (float)((in->high ? 128 * in->high[at] : 0) + in->low[at]);
             for (int row = 0; row < rows; row++) {
                 int32_t zero = spec->has_zeros ? scales[rows * spec->scale_bytes + row] : spec->zero;
-                int32_t code = codes[i / 4 * 4 * rows + 4 * row + i % 4];
+                int32_t code = codes[place / 4 * 4 * rows + 4 * row + place % 4];
                 float weight = (float)((code << spec->shift) - zero) * spec->unit *
                                scale_of(scales, spec->scale_bytes, row);
                 y[row] += value * (means ? weight + means[tile * rows + row] : weight);
@@ -200,7 +213,7 @@ static void add_part(const work *w, int32_t number, int index, const int64_t *ti
     const lowbit_inputs *in = &w->of_layer[number]->part[index];
     int rows = layer->rows;
     float own[LOWBIT_BLOCK * 2 * LOWBIT_MOST_ROWS];
-    if (part->spec.kind == LOWBIT_PLANES)
+    if (part->spec.kind != LOWBIT_FLOATS)
         w->set->multiply(layer, part, in, tile, tiles, token, tokens, own);
     const float *means = part->means ? lowbit_at(layer, part->means) : NULL;
     for (int m = 0; m < tokens; m++) {
@@ -350,7 +363,7 @@ LOWBIT_EXPORT int32_t lowbit_multiply(const float *x, int64_t tokens, int64_t st
     char *left = (char *)(((uintptr_t)memory + 63) / 64 * 64);
     for (rounded *r = w.rounded; r->layer != NULL; r++)
         for (int32_t i = 0; i < r->layer->parts; i++)
-            if (r->layer->part[i].spec.kind == LOWBIT_PLANES)
+            if (r->layer->part[i].spec.kind != LOWBIT_FLOATS)
                 place_inputs(&r->layer->part[i], w.set, tokens, &r->part[i], &left);
     for (int32_t i = 0; i < count; i++) tiles += layers[i]->tiles;
     run(parallel, tokens, TOKENS_FOR_THREADS, round_range, &w);

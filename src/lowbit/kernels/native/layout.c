@@ -85,7 +85,14 @@ static int64_t place_part(lowbit_part *part, const lowbit_spec *spec, int64_t ti
         part->columns = offset;
         offset += aligned(spec->inputs * 4);
     }
-    cut_planes(part);
+    if (spec->kind == LOWBIT_WORDS) {
+        part->planes = 1;
+        part->width[0] = 2;
+        part->table = offset;
+        offset += aligned(2 * LOWBIT_PATTERNS);
+    } else {
+        cut_planes(part);
+    }
     for (int i = 0; i < part->planes; i++) {
         part->plane[i] = offset;
         part->tile_bytes[i] = part->padded * part->width[i] / 8 * rows;
@@ -220,6 +227,11 @@ LOWBIT_EXPORT void lowbit_codes(void *blob, int32_t index, uint8_t *stream, int6
     const lowbit_part *part = &layer->part[index];
     const lowbit_piece *table = lowbit_at(layer, part->piece_table);
     uint8_t codes[LOWBIT_PIECE + LOWBIT_PADDING];
+    if (part->spec.kind == LOWBIT_WORDS) {
+        for (int64_t i = 0; i < count; i++)
+            lowbit_move_words(blob, part, first + i, stream + i * stride, unpack);
+        return;
+    }
     for (int64_t i = 0; i < count; i++) {
         for (int64_t p = 0; p < part->pieces; p++) {
             const lowbit_piece *piece = &table[p];
@@ -289,6 +301,10 @@ LOWBIT_EXPORT void lowbit_floats(void *blob, int32_t index, const uint8_t *weigh
 void lowbit_unpack_piece(const lowbit_layer *layer, const lowbit_part *part, int64_t tile,
                          const lowbit_piece *piece, uint8_t *out) {
     int32_t bytes = 4 * layer->rows;
+    if (part->spec.kind == LOWBIT_WORDS) {
+        lowbit_unpack_words(layer, part, tile, piece, out);
+        return;
+    }
     memset(out, 0, (size_t)piece->length * (size_t)layer->rows);
     for (int plane = 0; plane < part->planes; plane++) {
         int width = part->width[plane], low = part->low[plane], fields = 8 / width;

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 4  # LOWBIT_ABI in lowbit_kernels.h
+ABI = 5  # LOWBIT_ABI in lowbit_kernels.h
 VARIABLE = "LOWBIT_KERNELS"
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon")  # numbered as in dispatch.c
 NAMES = ("lowbit_kernels.so", "lowbit_kernels.dll", "lowbit_kernels.dylib")
@@ -137,6 +137,12 @@ def rows(instruction_set: str) -> int:
     """Returns the rows of a tile of packed weights."""
     number: int = functions().lowbit_rows(INSTRUCTION_SETS.index(instruction_set))
     return number
+
+
+@lru_cache
+def reads_words(instruction_set: str) -> bool:
+    """Returns whether words are multiplied as they are, faster than the codes that they mean."""
+    return bool(functions().lowbit_reads_words(INSTRUCTION_SETS.index(instruction_set)))
 
 
 class _Threads:

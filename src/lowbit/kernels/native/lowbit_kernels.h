@@ -12,6 +12,10 @@
  * the inputs, and tiles follow each other. Each group of inputs is padded to a multiple of 32.
  * Scales and zero points are [tile][group][scale of each row, zero point of each row].
  *
+ * A part of kind LOWBIT_WORDS holds words of 8 codes of 4 bits, each word in 16 bits: the number of
+ * a pattern, and signs. words.c describes them. Its inputs lie in another order: input 8 w + c of
+ * every 32 at place 4 c + w.
+ *
  * All numbers are little-endian. A change of anything here changes LOWBIT_ABI, which
  * library.py checks.
  */
@@ -20,11 +24,12 @@
 
 #include <stdint.h>
 
-#define LOWBIT_ABI 4
+#define LOWBIT_ABI 5
 #define LOWBIT_PARTS 2
 #define LOWBIT_MOST_PLANES 3
 #define LOWBIT_MOST_ROWS 16 /* rows of the largest tile */
-#define LOWBIT_PADDING 32   /* inputs of the longest vector of a plane, at 1 bit */
+#define LOWBIT_PADDING 32   /* inputs of the longest vector of a plane, at 1 bit, and of words */
+#define LOWBIT_PATTERNS 256 /* of a table of words */
 #define LOWBIT_PIECE 512    /* most inputs that are summed as integers at once; see rounding.h */
 #define LOWBIT_STREAMS 4    /* most tiles that are multiplied at once */
 #define LOWBIT_BLOCK 64     /* tokens that are multiplied by a tile before the next tile */
@@ -35,7 +40,7 @@
 #define LOWBIT_EXPORT __attribute__((visibility("default")))
 #endif
 
-enum { LOWBIT_PLANES = 0, LOWBIT_FLOATS = 1 };
+enum { LOWBIT_PLANES = 0, LOWBIT_FLOATS = 1, LOWBIT_WORDS = 2 };
 
 /* How a part rounds its inputs to integers q and a step s, x = s * q:
  * GROUPS: s = max|x| / top for each piece of at most LOWBIT_PIECE inputs.
@@ -48,8 +53,8 @@ typedef struct {
     int64_t first;      /* the part's inputs are x[first, first + inputs) */
     int64_t inputs;
     int64_t group_size; /* inputs that share a scale; at most `inputs` */
-    int32_t kind;       /* LOWBIT_PLANES or LOWBIT_FLOATS */
-    int32_t bits;       /* of a code, 1 to 8 */
+    int32_t kind;       /* LOWBIT_PLANES, LOWBIT_FLOATS or LOWBIT_WORDS */
+    int32_t bits;       /* of a code, 1 to 8; 2 for words, whose codes take 2 bits on average */
     int32_t scale_bytes; /* 2: float16, 4: float32 */
     int32_t has_zeros;  /* zero points for each row and group; 0: all are `zero` */
     int32_t zero;
@@ -86,6 +91,7 @@ typedef struct {
     int64_t scale_stride; /* bytes of one tile and group */
     int64_t means;        /* offset of float[tiles * rows]; 0: none */
     int64_t columns;      /* offset of float[inputs]; 0: none */
+    int64_t table;        /* offset of the patterns of words; 0: none */
     int64_t plane[LOWBIT_MOST_PLANES];      /* offsets */
     int64_t tile_bytes[LOWBIT_MOST_PLANES]; /* bytes of a tile of a plane */
     int32_t width[LOWBIT_MOST_PLANES];
@@ -140,9 +146,19 @@ extern const lowbit_set lowbit_avx2;
 extern const lowbit_set lowbit_avx512;
 extern const lowbit_set lowbit_neon;
 
-/* Writes the codes of a piece of one tile as bytes: out[input / 4][4 * row + input % 4]. */
+/* Writes the codes of a piece of one tile as bytes: out[place / 4][4 * row + place % 4]. */
 void lowbit_unpack_piece(const lowbit_layer *, const lowbit_part *, int64_t tile,
                          const lowbit_piece *, uint8_t *out);
+
+/* The same for words, and packing and unpacking the words of one row; see words.c. */
+void lowbit_unpack_words(const lowbit_layer *, const lowbit_part *, int64_t tile,
+                         const lowbit_piece *, uint8_t *out);
+void lowbit_move_words(void *blob, const lowbit_part *, int64_t row, uint8_t *stream, int unpack);
+
+/* Where an input of a piece lies among the piece's rounded inputs and codes. */
+static inline int32_t lowbit_place(const lowbit_spec *spec, int32_t input) {
+    return spec->kind == LOWBIT_WORDS ? (input & ~31) + input % 8 * 4 + input % 32 / 8 : input;
+}
 
 static inline const void *lowbit_at(const lowbit_layer *layer, int64_t offset) {
     return (const char *)layer + offset;

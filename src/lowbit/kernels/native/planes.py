@@ -51,6 +51,7 @@ class PartHeader(ctypes.Structure):
         ("scale_stride", ctypes.c_int64),
         ("means", ctypes.c_int64),
         ("columns", ctypes.c_int64),
+        ("table", ctypes.c_int64),
         ("plane", ctypes.c_int64 * 3),
         ("tile_bytes", ctypes.c_int64 * 3),
         ("width", ctypes.c_int32 * 3),
@@ -76,6 +77,7 @@ class Header(ctypes.Structure):
 
 
 KINDS = {"pieces": 0, "groups": 1, "tokens": 2}  # LOWBIT_GROUPS, LOWBIT_EXACT, LOWBIT_TOKENS
+PLANES, FLOATS, WORDS = range(3)  # LOWBIT_PLANES, LOWBIT_FLOATS, LOWBIT_WORDS
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,13 @@ class Part:
     codes: tensors (rows, bytes) uint8 that hold all rows of codes, one after the other, as
         little-endian bit streams. None: the part's weight is `scale` itself, (out, inputs).
     stream_bits: bits of a code in these streams, at least `bits`.
-    bits: bits that the codes need, 1 to 8.
+    bits: bits that the codes need, 1 to 8; of words, the bits of a weight.
     scale: (out, groups) float16 or float32.
     zero: (out, groups) uint8, or a number for all.
     mean: (out,); None: 0.
     columns: (inputs,), scales of the columns; None: 1.
+    patterns: (2, 256) uint8, where `codes` holds words of 16 bits, which mean eight codes each: the
+        levels of their patterns, see words.c; None: it holds codes.
     """
 
     first: int
@@ -139,6 +143,13 @@ class Part:
     unit: float = 1.0
     mean: Tensor | None = None
     columns: Tensor | None = None
+    patterns: Tensor | None = None
+
+    @property
+    def kind(self) -> int:
+        if self.codes is None:
+            return FLOATS
+        return PLANES if self.patterns is None else WORDS
 
     def spec(self) -> Spec:
         zeros = isinstance(self.zero, Tensor)
@@ -146,7 +157,7 @@ class Part:
             first=self.first,
             inputs=self.inputs,
             group_size=min(self.group_size, self.inputs),
-            kind=int(self.codes is None),
+            kind=self.kind,
             bits=self.bits,
             scale_bytes=self.scale.element_size(),
             has_zeros=int(zeros),
@@ -202,6 +213,8 @@ def _fill(blob: Tensor, index: int, part: Part, header: PartHeader, outputs: int
         if values is not None:
             size = 4 * values.numel()
             blob[offset : offset + size].view(torch.float32).copy_(values.float())
+    if part.patterns is not None:
+        c.lowbit_patterns(memory, index, _pointer(part.patterns))
     first = 0
     for codes in part.codes:
         codes = codes.contiguous()

@@ -84,6 +84,15 @@ static lowbit_grid token_grid(const float *x, int64_t count, int32_t top, int sy
     return grid;
 }
 
+/* Brings the integers of a piece into the order of the inputs of words. */
+static void order_for_words(int16_t *q, int32_t length) {
+    for (int16_t here[32]; length > 0; length -= 32, q += 32) {
+        memcpy(here, q, sizeof(here));
+        for (int c = 0; c < 8; c++)
+            for (int w = 0; w < 4; w++) q[4 * c + w] = here[8 * w + c];
+    }
+}
+
 /* Stores the integers of a piece and returns their sum. */
 static int32_t store_piece(const int16_t *q, const lowbit_piece *piece, const lowbit_inputs *in,
                            int64_t token) {
@@ -140,6 +149,7 @@ static void round_token(const lowbit_layer *layer, const lowbit_part *part, cons
         is_large |= large && most > LOWBIT_LARGEST;
         memset(q, 0, sizeof(q));
         if (finite && grid.step > 0) quantize(values, piece->count, grid, q);
+        if (spec->kind == LOWBIT_WORDS) order_for_words(q, piece->length);
         int32_t sum = store_piece(q, piece, in, token);
         in->step[token * in->pieces + p] = grid.step;
         in->sum[token * in->pieces + p] = sum;
