@@ -18,7 +18,6 @@
 #include <sys/auxv.h>
 #endif
 
-enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2, NEON = 3 };
 enum { TOKENS_FOR_THREADS = 8, TILES_FOR_A_THREAD = 16 };
 
 LOWBIT_EXPORT int32_t lowbit_abi(void) { return LOWBIT_ABI; }
@@ -87,9 +86,9 @@ static int has_dot_products(void) {
 
 static const lowbit_set *set_of(int32_t number) {
     switch (number) {
-    case AVX2: return &lowbit_avx2;
-    case AVX512: return &lowbit_avx512;
-    case NEON: return &lowbit_neon;
+    case LOWBIT_AVX2: return &lowbit_avx2;
+    case LOWBIT_AVX512: return &lowbit_avx512;
+    case LOWBIT_NEON: return &lowbit_neon;
     default: return &lowbit_portable;
     }
 }
@@ -97,27 +96,24 @@ static const lowbit_set *set_of(int32_t number) {
 /* Whether the processor, the system and this library have an instruction set. */
 LOWBIT_EXPORT int32_t lowbit_has(int32_t set) {
     if (!set_of(set)->rows) return 0;
-    if (set == NEON) return has_dot_products();
+    if (set == LOWBIT_NEON) return has_dot_products();
 #ifdef X86
-    if (set == AVX2) return has_avx2();
-    if (set == AVX512) return has_avx512();
+    if (set == LOWBIT_AVX2) return has_avx2();
+    if (set == LOWBIT_AVX512) return has_avx512();
 #endif
-    return set == PORTABLE;
+    return set == LOWBIT_PORTABLE;
 }
 
-/* Whether an instruction set multiplies words faster than the codes that they mean. */
-LOWBIT_EXPORT int32_t lowbit_reads_words(int32_t set) {
+LOWBIT_EXPORT int32_t lowbit_permutes_bytes(int32_t set) {
 #ifdef X86
     unsigned a, b, c, d;
-    if (set != AVX512 || !lowbit_has(set)) return 0;
+    if (set != LOWBIT_AVX512 || !lowbit_has(set)) return 0;
     cpuid(7, &a, &b, &c, &d);
     return (c >> 1 & 1) && (c >> 8 & 1); /* VBMI and GFNI */
 #else
     return set < 0;
 #endif
 }
-
-LOWBIT_EXPORT int32_t lowbit_rows(int32_t set) { return set_of(set)->rows; }
 
 typedef void (*range_function)(int64_t begin, int64_t end, void *context);
 typedef int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, range_function, void *);

@@ -142,7 +142,7 @@ def rows(instruction_set: str) -> int:
 @lru_cache
 def reads_words(instruction_set: str) -> bool:
     """Returns whether words are multiplied as they are, faster than the codes that they mean."""
-    return bool(functions().lowbit_reads_words(INSTRUCTION_SETS.index(instruction_set)))
+    return bool(functions().lowbit_permutes_bytes(INSTRUCTION_SETS.index(instruction_set)))
 
 
 class _Threads:

@@ -34,6 +34,7 @@ typedef struct {
     const lowbit_trellis_call *call;
     const description *about;
     lowbit_trellis_piece add;
+    int pairs; /* whether `add` multiplies columns in pairs */
     lowbit_inputs in;
     uint32_t *low, *high; /* [token][padded], each q repeated in four bytes */
 } work;
@@ -60,8 +61,13 @@ static description *describe(const lowbit_trellis_call *call) {
     return about;
 }
 
-static void repeat(const int8_t *from, int64_t count, uint32_t *to) {
-    for (int64_t i = 0; i < count; i++) to[i] = 0x01010101u * (uint8_t)from[i];
+static void repeat(const int8_t *from, int64_t count, int pairs, uint32_t *to) {
+    if (pairs) {
+        for (int64_t i = 0; i < count; i += 2)
+            to[i] = 0x0101u * (uint8_t)from[i] | 0x01010000u * (uint8_t)from[i + 1];
+    } else {
+        for (int64_t i = 0; i < count; i++) to[i] = 0x01010101u * (uint8_t)from[i];
+    }
 }
 
 static void round_range(int64_t begin, int64_t end, void *context) {
@@ -70,8 +76,9 @@ static void round_range(int64_t begin, int64_t end, void *context) {
     int64_t padded = w->in.padded;
     round_inputs(&w->about->layer, &w->about->layer.part[0], call->x, call->stride, &w->in, begin,
                  end);
-    repeat(w->in.low + begin * padded, (end - begin) * padded, w->low + begin * padded);
-    if (w->high) repeat(w->in.high + begin * padded, (end - begin) * padded, w->high + begin * padded);
+    int64_t first = begin * padded, count = (end - begin) * padded;
+    repeat(w->in.low + first, count, w->pairs, w->low + first);
+    if (w->high) repeat(w->in.high + first, count, w->pairs, w->high + first);
 }
 
 /* The product of a token whose inputs cannot be summed as integers. */
@@ -165,8 +172,11 @@ LOWBIT_EXPORT int32_t lowbit_trellis_multiply(const lowbit_trellis_call *call) {
         return 1;
     }
     char *left = (char *)(((uintptr_t)memory + 63) / 64 * 64);
-    work w = {call, about, call->set == 2 ? lowbit_trellis_avx512 : lowbit_trellis_portable,
-              {0}, NULL, NULL};
+    work w = {call, about, lowbit_trellis_portable, 0, {0}, NULL, NULL};
+    if (lowbit_permutes_bytes(call->set))
+        w.add = lowbit_trellis_vbmi, w.pairs = 1;
+    else if (call->set == LOWBIT_AVX512)
+        w.add = lowbit_trellis_avx512;
     w.in.padded = padded, w.in.pieces = pieces;
     w.in.low = take(&left, m * padded);
     w.in.high = two ? take(&left, m * padded) : NULL;

@@ -22,7 +22,8 @@ typedef struct {
 /* Adds the products of the tiles of a piece of the inputs to sums[token][row], for 1 or
  * LOWBIT_TILE_TOKENS tokens. The sums are of the values plus LOWBIT_SUM6_MEAN.
  * low, high: [token][inputs], q = 128 * high + low, each q repeated in the four bytes of a word;
- * high is NULL with one half. apart: words from one token to the next. */
+ * high is NULL with one half. Where columns are multiplied in pairs, every second word holds two
+ * bytes of its own q and two of the next. apart: words from one token to the next. */
 typedef void (*lowbit_trellis_piece)(const lowbit_code *, const uint8_t *tile, int64_t tiles,
                                      const uint32_t *low, const uint32_t *high, int64_t apart,
                                      int tokens, int32_t *sums);
@@ -31,6 +32,8 @@ void lowbit_trellis_portable(const lowbit_code *, const uint8_t *, int64_t, cons
                              const uint32_t *, int64_t, int, int32_t *);
 void lowbit_trellis_avx512(const lowbit_code *, const uint8_t *, int64_t, const uint32_t *,
                            const uint32_t *, int64_t, int, int32_t *);
+void lowbit_trellis_vbmi(const lowbit_code *, const uint8_t *, int64_t, const uint32_t *,
+                         const uint32_t *, int64_t, int, int32_t *);
 
 /* The number in the state_bits bits from bit `first` on, in a ring of `bytes` bytes. */
 static inline uint32_t lowbit_window(const lowbit_code *code, const uint8_t *tile, int first) {

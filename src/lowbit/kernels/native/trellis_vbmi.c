@@ -1,0 +1,149 @@
+/* Products with trellis codes with AVX-512 VBMI and VNNI: 32 states at once, of the rows of two
+ * columns that follow each other. Lane 2 r belongs to row r of the first column, and lane 2 r + 1
+ * to that of the second, so that one instruction sums four bytes of a row: two of each column. */
+
+#include "trellis.h"
+
+#if defined(__AVX512VBMI__) || (defined(_MSC_VER) && defined(__AVX512F__))
+
+#include <immintrin.h>
+#include <string.h>
+
+#if defined(_MSC_VER)
+#define INLINE static __forceinline
+#define UNROLL
+#else
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+
+#define TOKENS LOWBIT_TILE_TOKENS
+#define VECTOR 64
+
+/* What moves the windows of 32 steps to 32 lanes of 16 bits. Bytes of a pair of rows are gathered
+ * first, 4 for each column; then each byte of a window is taken from any bit on. */
+typedef struct {
+    __m512i bytes, bits, mask;
+} picker;
+
+static picker picker_of(int shift, int state_bits) {
+    uint8_t bytes[VECTOR], bits[VECTOR];
+    for (int i = 0; i < VECTOR; i++) {
+        int pair = i / 8, first = 2 * pair * shift; /* the first bit of two rows */
+        bytes[i] = (uint8_t)(first / 8 + i % 4 + (i % 8 < 4 ? 0 : 2 * shift));
+        int row = i % 8 / 4, column = i % 4 / 2;
+        bits[i] = (uint8_t)(first % 8 + row * shift + 32 * column + 8 * (i % 2));
+    }
+    picker made = {_mm512_loadu_si512(bytes), _mm512_loadu_si512(bits),
+                   _mm512_set1_epi16((short)((1 << state_bits) - 1))};
+    return made;
+}
+
+/* The states of two columns. first: the byte of their first bit. */
+INLINE __m512i states(const uint8_t *tile, int bytes, int shift, int first, const picker *pick) {
+    __m512i ring = _mm512_loadu_si512(tile + first);
+    if (first + 4 * shift == bytes) /* after the tile's end follows its beginning */
+        ring = _mm512_mask_loadu_epi8(ring, ~0ull << 4 * shift, tile - 4 * shift);
+    ring = _mm512_permutexvar_epi8(pick->bytes, ring);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(pick->bits, ring), pick->mask);
+}
+
+/* In each lane two bytes, whose sum is the value of the state plus LOWBIT_SUM6_MEAN. */
+INLINE __m512i values_of(__m512i state, uint32_t multiplier) {
+    const __m512i lower = _mm512_set1_epi16((short)(multiplier & 0xffff));
+    const __m512i upper = _mm512_set1_epi16((short)(multiplier >> 16));
+    const __m512i six_bits = _mm512_set1_epi32(LOWBIT_SUM6_BITS);
+    __m512i low = _mm512_mullo_epi16(state, lower);
+    __m512i high =
+        _mm512_add_epi16(_mm512_mulhi_epu16(state, lower), _mm512_mullo_epi16(state, upper));
+    return _mm512_add_epi8(_mm512_and_si512(low, six_bits), _mm512_and_si512(high, six_bits));
+}
+
+INLINE void add_columns(__m512i values, const uint32_t *low, const uint32_t *high, int64_t apart,
+                        int tokens, int halves, __m512i *sums) {
+    UNROLL
+    for (int m = 0; m < tokens; m++) {
+        __m512i q = _mm512_set1_epi32((int)low[m * apart]);
+        sums[m * halves] = _mm512_dpbusd_epi32(sums[m * halves], values, q);
+        if (halves == 2) {
+            q = _mm512_set1_epi32((int)high[m * apart]);
+            sums[m * halves + 1] = _mm512_dpbusd_epi32(sums[m * halves + 1], values, q);
+        }
+    }
+}
+
+INLINE void add_tiles(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
+                      const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
+                      int halves, int shift, int values, int32_t *results) {
+    const int bytes = 32 * shift / values, pairs = LOWBIT_TILE / 2 / values;
+    const picker pick = picker_of(shift, code->state_bits);
+    const uint8_t *end = tile + tiles * bytes;
+    uint8_t copy[2 * VECTOR + LOWBIT_TILE * 8]; /* of a tile, which may be read beyond its end */
+    __m512i sums[2][2 * TOKENS]; /* of even and of odd pairs, so that sums do not wait */
+    for (int i = 0; i < halves * tokens; i++)
+        sums[0][i] = sums[1][i] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < tiles; i++, tile += bytes, low += LOWBIT_TILE) {
+        const uint8_t *from = tile;
+        _mm_prefetch((const char *)tile + 1024, _MM_HINT_T0);
+        if (bytes > 64) _mm_prefetch((const char *)tile + 1088, _MM_HINT_T0);
+        if (tile + bytes + VECTOR > end) from = memcpy(copy + VECTOR, tile, (size_t)bytes);
+        UNROLL
+        for (int p = 0; p < pairs; p++) {
+            __m512i state = states(from, bytes, shift, 4 * shift * p, &pick);
+            for (int v = 0; v < values; v++)
+                add_columns(values_of(state, code->multiplier[v]), low + 2 * p + 8 * v,
+                            high + 2 * p + 8 * v, apart, tokens, halves, sums[(p + v) % 2]);
+        }
+        if (halves == 2) high += LOWBIT_TILE;
+    }
+    for (int m = 0; m < tokens; m++) {
+        __m512i sum = _mm512_add_epi32(sums[0][m * halves], sums[1][m * halves]);
+        if (halves == 2) {
+            __m512i upper = _mm512_add_epi32(sums[0][m * halves + 1], sums[1][m * halves + 1]);
+            sum = _mm512_add_epi32(sum, _mm512_slli_epi32(upper, 7));
+        }
+        int32_t *to = results + m * LOWBIT_TILE;
+        _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), sum));
+    }
+}
+
+#define RATE(name, shift, values)                                                                  \
+    static void name(const lowbit_code *code, const uint8_t *tile, int64_t tiles,                  \
+                     const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,         \
+                     int32_t *sums) {                                                              \
+        if (tokens == 1 && high)                                                                   \
+            add_tiles(code, tile, tiles, low, high, apart, 1, 2, shift, values, sums);             \
+        else if (tokens == 1)                                                                      \
+            add_tiles(code, tile, tiles, low, low, apart, 1, 1, shift, values, sums);              \
+        else if (high)                                                                             \
+            add_tiles(code, tile, tiles, low, high, apart, TOKENS, 2, shift, values, sums);        \
+        else                                                                                       \
+            add_tiles(code, tile, tiles, low, low, apart, TOKENS, 1, shift, values, sums);         \
+    }
+
+RATE(rate_1, 1, 1)
+RATE(rate_2, 2, 1)
+RATE(rate_3, 3, 1)
+RATE(rate_4, 4, 1)
+RATE(rate_1_5, 3, 2)
+RATE(rate_2_5, 5, 2)
+
+void lowbit_trellis_vbmi(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
+                         const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
+                         int32_t *sums) {
+    static const lowbit_trellis_piece ONE[] = {rate_1, rate_2, rate_3, rate_4};
+    lowbit_trellis_piece rate = code->values == 1   ? ONE[code->shift - 1]
+                                : code->shift == 3 ? rate_1_5
+                                                   : rate_2_5;
+    rate(code, tile, tiles, low, high, apart, tokens, sums);
+}
+
+#else
+
+void lowbit_trellis_vbmi(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
+                         const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
+                         int32_t *sums) {
+    lowbit_trellis_portable(code, tile, tiles, low, high, apart, tokens, sums);
+}
+
+#endif
