@@ -115,6 +115,8 @@ LOWBIT_EXPORT int32_t lowbit_permutes_bytes(int32_t set) {
 #endif
 }
 
+LOWBIT_EXPORT int32_t lowbit_rows(int32_t set) { return set_of(set)->rows; }
+
 typedef void (*range_function)(int64_t begin, int64_t end, void *context);
 typedef int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, range_function, void *);
 
