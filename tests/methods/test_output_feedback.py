@@ -20,7 +20,7 @@ METHODS: dict[str, Method] = {
     "gptq, as it comes": GPTQ(bits=3, min_tokens=8, act_order=False, fine_zeros=True),
     "quip": QuIP(codebook="D4", min_tokens=8, tune_iters=0, match="self"),
     "quip, merged": QuIP(codebook="HI", min_tokens=8, tune_iters=0, merge_suv=True),
-    "quip, rows": QuIP(min_tokens=8, row_scale="always", tune_iters=0),
+    "quip, rows": QuIP(min_tokens=8, row_scale="always"),
     "trellis": Trellis(rate=2, state_bits=9, min_tokens=8, match="self"),
 }
 every_method = pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from lowbit.solvers.feedback import (
     damped_factor,
     filled,
     greedy_pass,
+    greedy_pass_in_strips,
     proxy_loss,
     round_with_feedback,
 )
@@ -165,3 +166,25 @@ def test_channels_that_fill_a_block_are_independent() -> None:
     assert torch.equal(wider[:10, :10], hessian) and not wider[10:, :10].any()
     assert torch.equal(wider[10:, 10:], hessian.diagonal().mean() * torch.eye(6))
     assert filled(hessian, 5) is hessian
+
+
+def test_passes_in_strips_lower_the_weighted_error() -> None:
+    weight = weight_of(72, 64)  # no multiple of a strip
+    hessian, factor = damped_factor(spectrum_hessian(64, 1.0), 0.01, 8)
+    outputs, _ = damped_factor(spectrum_hessian(72, 1.0, seed=5), 0.01, 8)
+    rounded, losses = round_with_feedback(weight, factor, halves, 8), []
+    for _ in range(3):
+        error = weight - rounded.values
+        losses.append(float((outputs @ error @ hessian * error).sum()))
+        rounded = greedy_pass_in_strips(weight, hessian, outputs, rounded, halves, 8)
+    assert losses == sorted(losses, reverse=True) and losses[1] < 0.95 * losses[0]
+    assert torch.equal(rounded.codes.flatten(1).float() - 1.5, rounded.values)
+
+
+def test_passes_in_strips_of_independent_rows_are_those_of_all_rows() -> None:
+    weight = weight_of(48, 64)
+    hessian, factor = damped_factor(spectrum_hessian(64, 1.0), 0.01, 8)
+    rounded = round_with_feedback(weight, factor, halves, 8)
+    wanted = greedy_pass(weight, hessian, rounded, halves, 8)
+    found = greedy_pass_in_strips(weight, hessian, torch.eye(48), rounded, halves, 8)
+    assert torch.equal(found.codes, wanted.codes) and torch.equal(found.values, wanted.values)

@@ -278,6 +278,37 @@ def greedy_pass(
     return Rounded(values, codes)
 
 
+def greedy_pass_in_strips(
+    weight: Tensor,
+    hessian: Tensor,
+    row_hessian: Tensor,
+    rounded: Rounded,
+    quantize: Quantize,
+    block: int,
+) -> Rounded:
+    """Improves a rounded weight whose rows are not independent by one greedy pass.
+
+    Strips of TILE rows come one after another. Seen from one row, the errors of all others move the
+    weight that it is to be nearest to. A strip, whose rows are taken for independent meanwhile, is
+    only changed if that lowers the loss.
+
+    row_hessian: (rows, rows), the damped Hessian of the outputs.
+    The others are those of `greedy_pass`.
+    """
+    values, codes = rounded.values.clone(), rounded.codes.clone()
+    for start in reversed(range(0, len(weight), TILE)):
+        strip = slice(start, start + TILE)
+        gradient = product(row_hessian[strip], weight - values)
+        wanted = values[strip] + gradient / row_hessian.diagonal()[strip, None]
+        of_strip = Rounded(values[strip], codes[strip])
+        found = greedy_pass(wanted, hessian, of_strip, quantize, block)
+        step = values[strip] - found.values
+        slope = 2 * gradient + row_hessian[strip, strip] @ step
+        if float((product(slope, hessian) * step).sum()) < 0:
+            values[strip], codes[strip] = found.values, found.codes
+    return Rounded(values, codes)
+
+
 def _expanded(rows: Tensor, codes: Tensor) -> Tensor:
     """Returns flags (rows,) in a shape that broadcasts against codes (rows, ...)."""
     return rows.view(-1, *[1] * (codes.dim() - 1))

@@ -48,7 +48,7 @@ from lowbit.methods.result import (
 )
 from lowbit.methods.rotated.finetune import Training, finetune
 from lowbit.methods.rotated.signs import Merged, merge_signs
-from lowbit.methods.rotated.words import Nearest, Rounder, RowScale, Spread, spread
+from lowbit.methods.rotated.words import Nearest, Outputs, Rounder, RowScale, Spread, spread
 from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.correction import Target
 from lowbit.solvers.feedback import TILE, damped_factor, filled
@@ -270,8 +270,8 @@ class Rotated(Method):
         rotated = rotate_weight(target.weight, inputs.side, side)
         rounder = inputs.rounder(code.dim)
         how, generator = here._spread(code, weight), task.generator(name)
-        row_factor, problem = self._row_factor(task, name, side, merged)
-        words = spread(rotated, rounder, code.nearest, how, generator, row_factor)
+        outputs, problem = self._outputs(task, name, side, merged)
+        words = spread(rotated, rounder, code.nearest, how, generator, outputs)
         layer = code.layer(words.codes, words.scale, inputs.side, side, inputs.owner, bias)
         inputs.owner = inputs.owner or name
         energy = rounder.energy(rotated)
@@ -285,10 +285,10 @@ class Rotated(Method):
             fallback=joined(inputs.fallback_with(rounder), problem),
         )
 
-    def _row_factor(
+    def _outputs(
         self, task: BlockTask, name: str, side: Rotation, merged: Merged
-    ) -> tuple[Tensor | None, str | None]:
-        """Returns the factor of the rotated Hessian of a linear's output, and a fallback sentence.
+    ) -> tuple[Outputs | None, str | None]:
+        """Returns the rotated Hessian of a linear's output, factored, and a fallback sentence.
 
         side: the rotation of its output.
         """
@@ -302,7 +302,9 @@ class Rotated(Method):
         hessian = rotate_hessian(found.matrix * signs.unsqueeze(1) * signs, side)
         share = damping_share(self.damping, found.tokens, len(hessian))
         factored = damped_factor(filled(hessian, TILE), share, TILE)
-        return (None, OUTPUT_NOT_POSITIVE_DEFINITE) if factored is None else (factored[1], None)
+        return (
+            (None, OUTPUT_NOT_POSITIVE_DEFINITE) if factored is None else (Outputs(*factored), None)
+        )
 
     def _spread(self, code: Code, weight: Tensor) -> Spread:
         rows, columns = weight.shape

@@ -21,6 +21,7 @@ from lowbit.solvers.feedback import (
     damped_factor,
     filled,
     greedy_pass,
+    greedy_pass_in_strips,
     round_with_feedback,
     row_losses,
 )
@@ -51,6 +52,22 @@ class Words:
     loss: Tensor
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """The Hessian of a linear's outputs, as `damped_factor` returns it for blocks of TILE rows.
+
+    damped, factor: (rows, rows), where rows that `filled` has added come last.
+    """
+
+    damped: Tensor
+    factor: Tensor
+
+    def of_rows(self, scale: Tensor) -> Tensor:
+        """Returns the damped Hessian where errors are in the unit of their row. scale: (rows,)"""
+        rows = len(scale)
+        return self.damped[:rows, :rows] * scale.unsqueeze(1) * scale
+
+
 class Rounder:
     """Rounds weights that read the same input to words, with the Hessian of that input.
 
@@ -79,34 +96,48 @@ class Rounder:
         self.hessian, self.factor = factors
 
     def round(
-        self, weight: Tensor, scale: Tensor, nearest: Nearest, row_factor: Tensor | None = None
+        self, weight: Tensor, scale: Tensor, nearest: Nearest, outputs: Outputs | None = None
     ) -> Words:
         """Rounds a weight (rows, columns) with scales (rows,) by block LDLQ.
 
-        row_factor: as in `round_with_feedback`; it may have more rows than the weight.
+        outputs: the Hessian of the outputs; None: rows are independent.
         """
-        unit, rows = self._unit(weight, scale), len(weight)
-        if row_factor is not None:
-            fill = len(row_factor) - rows
+        unit, rows, row_factor = self._unit(weight, scale), len(weight), None
+        if outputs is not None:
+            fill = len(outputs.factor) - rows
             unit = functional.pad(unit, (0, 0, 0, fill))
             scales = functional.pad(scale, (0, fill), value=1.0)
             # Errors are measured in the unit of their row.
             inverse = scales.reciprocal().masked_fill(scales == 0, 0)
-            row_factor = row_factor * scales.unsqueeze(1) * inverse
+            row_factor = outputs.factor * scales.unsqueeze(1) * inverse
         quantize = self._quantize(nearest, rows)
         rounded = round_with_feedback(unit, self.factor, quantize, self.dim, row_factor)
         strip = len(unit) // len(rounded.codes)
         rounded = Rounded(rounded.values[:rows], rounded.codes[: -(-rows // strip)])
         return self._words(unit[:rows], scale, rounded)
 
-    def improve(self, weight: Tensor, words: Words, nearest: Nearest, passes: int) -> Words:
-        """Improves rounded words by greedy passes; the loss of no row grows."""
+    def improve(
+        self,
+        weight: Tensor,
+        words: Words,
+        nearest: Nearest,
+        passes: int,
+        outputs: Outputs | None = None,
+    ) -> Words:
+        """Improves rounded words by greedy passes; the loss of no row grows.
+
+        outputs: as in `round`; then the loss of the whole weight does not grow.
+        """
         if not passes or not self.factored:
             return words
         unit, rounded = self._unit(weight, words.scale), Rounded(words.values, words.codes)
         of_block = self._quantize(nearest, len(weight))
         for _ in range(passes):
-            rounded = greedy_pass(unit, self.hessian, rounded, of_block, self.dim)
+            if outputs is None:
+                rounded = greedy_pass(unit, self.hessian, rounded, of_block, self.dim)
+                continue
+            side = outputs.of_rows(words.scale)
+            rounded = greedy_pass_in_strips(unit, self.hessian, side, rounded, of_block, self.dim)
         return self._words(unit, words.scale, rounded)
 
     def energy(self, weight: Tensor) -> float:
@@ -174,7 +205,7 @@ def spread(
     nearest: Nearest,
     how: Spread,
     generator: torch.Generator,
-    row_factor: Tensor | None = None,
+    outputs: Outputs | None = None,
 ) -> Words:
     """Rounds a weight to words with the scales that have the lowest loss.
 
@@ -186,8 +217,7 @@ def spread(
     rounder: rounds with the Hessian of the weight's input.
     nearest: the codebook.
     generator: chooses the sampled rows.
-    row_factor: the factored Hessian of the outputs, as in `round_with_feedback`. Scales are chosen
-        without it.
+    outputs: the Hessian of the outputs; None: rows are independent. Scales are chosen without it.
 
     Returns the words, with a scale of shape (1,) or (rows,).
     """
@@ -205,11 +235,12 @@ def spread(
         needed = 10 ** (-how.row_bits * DB_PER_BIT / 10)  # the factor by which the loss must fall
         by_row = how.rows == "auto" and float(apart) < needed * float(shared[best])
     scales = own if by_row else single[best : best + 1]
-    if row_factor is not None:
+    if outputs is not None:
         chosen = scales[0]
         if by_row and len(scales) > 1:
             chosen = _in_parts(weight, scales, rounder, nearest, replace(how, passes=0)).scale
-        words = rounder.round(weight, chosen, nearest, row_factor)
+        words = rounder.round(weight, chosen, nearest, outputs)
+        words = rounder.improve(weight, words, nearest, how.passes, outputs)
         return words if by_row else replace(words, scale=chosen[:1])
     words = _in_parts(weight, scales, rounder, nearest, how)
     return words if by_row else replace(words, scale=scales[0, :1])
