@@ -2,22 +2,25 @@
 PYTHON ?= python3
 READY  := .venv/.installed
 ENGINES := .venv-engines/bin/python
+DOCS   := .venv/.docs-installed
 NATIVE := cmake/CMakeLists.txt $(wildcard src/lowbit/kernels/native/*.[ch])
 # The tests start hundreds of processes; each would compile the package and the tests anew.
 unexport PYTHONDONTWRITEBYTECODE
 HOOKS   = $$(git rev-parse --git-path hooks)
 
-.PHONY: demo quick test test-families test-kernels test-exhaustive test-engines lint bench hooks mutants fuzz
+.PHONY: demo quick test test-families test-kernels test-exhaustive test-engines test-docs lint bench hooks mutants fuzz docs
 
 demo:  $(READY) ; OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} .venv/bin/python examples/demo.py
-quick: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not slow and not families and not exhaustive"
-test:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not families and not exhaustive"
+quick: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not slow and not families and not exhaustive and not docs"
+test:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not families and not exhaustive and not docs"
 test-families: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m families
 test-kernels: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/kernels/native
 test-exhaustive: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m exhaustive
+test-docs: $(READY) $(DOCS) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/docs -m docs
 test-engines: $(READY) $(ENGINES)
 	OMP_NUM_THREADS=1 LOWBIT_ENGINES=$(ENGINES) .venv/bin/python -m pytest -n 2 -q tests/engines
 lint:  $(READY) ; .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+docs:  $(READY) $(DOCS) ; NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 bench: $(READY) ; .venv/bin/python benchmarks/frontier.py $(ARGS)
 fuzz:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python tests/fuzz/run.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
 mutants: $(READY)
@@ -32,6 +35,11 @@ $(READY): pyproject.toml constraints.txt $(NATIVE)
 	.venv/bin/pip install -q torch==2.13.0 -c constraints.txt
 	.venv/bin/pip install -q -e '.[dev]' -c constraints.txt
 	@.venv/bin/python -c 'from lowbit.kernels.native import why_not; reason = why_not(); reason and print(reason)'
+	@touch $@
+
+# What builds the site of the documentation, beside the rest.
+$(DOCS): $(READY)
+	.venv/bin/pip install -q -e '.[docs]' -c constraints.txt
 	@touch $@
 
 # The programs that read exported folders, in an environment without lowbit.

@@ -15,7 +15,7 @@ from lowbit.kernels.native.library import path, threads
 from lowbit.version import __version__
 
 FEATURES = ("avx", "f16c", "amx_", "neon", "asimd", "sve", "sme", "dot", "i8mm", "bf16")
-FOR_DEVELOPERS = ("dev", "mutants")  # extras that no user needs
+FOR_DEVELOPERS = ("dev", "docs", "mutants")  # extras that no user needs
 THREAD_VARIABLE = "OMP_NUM_THREADS"
 
 

@@ -1,0 +1,177 @@
+"""Tables and plots of benchmarks/results.csv for the page Choose.
+
+Rows of the benchmarks "frontier" and "perplexity" are used, the newest of each case, and of a tree
+with uncommitted changes only where there is no other. A case is "MODEL | METHOD | TEXT", and the
+notes begin with "B bits linears, M bits model".
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from figures.drawing import BLUE, GRAY, GREEN, INK, ORANGE, PALE, RED, Sheet
+from results import UNCOMMITTED, newest, rows_of
+
+MODELS = ("llama-mini", "opt-mini")
+TEXT = "held_back_stories"
+NOTES = re.compile(r"([\d.]+) bits linears, ([\d.]+) bits model")
+WINDOWS = re.compile(r"(\d+) windows")
+FASTER = "float32 / lowbit"  # of decode.py: time in float32 over time here
+PARTS = ("token", "prompt")
+COLORS = {"rtn": GRAY, "gptq": BLUE, "omniquant": GREEN, "quip": ORANGE, "trellis": RED}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured folder.
+
+    windows: of the text that the perplexity is a mean over.
+    """
+
+    method: str
+    linears: float
+    model: float
+    perplexity: float
+    windows: int
+    clean: bool
+
+
+def points(model: str) -> list[Point]:
+    """Returns what was measured of a model on the most windows; float comes first."""
+    rows = newest("perplexity") | newest("frontier")
+    found = []
+    for case, row in rows.items():
+        parts = case.split(" | ")
+        bits, windows = NOTES.search(row["notes"]), WINDOWS.search(row["notes"])
+        if row["metric"] != "perplexity" or len(parts) != 3 or not bits or not windows:
+            continue
+        if (parts[0], parts[2]) == (model, TEXT):
+            linears, whole = map(float, bits.groups())
+            clean = not row["commit"].endswith(UNCOMMITTED)
+            value = float(row["value"])
+            found.append(Point(parts[1], linears, whole, value, int(windows[1]), clean))
+    most = max((point.windows for point in found), default=0)
+    kept = [point for point in found if point.windows == most]
+    return sorted(kept, key=lambda point: (point.method != "float", -point.linears))
+
+
+def frontier(found: list[Point]) -> list[Point]:
+    """Returns the points that no other beats in bits and in perplexity, float included."""
+    return [
+        one
+        for one in found
+        if not any(
+            other != one and other.linears <= one.linears and other.perplexity <= one.perplexity
+            for other in found
+        )
+    ]
+
+
+def choose_table() -> str:
+    """Returns a table for each model: the best perplexity for each number of bits."""
+    parts = []
+    for model in MODELS:
+        found = points(model)
+        if not found:
+            continue
+        lines = [
+            f"**{model}**, {found[0].windows} windows of text",
+            "",
+            "| method | bits per weight | whole model | perplexity |",
+            "| --- | --- | --- | --- |",
+        ]
+        floats = [point for point in found if point.method == "float"]
+        rest = [point for point in found if point.method != "float"]
+        for point in [*floats, *frontier(rest)]:
+            star = "" if point.clean else " +"
+            lines.append(
+                f"| {point.method} | {point.linears:.2f} | {point.model:.2f} | "
+                f"{point.perplexity:.2f}{star} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def plot(model: str) -> Callable[[], str]:
+    """Returns the function that draws perplexity against bits of a model."""
+
+    def draw() -> str:
+        return _plot(model, [point for point in points(model) if point.linears <= 5])
+
+    return draw
+
+
+def _plot(model: str, found: list[Point]) -> str:
+    sheet = Sheet(760, 420, f"Perplexity against bits per weight, {model}")
+    left, right, top, bottom = 70, 600, 40, 360
+    low = min((point.perplexity for point in found), default=1.0)
+    high = low * 1.35  # a method that loses more lies above the plot
+    least, most = 1.0, 4.6
+
+    def x(bits: float) -> float:
+        return left + (right - left) * (bits - least) / (most - least)
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
+    for bits in (1, 2, 3, 4):
+        sheet.line((x(bits), top), (x(bits), bottom), PALE, 1)
+        sheet.text(x(bits), bottom + 22, str(bits), INK, 13, "middle")
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        sheet.line((left, y(value)), (right, y(value)), PALE, 1)
+        sheet.text(left - 8, y(value) + 5, f"{value:.1f}", INK, 13, "end")
+    best = frontier(found)
+    sheet.path([(x(p.linears), y(p.perplexity)) for p in best if p.perplexity <= high], INK, 1)
+    for point in found:
+        if point.perplexity <= high and least <= point.linears <= most:
+            color = COLORS.get(re.split(r"[ +]", point.method)[0], INK)
+            sheet.dot(x(point.linears), y(point.perplexity), color, 4)
+    for i, (name, color) in enumerate(COLORS.items()):
+        sheet.dot(630, 70 + 26 * i, color, 5)
+        sheet.text(644, 75 + 26 * i, name, color)
+    sheet.text((left + right) / 2, bottom + 46, "bits per weight of the linears", INK, 14, "middle")
+    sheet.text(left, 24, f"perplexity of {model}; the line joins the best of each size", INK)
+    return sheet.svg()
+
+
+PLOTS: dict[str, Callable[[], str]] = {f"bits-{model}": plot(model) for model in MODELS}
+
+
+def decode_table() -> str:
+    """Returns a table of how fast a token and a prompt are in each format, against float32."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows_of("decode"):
+        if row["metric"] == FASTER:
+            name, _, what = row["case"].rpartition(" | ")
+            found.setdefault(name, {})[what] = row
+    if not found:
+        return "The benchmark `decode` has no rows yet; `lowbit bench OUT` measures here."
+    lines = ["| linears | one token | a prompt | machine |", "| --- | --- | --- | --- |"]
+    for name, pair in found.items():
+        values = [f"{float(pair[what]['value']):.2f}" if what in pair else "" for what in PARTS]
+        lines.append(f"| {name} | {' | '.join(values)} | {pair[next(iter(pair))]['machine']} |")
+    return "\n".join(lines)
+
+
+def costs(method: str, model: str = "llama-mini") -> str:
+    """Returns a table of what a method cost on a model: bits, perplexity, seconds of quantizing."""
+    rows = newest("ptq161") | newest("mixedquant") | newest("perplexity") | newest("frontier")
+    lines = [
+        "| case | bits per weight | perplexity | windows | seconds |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for case, row in rows.items():
+        parts = case.split(" | ")
+        own = row["benchmark"] == method or re.split(r"[ +]", parts[1])[0] == method
+        if parts[0] != model or parts[-1] != TEXT or not (own or parts[1] == "float"):
+            continue
+        found = [
+            each.search(row["notes"])
+            for each in (re.compile(r"([\d.]+) bits linears"), WINDOWS, re.compile(r"([\d.]+) s$"))
+        ]
+        bits, windows, seconds = (each[1] if each else "" for each in found)
+        star = " +" if row["commit"].endswith(UNCOMMITTED) else ""
+        value = f"{float(row['value']):.2f}{star}"
+        lines.append(f"| {parts[1]} | {bits} | {value} | {windows} | {seconds} |")
+    return "\n".join(lines)
