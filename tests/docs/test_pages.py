@@ -8,17 +8,21 @@ place of MODEL stands a small random model, and in place of data sets of the hub
 import re
 import shlex
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import quantized
 import typer
+import zoo
 from commands import call
 from typer.testing import CliRunner
 
 from lowbit.cli.auto_quip import auto_quip
 
+KEPT = TemporaryDirectory(prefix="lowbit-docs-", ignore_cleanup_errors=True)
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md"))
 REASONS = ("needs ", "downloads ", "installs ", "it serves ", "trains for hours")
@@ -28,6 +32,8 @@ BLOCK = re.compile(
     r"```(?P<language>\S*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+# In place of MODEL: as wide as a group of 128, which exports need.
+WIDE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
 # What a command gets that names no text of its own.
 TEXT = ["--calibration", quantized.text(), "--samples", "2", "--seqlen", "16"]
 WITHOUT_TEXT = {
@@ -59,12 +65,18 @@ def test_every_block_says_its_language_and_why_it_does_not_run() -> None:
             assert block.reason is None or block.language in RUN, f"{page}: {block}"
 
 
+@cache
+def model() -> str:
+    """The folder of the model in place of MODEL."""
+    folder = Path(KEPT.name) / "model"
+    return str(quantized.add_tokenizer(zoo.write(zoo.Line("llama", zoo.GQA | WIDE), folder)))
+
+
 def command(line: str) -> None:
     """Runs one line of a bash block."""
     program, *words = shlex.split(line, comments=True)
-    words = [str(quantized.source()) if word == "MODEL" else word for word in words]
-    small = [word for word in words if word == str(quantized.source())]
-    words = [quantized.text() if word == "wikitext2" and small else word for word in words]
+    places = {"MODEL": model(), "wikitext2": quantized.text()}
+    words = [places.get(word, word) for word in words]
     if program == "auto_quip":
         other = typer.Typer(add_completion=False)
         other.command()(auto_quip)
@@ -90,6 +102,7 @@ def test_the_blocks_of_a_page_run(
 ) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     names: dict[str, Any] = {}
     for block in blocks(page):
         if block.title and block.language not in RUN:

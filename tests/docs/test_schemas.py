@@ -12,7 +12,7 @@ import yaml
 import lowbit
 from lowbit.methods import PTQ161, MixedQuant, Trellis
 
-pytestmark = pytest.mark.docs
+pytestmark = [pytest.mark.docs, pytest.mark.kernels]  # the encoder of trellis is slow without
 GENERATORS = Path(__file__).parents[2] / "docs" / "generators"
 MORE = {
     "ptq161": PTQ161(epochs=1, min_tokens=1),
