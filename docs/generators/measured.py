@@ -1,11 +1,12 @@
 """Tables and plots of benchmarks/results.csv for the page Choose.
 
-Rows of the benchmarks "frontier" and "perplexity" are used, the newest of each case, and of a tree
-with uncommitted changes only where there is no other. A case is "MODEL | METHOD | TEXT", and the
-notes begin with "B bits linears, M bits model".
+Of each model the rows of the benchmark "frontier" are used, or those of "perplexity" if it has
+none: the newest of each case, and of a tree with uncommitted changes only where there is no other.
+A case is "MODEL | METHOD | TEXT", and the notes begin with "B bits linears, M bits model".
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +15,9 @@ from results import UNCOMMITTED, newest, rows_of
 
 MODELS = ("llama-mini", "opt-mini")
 TEXT = "held_back_stories"
+LINEARS, SECONDS = re.compile(r"([\d.]+) bits linears"), re.compile(r"([\d.]+) s$")
 NOTES = re.compile(r"([\d.]+) bits linears, ([\d.]+) bits model")
-WINDOWS = re.compile(r"(\d+) windows")
+WINDOWS = re.compile(r"\d+ windows|whole text")
 FASTER = "float32 / lowbit"  # of decode.py: time in float32 over time here
 PARTS = ("token", "prompt")
 COLORS = {"rtn": GRAY, "gptq": BLUE, "omniquant": GREEN, "quip": ORANGE, "trellis": RED}
@@ -25,34 +27,43 @@ COLORS = {"rtn": GRAY, "gptq": BLUE, "omniquant": GREEN, "quip": ORANGE, "trelli
 class Point:
     """One measured folder.
 
-    windows: of the text that the perplexity is a mean over.
+    kl: the divergence from the float model in nats; None: not measured.
+    windows: of the text that the perplexity is a mean over, in words.
+    clean: whether the row is from a tree without uncommitted changes.
     """
 
     method: str
     linears: float
     model: float
     perplexity: float
-    windows: int
+    kl: float | None
+    windows: str
     clean: bool
 
 
 def points(model: str) -> list[Point]:
-    """Returns what was measured of a model on the most windows; float comes first."""
-    rows = newest("perplexity") | newest("frontier")
+    """Returns what was measured of a model on the same windows; float comes first."""
+    found = points_of("frontier", model) or points_of("perplexity", model)
+    counts = Counter(point.windows for point in found)
+    kept = [point for point in found if point.windows == counts.most_common(1)[0][0]]
+    return sorted(kept, key=lambda point: (point.method != "float", -point.linears))
+
+
+def points_of(benchmark: str, model: str) -> list[Point]:
+    """Returns the newest rows of a benchmark for a model."""
+    divergences = newest(benchmark, "KL")
     found = []
-    for case, row in rows.items():
+    for case, row in newest(benchmark).items():
         parts = case.split(" | ")
         bits, windows = NOTES.search(row["notes"]), WINDOWS.search(row["notes"])
-        if row["metric"] != "perplexity" or len(parts) != 3 or not bits or not windows:
+        if len(parts) != 3 or (parts[0], parts[2]) != (model, TEXT) or not bits or not windows:
             continue
-        if (parts[0], parts[2]) == (model, TEXT):
-            linears, whole = map(float, bits.groups())
-            clean = not row["commit"].endswith(UNCOMMITTED)
-            value = float(row["value"])
-            found.append(Point(parts[1], linears, whole, value, int(windows[1]), clean))
-    most = max((point.windows for point in found), default=0)
-    kept = [point for point in found if point.windows == most]
-    return sorted(kept, key=lambda point: (point.method != "float", -point.linears))
+        linears, whole = map(float, bits.groups())
+        kl = float(divergences[case]["value"]) if case in divergences else None
+        clean = not row["commit"].endswith(UNCOMMITTED)
+        value = float(row["value"])
+        found.append(Point(parts[1], linears, whole, value, kl, windows[0], clean))
+    return found
 
 
 def frontier(found: list[Point]) -> list[Point]:
@@ -75,10 +86,10 @@ def choose_table() -> str:
         if not found:
             continue
         lines = [
-            f"**{model}**, {found[0].windows} windows of text",
+            f"**{model}**, {found[0].windows}",
             "",
-            "| method | bits per weight | whole model | perplexity |",
-            "| --- | --- | --- | --- |",
+            "| method | bits per weight | whole model | perplexity | KL |",
+            "| --- | --- | --- | --- | --- |",
         ]
         floats = [point for point in found if point.method == "float"]
         rest = [point for point in found if point.method != "float"]
@@ -86,7 +97,7 @@ def choose_table() -> str:
             star = "" if point.clean else " +"
             lines.append(
                 f"| {point.method} | {point.linears:.2f} | {point.model:.2f} | "
-                f"{point.perplexity:.2f}{star} |"
+                f"{point.perplexity:.2f}{star} | {'' if point.kl is None else f'{point.kl:.4f}'} |"
             )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -158,7 +169,7 @@ def costs(method: str, model: str = "llama-mini") -> str:
     """Returns a table of what a method cost on a model: bits, perplexity, seconds of quantizing."""
     rows = newest("ptq161") | newest("mixedquant") | newest("perplexity") | newest("frontier")
     lines = [
-        "| case | bits per weight | perplexity | windows | seconds |",
+        "| case | bits per weight | perplexity | text | seconds |",
         "| --- | --- | --- | --- | --- |",
     ]
     for case, row in rows.items():
@@ -166,11 +177,8 @@ def costs(method: str, model: str = "llama-mini") -> str:
         own = row["benchmark"] == method or re.split(r"[ +]", parts[1])[0] == method
         if parts[0] != model or parts[-1] != TEXT or not (own or parts[1] == "float"):
             continue
-        found = [
-            each.search(row["notes"])
-            for each in (re.compile(r"([\d.]+) bits linears"), WINDOWS, re.compile(r"([\d.]+) s$"))
-        ]
-        bits, windows, seconds = (each[1] if each else "" for each in found)
+        found = [each.search(row["notes"]) for each in (LINEARS, WINDOWS, SECONDS)]
+        bits, windows, seconds = (each[each.re.groups] if each else "" for each in found)
         star = " +" if row["commit"].endswith(UNCOMMITTED) else ""
         value = f"{float(row['value']):.2f}{star}"
         lines.append(f"| {parts[1]} | {bits} | {value} | {windows} | {seconds} |")
