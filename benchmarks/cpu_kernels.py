@@ -39,6 +39,8 @@ FORMATS = {
     "3 bits, g128": ("uniform:bits=3", "Q3_K"),
     "2 bits, g128": ("uniform:bits=2", "Q2_K"),
     "lattice E8P12": ("lattice:codebook=E8P12", "IQ2_XXS"),
+    "trellis, 2 bits": ("trellis:rate=2", "IQ2_XXS"),
+    "trellis, 3 bits": ("trellis:rate=3", "IQ3_XXS"),
     "binary, a fifth salient": ("binary", "IQ1_S"),
 }
 
