@@ -46,7 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "upload": {"checkpoint", "exporters", "parsing", "version"},
     "report": {"checkpoint", "config", "events", "parsing", "quantities", "run_report"}
     | {"version"},
-    "allocate": {"calibration", "checkpoint", "config", "eval", "formats", "load", "models"},
+    "allocate": {"blocks", "calibration", "checkpoint", "config", "eval", "formats", "load"}
+    | {"models", "parsing"},
     "preprocess": {"calibration", "checkpoint", "config", "convert", "events", "load", "methods"}
     | {"models", "patterns", "pipeline", "version"},
     "tuning": {"blocks", "calibration", "checkpoint", "config", "eval", "events", "formats", "load"}

@@ -8,7 +8,8 @@ Importing it also teaches transformers to load what it writes.
 
 import lowbit.waiting  # noqa: F401  # isort: split  (before torch is imported)
 from lowbit import events, methods
-from lowbit.allocate import Mix, mix
+from lowbit.allocate import Mix
+from lowbit.allocate.allocation import Allocation
 from lowbit.auto_quip import QuipQuantizer, load_quantized_model
 from lowbit.calibration import Calibration, TokenIds
 from lowbit.convert import convert, dequantize
@@ -18,7 +19,7 @@ from lowbit.exporters import Comparison, ExportPlan, export, plan_export, verify
 from lowbit.formats import use_backend as backend
 from lowbit.formats.widths import set_bits
 from lowbit.load import load
-from lowbit.pipeline import Estimate, RunOptions, plan, quantize
+from lowbit.pipeline import Estimate, RunOptions, mix, plan, quantize
 from lowbit.preprocess import LoRA, preprocess
 from lowbit.report import write_report as report
 from lowbit.tuning import Tuned, TuneOptions, tune
@@ -26,6 +27,7 @@ from lowbit.upload import push
 from lowbit.version import __version__
 
 __all__ = [
+    "Allocation",
     "Calibration",
     "Comparison",
     "Estimate",

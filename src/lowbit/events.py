@@ -5,11 +5,13 @@ class attribute) and the fields of the class. A field that is None is left out.
 
 A run emits, in this order:
 
+    WidthsAdvanced                    several, if widths are chosen for a budget
     SelfCheckStarted                  unless it is left out
     DryRunStarted                     before a long run, or on request
     RunStarted
     SelfCheckFinished                 if there was a self-check
     DryRunFinished                    if there was a dry run
+    WidthsChosen                      if widths come from a budget or a plan
     Warned                            for each setting that has no effect on this model
     CalibrationRead                   if the method needs calibration text
     GradientsAdvanced                 for each block forward and back, with output feedback
@@ -121,6 +123,37 @@ class DryRunFinished(Event):
     basis: dict[str, Any]
     warning: str | None = None
     disk: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthsAdvanced(Event):
+    """The losses of linears at several widths are being measured, to fit a budget.
+
+    done, of: the number of batches that ran through a block, and of all that will.
+    """
+
+    kind: ClassVar[str] = "measuring"
+
+    done: int
+    of: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthsChosen(Event):
+    """Each linear has a width, from a budget or from a plan.
+
+    budget: the budget, in bits per weight or as a size.
+    linears: bits per weight of the linears, scales included, when the plan was made.
+    predicted: the sum of the losses of all units, in nats per token.
+    seconds: seconds that measuring them took.
+    """
+
+    kind: ClassVar[str] = "widths"
+
+    budget: str
+    linears: float
+    predicted: float
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,6 +100,6 @@ def _parsed(given: str) -> tuple[Fraction, str | None]:
     return Fraction(match[1]), unit
 
 
-def spent(units: Sequence[Unit], widths: Sequence[int]) -> int:
+def spent(units: Sequence[Unit], widths: Sequence[float]) -> int:
     """Returns the bytes of all slices. widths: the width of each unit."""
     return sum(unit.bytes[width] for unit, width in zip(units, widths, strict=True))

@@ -2,9 +2,11 @@
 
 import os
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowbit.blocks import LinearGroup
 from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.slices import entries_with_widths, read_codes
 from lowbit.formats.widths import entry_bytes, needs_codes, slice_entry
@@ -29,7 +31,7 @@ class Unit:
     layers: tuple[str, ...]
     block: int | None
     patterns: tuple[str, ...]
-    bytes: dict[int, int]
+    bytes: Mapping[float, int]
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,8 @@ def layout_of(
     groups += [(None, False, (name,)) for name in entries if name not in grouped]
     units = []
     for block, experts, names in groups:
-        patterns = (os.path.commonprefix(names).rpartition(".")[0] + ".*",) if experts else names
-        total = {width: sum(sizes[name][width] for name in names) for width in widths}
-        units.append(Unit(names, block, patterns, total))
+        total: dict[float, int] = {w: sum(sizes[name][w] for name in names) for w in widths}
+        units.append(Unit(names, block, patterns_of(names, experts), total))
     return Layout(tuple(units), blocks)
 
 
@@ -90,18 +91,32 @@ def _grouped(
     config = load_config(folder, trust_remote_code)
     model = build_model(folder, config, trust_remote_code)
     family = family_of(model)
-    inside = memory_names(model, [f"{name}.weight" for name in sorted(wanted)])
-    on_disk = {m.removesuffix(".weight"): d.removesuffix(".weight") for d, m in inside.items()}
+    in_memory = memory_names(model, [f"{name}.weight" for name in sorted(wanted)])
+    on_disk = {m.removesuffix(".weight"): d.removesuffix(".weight") for d, m in in_memory.items()}
     groups: list[tuple[int | None, bool, tuple[str, ...]]] = []
     blocks = list(model.get_submodule(family.blocks).children())
     for number, block in enumerate(blocks):
-        together: dict[tuple[str, bool], list[str]] = {}
-        for group in groups_of(family, config, block):
-            for linear in group.linears:
-                experts = EXPERT.match(linear)
-                key = (experts[1], True) if experts else (group.name, False)
-                name = f"{family.blocks}.{number}.{linear}"
-                if name in on_disk:
-                    together.setdefault(key, []).append(on_disk[name])
-        groups += [(number, experts, tuple(names)) for (_, experts), names in together.items()]
+        for experts, linears in fused(groups_of(family, config, block)):
+            inside = (f"{family.blocks}.{number}.{linear}" for linear in linears)
+            if names := tuple(on_disk[name] for name in inside if name in on_disk):
+                groups.append((number, experts, names))
     return groups, len(blocks)
+
+
+def fused(groups: Iterable[LinearGroup]) -> list[tuple[bool, tuple[str, ...]]]:
+    """Returns the linears of a block that must share a width, each with whether they are experts.
+
+    groups: the linears of the block, grouped by the input that they read.
+    """
+    together: dict[tuple[str, bool], list[str]] = {}
+    for group in groups:
+        for linear in group.linears:
+            experts = EXPERT.match(linear)
+            key = (experts[1], True) if experts else (group.name, False)
+            together.setdefault(key, []).append(linear)
+    return [(experts, tuple(names)) for (_, experts), names in together.items()]
+
+
+def patterns_of(names: tuple[str, ...], experts: bool) -> tuple[str, ...]:
+    """Returns the names by which a plan refers to linears, or one pattern for all experts."""
+    return (os.path.commonprefix(names).rpartition(".")[0] + ".*",) if experts else names

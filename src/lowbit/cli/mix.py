@@ -1,30 +1,45 @@
-"""lowbit mix: chooses a width for each layer of a MatQuant model."""
+"""lowbit mix: chooses a width for each linear of a model, so that the model fits a budget."""
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
 from lowbit.allocate import STRATEGIES, Mix
-from lowbit.allocate import mix as allocate
+from lowbit.allocate.allocation import Allocation
 from lowbit.calibration import Calibration
+from lowbit.calibration.sources import HUB_SOURCES
 from lowbit.cli.device import device_map
-from lowbit.cli.options import warn_of_unused
+from lowbit.cli.options import (
+    AllowFloat,
+    EmbeddingBits,
+    HeadBits,
+    MethodName,
+    Only,
+    RecipeName,
+    Settings,
+    Skip,
+    cache_folder,
+    choose_method,
+    parse_settings,
+    warn_of_unused,
+)
 from lowbit.cli.parameters import (
     Devices,
-    MatQuantModel,
+    Model,
     TrustRemoteCode,
     calibration_option,
     check_writable,
-    meaning,
 )
-from lowbit.cli.screen import console, counting_bar, size
-
-WINDOWS = 4  # of text to measure on
+from lowbit.cli.screen import console, counting_bar, duration, size
+from lowbit.models.locate import locate
+from lowbit.pipeline.allocation import WINDOWS
+from lowbit.pipeline.mix import mix as allocate
 
 
 def mix(  # noqa: PLR0913 (a command's options)
-    model: MatQuantModel,
+    model: Model,
     budget: Annotated[
         str,
         Option(
@@ -34,69 +49,114 @@ def mix(  # noqa: PLR0913 (a command's options)
         ),
     ],
     out: Annotated[Path, Option("--output", "-o", metavar="PLAN", help="YAML file to write.")],
+    recipe: RecipeName = None,
+    method: MethodName = None,
+    settings: Settings = None,
     strategy: Annotated[
         str,
         Option(
             metavar="|".join(STRATEGIES),
             help="How widths are chosen. sensitivity: measure on text how much each layer "
-            "suffers; pyramid: more bits in the middle, nothing measured.",
+            "suffers; pyramid, for a MatQuant model: more bits in the middle, nothing measured.",
         ),
     ] = "sensitivity",
     widths: Annotated[
         str | None,
         Option(
             metavar="BITS,...",
-            help="Widths that layers may have, from 2 to 8. Default: 8,6,4,3,2 for sensitivity, "
-            "8,4,2 for pyramid.",
+            help="Widths that layers may have. Default: all widths of the method; for a MatQuant "
+            "model 8,6,4,3,2 for sensitivity, 8,4,2 for pyramid.",
         ),
     ] = None,
     calibration: Annotated[list[str] | None, calibration_option("wikitext2")] = None,
-    samples: Annotated[int, Option(help=meaning(Calibration, "samples"))] = WINDOWS,
+    samples: Annotated[
+        int,
+        Option(
+            help="Windows of text on which losses are measured. A method that reads text gets four "
+            "times as many others."
+        ),
+    ] = WINDOWS,
     seqlen: Annotated[
         int | None,
         Option(help="Tokens in a window. Default: 512, or the model's context if it is shorter."),
     ] = None,
     seed: Annotated[int, Option(help="Seed of the choice of windows.")] = 0,
     device: Devices = "auto",
+    skip: Skip = None,
+    only: Only = None,
+    lm_head_bits: HeadBits = None,
+    embedding_bits: EmbeddingBits = None,
+    allow_float: AllowFloat = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Choose each layer's bit width so that the model fits a budget.
 
-    MODEL is a MatQuant model. The widths are written to a YAML plan, which the option --bits of
-    lowbit eval and lowbit slice takes.
+    MODEL is a float model, with the --method or --recipe that will quantize it: the plan is for the
+    option --plan of lowbit quantize. Or MODEL is a MatQuant model: the plan is for the option
+    --bits of lowbit eval and lowbit slice.
+
+    Example: lowbit mix MODEL --recipe trellis-2bit --budget 2.5 -o plan.yaml
     """
     check_writable("-o", out)
     if strategy == "pyramid":
-        given = {"--calibration": calibration, "--seqlen": seqlen, "--seed": seed}
+        given: dict[str, Any] = {"--calibration": calibration, "--seqlen": seqlen, "--seed": seed}
         given["--samples"] = samples != WINDOWS
         unused = [name for name in given if given[name]]
         warn_of_unused(console(), unused, "pyramid measures nothing")
     sources = {"sources": tuple(calibration)} if calibration else {}
     text = Calibration(samples=samples, seqlen=seqlen, seed=seed, **sources)
+    options: dict[str, Any] = {"device_map": device_map(device)}
+    chosen, recipe_text = None, dict[str, Any]()
+    if method or recipe or settings:
+        source = locate(model, trust_remote_code)
+        chosen, recipe_text, label = choose_method(
+            source, recipe, method, parse_settings(settings or [])
+        )
+        options = {
+            "device": device,
+            "skip": tuple(skip or ()),
+            "only": tuple(only or ()),
+            "allow_float": tuple(allow_float or ()),
+            "lm_head_bits": lm_head_bits,
+            "embedding_bits": embedding_bits,
+            "cache": cache_folder(),
+            "recipe": label,
+        }
     with counting_bar() as bar:
         task = bar.add_task("measuring", total=None)
         found = allocate(
             model,
             budget,
+            chosen,
             strategy=strategy,
             widths=_widths(widths),
             calibration=text,
-            device_map=device_map(device),
             trust_remote_code=trust_remote_code,
             on_progress=lambda done, of: bar.update(task, completed=done, total=of),
+            **options,
         )
+    if isinstance(found, Allocation):
+        found = found.model_copy(update={"calibration": _without_paths(recipe_text)})
     found.write(out)
-    for line in _lines(found, out):
+    lines = _lines(found, out) if isinstance(found, Mix) else _lines_of_plan(found, model, out)
+    for line in lines:
         console().print(line, soft_wrap=True)
 
 
-def _widths(text: str | None) -> tuple[int, ...] | None:
+def _widths(text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--widths {text!r}: allowed are numbers from 2 to 8, such as 8,4,2")
-    return tuple(int(part) for part in parts)
+    try:
+        return tuple(int(part) if part.isdecimal() else float(part) for part in parts)
+    except ValueError:
+        raise ValueError(f"--widths {text!r}: allowed are numbers of bits, such as 8,4,2") from None
+
+
+def _without_paths(text: dict[str, Any]) -> dict[str, Any]:
+    """Returns the calibration text of a recipe; of a file only the name, since paths are private."""
+    names = [name if name in HUB_SOURCES else Path(name).name for name in text.get("sources", ())]
+    return {**text, "sources": names} if names else dict(text)
 
 
 def _lines(found: Mix, out: Path) -> list[str]:
@@ -111,3 +171,14 @@ def _lines(found: Mix, out: Path) -> list[str]:
             "the sum over layers that were measured one by one)"
         )
     return lines
+
+
+def _lines_of_plan(found: Allocation, model: str, out: Path) -> list[str]:
+    shares = ", ".join(f"{n} at {width:g} bits" for width, n in found.layers.items())
+    return [
+        f"{out}: {found.linears:.3f} bits per weight in the linears, {size(found.bytes)}",
+        f"linears that share a width: {shares}",
+        f"predicted loss: {found.predicted:.4g} nats per token (KL from the float model, the sum "
+        f"over linears that were measured one by one, in {duration(found.measured.seconds)})",
+        f"next:\n  lowbit quantize {shlex.quote(model)} OUT --plan {shlex.quote(str(out))}",
+    ]

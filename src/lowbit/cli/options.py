@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from typer import Option
 
+from lowbit.allocate.allocation import Allocation
 from lowbit.calibration import Calibration
 from lowbit.checkpoint.recognize import float_folder
 from lowbit.cli.parameters import Device, RunAndCopyCode, calibration_option, meaning
@@ -21,34 +22,77 @@ from lowbit.parsing import parse_yaml, shorten
 from lowbit.pipeline import RunOptions
 from lowbit.recipes import Recipe, load_recipe
 
+RecipeName = Annotated[
+    str | None,
+    Option(
+        metavar="NAME|FILE",
+        help="Recipe with a method and its settings: a name (see lowbit recipes) or a .yaml "
+        "file. Give this or --method. Default: none.",
+    ),
+]
+MethodName = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        help=f"Method with its default settings (see lowbit methods): {', '.join(METHODS)}. "
+        "Give this or --recipe. Default: none.",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change a field of the method (see lowbit methods NAME); repeatable, and the last "
+        "value of a field counts. Default: the values of the recipe and the method.",
+    ),
+]
+Skip = Annotated[
+    list[str] | None,
+    Option(metavar="PATTERN", help=f"{meaning(RunOptions, 'skip')} Repeatable. Default: none."),
+]
+Only = Annotated[
+    list[str] | None,
+    Option(
+        metavar="PATTERN",
+        help="Patterns of the only linears that are quantized; repeatable. Default: all.",
+    ),
+]
+HeadBits = Annotated[int | None, Option(metavar="2..8", help=meaning(RunOptions, "lm_head_bits"))]
+EmbeddingBits = Annotated[
+    int | None, Option(metavar="4|6|8", help=meaning(RunOptions, "embedding_bits"))
+]
+AllowFloat = Annotated[
+    list[str] | None,
+    Option(
+        metavar="PATTERN",
+        help=f"{meaning(RunOptions, 'allow_float')} Repeatable. Default: none.",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class JobOptions:
     """Options shared by quantize, plan and preprocess; `with_job` adds them to a command."""
 
-    recipe: Annotated[
-        str | None,
+    recipe: RecipeName = None
+    method: MethodName = None
+    settings: Settings = None
+    plan: Annotated[
+        Path | None,
         Option(
-            metavar="NAME|FILE",
-            help="Recipe with a method and its settings: a name (see lowbit recipes) or a .yaml "
-            "file. Give this or --method. Default: none.",
+            metavar="PLAN",
+            help="YAML file of lowbit mix with a method and a width for each linear; replaces "
+            "--recipe and --method. Default: none.",
         ),
     ] = None
-    method: Annotated[
+    budget: Annotated[
         str | None,
         Option(
-            metavar="NAME",
-            help=f"Method with its default settings (see lowbit methods): {', '.join(METHODS)}. "
-            "Give this or --recipe. Default: none.",
-        ),
-    ] = None
-    settings: Annotated[
-        list[str] | None,
-        Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Change a field of the method (see lowbit methods NAME); repeatable, and the last "
-            "value of a field counts. Default: the values of the recipe and the method.",
+            metavar="BITS|SIZE",
+            help="Choose a width for each linear first, as lowbit mix does, so that the linears "
+            "have at most so many bits per weight, scales included (2.5), or the model at most "
+            "this size (2.1GB). Default: the widths of the method.",
         ),
     ] = None
     calibration: Annotated[
@@ -64,34 +108,15 @@ class JobOptions:
     streams: Annotated[
         str, Option(metavar="auto|memory|disk", help=meaning(RunOptions, "streams"))
     ] = "auto"
-    skip: Annotated[
-        list[str] | None,
-        Option(metavar="PATTERN", help=f"{meaning(RunOptions, 'skip')} Repeatable. Default: none."),
-    ] = None
-    only: Annotated[
-        list[str] | None,
-        Option(
-            metavar="PATTERN",
-            help="Patterns of the only linears that are quantized; repeatable. Default: all.",
-        ),
-    ] = None
-    lm_head_bits: Annotated[
-        int | None, Option(metavar="2..8", help=meaning(RunOptions, "lm_head_bits"))
-    ] = None
-    embedding_bits: Annotated[
-        int | None, Option(metavar="4|6|8", help=meaning(RunOptions, "embedding_bits"))
-    ] = None
+    skip: Skip = None
+    only: Only = None
+    lm_head_bits: HeadBits = None
+    embedding_bits: EmbeddingBits = None
     start_from: Annotated[
         Path | None,
         Option(metavar="MODEL", help=f"{meaning(RunOptions, 'start_from')} Default: none."),
     ] = None
-    allow_float: Annotated[
-        list[str] | None,
-        Option(
-            metavar="PATTERN",
-            help=f"{meaning(RunOptions, 'allow_float')} Repeatable. Default: none.",
-        ),
-    ] = None
+    allow_float: AllowFloat = None
     self_check: Annotated[
         bool, Option("--self-check/--no-self-check", help=meaning(RunOptions, "self_check"))
     ] = True
@@ -113,7 +138,10 @@ class JobOptions:
         settings = parse_settings(self.settings or [])
         if self.recipe and not preprocessing and load_recipe(self.recipe).lora is not None:
             raise ValueError(f"recipe {self.recipe} is for lowbit preprocess, not for this command")
-        method, text, label = choose_method(source, self.recipe, self.method, settings)
+        if self.plan is not None:
+            method, text, label = self._planned(settings)
+        else:
+            method, text, label = choose_method(source, self.recipe, self.method, settings)
         overrides = {
             "sources": self.calibration or None,
             "samples": self.samples,
@@ -125,14 +153,41 @@ class JobOptions:
         others = {name: getattr(self, name) for name in OTHERS}
         options = RunOptions(**patterns, **others, cache=cache_folder(), recipe=label, **more)
         given = {name: getattr(self, name) for name in ("calibration", "samples", "seqlen")}
-        unused = () if method.streams() else tuple(f"--{name}" for name in given if given[name])
+        unused = (
+            ()
+            if method.streams() or self.budget
+            else tuple(f"--{name}" for name in given if given[name])
+        )
         return Chosen(method, Calibration(**text), options, unused)
+
+    def _planned(self, settings: dict[str, Any]) -> tuple[Method, dict[str, Any], str | None]:
+        """Returns what `choose_method` does, with the method and the recipe of the plan.
+
+        The run itself adds the overrides of the plan.
+        """
+        assert self.plan is not None
+        for option, value in (("--recipe", self.recipe), ("--method", self.method)):
+            if value is not None:
+                raise ValueError(
+                    f"{option} {shorten(value)!r}: the plan names its method; give --plan alone, "
+                    "and change fields with --set"
+                )
+        plan = Allocation.read(self.plan)
+        where = f"plan {self.plan}"
+        if plan.method not in METHODS:
+            raise ValueError(f"{where}: {unknown_name(plan.method, METHODS, 'method')}")
+        try:
+            method = METHODS[plan.method](**plan.fields | settings)
+            Calibration(**plan.calibration)
+        except ValidationError as error:
+            raise ValueError(f"{where}: {explain(error)}") from None
+        return method, dict(plan.calibration), plan.recipe
 
 
 PATTERNS = ("skip", "only", "allow_float")
 OTHERS = (
-    *("device", "streams", "lm_head_bits", "embedding_bits", "start_from", "self_check"),
-    *("without_tokenizer", "trust_remote_code"),
+    *("device", "streams", "lm_head_bits", "embedding_bits", "start_from", "plan", "budget"),
+    *("self_check", "without_tokenizer", "trust_remote_code"),
 )
 
 

@@ -31,6 +31,8 @@ from lowbit.events import (
     TrainingStarted,
     TrainingStep,
     Warned,
+    WidthsAdvanced,
+    WidthsChosen,
 )
 
 INTERRUPTED = 130  # the exit status of a program that was stopped with Ctrl-C
@@ -122,6 +124,22 @@ class RunProgress:
             f"about {duration(event.seconds)}",
         )
         self._line(f"dry run: {', '.join(facts)}")
+
+    @_draw.register
+    def _widths_advanced(self, event: WidthsAdvanced) -> None:
+        if self.started is None:
+            self.started = time.monotonic()
+            self._line("measuring what each width costs")
+            self.bar.update(self.task, total=event.of)
+        self._move(event.done, event.of, "measuring widths")
+        if event.done == event.of:
+            self.started = None
+
+    @_draw.register
+    def _widths_chosen(self, event: WidthsChosen) -> None:
+        size = f"{event.linears:.3f} bits per weight in the linears"
+        loss = f"predicted loss {event.predicted:.4g} nats per token"
+        self._line(f"widths for {event.budget}: {size}, {loss}")
 
     @_draw.register
     def _calibration_read(self, event: CalibrationRead) -> None:

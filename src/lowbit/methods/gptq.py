@@ -4,7 +4,8 @@ Hessians are computed from the inputs that the already quantized blocks produce.
 before rounding begins (static groups), so that act_order needs no index of groups at run time.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class GPTQ(GridMethod):
 
     name: ClassVar[str] = "gptq"
     per_linear: ClassVar[tuple[str, ...]] = (*GridMethod.per_linear, "clip")
+    rough: ClassVar[Mapping[str, Any]] = {"match": "self"}
 
     act_order: bool = Field(
         True, description="Whether the columns whose inputs are largest are rounded first."

@@ -61,6 +61,9 @@ class GridMethod(Method):
             shape, self.bits, self.group_size, self.symmetric, grid.zero_shift, "float16"
         )
 
+    def width_fields(self) -> dict[float, dict[str, Any]]:
+        return {bits: {"bits": bits} for bits in range(2, 9)}
+
     @property
     def grid_shape(self) -> GridShape:
         """The settings of the grids."""

@@ -1,6 +1,7 @@
 """The base class of all methods."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -18,11 +19,14 @@ class Method(Config):
     name: the name of the method, and of its file or folder.
     per_linear: the names of the fields that `overrides` may change for some linears.
     learns: whether a run can start from what an earlier run learned.
+    rough: the fields with which it rounds a linear by itself and learns nothing: nearly as well, in
+        less time. The losses of widths are measured so.
     """
 
     name: ClassVar[str]
     per_linear: ClassVar[tuple[str, ...]] = ()
     learns: ClassVar[bool] = False
+    rough: ClassVar[Mapping[str, Any]] = {}
 
     overrides: dict[str, dict[str, Any]] = Field(
         {},
@@ -57,6 +61,23 @@ class Method(Config):
             if matches(linear, pattern):
                 fields |= differing
         return self._with(fields) if fields else self
+
+    def width_fields(self) -> dict[float, dict[str, Any]]:
+        """Returns the fields by which a linear gets each of its possible widths.
+
+        The widths are bits per weight without scales. The fields are ones of `per_linear`, and with
+        them `weight_bytes` is exact, or too large.
+
+        Raises ValueError, with the reason, if linears have no widths to choose from.
+        """
+        raise ValueError(f"{self.name} has no width that could be chosen for a linear")
+
+    def with_fields(self, fields: Mapping[str, Any]) -> Self:
+        """Returns the method with other values of some fields, which are checked.
+
+        Overrides are kept, so linears that they name have their fields.
+        """
+        return self.model_validate({**self.model_dump(), **fields})
 
     def streams(self) -> tuple[str, ...]:
         """Returns the names of the streams of hidden states that the method needs.

@@ -5,7 +5,8 @@ are rounded to words of E8P or another codebook (section 4), and improved by gre
 never increase the loss.
 """
 
-from typing import ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -35,6 +36,7 @@ class QuIP(Rotated):
         "row_scale",
         "tune_iters",
     )
+    rough: ClassVar[Mapping[str, Any]] = Rotated.rough | {"tune_iters": 0}
 
     codebook: str = Field(
         "E8P12",
@@ -59,6 +61,18 @@ class QuIP(Rotated):
     def _check_codebook(self) -> Self:
         codebook(self.codebook, self.resid_scale)
         return self
+
+    def codes(self) -> dict[float, dict[str, Any]]:
+        books = {2.0: "E8P12", 3.0: "E8P12RVQ3B", 4.0: "E8P12RVQ4B"}
+        books[codebook(self.codebook).bits] = self.codebook
+        fields = {width: {"codebook": book} for width, book in books.items()}
+        if self.resid_scale is None:
+            return fields
+        of_others = {"resid_scale": None}  # the factor is meant for this codebook alone
+        return {
+            width: each if each["codebook"] == self.codebook else each | of_others
+            for width, each in fields.items()
+        }
 
     def stored_bytes(self, shape: tuple[int, int], scale: str, dtype: str, signs: str) -> int:
         return tensor_bytes(shape, self.codebook, scale, dtype, signs, None)

@@ -9,10 +9,14 @@ results.py:   the result of a method for one block, to tensors on disk and back.
 plan.py:      `plan`: estimates size, memory and time of a run.
 dry_run.py:   quantizes one block or a few, and measures; `plan` estimates from that.
 memory.py:    measures peak memory.
+mix.py:       `mix`: chooses a width for each linear, by a budget.
+allocation.py: does so for a float model, and takes over the plan that `mix` wrote.
+unit_losses.py: measures what each width of each linear costs; kept_losses.py keeps that.
 """
 
+from lowbit.pipeline.mix import mix
 from lowbit.pipeline.options import RunOptions
 from lowbit.pipeline.plan import Estimate, plan
 from lowbit.pipeline.run import quantize
 
-__all__ = ["Estimate", "RunOptions", "plan", "quantize"]
+__all__ = ["Estimate", "RunOptions", "mix", "plan", "quantize"]

@@ -9,13 +9,14 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit.allocate.allocation import Allocation
 from lowbit.blocks import BlockTask, Stream
 from lowbit.blocks.hessian import Hessian
 from lowbit.blocks.walk import Step
@@ -57,6 +58,9 @@ MOST_OF_MEMORY = 0.25  # streams that need a larger share of the machine's memor
 class Job:
     """A model with the method, the calibration and the options to quantize it, checked together.
 
+    allocation: attribute, where the widths in the method's overrides come from; None: the method
+        is as it was given.
+
     Raises ValueError if they do not fit each other.
     """
 
@@ -89,15 +93,27 @@ class Job:
         self.start = self._earlier_run()
         self.blocks = self.source.block_names
         self.shards = 1 + len(self.blocks)
+        self.allocation: Allocation | None = None
         self.checked: list[Any] = []  # the kinds of blocks that have run packed
         # Of each block, by its index; replaced where the method needs them.
         self.output_hessians: Callable[[int], Mapping[str, Hessian]] = lambda index: {}
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that the model can read; None: its config states no limit."""
+        return context_of(self.source.config)
 
     def widest(self) -> int:
         """Returns the largest number of inputs of a linear that is quantized."""
         groups = ((block, group) for block in self.blocks for group in self.selection.groups(block))
         firsts = (f"{block}.{group.linears[0]}" for block, group in groups)
         return max(self.source.skeleton.get_parameter(f"{n}.weight").shape[1] for n in firsts)
+
+    def allocated(self, allocation: Allocation, method: Method) -> "Job":
+        """Returns the same job with the method that an allocation gives."""
+        other = copy(self)
+        other.method, other.allocation = method, allocation
+        return other
 
     def with_epochs(self, epochs: int) -> "Job":
         """Returns the same job with another number of epochs, for a method that has epochs."""
@@ -117,11 +133,12 @@ class Job:
 
     def windows(self) -> TokenWindows | None:
         """Returns the calibration text as tokens; None for a method that needs no calibration."""
-        if not self.method.streams():
-            return None
-        context = context_of(self.source.config)
-        if isinstance(self.calibration, TokenIds):
-            return self.calibration.windows(self.source.vocabulary, context)
+        return self.read(self.calibration) if self.method.streams() else None
+
+    def read(self, calibration: Calibration | TokenIds) -> TokenWindows:
+        """Returns a text as tokens of this model."""
+        if isinstance(calibration, TokenIds):
+            return calibration.windows(self.source.vocabulary, self.context)
         if self.tokenizer is None:
             raise ValueError(
                 f"{self.method.name} reads calibration text, for which the model needs a "
@@ -130,28 +147,32 @@ class Job:
                 "such as rtn"
             )
         windows = token_windows(
-            self.calibration,
+            calibration,
             self.tokenizer,
-            context,
+            self.context,
             self.options.cache,
             partial(need_processor, self.source.folder, self.options.trust_remote_code),
         )
         check_tokens(windows.largest, self.source.vocabulary, "the calibration text")
         return windows
 
+    @cached_property
+    def model_hash(self) -> str:
+        """The sha256, in hex, of the model's config.json and all its weights."""
+        config = file_sha256(self.source.folder / "config.json")
+        return hashlib.sha256(f"{config} {self.source.digest()}".encode()).hexdigest()
+
     def signature(self, windows: TokenWindows | None) -> dict[str, Any]:
         """Returns everything that the result depends on, as JSON values.
 
         An interrupted run continues only if its signature is the same.
         """
-        config = file_sha256(self.source.folder / "config.json")
-        model = hashlib.sha256(f"{config} {self.source.digest()}".encode()).hexdigest()
         options = self.options.shaping_result()
         options["device"] = self.device.type  # the number of a GPU does not change the result
         options["start_from"] = self.start and self.start.digest()  # the content, not the path
         return {
             "method": self.method.signature(),
-            "model": model,
+            "model": self.model_hash,
             "calibration": windows and windows.digest,
             "seed": self.calibration.seed,
             **options,
@@ -288,7 +309,7 @@ class Job:
             output_hessians=self.output_hessians(index),
         )
         with PeakMemory(self.device) as peak:
-            result = self._result(task) if task.groups else BlockResult()
+            result = self.rounded(task, self.method) if task.groups else BlockResult()
             pack_float_experts(
                 block, result, lambda path: self.source.is_view(f"{step.name}.{path}.")
             )
@@ -319,10 +340,8 @@ class Job:
             self.checked.append(kind)
             check_packed(self.source, step.block, step.name, result)
 
-    def _result(self, task: BlockTask) -> BlockResult:
-        """Returns what the method makes of a block; errors name the block and large weights."""
-        if not task.groups:
-            return BlockResult()
+    def rounded(self, task: BlockTask, method: Method) -> BlockResult:
+        """Returns what a method makes of a block; errors name the block and large weights."""
         for name in (name for group in task.groups for name in group.linears):
             weight = task.block.get_submodule(name).get_parameter("weight")
             largest = float(weight.detach().abs().max())
@@ -334,10 +353,10 @@ class Job:
                     "float32; leave this linear in float with --skip, or repair the checkpoint"
                 )
         try:
-            result = self.method.quantize(task)
+            result = method.quantize(task)
         except ValueError as error:
             raise ValueError(f"{task.name}: {error}") from error
-        kinds = {kind for kinds in self.method.needs_folds().values() for kind in kinds}
+        kinds = {kind for kinds in method.needs_folds().values() for kind in kinds}
         found = [fold.name for fold in task.folds if fold.kind in kinds]
         result.report = result.report.with_folds(found)
         return result

@@ -1,7 +1,9 @@
 """The options of a run apart from its method, such as the device and the linears to skip."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import field_validator, model_validator
 
 from lowbit.config import Config, option, shapes_result
 
@@ -63,6 +65,17 @@ class RunOptions(Config):
         "are only applied).",
         shapes_result=True,
     )
+    plan: Path | None = option(
+        None,
+        "YAML file of lowbit mix, whose overrides are added to the method's; None: no plan.",
+        shapes_result=False,  # the overrides are part of the method
+    )
+    budget: str | None = option(
+        None,
+        'Bits per weight of the linears, scales included ("2.5"), or size of the model ("2.1GB"), '
+        "for which each linear gets a width before the run; None: as the method says.",
+        shapes_result=False,
+    )
     dry_run_block: bool | None = option(
         None,
         "Whether one block is quantized before the run to find errors early; None: only if the run "
@@ -96,6 +109,20 @@ class RunOptions(Config):
         "Name of the recipe, which is written into config.json; None: no name.",
         shapes_result=True,
     )
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _as_text(cls, budget: Any) -> Any:
+        number = isinstance(budget, int | float) and not isinstance(budget, bool)
+        return str(budget) if number else budget
+
+    @model_validator(mode="after")
+    def _check_plan(self) -> Self:
+        if self.plan is not None and self.budget is not None:
+            raise ValueError(
+                "plan and budget both choose widths: give the plan, or a budget to make one"
+            )
+        return self
 
     def shaping_result(self) -> dict[str, Any]:
         """Returns the options that change the result, as JSON values, in the order of fields."""

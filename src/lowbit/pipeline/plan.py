@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import gettempdir
@@ -19,6 +19,7 @@ from lowbit.kernels.products import reproducible
 from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
 from lowbit.models.self_check import check_streaming
+from lowbit.pipeline.allocation import with_widths
 from lowbit.pipeline.dry_run import (
     DryRun,
     DryRunBlock,
@@ -30,6 +31,7 @@ from lowbit.pipeline.dry_run import (
 )
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import Place, RunOptions
+from lowbit.pipeline.results import packed_tensors
 
 LONG = 3600.0  # seconds: a run that may take longer begins with a dry run
 # A machine slower than nearly every real one: floating-point operations per second of matrix
@@ -91,6 +93,8 @@ def plan(  # noqa: PLR0913 (the options of a run)
     lm_head_bits: int | None = None,
     embedding_bits: int | None = None,
     start_from: str | Path | None = None,
+    plan: str | Path | None = None,
+    budget: float | str | None = None,
     dry_run_block: bool | None = None,
     self_check: bool = True,
     without_tokenizer: bool = False,
@@ -111,7 +115,7 @@ def plan(  # noqa: PLR0913 (the options of a run)
         options = options.model_copy(update={"without_tokenizer": True})
     started = time.perf_counter()
     with as_folder(model, tokenizer, Path(gettempdir()) / "lowbit-plan") as folder:
-        job = Job(folder, method, calibration, options)
+        job = with_widths(Job(folder, method, calibration, options))
         windows = job.windows()
         if options.self_check:
             check_streaming(job.source, quick=True)
@@ -258,10 +262,10 @@ def _sizes(job: Job, measured: DryRun, similar: list[tuple[DryRunBlock, float]])
     tables = tables_of(entries)
     head_entries = {disk: entry for disk, entry in entries.items() if disk not in tables}
     stored = _stored_by_kind(measured)
-    head = {name for disk in head_entries for name in _packed_tensors(disk, outside)}
+    head = {name for disk in head_entries for name in packed_tensors(disk, outside)}
     packed = float(sum(outside[name].bytes for name in head))
     weights = sum(math.prod(entry["shape"]) for entry in head_entries.values())
-    table_parts = {name for disk in tables for name in _packed_tensors(disk, outside)}
+    table_parts = {name for disk in tables for name in packed_tensors(disk, outside)}
     table_bytes = sum(outside[name].bytes for name in table_parts)
     rest = [info for name, info in outside.items() if name not in head | table_parts]
     headers = measured.outside_record["size"] - sum(info.bytes for info in outside.values())
@@ -294,14 +298,8 @@ def _stored_by_kind(measured: DryRun) -> dict[LinearKind, tuple[float, float]]:
     for index, block in measured.blocks.items():
         tensors = block.record["tensors"]
         for disk, kind in measured.kinds[index].items():
-            sizes[kind].append([tensors[name] for name in _packed_tensors(disk, tensors)])
+            sizes[kind].append([tensors[name] for name in packed_tensors(disk, tensors)])
     return {
         kind: (sum(map(sum, each)) / len(each), sum(map(len, each)) / len(each))
         for kind, each in sizes.items()
     }
-
-
-def _packed_tensors(disk: str, names: Iterable[str]) -> list[str]:
-    """Names of the tensors of a packed weight, without the bias and the placeholder tensor."""
-    own = [name for name in names if name.startswith(f"{disk}.")]
-    return [name for name in own if name not in (f"{disk}.bias", f"{disk}.weight")]

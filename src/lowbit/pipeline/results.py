@@ -4,7 +4,7 @@ The way back is needed when an interrupted run continues, and to check a dry run
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -215,3 +215,13 @@ def result_of(
         name = memory[disk].removeprefix(f"{block}.")
         result.tensors[name] = as_on_disk(module, name, tensors[disk])
     return result
+
+
+def packed_tensors(disk: str, names: Iterable[str]) -> list[str]:
+    """Returns the names of the tensors of a packed weight, without bias and placeholder.
+
+    disk: name of the linear on disk.
+    names: names of tensors, of other linears too.
+    """
+    own = [name for name in names if name.startswith(f"{disk}.")]
+    return [name for name in own if name not in (f"{disk}.bias", f"{disk}.weight")]

@@ -40,12 +40,17 @@ from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
 from lowbit.models.self_check import check_streaming
 from lowbit.models.tokenizer import FILES as TOKENIZER_FILES
+from lowbit.pipeline.allocation import widths_chosen, with_widths
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import Place, RunOptions
 from lowbit.pipeline.output_side import OutputSide
 from lowbit.pipeline.plan import LONG, estimate, longest
 from lowbit.pipeline.results import left_float, result_of, run_report
-from lowbit.pipeline.warnings import settings_without_effect, too_little_text
+from lowbit.pipeline.warnings import (
+    plan_of_another_model,
+    settings_without_effect,
+    too_little_text,
+)
 
 REPORT = "report.json"
 
@@ -68,6 +73,8 @@ def quantize(  # noqa: PLR0913 (the options of a run)
     lm_head_bits: int | None = None,
     embedding_bits: int | None = None,
     start_from: str | Path | None = None,
+    plan: str | Path | None = None,
+    budget: float | str | None = None,
     dry_run_block: bool | None = None,
     self_check: bool = True,
     without_tokenizer: bool = False,
@@ -99,7 +106,8 @@ def quantize(  # noqa: PLR0913 (the options of a run)
     if isinstance(model, nn.Module) and tokenizer is None:
         options = options.model_copy(update={"without_tokenizer": True})
     with as_folder(model, tokenizer, Path(out)) as folder:
-        return _Run(Job(folder, method, calibration, options), on_event).into(Path(out))
+        job = with_widths(Job(folder, method, calibration, options), on_event)
+        return _Run(job, on_event).into(Path(out))
 
 
 class _Run:
@@ -131,7 +139,8 @@ class _Run:
             self._log(writer, started)
             self._warn(writer, settings_without_effect(job))
             self._warn(writer, job.source.float_warnings())
-            for event in (self.self_check, self.dry_run):
+            self._warn(writer, plan_of_another_model(job))
+            for event in (self.self_check, self.dry_run, widths_chosen(job)):
                 if event:
                     self._log(writer, event)
             for name, problem in writer.damaged.items():
@@ -256,6 +265,7 @@ class _Run:
                 "seqlen": windows.seqlen,
                 "digest": windows.digest,
             },
+            **({"widths": job.allocation.origin} if job.allocation else {}),
         }
         writer.finish(
             job.source.folder,

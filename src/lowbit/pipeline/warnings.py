@@ -32,6 +32,16 @@ def settings_without_effect(job: Job) -> list[str]:
     return found
 
 
+def plan_of_another_model(job: Job) -> list[str]:
+    """Returns a sentence if the losses of a plan were measured on another model, else []."""
+    if job.allocation is None or job.allocation.measured.sha256 == job.model_hash:
+        return []
+    return [
+        f"the widths were chosen for another model ({shorten(job.allocation.measured.model)}), "
+        "whose config.json or weights have another hash: they may not suit this one"
+    ]
+
+
 def _has_fold(job: Job, block: str, kinds: tuple[str, ...]) -> bool:
     """Whether a block has a fold of one of these kinds with a reader that is quantized."""
     linears = {name for group in job.selection.groups(block) for name in group.linears}

@@ -52,6 +52,8 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     lm_head_bits: int | None = None,
     embedding_bits: int | None = None,
     start_from: str | Path | None = None,
+    plan: str | Path | None = None,
+    budget: float | str | None = None,
     dry_run_block: bool | None = None,
     self_check: bool = True,
     without_tokenizer: bool = False,
@@ -78,6 +80,10 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     Raises ValueError for wrong arguments, and for a text that is too short.
     """
     chosen = RunOptions.of(locals())
+    if chosen.plan is not None or chosen.budget is not None:
+        raise ValueError(
+            "preprocess takes no plan and no budget: quantize the model that it makes with them"
+        )
     lora, calibration = lora or LoRA(), calibration or Calibration()
     train = _training()
     trained_on = choose_device(chosen.device)

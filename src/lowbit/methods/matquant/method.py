@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -144,6 +144,12 @@ class MatQuant(LearningMethod):
 
     def streams(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(("float", *map(self.stream_of, self.widths))))
+
+    def width_fields(self) -> dict[float, dict[str, Any]]:
+        raise ValueError(
+            "matquant stores 8-bit codes from which every width is cut later: quantize the model, "
+            "and choose widths for the folder that this makes (lowbit mix FOLDER --budget ...)"
+        )
 
     def weight_bytes(self, rows: int, columns: int, width: int = MASTER_BITS) -> int:
         """Returns the bytes of a linear on disk, without its bias.

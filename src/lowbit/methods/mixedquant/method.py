@@ -10,7 +10,7 @@ and salient columns do not widen the scale of any group. Optionally SmoothQuant 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -78,6 +78,7 @@ class MixedQuant(Method):
         *("bits", "salient_bits", "clip", "rounding"),
         *OF_THE_INPUT,
     )
+    rough: ClassVar[Mapping[str, Any]] = {"match": "self"}
 
     bits: int = Field(4, ge=2, le=8, description="Bits of the code that is stored for a weight.")
     activation_bits: int = Field(
@@ -167,6 +168,9 @@ class MixedQuant(Method):
 
     def needs_folds(self) -> dict[str, tuple[str, ...]]:
         return {} if self.smooth is None else {"smooth": ("norm", "values", "gated")}
+
+    def width_fields(self) -> dict[float, dict[str, Any]]:
+        return {bits: {"bits": bits} for bits in range(2, 9)}
 
     def weight_bytes(self, rows: int, columns: int) -> int:
         salient = salient_count(self.salient_ratio, self.alignment, columns)

@@ -16,7 +16,7 @@ can absorb the shift (equation 3) and scales queries against keys (equation 5).
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -72,6 +72,9 @@ class OmniQuant(LearningMethod, GridMethod):
         "activation_bits",
         "activation_symmetric",
     )
+    rough: ClassVar[Mapping[str, Any]] = {
+        **{"epochs": 0, "let": False, "aug_loss": False, "match": "self"}
+    }
 
     activation_bits: int | None = Field(
         None,

@@ -15,7 +15,7 @@ that a learning rate is relative to the scale.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -136,6 +136,13 @@ class PTQ161(Method):
 
     def streams(self) -> tuple[str, ...]:
         return TARGETS
+
+    def width_fields(self) -> dict[float, dict[str, Any]]:
+        raise ValueError(
+            "ptq161 has no width that could be chosen for a linear: all of them have signs, and 4 "
+            "bits for salient_ratio of their inputs; choose another method, such as trellis, which "
+            "begins at 1 bit"
+        )
 
     def weight_bytes(self, rows: int, columns: int) -> int:
         salient = salient_count(columns, self.salient_ratio, self.alignment)

@@ -8,10 +8,10 @@ model). With `match: self`, Hessians are computed from the float model, as in th
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -80,6 +80,8 @@ class Code:
 
 class Rotated(Method):
     """A method that rotates weights; the module's docstring says what it does."""
+
+    rough: ClassVar[Mapping[str, Any]] = {"finetune_epochs": 0, "merge_suv": False, "match": "self"}
 
     scale: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto",
@@ -168,6 +170,15 @@ class Rotated(Method):
         scale = ("row", "float16") if self.row_scale == "always" else ("tensor", "float32")
         signs = "float16" if self.finetune_epochs else "seed"
         return self.stored_bytes((rows, columns), *scale, signs)
+
+    def width_fields(self) -> dict[float, dict[str, Any]]:
+        # Otherwise the bits would only be known when the linear is rounded.
+        scales = {"row_scale": "never"} if self.row_scale == "auto" else {}
+        return {width: fields | scales for width, fields in self.codes().items()}
+
+    @abstractmethod
+    def codes(self) -> dict[float, dict[str, Any]]:
+        """Returns the fields that choose a code, by its bits per weight."""
 
     def quantize(self, task: BlockTask) -> BlockResult:
         merged = self._merged(task)
