@@ -1,4 +1,4 @@
-"""The file that lowbit mix writes for a float model: a plan, of a method with a width for each linear.
+"""The file that lowbit mix writes for a float model: a plan, a method with a width for each linear.
 
 Such a plan is a YAML file that can be read and edited. `method`, `fields` and `overrides` say how
 linears are quantized, in the words of a recipe and of the method's own field `overrides`. All else

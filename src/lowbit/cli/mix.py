@@ -154,7 +154,7 @@ def _widths(text: str | None) -> tuple[float, ...] | None:
 
 
 def _without_paths(text: dict[str, Any]) -> dict[str, Any]:
-    """Returns the calibration text of a recipe; of a file only the name, since paths are private."""
+    """Returns the calibration text of a recipe, of files only the names: paths are private."""
     names = [name if name in HUB_SOURCES else Path(name).name for name in text.get("sources", ())]
     return {**text, "sources": names} if names else dict(text)
 

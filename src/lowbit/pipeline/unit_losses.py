@@ -27,6 +27,7 @@ from lowbit.models.streamed import Progress
 from lowbit.pipeline.job import Job
 
 TENSOR_HEADER = 96  # most bytes of a tensor in a shard's header, besides its name
+TRAINED = ("sign_in", "sign_out")  # tensors that a layer has if its signs are trained
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def unit_losses(
         batches = text.rounding.split(next(iter(methods.values())).windows_per_batch())
         streams["rounding"] = job.first_stream(batches, False, folder and folder / "rounding")
     headers: dict[str, int] = {}
+    trains = getattr(job.method, "finetune_epochs", 0) > 0
 
     def visit(step: Step) -> None:
         branches.advance(step.block)
@@ -88,7 +90,7 @@ def unit_losses(
                 continue
             for name, layer in result.linears.items():
                 disk = job.source.disk_name(f"{step.name}.{name}")
-                keys = layer.state_dict()
+                keys = [*layer.state_dict(), *(TRAINED if trains else ())]
                 size = sum(TENSOR_HEADER + len(f"{disk}.{key}") for key in keys)
                 headers[disk] = max(size, headers.get(disk, 0))
             for index, unit in enumerate(units):
