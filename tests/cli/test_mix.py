@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from zoo import MODELS
 
 from lowbit.checkpoint.output import size_of
 
@@ -38,7 +39,7 @@ def test_a_pyramid_reads_no_text(lowbit, nested, tmp_path):
 
 def test_its_help_tells_the_widths_of_pyramids(lowbit):
     text = " ".join(lowbit("mix", "--help").stdout.split())
-    assert "Default: 8,6,4,3,2 for sensitivity, 8,4,2 for pyramid." in text
+    assert "model 8,6,4,3,2 for sensitivity, 8,4,2 for pyramid." in text
 
 
 def test_mistakes(lowbit, nested, tmp_path):
@@ -50,3 +51,40 @@ def test_mistakes(lowbit, nested, tmp_path):
     ):
         assert sentence in lowbit("mix", nested, *options, code=1).stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_that_quantize_takes(lowbit, story, tmp_path):
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    text = ("--calibration", story, "--seqlen", 32)
+    method = ("--method", "rtn", "--set", "group_size=64")
+    model = MODELS / "llama-mini"
+    result = lowbit("mix", model, *method, "--budget", 3.5, "-o", plan, *text, "--samples", 1)
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(f"{plan}: 3.") and " bits per weight in the linears, " in lines[0]
+    assert lines[1].startswith("linears that share a width: ") and " at 2 bits" in lines[1]
+    assert lines[2].startswith("predicted loss: ") and result.stderr == ""
+    assert lines[4] == f"  lowbit quantize {model} OUT --plan {plan}"
+    lowbit("quantize", model, out, "--plan", plan)
+    found = size_of(out)
+    assert lines[0].startswith(f"{plan}: {found.linears:.3f} bits") and found.linears <= 3.5
+    budget = ("--budget", 3.5, "--calibration", story, "--seqlen", 32)
+    same = lowbit("quantize", model, tmp_path / "same", *method, *budget).stdout
+    assert "widths for 3.5: 3." in same and "measuring what each width costs" in same
+    assert size_of(tmp_path / "same").linears <= 3.5
+    estimate = lowbit("plan", model, "--plan", plan).stdout
+    assert f"{found.linears:.2f} in the linears" in estimate
+
+
+def test_mistakes_with_plans(lowbit, nested, tmp_path):
+    model, plan = MODELS / "llama-mini", tmp_path / "plan.yaml"
+    (tmp_path / "widths.yaml").write_text("mlp.*: 4\n")
+    budget = ("--budget", 3, "-o", plan)
+    for options, sentence in (
+        (("mix", model, *budget), "is a float model: name the method"),
+        (("mix", model, *budget, "--method", "ptq161"), "ptq161 has no width"),
+        (("mix", nested, *budget, "--method", "rtn"), "is already quantized"),
+        (("quantize", model, "out", "--plan", plan), "plan.yaml is missing"),
+        (("quantize", model, "out", "--plan", tmp_path / "widths.yaml"), "for --bits"),
+        (("quantize", model, "out", "--plan", plan, "--method", "rtn"), "give --plan alone"),
+    ):
+        assert sentence in lowbit(*options, code=1).stderr

@@ -26,8 +26,12 @@ from transformers import AutoTokenizer
 import lowbit
 from lowbit.calibration import Calibration, token_windows
 from lowbit.checkpoint.reader import INDEX
-from lowbit.cli.options import method_of
+from lowbit.cli.options import JobOptions, method_of
 from lowbit.formats.widths import choose_widths
+from lowbit.methods import RTN
+from lowbit.pipeline.allocation import with_plan
+from lowbit.pipeline.job import Job
+from lowbit.pipeline.options import RunOptions
 from lowbit.recipes import load_recipe
 
 REFUSED = (ValueError, OSError)
@@ -42,6 +46,20 @@ calibration: {sources: [text.txt], samples: 4, seqlen: 16}
 families: {opt: {let: true}}
 """
 PLAN = "model.layers.0.mlp.down_proj: 8\nmodel.layers.0.self_attn.q_proj: 4\n"
+METHOD_PLAN = """
+method: rtn
+fields: {group_size: 16, symmetric: true}
+overrides: {model.layers.0.mlp.down_proj: {bits: 8}, "*.q_proj": {bits: 3}}
+recipe: rtn-w4a16
+calibration: {sources: [c4], samples: 128}
+budget: '4.5'
+linears: 4.4
+bytes: 1000
+predicted: 0.1
+measured:
+  {model: llama, sha256: ab12, text: [{name: c4}], samples: 4, seqlen: 16, seed: 0, device: cpu,
+   seconds: 1.5, units: [{linears: [a.b], width: 8, losses: {2: 0.5, 4: 0.1}, bytes: {2: 9}}]}
+"""
 ROWS = '{"text": "aaaa bbbb"}\n{"text": "cccc"}\n' * 20
 # Pieces that parsers are known to stumble over.
 PIECES = [b"[" * 3000, b"{" * 3000, b"\xff", b"\xef\xbb\xbf", b"\\ud800", b"\0", b"9" * 5000]
@@ -245,6 +263,24 @@ def plan(edits: list[tuple[int, int, bytes]]) -> None:
         assert all(type(width) is int and 2 <= width <= 8 for width in widths.values())
 
 
+def method_plan(edits: list[tuple[int, int, bytes]]) -> None:
+    """A plan of a method is refused, or gives a method that has the fields of the plan."""
+    with guarded() as (inside, _):
+        path = inside / "plan.yaml"
+        path.write_bytes(edited(METHOD_PLAN.encode(), edits))
+        job = Job(quantized.source(), RTN(), None, RunOptions(device="cpu"))
+        try:
+            planned = with_plan(job, path)
+            chosen = JobOptions(plan=path).chosen(quantized.source())
+        except REFUSED as error:
+            assert str(error)
+            return
+        assert chosen.method.name == planned.method.name == "rtn"
+        assert planned.allocation is not None
+        for linear in job.selection.linears:
+            assert 2 <= planned.method.at(linear).weight_bytes(8, 8)
+
+
 def calibration(suffix: str, edits: list[tuple[int, int, bytes]]) -> None:
     """A calibration file is refused, or gives windows of tokens that the model has."""
     with guarded() as (inside, _):
@@ -280,6 +316,7 @@ TARGETS: dict[str, tuple[Callable[..., None], dict[str, SearchStrategy[Any]]]] =
     ),
     "recipe": (recipe, {"edits": TEXT_EDITS}),
     "plan": (plan, {"edits": TEXT_EDITS}),
+    "method_plan": (method_plan, {"edits": TEXT_EDITS}),
     "calibration": (
         calibration,
         {"suffix": st.sampled_from([".jsonl", ".txt", ".json", ".parquet"]), "edits": TEXT_EDITS},

@@ -56,6 +56,7 @@ def _table(title: str, found: Estimate, before: int) -> Table:
         "peak GPU memory": size(found.device_memory) if found.device_memory else "",
         "disk during the run": size(found.disk) if found.disk else "",
         "time": f"{seconds}, on {basis['device']}",
+        "choosing widths": _choosing(found),
         "derived from": _derived(found),
         "warning": found.warning or "",
     }
@@ -63,6 +64,13 @@ def _table(title: str, found: Estimate, before: int) -> Table:
         if fact:
             table.add_row(name, fact)
     return table
+
+
+def _choosing(found: Estimate) -> str:
+    seconds = found.basis.get("measuring_widths")
+    if seconds is None:
+        return ""
+    return f"{duration(seconds)} of the time, to measure what each width of each linear costs"
 
 
 def _derived(found: Estimate) -> str:

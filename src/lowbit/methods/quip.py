@@ -36,7 +36,7 @@ class QuIP(Rotated):
         "row_scale",
         "tune_iters",
     )
-    rough: ClassVar[Mapping[str, Any]] = Rotated.rough | {"tune_iters": 0}
+    rough: ClassVar[Mapping[str, Any]] = {**Rotated.rough, "tune_iters": 0}
 
     codebook: str = Field(
         "E8P12",

@@ -33,7 +33,7 @@ class Trellis(Rotated):
     name: ClassVar[str] = "trellis"
     per_linear: ClassVar[tuple[str, ...]] = ("rate", "state_bits", "scale", "row_scale")
     # With 9 instead of 12 state bits the error is larger by about as much at every rate.
-    rough: ClassVar[Mapping[str, Any]] = Rotated.rough | {"state_bits": 9}
+    rough: ClassVar[Mapping[str, Any]] = {**Rotated.rough, "state_bits": 9}
 
     rate: float = Field(2.0, description="Bits per weight: 1, 1.5, 2, 2.5, 3 or 4.")
     state_bits: int = Field(

@@ -30,7 +30,13 @@ from lowbit.pipeline.job import MOST_OF_MEMORY, Job, physical_memory
 from lowbit.pipeline.kept_losses import kept_losses
 from lowbit.pipeline.outside import outside_blocks
 from lowbit.pipeline.results import packed_tensors
-from lowbit.pipeline.unit_losses import TENSOR_HEADER, Text, UnitLosses, unit_losses
+from lowbit.pipeline.unit_losses import (
+    TENSOR_HEADER,
+    Text,
+    UnitLosses,
+    estimated_seconds,
+    unit_losses,
+)
 
 WINDOWS = 4  # of text on which losses are measured
 READ = 4  # windows that a method reads for each of these
@@ -57,18 +63,11 @@ def allocation_for(
     Raises ValueError, before anything is measured, for a method without widths, and for a budget
     below the smallest possible.
     """
-    methods = methods_at(job.method, widths)
-    units, fixed = _split(units_of(job, methods))
-    spend = _budget(job, budget, units, fixed)
-    spend.check(spent(units, [min(methods)] * len(units)))
+    choice = Choice(job, budget, widths)
+    methods, units = choice.methods, choice.units
     windows, text = measuring_text(job, samples)
-    measured_at = [w for w in methods if w in measured_widths(list(methods))]
-    rough = {w: methods[w].with_fields(job.method.rough) for w in measured_at}
-    found = kept_losses(
-        job, units, rough, text, lambda: _measured(job, units, rough, text, progress)
-    )
-    spend = _budget(job, budget, units, fixed, found.header)
-    spend.check(spent(units, [min(methods)] * len(units)))
+    found = kept_losses(job, units, choice.rough, text, lambda: _measured(choice, text, progress))
+    spend = choice.spend_with(found.header)
     losses = [losses_at(list(methods), each) for each in found.losses]
     costs = [[unit.bytes[width] for width in methods] for unit in units]
     picks = solve(costs, losses, spend.allowed())
@@ -107,6 +106,55 @@ def allocation_for(
     )
 
 
+class Choice:
+    """What there is to choose for a job and a budget; the arguments are those of `allocation_for`.
+
+    methods: attribute, the method with each allowed width for all linears, from wide to narrow.
+    rough: attribute, the method as losses are measured, by the widths that are measured.
+    units: attribute, the linears that share a width.
+    spend: attribute, the limit.
+    """
+
+    def __init__(self, job: Job, budget: str, widths: Sequence[float] | None = None) -> None:
+        self.job, self.budget = job, budget
+        self.methods = methods_at(job.method, widths)
+        measured = measured_widths(list(self.methods))
+        self.rough = {w: self.methods[w].with_fields(job.method.rough) for w in measured}
+        self.units, self._fixed = _split(units_of(job, self.methods))
+        self.spend = self.spend_with(0)
+
+    def spend_with(self, header: int) -> Budget:
+        """Returns the limit. header: bytes of the quantized linears in the headers of shards."""
+        spend = _budget(self.job, self.budget, self.units, self._fixed, header)
+        spend.check(self.total(min(self.methods)))
+        return spend
+
+    def total(self, width: float) -> int:
+        """Returns the bytes of all units at one width."""
+        return spent(self.units, [width] * len(self.units))
+
+    @property
+    def widest(self) -> float:
+        """The widest width within the budget that all units can have."""
+        return max(w for w in self.methods if self.total(w) <= self.spend.allowed())
+
+    @property
+    def left(self) -> int:
+        """The bytes that the budget leaves if all units have the widest width within it."""
+        most = max(map(self.total, self.methods))
+        return min(self.spend.allowed(), most) - self.total(self.widest)
+
+    def with_one_width(self) -> Job:
+        """Returns the job with the widest width within the budget for all linears."""
+        return self.job.with_method(self.methods[self.widest])
+
+    def measuring_seconds(self) -> float:
+        """Estimates the seconds of measuring losses, from rounding the first block."""
+        return estimated_seconds(
+            self.job, self.units, self.rough, measuring_text(self.job, WINDOWS)[1]
+        )
+
+
 def with_widths(job: Job, on_event: OnEvent = lambda event: None) -> Job:
     """Returns a job with the widths that its options `plan` or `budget` ask for.
 
@@ -121,7 +169,7 @@ def with_widths(job: Job, on_event: OnEvent = lambda event: None) -> Job:
         on_event(WidthsAdvanced(done=done, of=of))
 
     found = allocation_for(job, job.options.budget, progress=progress)
-    return job.allocated(found, job.method.with_fields({"overrides": found.overrides}))
+    return job.with_method(job.method.with_fields({"overrides": found.overrides}), found)
 
 
 def widths_chosen(job: Job) -> WidthsChosen | None:
@@ -151,7 +199,7 @@ def with_plan(job: Job, path: Path) -> Job:
     job.selection.check_patterns(f"plan {path}:", tuple(plan.overrides))
     overrides = merged(plan.overrides, job.method.overrides)
     try:
-        return job.allocated(plan, job.method.with_fields({"overrides": overrides}))
+        return job.with_method(job.method.with_fields({"overrides": overrides}), plan)
     except ValidationError as error:
         raise ValueError(f"plan {path}: {explain(error)}") from None
 
@@ -261,12 +309,10 @@ def measuring_text(job: Job, samples: int) -> tuple[TokenWindows, Text]:
     return windows, Text(tokens[::every], tokens[rounding])
 
 
-def _measured(
-    job: Job, units: Sequence[Unit], rough: Mapping[float, Method], text: Text, progress: Progress
-) -> UnitLosses:
+def _measured(choice: Choice, text: Text, progress: Progress) -> UnitLosses:
     """Measures losses; hidden states are kept in temporary files if they are large."""
-    needed = streams_bytes(job, len(units) * len(rough), text)
-    if needed <= MOST_OF_MEMORY * physical_memory():
+    job, units, rough = choice.job, choice.units, choice.rough
+    if streams_bytes(job, len(units) * len(rough), text) <= MOST_OF_MEMORY * physical_memory():
         return unit_losses(job, units, rough, text, None, progress)
     with TemporaryDirectory(prefix="lowbit-mix-") as folder:
         return unit_losses(job, units, rough, text, Path(folder), progress)

@@ -109,8 +109,11 @@ class Job:
         firsts = (f"{block}.{group.linears[0]}" for block, group in groups)
         return max(self.source.skeleton.get_parameter(f"{n}.weight").shape[1] for n in firsts)
 
-    def allocated(self, allocation: Allocation, method: Method) -> "Job":
-        """Returns the same job with the method that an allocation gives."""
+    def with_method(self, method: Method, allocation: Allocation | None = None) -> "Job":
+        """Returns the same job with other settings of the method.
+
+        allocation: where the widths in its overrides come from.
+        """
         other = copy(self)
         other.method, other.allocation = method, allocation
         return other

@@ -4,7 +4,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -19,7 +19,7 @@ from lowbit.kernels.products import reproducible
 from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
 from lowbit.models.self_check import check_streaming
-from lowbit.pipeline.allocation import with_widths
+from lowbit.pipeline.allocation import Choice, with_widths
 from lowbit.pipeline.dry_run import (
     DryRun,
     DryRunBlock,
@@ -105,7 +105,9 @@ def plan(  # noqa: PLR0913 (the options of a run)
     """Estimates size, memory and time of `quantize` from a dry run of one block; writes no model.
 
     The arguments are those of `lowbit.quantize`, except `out` and `on_event`. `restart` and
-    `dry_run_block` have no effect here: there is no OUT, and the dry run is always made.
+    `dry_run_block` have no effect here: there is no OUT, and the dry run is always made. With a
+    `budget`, no losses are measured: the size is that of the budget, and the time that this would
+    take is estimated from one block.
 
     Raises the errors that `quantize` would raise up to the end of its dry run. If the memory does
     not suffice, that is torch.OutOfMemoryError.
@@ -115,11 +117,32 @@ def plan(  # noqa: PLR0913 (the options of a run)
         options = options.model_copy(update={"without_tokenizer": True})
     started = time.perf_counter()
     with as_folder(model, tokenizer, Path(gettempdir()) / "lowbit-plan") as folder:
-        job = with_widths(Job(folder, method, calibration, options))
+        job = Job(folder, method, calibration, options)
+        choice = None if options.budget is None else Choice(job, options.budget)
+        job = with_widths(job) if choice is None else choice.with_one_width()
         windows = job.windows()
         if options.self_check:
             check_streaming(job.source, quick=True)
-        return estimate(job, windows, time.perf_counter() - started)
+        found = estimate(job, windows, time.perf_counter() - started)
+        return found if choice is None else _with_budget(found, choice)
+
+
+def _with_budget(found: Estimate, choice: Choice) -> Estimate:
+    """Returns the estimate of a run that chooses a width for each linear first.
+
+    found: the estimate with one width for all linears, the widest within the budget.
+    """
+    more = choice.left
+    seconds = choice.measuring_seconds()
+    whole = found.bytes + more
+    return replace(
+        found,
+        linears=found.linears + 8 * more / choice.spend.weights,
+        model=found.model * whole / found.bytes,
+        bytes=whole,
+        seconds=found.seconds + seconds,
+        basis={**found.basis, "measuring_widths": seconds},
+    )
 
 
 def estimate(job: Job, windows: TokenWindows | None, preparation: float = 0.0) -> Estimate:

@@ -12,12 +12,14 @@ from itertools import count
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from lowbit.allocate.branches import AT_ONCE, Branch, Branches
 from lowbit.allocate.units import Unit
 from lowbit.blocks import BlockTask, Stream
+from lowbit.blocks.capture import call_block
 from lowbit.blocks.walk import Step
 from lowbit.config import Config
 from lowbit.events import BlockLog, Event
@@ -83,7 +85,7 @@ def unit_losses(
 
     def visit(step: Step) -> None:
         branches.advance(step.block)
-        task = _task(job, step, streams.get("rounding"))
+        task = task_of(job, step, streams.get("rounding"))
         for width, method in methods.items():
             result = job.rounded(task, method) if task.groups else None
             if result is None:
@@ -109,7 +111,34 @@ def unit_losses(
     return UnitLosses(losses=losses, header=sum(headers.values()), seconds=round(seconds, 1))
 
 
-def _task(job: Job, step: Step, rounding: Stream | None) -> BlockTask:
+def estimated_seconds(
+    job: Job, units: Sequence[Unit], methods: Mapping[float, Method], text: Text
+) -> float:
+    """Estimates the seconds of `unit_losses` from rounding the first block, and running it once.
+
+    The arguments are those of `unit_losses`. The output layer is left out.
+    """
+    name = job.blocks[0]
+    block = job.source.load_block(name, job.device)
+    stream = job.first_stream(text.measured[:AT_ONCE].split(AT_ONCE), False)
+    rounding = None
+    if len(text.rounding):
+        size = next(iter(methods.values())).windows_per_batch()
+        rounding = job.first_stream(text.rounding.split(size), False)
+    task = task_of(job, Step(index=0, name=name, block=block, streams={}), rounding)
+    started = time.perf_counter()
+    if task.groups:
+        for method in methods.values():
+            job.rounded(task, method)
+    each_block = time.perf_counter() - started
+    with torch.no_grad():
+        call_block(block, stream[0])
+    each_batch = time.perf_counter() - started - each_block
+    batches = branch_batches(job, units, len(methods)) * -(-len(text.measured) // AT_ONCE)
+    return each_block * len(job.blocks) + each_batch * batches
+
+
+def task_of(job: Job, step: Step, rounding: Stream | None) -> BlockTask:
     """Returns the task of a block for the rough method.
 
     Without folds a method changes nothing but linears, so that each can be put into the float

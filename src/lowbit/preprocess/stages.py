@@ -80,10 +80,7 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     Raises ValueError for wrong arguments, and for a text that is too short.
     """
     chosen = RunOptions.of(locals())
-    if chosen.plan is not None or chosen.budget is not None:
-        raise ValueError(
-            "preprocess takes no plan and no budget: quantize the model that it makes with them"
-        )
+    _refuse_widths(chosen)
     lora, calibration = lora or LoRA(), calibration or Calibration()
     train = _training()
     trained_on = choose_device(chosen.device)
@@ -130,6 +127,14 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     shutil.rmtree(work, ignore_errors=True)
     on_event(RunFinished(out=str(out)))
     return out
+
+
+def _refuse_widths(options: RunOptions) -> None:
+    """Raises ValueError for options that choose a width for each linear."""
+    if options.plan is not None or options.budget is not None:
+        raise ValueError(
+            "preprocess takes no plan and no budget: quantize the model that it makes with them"
+        )
 
 
 def _with_described_sources(settings: Calibration | LoRA) -> dict[str, Any]:
