@@ -10,13 +10,13 @@ import zoo
 
 import lowbit
 from lowbit import Allocation
-from lowbit.calibration import TokenIds
+from lowbit.calibration import Calibration, TokenIds
 from lowbit.checkpoint.output import size_of
 from lowbit.events import Event, RunComplete, Warned, WidthsAdvanced, WidthsChosen
 from lowbit.methods import GPTQ, PTQ161, RTN, MatQuant, Method, MixedQuant, OmniQuant, QuIP, Trellis
 from lowbit.patterns import matches
 from lowbit.pipeline import allocation
-from lowbit.pipeline.allocation import merged
+from lowbit.pipeline.allocation import merged, methods_at, units_of
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import RunOptions
 from lowbit.pipeline.unit_losses import UnitLosses
@@ -26,6 +26,18 @@ pytestmark = pytest.mark.slow
 G16: dict[str, Any] = {"group_size": 16}
 FEW: dict[str, Any] = {"min_tokens": 8}
 NEAREST = RTN(**G16)
+
+
+CALIBRATION, HELD_BACK = (
+    zoo.MODELS.parent / "text" / f"{name}.txt"
+    for name in ("calibration_stories", "held_back_stories")
+)
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache, so that the losses of a model are measured once for all budgets."""
+    return tmp_path_factory.mktemp("cache")
 
 
 def mixed(method: Method, budget: float | str, name: str = "llama", **options: Any) -> Allocation:
@@ -88,6 +100,53 @@ def test_a_plan_keeps_its_budget(case: str, tmp_path: Path) -> None:
         assert 0.9 * float(budget) < size.linears <= float(budget)
     tight = case not in ("trellis, tuned", "mixedquant")  # their sizes are upper bounds
     assert size.linears == pytest.approx(found.linears, rel=1e-5 if tight else 0.1)
+
+
+@pytest.mark.parametrize("budget", [2.4, 3.25, 4.1, 6])
+def test_a_budget_is_used_to_half_a_percent(budget: float, stories: Path) -> None:
+    text = Calibration(sources=(str(HELD_BACK),), samples=1, seqlen=32)
+    found = lowbit.mix(
+        zoo.MODELS / "llama-mini",
+        budget,
+        RTN(group_size=128),
+        calibration=text,
+        device="cpu",
+        cache=stories,
+    )
+    assert 0.995 * budget <= found.linears <= budget
+
+
+@pytest.mark.kernels
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("budget", "low", "high"), [(2.25, 2, 2.5), (2.5, 2.5, 2.5), (3.25, 3, 4)], ids=str
+)
+def test_less_is_lost_than_with_widths_spread_evenly(
+    budget: float, low: float, high: float, stories: Path, tmp_path: Path
+) -> None:
+    model, method = zoo.MODELS / "opt-mini", Trellis(state_bits=9, row_scale="never")
+    text = Calibration(sources=(str(CALIBRATION),), samples=8, seqlen=128)
+    units = units_of(Job(model, method, None, RunOptions(device="cpu")), methods_at(method, None))
+    overrides, room = {}, 0.0
+    for unit in units:  # each counts alike; both models have the real bits of this one
+        room += (budget - low) / (high - low) if high > low else 0.0
+        width = high if room >= 1 else low
+        room -= width == high > low
+        overrides |= {name: {"rate": width} for name in unit.patterns}
+    even = lowbit.quantize(
+        model, tmp_path / "even", method.with_fields({"overrides": overrides}), text
+    )
+    bits = size_of(even).linears
+    few = text.model_copy(update={"samples": 2})
+    found = lowbit.mix(model, bits + 1e-6, method, calibration=few, device="cpu", cache=stories)
+    assert isinstance(found, Allocation)
+    found.write(tmp_path / "plan.yaml")
+    plan = tmp_path / "plan.yaml"
+    mixed = lowbit.quantize(model, tmp_path / "mixed", method, text, plan=plan)
+    assert size_of(mixed).linears <= bits + 1e-6
+    rows = lowbit.evaluate([even, mixed], texts=[HELD_BACK], reference=model, seqlen=128, limit=8)
+    before, after = (next(iter(row.divergence.values())).kl for row in rows)
+    assert after < before
 
 
 # Linears that engines fuse, of one block; names that differ after the first dots share a width.
