@@ -22,6 +22,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "rehearsed": SIZES | TIMES | {"warning": "odd", "disk": 5},
     "capture": {"samples": 128, "seqlen": 2048},
     "gradients": {"done": 3, "of": 24},
+    "measuring": {"done": 3, "of": 12},
+    "widths": {"budget": "2.5", "linears": 2.48, "predicted": 0.1, "seconds": 4.5},
     "block": PLACE,
     "epoch": PLACE | {"epoch": 1, "loss": 0.5},
     "warning": PLACE | {"text": "odd"},

@@ -336,7 +336,7 @@ KINDS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
         *(RunStarted, SelfCheckStarted, SelfCheckFinished, DryRunStarted, DryRunFinished),
-        *(CalibrationRead, GradientsAdvanced),
+        *(WidthsAdvanced, WidthsChosen, CalibrationRead, GradientsAdvanced),
         *(BlockStarted, EpochFinished, BlockResumed, BlockFinished, Warned),
         *(RunComplete, RunFinished, TeacherAdvanced, TrainingStarted, TrainingStep),
     )
