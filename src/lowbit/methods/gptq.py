@@ -46,7 +46,7 @@ class GPTQ(GridMethod):
 
     name: ClassVar[str] = "gptq"
     per_linear: ClassVar[tuple[str, ...]] = (*GridMethod.per_linear, "clip")
-    rough: ClassVar[Mapping[str, Any]] = {"match": "self"}
+    rough: ClassVar[Mapping[str, Any]] = {"match": "self", "output_feedback": False}
 
     act_order: bool = Field(
         True, description="Whether the columns whose inputs are largest are rounded first."

@@ -81,7 +81,9 @@ class Code:
 class Rotated(Method):
     """A method that rotates weights; the module's docstring says what it does."""
 
-    rough: ClassVar[Mapping[str, Any]] = {"finetune_epochs": 0, "merge_suv": False, "match": "self"}
+    rough: ClassVar[Mapping[str, Any]] = {
+        **{"finetune_epochs": 0, "merge_suv": False, "match": "self", "output_feedback": False}
+    }
 
     scale: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto",
