@@ -93,9 +93,9 @@ def test_what_is_trained_is_what_is_packed(name: str, monkeypatch: pytest.Monkey
     task = zoo.task(name, batches=2)
     method = OmniQuant(**W4A4, let=True, rounding="nearest")
     seen = input_statistics(task.block, task.groups, task.streams["float"])
-    learner = _Learner(method, task, seen, set())
+    learner = _Learner(method, method.readings(task), seen, set())
     batch = task.streams["quantized"][0]
-    rounding, packed = learner.rounding_block(task), deepcopy(task.block)
+    rounding, packed = learner.readings.rounding_block(), deepcopy(task.block)
     with torch.no_grad():
         out = functional_call(rounding, learner.tensors(), (batch.hidden,), batch.kwargs)
         out = out[0] if isinstance(out, tuple) else out
@@ -255,7 +255,7 @@ def test_gptq_sees_rounded_inputs(name: str, monkeypatch: pytest.MonkeyPatch) ->
     task = zoo.task(name)
     method = OmniQuant(**W4A4, let=True, rounding="gptq")
     seen = input_statistics(task.block, task.groups, task.streams["float"])
-    learner = _Learner(method, task, seen, set())
+    learner = _Learner(method, method.readings(task), seen, set())
     blocks: list[nn.Module] = []
 
     def spy(block: nn.Module, *args: Any) -> Any:
@@ -264,7 +264,7 @@ def test_gptq_sees_rounded_inputs(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("lowbit.methods.learned.input_hessians", spy)
     student = deepcopy(task)
-    student.block = learner.rounding_block(task)
+    student.block = learner.readings.rounding_block()
     method.factors(student, learner, {"quantized": 1.0})
     wanted = deepcopy(task.block)
     load_changed(wanted, learner.folded())

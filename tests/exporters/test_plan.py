@@ -39,6 +39,7 @@ LATTICE = QuIP(codebook="HI", scale=2.9, row_scale="always", tune_iters=0, min_t
 TRELLIS = Trellis(rate=1.5, state_bits=9, min_tokens=8, scale=1.1, row_scale="never")
 W4A4 = OmniQuant(bits=4, activation_bits=4, epochs=0, group_size=None, min_tokens=1)
 W8A8 = W4A4.model_copy(update={"bits": 8, "activation_bits": 8, "symmetric": True})
+ROTATED = rtn(8, True, None, activation_bits=8, rotate=True, round_attention=False)
 ROWS: dict[str, tuple[Method, dict[str, Any], str]] = {
     "4 symmetric": (rtn(4, True), {}, "E E E E E E E"),
     "4 asymmetric": (rtn(4, False), {}, "E R E L E R E"),
@@ -72,6 +73,8 @@ ROWS: dict[str, tuple[Method, dict[str, Any], str]] = {
     "sorted_group, W4A4": (MixedQuant(group_size=32, min_tokens=1), {}, "R R R R R R L"),
     "W4A4": (W4A4, {}, "R R R R R R L"),
     "W8A8": (W8A8, {}, "L R R R R R L"),
+    "rotated": (rtn(4, True, rotate=True), {}, "R R R R R R E"),
+    "rotated W8A8": (ROTATED, {}, "R R R R R R L"),
 }
 
 

@@ -24,6 +24,7 @@ from lowbit.formats.lattice import LatticeLayout, LatticeLinear
 from lowbit.formats.lattice.codebooks import codebook
 from lowbit.formats.native import NativeBackend
 from lowbit.formats.nested import NestedLayout, NestedLinear
+from lowbit.formats.reading import Reading
 from lowbit.formats.sorted_group import InputOrder, SortedGroupLayout, SortedGroupLinear
 from lowbit.formats.trellis import TrellisLayout, TrellisLinear
 from lowbit.formats.trellis.codebook import TrellisCode, tile_bytes, tiles
@@ -209,6 +210,15 @@ EXAMPLES: dict[str, Callable[[], QuantizedLinear]] = {
         3, 20, 8, 5, bias=torch.randn(3) * 1e-7, scale=1e-8
     ),
     "uniform w2, fine zeros": lambda: uniform(9, 16, 2, 8, zero_shift=6),
+    "uniform w4a4 g32, rotated": lambda: uniform(24, 64, 4, 32).with_reading(
+        Reading(Activation(bits=4, symmetric=False), rotation(64, 3))
+    ),
+    "uniform w3a8, rotated, ragged, float16 bias": lambda: uniform(
+        6, 37, 3, 16, bias=torch.ones(6).half()
+    ).with_reading(Reading(Activation(bits=8, symmetric=True), rotation(37, 0))),
+    "uniform w2, rotated, shares": lambda: uniform(9, 40, 2, 8, zero_shift=6).with_reading(
+        Reading(None, rotation(40, 5)), "model.q_proj"
+    ),
     "embedding w8 g32": lambda: embedding(24, 64, 8, 32),
     "embedding w6, ragged": lambda: embedding(9, 37, 6, 16),
     "uniform w5, group beyond the row": lambda: uniform(1, 1, 5, 128, bias=torch.ones(1).half()),
@@ -627,9 +637,13 @@ def test_all_tensors_are_frozen_parameters(make: Callable[[], QuantizedLinear]) 
 
 @every_example
 def test_bad_entries_are_refused_by_name(make: Callable[[], QuantizedLinear]) -> None:
-    entry = make().entry()
+    layer = make()
+    entry, fields = layer.entry(), type(layer).Entry.model_fields
     for key in entry.keys() - {"format"}:
-        for bad in ({k: v for k, v in entry.items() if k != key}, entry | {key: ["", {}]}):
+        missing = {k: v for k, v in entry.items() if k != key or not fields[k].is_required()}
+        for bad in (missing, entry | {key: ["", {}]}):
+            if bad == entry:
+                continue
             with pytest.raises(ValueError, match=key):
                 build(bad)
     with pytest.raises(ValueError, match=r"'shapes' is not a field .* did you mean 'shape'"):

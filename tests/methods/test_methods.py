@@ -81,6 +81,16 @@ EXAMPLES: dict[str, Example] = {
     "rtn": Example(RTN(**W3), "rtn", "group_sise", "group_size"),
     "gptq": Example(GPTQ(**W3, min_tokens=8), "rtn", "act_oder", "act_order"),
     "rtn, fine zeros": Example(RTN(**FINE), "rtn", "fine_zeroes", "fine_zeros"),
+    "rtn, rotated w4a4": Example(RTN(**W3 | A4, rotate=True), "w4a4, nearest", "rotated", "rotate"),
+    "gptq, rotated w4a4": Example(
+        GPTQ(**W3 | A4, min_tokens=8, rotate=True), "rtn, rotated w4a4", "rotate_", "rotate"
+    ),
+    "omniquant, rotated w4a4": Example(
+        OmniQuant(**OMNI | A4 | {"rounding": "gptq"}, rotate=True),
+        "rtn, rotated w4a4",
+        "rotation_sed",
+        "rotation_seed",
+    ),
     "gptq, fine zeros": Example(
         GPTQ(**FINE, min_tokens=8), "rtn, fine zeros", "symetric", "symmetric"
     ),

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from read_linear import unrounded
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -48,7 +49,8 @@ def statistics_of(task: BlockTask) -> dict[str, ChannelStatistics]:
 
 
 def learner_for(task: BlockTask, **options: Any) -> _Learner:
-    return _Learner(published(**options), task, statistics_of(task), set())
+    method = published(**options)
+    return _Learner(method, method.readings(task), statistics_of(task), set())
 
 
 def perturb(learner: _Learner) -> None:
@@ -67,15 +69,6 @@ def branches(block: nn.Module, tensors: Tensors, task: BlockTask) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out) - batch.hidden
 
 
-def as_float_linear(weight: Tensor, bias: Tensor | None, grid: Grid) -> nn.Linear:
-    """Instead of packing: the weight as it is."""
-    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias)
-    return linear
-
-
 @every_family
 @pytest.mark.parametrize("init", ["minmax", "awq"])
 def test_without_rounding_training_form_final_form_and_float_block_are_one(
@@ -87,7 +80,7 @@ def test_without_rounding_training_form_final_form_and_float_block_are_one(
     assert len(learner.folds) == sum(zoo.ZOO[name].folds[0][kind] for kind in ("norm", "values"))
     assert all(scale.detach().exp().std() > 0.1 for scale in learner.log_scales.values())
     monkeypatch.setattr(omniquant, "fake_quantize", lambda weight, grid: weight)
-    monkeypatch.setattr(omniquant, "pack", as_float_linear)
+    monkeypatch.setattr(omniquant, "pack", unrounded)
     monkeypatch.setattr(omniquant, "signal_to_noise", lambda weight, linear: 0.0)
     wanted = branches(task.block, {}, task)
     with torch.no_grad():
@@ -107,7 +100,7 @@ def test_with_activations_shifts_and_rotary_scales_are_exact_too(
     for place in ("lowbit.formats.activation", "lowbit.models.attention"):
         monkeypatch.setattr(f"{place}.round_tokens", lambda x, *args, **rounding: x)
     monkeypatch.setattr(omniquant, "fake_quantize", lambda weight, grid: weight)
-    monkeypatch.setattr(omniquant, "pack", as_float_linear)
+    monkeypatch.setattr(omniquant, "pack", unrounded)
     monkeypatch.setattr(omniquant, "signal_to_noise", lambda weight, linear: 0.0)
     learner = learner_for(task, let=True, activation_bits=4)
     kinds = ("norm", "values", "rotary") if task.attentions else ("norm", "values")
@@ -116,7 +109,7 @@ def test_with_activations_shifts_and_rotary_scales_are_exact_too(
     perturb(learner)
     wanted = branches(task.block, {}, task)
     with torch.no_grad():
-        training = branches(learner.rounding_block(task), learner.tensors(), task)
+        training = branches(learner.readings.rounding_block(), learner.tensors(), task)
     final = deepcopy(task.block)
     learner.method.install(final, learner.result({}, {}), "quantized")
     assert zoo.error(training, wanted) < EXACT
@@ -128,7 +121,7 @@ def test_a_gradient_passes_the_rounding_of_activations(name: str) -> None:
     task = zoo.task(name)
     learner = learner_for(task, let=True, activation_bits=4, **W3)
     targets = _targets(task, False)
-    task.block = learner.rounding_block(task)
+    task.block = learner.readings.rounding_block()
     sum(_loss(task, learner.tensors, targets)(i) for i in range(3)).backward()
     for group in learner.parameter_groups():
         for parameter in group.parameters:
@@ -150,7 +143,7 @@ def test_only_what_rounding_sees_is_transformed() -> None:
     result = method.quantize(replace(given, groups=mlp))
     assert set(result.tensors) == {"post_attention_layernorm.weight"}
     one = published(let=True, overrides={"down_proj": {"activation_bits": 4}})
-    learner = _Learner(one, given, statistics_of(given), set())
+    learner = _Learner(one, one.readings(given), statistics_of(given), set())
     assert learner.folds and not any(f.kind == "rotary" for f in learner.folds.values())
 
 
@@ -352,9 +345,9 @@ def test_experts_with_too_few_tokens_are_rounded_to_nearest_and_named(
     # The weights that they were rounded from are those of the transformed block.
     folded = deepcopy(task.block)
     if "let" in options:
-        learner = _Learner(
-            published(**W3, **options), task, statistics_of(task), set(result.linears)
-        )
+        method = published(**W3, **options)
+        readings = method.readings(task)
+        learner = _Learner(method, readings, statistics_of(task), set(result.linears))
         for name, log_scale in learner.log_scales.items():
             log_scale.data = result.learned[f"fold.{name}.log_scale"]
         load_changed(folded, learner.folded())
@@ -372,7 +365,7 @@ def test_the_first_scales_are_those_of_the_method() -> None:
     for name, fold in smooth.folds.items():
         wanted = smooth_scale(fold, smooth.float_tensors, seen, 0.7)
         torch.testing.assert_close(smooth.log_scales[name].exp(), wanted)
-        wanted = searched_scale(fold, awq.float_tensors, seen, awq._whole_range_error)
+        wanted = searched_scale(fold, awq.float_tensors, seen, awq.whole_range_error)
         torch.testing.assert_close(awq.log_scales[name].exp(), wanted)
     assert all((clipping.low == 4).all() for clipping in smooth.clipping.values())
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lowbit.blocks.attention import MARK
 from lowbit.events import Event
-from lowbit.formats.activation import Activation
+from lowbit.formats.activation import AttentionRounding
 from lowbit.formats.uniform import UniformLayout, UniformLinear
 from lowbit.methods.result import (
     NOT_POSITIVE_DEFINITE,
@@ -47,7 +47,7 @@ def test_all_of_a_result_is_installed() -> None:
     result = BlockResult(
         linears={"mlp.up_proj": linear},
         tensors={"input_layernorm.weight": norm},
-        attention={"self_attn": Activation(bits=4, symmetric=True)},
+        attention={"self_attn": AttentionRounding(bits=4, symmetric=True)},
     )
     result.install(block)
     assert block.mlp.up_proj is linear and isinstance(block.mlp.gate_proj, nn.Linear)

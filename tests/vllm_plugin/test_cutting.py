@@ -8,7 +8,9 @@ import torch
 from lowbit.formats.activation import Activation
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import BinaryLinear, Salient
+from lowbit.formats.incoherence import rotation
 from lowbit.formats.nested import NestedLayout, NestedLinear
+from lowbit.formats.reading import Reading
 from lowbit.formats.uniform import UniformLayout, UniformLinear
 from lowbit.vllm_plugin.cutting import inputs_of, rows_of
 
@@ -86,8 +88,20 @@ def rounding() -> QuantizedLinear:
     return layer
 
 
+def rotating() -> QuantizedLinear:
+    reading = Reading(rotation=rotation(24, 1))
+    return uniform(4, zeros=True).with_reading(reading)
+
+
+def test_rows_of_a_layer_that_rotates_its_inputs() -> None:
+    layer = rotating()
+    part = rows_of(layer, 5, 9)
+    assert torch.equal(part.dequantize(), layer.dequantize()[5:9])
+
+
 REFUSED = {
     "half a group": (lambda: uniform(4, zeros=True), "the 12 inputs of one device are no whole"),
+    "rotated inputs": (rotating, "rotates all its inputs together"),
     "rounded inputs": (rounding, "rounds each token by the range of all its inputs"),
     "extra precision": (lambda: nested(extra=True).slice(3), "a slice with extra precision"),
 }

@@ -30,6 +30,10 @@ FOLDERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "trellis": (Trellis(rate=1.5, state_bits=9, min_tokens=8, scale=1.1, row_scale="never"), {}),
     "binary": (PTQ161(epochs=0, min_tokens=1), {}),
     "sorted_group": (MixedQuant(group_size=16, min_tokens=1), {}),
+    "rotated": (
+        RTN(bits=4, group_size=16, activation_bits=8, rotate=True, round_attention=False),
+        {},
+    ),
 }
 STACKS = {
     f"{BLOCK}.mlp.gate_up_proj": ([80, 80], 48),
@@ -137,6 +141,7 @@ def test_more_devices_than_heads_of_keys(vllm: Any) -> None:
 
 REFUSED: dict[str, tuple[str, str, Callable[[dict[str, Tensor]], object]]] = {
     "a lattice on two devices": ("lattice", "its format lattice cannot be cut", lambda t: None),
+    "rotated inputs on two devices": ("rotated", "it rotates all its inputs", lambda t: None),
     "a missing tensor": ("uniform", "the tensor scale is missing", lambda t: t.pop("scale")),
     "another shape": (
         "uniform",
@@ -151,7 +156,7 @@ def test_refused(case: str, vllm: Any) -> None:
     name, message, edit = REFUSED[case]
     folder, down = made(name), f"{BLOCK}.mlp.down_proj"
     config = vllm.config(quantized.section(folder))
-    devices = 2 if name == "lattice" else 1
+    devices = 2 if "two devices" in case else 1
     module = LinearBase(config, down, [48], 80 // devices, 0, devices)
     edit(tensors := tensors_of(folder, down))
     vllm_stand_in.load(module, "down_proj", tensors)

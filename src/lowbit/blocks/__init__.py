@@ -75,6 +75,8 @@ class Fold:
         channel that multiplies it.
     shiftable: whether a shift can be absorbed, since the source and all readers have a bias.
     offset: what a norm adds to its weight before it multiplies (Gemma: 1).
+    head_width: for a values fold, the channels of a head: those within a head can also be mixed by
+        any invertible matrix, the same one in source and readers. 0: unknown.
     permutable: for a gated fold, whether the only other linear that reads the source's input is the
         gate, so that the rows of both can be permuted together.
     """
@@ -91,6 +93,7 @@ class Fold:
     shiftable: bool = False
     offset: float = 0.0
     permutable: bool = True
+    head_width: int = 0
 
     @property
     def name(self) -> str:

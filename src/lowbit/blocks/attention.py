@@ -19,7 +19,8 @@ def round_attention(attention: nn.Module, rounding: dict[str, Any]) -> None:
     """Makes an attention round its queries, keys and values, each token and head on its own grid.
 
     attention: the module, which is changed in place.
-    rounding: {"bits": ..., "symmetric": ...}, as in config.json.
+    rounding: {"bits": ..., "symmetric": ...}, and {"rotation": {"seed": ..., "values": ...}} if
+        heads are rotated first, as in config.json.
 
     Raises ValueError if the attention implementation is not one of those that we wrap.
     """

@@ -164,7 +164,9 @@ def _quantized(reader: CheckpointReader, config: Mapping[str, Any], source: Path
     rounded = {e["activation"]["bits"] for e in entries.values() if e.get("activation")}
     if rounded:
         bits = " and ".join(map(str, sorted(rounded)))
-        facts.append(("activations", f"inputs of linears are rounded to {bits} bits"))
+        rotated = any(entry.get("rotation") for entry in entries.values())
+        how = "rotated and rounded" if rotated else "rounded"
+        facts.append(("activations", f"inputs of linears are {how} to {bits} bits"))
     facts.append(("made with", f"lowbit {_version(made_by)}"))
     method = (made_by.get("method") or {}).get("name", "")
     return Card(

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from lowbit.checkpoint.ranges import expand
 from lowbit.config import explain
 from lowbit.formats import build, link
-from lowbit.formats.activation import Activation
+from lowbit.formats.activation import AttentionRounding
 from lowbit.formats.entry import FloatName
 
 # Version of the checkpoint layout; folders of every earlier version keep loading.
@@ -88,7 +88,7 @@ def rounded_attentions(section: dict[str, Any], folder: Path | str) -> dict[str,
         raise ValueError(f"{folder}: quantization_config.attention must map attentions to settings")
     for name, rounding in attention.items():
         try:
-            Activation.model_validate(rounding)
+            AttentionRounding.model_validate(rounding)
         except ValidationError as error:
             raise ValueError(f"{folder}: attention {name}: {explain(error)}") from None
     try:

@@ -175,7 +175,7 @@ def _table(layers: Sequence[_Layer], brief: bool) -> Table:
         rounding = layer.entry.get("activation") or {}
         table.add_row(
             layer.name,
-            " ".join(filter(None, (layer.entry["format"], layer.entry.get("codebook")))),
+            _format(layer.entry),
             backends[entry],
             str(layer.entry.get("bits", "")),
             str(layer.entry.get("group_size") or "row"),
@@ -186,6 +186,11 @@ def _table(layers: Sequence[_Layer], brief: bool) -> Table:
             decibels(min(layer.errors), unit=False) if layer.errors else "",
         )
     return table
+
+
+def _format(entry: dict[str, Any]) -> str:
+    rotated = "rotated" if entry.get("rotation") else None
+    return " ".join(filter(None, (entry["format"], entry.get("codebook"), rotated)))
 
 
 def _backends(entry: dict[str, Any]) -> str:

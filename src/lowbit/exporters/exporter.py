@@ -18,6 +18,7 @@ from lowbit.exporters.parallel import Part, check_heads, part_of
 from lowbit.exporters.tables import with_float_tables
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.embedding import tables_of
+from lowbit.formats.uniform import UniformLinear
 from lowbit.formats.widths import WidthPlan
 
 FloatDtype = Literal["float16", "bfloat16", "float32"]
@@ -251,6 +252,11 @@ def grid_for(exporter: Exporter, layer: QuantizedLinear) -> Grid:
             "it is a Conv1D, which stores its float weight as (in, out), and the programs that "
             f"read {exporter.name} convert nn.Linear only: export the weights in float with "
             "--to dense"
+        )
+    if isinstance(layer, UniformLinear) and layer.rotation is not None:
+        raise Refused(
+            f"it rotates its inputs, which {exporter.name} cannot say: export the weights in float "
+            "with --to dense"
         )
     grid = grid_of(layer)
     if grid is None:

@@ -109,8 +109,13 @@ class Rows:
 
 
 def grid_of(layer: QuantizedLinear) -> Grid | None:
-    """Returns the grid of a layer at its present width; None: its weight is on no such grid."""
+    """Returns the grid of a layer at its present width; None: its weight is on no such grid.
+
+    The grid of a layer that rotates its inputs is one of the rotated weight.
+    """
     if isinstance(layer, UniformLinear):
+        if layer.rotation is not None:
+            return None
         spec = layer.spec
         size = min(spec.group_size or layer.in_features, layer.in_features)
         zero = layer.zeros().to(torch.int32)

@@ -7,22 +7,18 @@ W: (out, in) is a weight, H: (in, in) the Hessian of its inputs, S a diagonal ma
 orthogonal, so that tr(W H W.T) = tr(W' H' W'.T). The entries of W' look as if they were drawn from
 one Gaussian. Source: QuIP# (arXiv 2402.04396), section 3.
 
-Signs are drawn from a seed, the same ones on every machine. A side can also be without signs, if
-they are multiplied into another weight of the model. Sign i is 1 - 2 * bit i of the SHAKE-256
-(FIPS 202) of "lowbit signs SEED" in ASCII, with SEED in decimal. Bit i of the digest is bit i % 8
-of byte i // 8, low bits first.
+Signs are drawn from a seed, as `kernels/signs.py` describes. A side can also be without signs, if
+they are multiplied into another weight of the model.
 """
 
-import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from lowbit.kernels import hadamard
-from lowbit.kernels.bits import unpack
+from lowbit.kernels.signs import draw_signs, kept_signs, signs_for
 
 Stored = Literal["float16", "float32"]  # the dtype of a factor that is stored with the weight
 LARGEST_FACTOR = 2**14  # 1 GiB in float32
@@ -96,16 +92,14 @@ class Rotation:
         """
         if signs is not None or self.seed is None:
             return signs
-        return _signs(self.size, self.seed, torch.device("cpu"))
+        return kept_signs(self.size, self.seed, torch.device("cpu"))
 
     def _signed(self, x: Tensor, signs: Tensor | None) -> Tensor:
         if signs is None and self.seed is None:
             return x
-        if signs is None and torch.compiler.is_compiling():
-            signs = self.signs(x.device)
-        elif signs is None:  # saves a copy, and the 0.2 ms of calling the custom op
+        if signs is None:
             assert self.seed is not None
-            signs = _signs(self.size, self.seed, x.device)
+            return x * signs_for(x, self.seed)
         return x * signs.to(x)
 
 
@@ -157,23 +151,3 @@ def restore_weight(
 def rotate_hessian(hessian: Tensor, rotation_in: Rotation) -> Tensor:
     """Returns H' of a Hessian H: (in, in) -> (in, in), same dtype."""
     return rotation_in.apply(rotation_in.apply(hessian).T).T
-
-
-@lru_cache(maxsize=1024)  # 16 MB at a width of 4096
-def _signs(size: int, seed: int, device: torch.device) -> Tensor:
-    digest = hashlib.shake_256(f"lowbit signs {seed}".encode()).digest(-(-size // 8))
-    with torch.inference_mode(False), torch.device("cpu"):
-        drawn = unpack(torch.frombuffer(bytearray(digest), dtype=torch.uint8), 1, size)
-        return (1 - 2 * drawn.float()).to(device)
-
-
-# A custom op, so that torch.compile does not trace the hash function.
-@torch.library.custom_op("lowbit::draw_signs", mutates_args=())
-def draw_signs(size: int, seed: int, device: torch.device) -> Tensor:
-    """Draws signs from a seed: (size,) float32 of 1 and -1."""
-    return _signs(size, seed, device).clone()
-
-
-@draw_signs.register_fake
-def _(size: int, seed: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.float32, device=device)

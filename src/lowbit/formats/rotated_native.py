@@ -25,10 +25,7 @@ class RotatedNative(NativeBackend[Layer]):
         owner = cast("RotatedLinear", layer.owner)
         if not _in_c(layer.rotation_in) or owner.is_offloaded():
             return layer.prepared(x)
-        rows, rotation = x.reshape(-1, layer.in_features).float(), layer.rotation_in
-        signs = rotation.diagonal(owner.sign_in)
-        made = transform(rows, *_steps(rotation, owner.factor_in, inverse=True), before=signs)
-        return made.view(x.shape)
+        return rotated_input(layer.rotation_in, x, owner.sign_in, owner.factor_in)
 
     def prepared_with(self, layer: Layer) -> tuple[Any, ...] | None:
         key = super().prepared_with(layer)
@@ -42,6 +39,17 @@ class RotatedNative(NativeBackend[Layer]):
             return rotation.undo(y, layer.sign_out, layer.factor_out)
         signs = rotation.diagonal(layer.sign_out)
         return transform(y, *_steps(rotation, layer.factor_out, inverse=False), after=signs)
+
+
+def rotated_input(
+    rotation: Rotation, x: Tensor, signs: Tensor | None = None, factor: Tensor | None = None
+) -> Tensor:
+    """Computes `rotation.apply` in float32, in C where C can: (..., in) -> (..., in)."""
+    if not _in_c(rotation):
+        return rotation.apply(x.float(), signs, factor)
+    rows = x.reshape(-1, rotation.size).float()
+    steps = _steps(rotation, factor, inverse=True)
+    return transform(rows, *steps, before=rotation.diagonal(signs)).view(x.shape)
 
 
 def _in_c(rotation: Rotation) -> bool:

@@ -4,7 +4,7 @@ Hessians are computed from the inputs that the already quantized blocks produce.
 before rounding begins (static groups), so that act_order needs no index of groups at run time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lowbit.blocks import BlockTask
 from lowbit.blocks.hessian import Hessian
+from lowbit.formats.reading import Reading
 from lowbit.formats.uniform import UniformLinear
+from lowbit.methods.activations import ActivationMethod, Readings
 from lowbit.methods.damping import Damping, damping_field, damping_share
-from lowbit.methods.grid import GridMethod
 from lowbit.methods.matching import Match, Step, match_field, steps, streams_of
 from lowbit.methods.output_feedback import (
     OUTPUT_NOT_POSITIVE_DEFINITE,
@@ -37,7 +38,7 @@ from lowbit.solvers.gptq import OrderedFactor, ordered_factor
 from lowbit.solvers.rounding import Grid, minmax_grid
 
 
-class GPTQ(GridMethod):
+class GPTQ(ActivationMethod):
     """Rounds column by column and feeds each error into the columns left.
 
     Source: GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323). Hessians are those of the
@@ -45,7 +46,7 @@ class GPTQ(GridMethod):
     """
 
     name: ClassVar[str] = "gptq"
-    per_linear: ClassVar[tuple[str, ...]] = (*GridMethod.per_linear, "clip")
+    per_linear: ClassVar[tuple[str, ...]] = (*ActivationMethod.per_linear, "clip")
     rough: ClassVar[Mapping[str, Any]] = {"match": "self", "output_feedback": False}
 
     act_order: bool = Field(
@@ -78,25 +79,38 @@ class GPTQ(GridMethod):
 
     def quantize(self, task: BlockTask) -> BlockResult:
         result, reports = BlockResult(), dict[str, LinearReport]()
-        for step in steps(task, self.match, "quantized", result.linears):
-            factor = self._factor(step.hessian)
+        readings = self.readings(task, self.streams()[0])
+        task = readings.task
+        for step in self._steps(task, readings, result):
+            factors: dict[Reading, OrderedFactor | str] = {}
             for name in step.group.linears:
-                linear = task.block.get_submodule(name)
+                linear, reading = task.block.get_submodule(name), readings.linears[name]
                 assert isinstance(linear, nn.Linear)
+                if reading not in factors:
+                    factors[reading] = self._factor(step.hessian, reading)
                 here = self.at(f"{task.name}.{name}")
                 outputs = here._output_factor(task, name)
-                made = here._linear(name, linear, step, factor, outputs)
+                made = here._linear(name, linear, step, factors[reading], outputs, readings)
                 result.linears[name], reports[name] = made
         warn_of_hessians(task, reports)
-        result.report = BlockReport(linears=reports)
-        return result
+        result.report = BlockReport(linears=reports, fallback=readings.fallback)
+        return readings.complete(result)
 
-    def _factor(self, hessian: Hessian) -> OrderedFactor | str:
-        """Returns the factored Hessian, or the fallback sentence if it cannot be used."""
+    def _steps(self, task: BlockTask, readings: Readings, result: BlockResult) -> Iterator[Step]:
+        """Returns the groups of the block, with what quantized linears will see of their inputs."""
+        block = readings.rounding_block() if self.match == "self" else task.block
+        seen = readings.seen if readings.rounds else None
+        return steps(
+            task, self.match, "quantized", result.linears, block, readings.attentions, seen
+        )
+
+    def _factor(self, hessian: Hessian, reading: Reading) -> OrderedFactor | str:
+        """Returns the factored Hessian of the rotated input, or a fallback sentence."""
         if hessian.tokens < self.min_tokens:
             return too_few_tokens(hessian.tokens)
         share = damping_share(self.damping, hessian.tokens, len(hessian.matrix))
-        factor = ordered_factor(hessian.matrix, share, self.act_order)
+        matrix = reading.rotate_hessian(hessian.matrix)
+        factor = ordered_factor(matrix, share, self.act_order)
         return NOT_POSITIVE_DEFINITE if factor is None else factor
 
     def _output_factor(self, task: BlockTask, name: str) -> OrderedFactor | str | None:
@@ -117,18 +131,23 @@ class GPTQ(GridMethod):
         step: Step,
         factor: OrderedFactor | str,
         outputs: OrderedFactor | str | None,
+        readings: Readings,
     ) -> tuple[UniformLinear, LinearReport]:
         weight, hessian = linear.weight.detach().float(), step.hessian
+        reading = readings.linears[name]
         share = damping_share(self.damping, hessian.tokens, linear.in_features)
         loss = fallback = None
         if isinstance(factor, str):
             fallback, target = factor, Target(weight, None)
-            packed = pack(weight, linear.bias, minmax_grid(weight, *self.grid_shape))
+            rotated = reading.rotate_weight(weight)
+            packed = pack(rotated, linear.bias, minmax_grid(rotated, *self.grid_shape))
         else:
             target = step.target(weight, share)
-            grid = self._grid(target.weight, hessian)
+            rotated = reading.rotate_weight(target.weight)
+            grid = self._grid(rotated, reading.rotate_hessian(hessian.matrix))
             fallback, rows = (outputs, None) if isinstance(outputs, str) else (None, outputs)
-            packed, loss = pack_with_feedback(target.weight, linear.bias, grid, factor, rows)
+            packed, loss = pack_with_feedback(rotated, linear.bias, grid, factor, rows)
+        packed = readings.read_by(name, packed)
         return packed, LinearReport(
             signal_to_noise_db=signal_to_noise(target.weight, packed),
             proxy_loss=loss,
@@ -138,7 +157,7 @@ class GPTQ(GridMethod):
             fallback=fallback,
         )
 
-    def _grid(self, weight: Tensor, hessian: Hessian) -> Grid:
+    def _grid(self, weight: Tensor, hessian: Tensor) -> Grid:
         if not self.clip:
             return minmax_grid(weight, *self.grid_shape)
-        return clipped_grid(weight, hessian.matrix.diagonal(), self.grid_shape)
+        return clipped_grid(weight, hessian.diagonal(), self.grid_shape)

@@ -12,6 +12,7 @@ from lowbit.blocks import BlockTask
 from lowbit.blocks.folding import load_changed
 from lowbit.blocks.hessian import input_hessians
 from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.reading import Reading
 from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.matching import Measured
 from lowbit.methods.method import Method
@@ -112,13 +113,18 @@ class LearningMethod(Method):
         return {name: too_few_tokens(count) for name, count in few.items()}
 
     def factors(
-        self, task: BlockTask, learner: BlockLearner, shares: Mapping[str, float]
+        self,
+        task: BlockTask,
+        learner: BlockLearner,
+        shares: Mapping[str, float],
+        readings: Mapping[str, Reading] | None = None,
     ) -> dict[str, OrderedFactor]:
         """Returns the factored Hessian of each linear's input after folding, by name.
 
         Linears that saw too few tokens, or whose Hessian is not positive definite, are left out.
 
         shares: the weight of each stream in the mean over streams, by the stream's name.
+        readings: how linears rotate their inputs, by the linear's name.
         """
         folded = deepcopy(task.block)
         load_changed(folded, learner.folded())
@@ -134,9 +140,15 @@ class LearningMethod(Method):
         made: dict[str, OrderedFactor] = {}
         for group, linears in enough.items():
             share = damping_share(self.damping, tokens[group], len(mean[group]))
-            factor = ordered_factor(mean[group], share, True)
-            if factor is not None:
-                made |= dict.fromkeys(linears, factor)
+            found: dict[Reading, OrderedFactor | None] = {}
+            for name in linears:
+                reading = (readings or {}).get(name, Reading())
+                if reading not in found:
+                    rotated = reading.rotate_hessian(mean[group])
+                    found[reading] = ordered_factor(rotated, share, True)
+                factor = found[reading]
+                if factor is not None:
+                    made[name] = factor
         return made
 
 

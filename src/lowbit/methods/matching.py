@@ -21,7 +21,7 @@ from lowbit.blocks.hessian import Hessian, Hessians, input_hessians
 from lowbit.blocks.install import install
 from lowbit.blocks.moments import PairedMoments, hessians, paired_moments, stages
 from lowbit.formats import link
-from lowbit.formats.activation import Activation
+from lowbit.formats.activation import AttentionRounding
 from lowbit.formats.base import QuantizedLinear
 from lowbit.solvers.correction import Target, corrected, output_error
 
@@ -92,7 +92,7 @@ def steps(
     own: str,
     linears: Mapping[str, QuantizedLinear],
     block: nn.Module | None = None,
-    attention: Mapping[str, Activation] | None = None,
+    attention: Mapping[str, AttentionRounding] | None = None,
     rounded: Callable[[str, Tensor], Tensor] | None = None,
     stream: str = "quantized",
 ) -> Iterator[Step]:
@@ -112,7 +112,7 @@ def steps(
         return
     groups, device = {g.name: g for g in task.groups}, next(block.parameters()).device
     hidden, changed = task.streams[stream], deepcopy(block)
-    install(changed, {}, {}, {n: a.model_dump() for n, a in (attention or {}).items()})
+    install(changed, {}, {}, {n: a.settings() for n, a in (attention or {}).items()})
     for stage in stages(block, task.groups, hidden):
         here = [groups[name] for name in stage]
         moments = paired_moments(block, changed, here, task.streams["float"], hidden, rounded)

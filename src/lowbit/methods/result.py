@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lowbit.blocks import BlockTask
 from lowbit.blocks.install import install
 from lowbit.blocks.training import Fit
-from lowbit.formats.activation import Activation
+from lowbit.formats.activation import AttentionRounding
 from lowbit.formats.base import QuantizedLinear
 from lowbit.run_report import BlockReport, LinearReport, TrainingReport
 
@@ -30,13 +30,13 @@ class BlockResult:
 
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    attention: dict[str, Activation] = field(default_factory=dict)
+    attention: dict[str, AttentionRounding] = field(default_factory=dict)
     learned: dict[str, Tensor] = field(default_factory=dict)
     report: BlockReport = field(default_factory=BlockReport)
 
     def install(self, block: nn.Module) -> None:
         """Turns the float block into the quantized one, in place."""
-        attention = {name: rounding.model_dump() for name, rounding in self.attention.items()}
+        attention = {name: rounding.settings() for name, rounding in self.attention.items()}
         install(block, self.linears, self.tensors, attention)
 
 

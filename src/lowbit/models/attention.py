@@ -2,7 +2,8 @@
 
 Importing this module registers two attention functions with transformers, "lowbit-sdpa" and
 "lowbit-eager". They round queries, keys and values if the attention module is marked for it
-(`lowbit.blocks.attention`), and then call transformers' own function "sdpa" or "eager".
+(`lowbit.blocks.attention`), and then call transformers' own function "sdpa" or "eager". If the mark
+says so, they rotate each head before they round it, and what attention makes of values back.
 
 Each is registered with the mask function of "sdpa" or "eager" as well. Without one, transformers
 makes no mask at all, and the results of padded batches are wrong without any error.
@@ -20,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from lowbit.blocks.attention import MARK, PREFIX, WRAPPED, round_attention
+from lowbit.kernels.heads import restore_heads, rotate_heads
 from lowbit.kernels.tokens import round_tokens
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' table of attention functions
@@ -39,16 +41,21 @@ def _attend(
     query: (batch, heads, tokens, width)
     key, value: (batch, key heads, all tokens, width)
     """
-    rounding = getattr(module, MARK, None)
-    if rounding is not None:
+    attend: Any = sdpa_attention_forward
+    if implementation == "eager":
+        # Each model's file has its own eager function, with what sdpa lacks: soft caps, sinks.
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    rounding, seed, values = dict(getattr(module, MARK, {})), None, False
+    if rotation := rounding.pop("rotation", None):
+        seed, values = rotation["seed"], rotation["values"]
+    if seed is not None:
+        query, key = rotate_heads(query, seed), rotate_heads(key, seed)
+        value = rotate_heads(value, seed) if values else value
+    if rounding:
         query, key, value = (round_tokens(t, **rounding) for t in (query, key, value))
-    if implementation == "sdpa":
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-    # Each model's file has its own eager function, with what sdpa lacks: soft caps, sinks.
-    eager: Any = sys.modules[type(module).__module__]
-    attended: tuple[Tensor, Tensor | None] = eager.eager_attention_forward(
-        module, query, key, value, *args, **kwargs
-    )
+    attended: tuple[Tensor, Tensor | None] = attend(module, query, key, value, *args, **kwargs)
+    if seed is not None and values:
+        return restore_heads(attended[0], seed), attended[1]
     return attended
 
 

@@ -117,9 +117,10 @@ def _fold(
         return _rotary_fold(rule, source, readers, config, modules)
     rows = None if rule.source_rows is None else rule.source_rows(config)
     size = _channels(modules[source]) if rows is None else len(rows)
-    channel_map = None
+    channel_map, head_width = None, 0
     if rule.kind == "values":
         heads = rule.heads(config)
+        head_width = heads.width
         if heads.queries != heads.keys:
             by_head = torch.arange(size).view(heads.keys, heads.width)
             channel_map = by_head.repeat_interleave(heads.queries // heads.keys, 0).flatten()
@@ -132,6 +133,7 @@ def _fold(
         source_rows=rows,
         reader_channels=channel_map,
         shiftable=biased and rule.kind in ("norm", "values"),
+        head_width=head_width,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit.checkpoint.layers import layers_from
 from lowbit.formats import link
-from lowbit.formats.activation import Activation
+from lowbit.formats.activation import AttentionRounding
 from lowbit.formats.dense import DenseLinear
 from lowbit.formats.entry import Stack
 from lowbit.methods.result import BlockResult
@@ -94,7 +94,7 @@ def shard_of(
         "on_disk": block_on_disk(source, block),
         "modules": modules,
         "attention": {
-            source.disk_path(f"{block}.{name}"): rounding.model_dump()
+            source.disk_path(f"{block}.{name}"): rounding.settings()
             for name, rounding in result.attention.items()
         },
         "changed": list(changed),
@@ -207,7 +207,7 @@ def result_of(
         name = memory[f"{disk}.weight"].removeprefix(f"{block}.").removesuffix(".weight")
         result.linears[name] = linear
     result.attention = {
-        name: Activation.model_validate(record["attention"][disk])
+        name: AttentionRounding.model_validate(record["attention"][disk])
         for name in source.attentions(block)
         if (disk := source.disk_path(f"{block}.{name}")) in record["attention"]
     }

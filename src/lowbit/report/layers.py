@@ -13,7 +13,7 @@ from lowbit.run_report import LinearReport
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a name: the number of a block or an expert
 # Fields of an entry that are shown elsewhere, are no settings, or differ between all layers.
 UNSHOWN = re.compile(
-    r"format|shape|bias|shares|bits|group_size|activation|seed.*|transform.*|.*dtype"
+    r"format|shape|bias|shares|bits|group_size|activation|rotation|seed.*|transform.*|.*dtype"
 )
 
 
@@ -127,6 +127,8 @@ def settings(entry: dict[str, Any]) -> str:
         parts.append("per row" if size is None else f"groups of {size}")
     if entry.get("activation"):
         parts.append(f"inputs {entry['activation'].get('bits')} bits")
+    if entry.get("rotation"):
+        parts.append("rotated inputs")
     for key, value in entry.items():
         if value is True:
             parts.append(key.replace("_", " "))

@@ -102,6 +102,14 @@ class BlockLearner:
         """Returns the squared error of a rounded weight, (out, in), for the search of `init`."""
         return rounding_error(weight, grid)
 
+    def rotated(self, name: str, weight: Tensor) -> Tensor:
+        """Returns a folded weight as it is rounded, (out, in); some methods rotate it first."""
+        return weight
+
+    def rotated_squares(self, name: str, squares: Tensor) -> Tensor:
+        """Returns the mean squares of the input, (in,), that belong to the rotated weight."""
+        return squares
+
     def _first_shift(self, fold: Fold, inputs: Statistics) -> Tensor:
         started = self.start.take(f"fold.{fold.name}.shift", (fold.size,))
         if started is not None:
@@ -116,12 +124,12 @@ class BlockLearner:
         if started is not None:
             return started
         if self.learning.init == "awq":
-            return searched_scale(fold, self.float_tensors, inputs, self._whole_range_error).log()
+            return searched_scale(fold, self.float_tensors, inputs, self.whole_range_error).log()
         shift = self.shifts[fold.name].detach() if fold.name in self.shifts else 0.0
         return smooth_scale(fold, self.float_tensors, inputs, self.learning.alpha, shift).log()
 
     def _first_clipping(self, weight: Tensor, inputs: Statistics, name: str) -> LearnedClipping:
-        shape = self.shapes[name]
+        shape, weight = self.shapes[name], self.rotated(name, weight)
         first = LearnedClipping.start(weight, shape.group_size)
         low, high = (self.start.take(f"{name}.clip_{e}", first.low.shape) for e in ("low", "high"))
         if low is not None and high is not None:
@@ -136,6 +144,7 @@ class BlockLearner:
                 per_column = scale if fold.reader_channels is None else scale[fold.reader_channels]
                 square = square / per_column.square()
         error = partial(self.squared_error, name)
+        square = self.rotated_squares(name, square)
         ratios = search_clipping(weight, square, shape, squared_error=error)
         return LearnedClipping.from_ratios(*ratios)
 
@@ -165,16 +174,16 @@ class BlockLearner:
         return apply_folds(self.float_tensors, self.folds, scales, self.shifts)
 
     def grid(self, name: str, weight: Tensor) -> Grid:
-        """Returns the grid of a linear's clipped ranges."""
+        """Returns the grid of a linear's clipped ranges. weight: as `rotated` returns it"""
         if name not in self.clipping:
             return self.whole_grid(name, weight)
         return self.clipping[name].grid(weight, self.shapes[name])
 
     def whole_grid(self, name: str, weight: Tensor) -> Grid:
-        """Returns the grid of a linear's whole ranges."""
+        """Returns the grid of a linear's whole ranges. weight: as `rotated` returns it"""
         return minmax_grid(weight, *self.shapes[name])
 
-    def _whole_range_error(self, name: str, weight: Tensor) -> Tensor:
+    def whole_range_error(self, name: str, weight: Tensor) -> Tensor:
         """Returns the squared error, (out, in), with whole ranges; 0 for a float weight."""
         if name not in self.shapes:
             return torch.zeros_like(weight)

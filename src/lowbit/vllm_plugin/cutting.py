@@ -1,7 +1,7 @@
 """Cuts rows or inputs out of a layer exactly, for tensor parallelism.
 
 Layers in the formats uniform, nested and binary can be cut. The others transform or sort all inputs
-of a layer together.
+of a layer together. So do uniform layers that rotate their inputs, whose rows alone can be cut.
 """
 
 from collections.abc import Callable
@@ -34,6 +34,11 @@ def inputs_of(layer: QuantizedLinear, start: int, stop: int) -> QuantizedLinear:
     """Returns a layer of the inputs `start` to `stop`. Raises ValueError if it cannot be cut."""
     if (start, stop) == (0, layer.in_features):
         return layer
+    if isinstance(layer, UniformLinear) and layer.rotation is not None:
+        raise ValueError(
+            "it rotates all its inputs together, which cannot be cut: run it with "
+            "tensor_parallel_size=1"
+        )
     if layer.activation is not None:
         raise ValueError("it rounds each token by the range of all its inputs, which cannot be cut")
     changes: Changes = {"shape": [layer.out_features, stop - start]}

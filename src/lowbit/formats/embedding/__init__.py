@@ -42,6 +42,8 @@ class EmbeddingEntry(UniformEntry):
     symmetric: Literal[True] = True
     zero_shift: Literal[0] = 0
     activation: None = None
+    rotation: None = None
+    shares: None = None
 
 
 def tensor_bytes(

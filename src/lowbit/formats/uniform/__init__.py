@@ -29,6 +29,12 @@ The scales of a layer are float16. They are all float32 if one of them would los
 
 A layer that rounds its inputs in a forward also has `"activation": {"bits": 3..8, "symmetric":
 bool}`: each token is rounded to 2**bits values that span its range and 0 (`kernels/tokens.py`).
+
+A layer that rotates its inputs also has `"rotation": {"kind": "hadamard" | "hartley", "seed": n}`,
+and holds the codes of the rotated weight: the formula above is then that of W R.T. It computes
+(W R.T)(R x), where R x = B.T S x with the transform B of that kind and the signs S of that seed, as
+`formats/incoherence.py` describes them. R x is what is rounded. `"shares": NAME` names a layer with
+equal `rotation` and `activation` that reads the same input, so that both read R x, computed once.
 An entry may also have the key `dtype`, which `formats/entry.py` describes.
 """
 
@@ -43,6 +49,8 @@ from lowbit.formats.activation import Activation
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
 from lowbit.formats.entry import LayerEntry, ScaleName, Size
+from lowbit.formats.reading import InputRotation, Reading
+from lowbit.formats.tiles import product_dtype
 from lowbit.formats.uniform import reference
 from lowbit.formats.uniform.cpu import Cpu
 from lowbit.formats.uniform.reference import UniformLayout
@@ -61,6 +69,8 @@ class UniformEntry(LayerEntry):
     zero_shift: Annotated[int, Field(ge=0, le=6)]
     scale_dtype: ScaleName
     activation: Activation | None = None
+    rotation: InputRotation | None = None
+    shares: Annotated[str, Field(min_length=1)] | None = None
 
     @property
     def layout(self) -> UniformLayout:
@@ -74,6 +84,16 @@ class UniformEntry(LayerEntry):
                 f"zero_shift is {self.zero_shift}: allowed with bits {self.bits} and "
                 f"symmetric {self.symmetric} are 0 to {most}"
             )
+        if self.rotation is None and self.shares is not None:
+            raise ValueError(
+                f"shares is {self.shares}: allowed is null for a layer that does not rotate its "
+                "inputs, since it has nothing to share"
+            )
+        if self.rotation is not None:
+            try:
+                self.rotation.of_width(self.shape[1])
+            except ValueError as error:
+                raise ValueError(f"rotation: {error}") from None
         self.check_bytes(tensor_bytes(**self.model_dump(exclude={"format", "bias"})))
         return self
 
@@ -110,6 +130,7 @@ class UniformLinear(QuantizedLinear):
     Entry = UniformEntry
     backends = (Cpu(), reference.Reference())
     vectors = ("scale",)
+    shared_fields = ("rotation", "activation")
 
     spec: UniformEntry
     packed: Tensor
@@ -120,6 +141,7 @@ class UniformLinear(QuantizedLinear):
         super().__init__(spec)
         rows, columns = spec.shape
         self.activation = spec.activation
+        self.rotation = None if spec.rotation is None else spec.rotation.of_width(columns)
         groups = reference.group_count(columns, spec.group_size)
         self.add_frozen("packed", (rows, packed_bytes(columns, spec.bits)), "uint8")
         self.add_frozen("scale", (rows, groups), spec.scale_dtype)
@@ -132,6 +154,56 @@ class UniformLinear(QuantizedLinear):
         entry.pop("activation", None)
         rounding = {} if self.activation is None else {"activation": self.activation.model_dump()}
         return entry | rounding
+
+    def with_reading(self, how: Reading, shares: str | None = None) -> Self:
+        """Returns a layer with the same tensors that reads its input in another way.
+
+        The new layer is not linked to an owner.
+
+        how: the way. With a rotation, the codes are taken for those of the rotated weight.
+        shares: name of a layer that reads the same input in the same way; only with a rotation.
+        """
+        entry = {k: v for k, v in self.entry().items() if k not in ("activation", "rotation")}
+        if how.activation is not None:
+            entry["activation"] = how.activation.model_dump()
+        if how.entry is not None:
+            entry |= {"rotation": how.entry.model_dump(), "shares": shares}
+        with torch.device("meta"):
+            made = self.from_entry(entry)
+        made.load_state_dict(self.state_dict(), assign=True)
+        return made
+
+    @property
+    def reading(self) -> Reading:
+        """How the layer reads its input."""
+        return Reading(self.activation, self.rotation)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return self.reading.seen(x)
+
+    @property
+    def shares(self) -> str | None:
+        return self.spec.shares
+
+    @property
+    def owner(self) -> QuantizedLinear:
+        """The linked owner; else the layer itself, which can compute all that its owner can."""
+        return self._owner[0] if self._owner else self
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Rotates and rounds the input.
+
+        x: (..., in).
+
+        Returns (..., in): in the dtype of x if the layer does not rotate it; else in float64 if x
+        is, in float32 on a CPU, and in the dtype of x on other devices.
+        """
+        if self.rotation is None:
+            return self.quantized_input(x)
+        return self.reading.prepared(x).to(product_dtype(x))
+
+    def shared_tensors(self) -> list[Tensor]:
+        return super().shared_tensors() if self.rotation is None else []
 
     @classmethod
     def from_grid(
@@ -212,7 +284,7 @@ class UniformLinear(QuantizedLinear):
         codes, scale = self.codes(), self.scale.float()
         weight = torch.empty_like(codes, dtype=torch.float32)
         reference.write_weight(weight, codes, scale, self.zeros(), self.spec.layout)
-        return weight
+        return self.reading.restore_weight(weight)
 
 
 def _packed_zeros(zero: Tensor, width: int) -> Tensor:

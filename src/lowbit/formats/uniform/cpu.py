@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lowbit.formats.native import NativeBackend, rounding
+from lowbit.formats.rotated_native import rotated_input
 from lowbit.kernels.native import Part, Rounding
 
 if TYPE_CHECKING:
@@ -15,13 +16,14 @@ class Cpu(NativeBackend["UniformLinear"]):
     """Where the layer rounds its inputs, the integers that it rounds to are multiplied as such."""
 
     def prepare(self, layer: "UniformLinear", x: Tensor) -> Tensor:
-        return x  # the kernel rounds it
+        """Returns the input, rotated if the layer rotates it; the kernel rounds it."""
+        return x if layer.rotation is None else rotated_input(layer.rotation, x)
 
     def restorable(self, layer: "UniformLinear") -> dict[str, tuple[int, int, int]]:
         return {"packed": (0, layer.spec.bits, layer.in_features)}
 
     def prepared_with(self, layer: "UniformLinear") -> tuple[Any, ...] | None:
-        return ()  # the kernel rounds it
+        return (layer.rotation,)
 
     def parts(self, layer: "UniformLinear") -> list[Part]:
         spec, activation = layer.spec, layer.activation

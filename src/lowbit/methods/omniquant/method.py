@@ -13,14 +13,14 @@ values, token by token when the model runs (section 4.1). LET then also shifts c
 can absorb the shift (equation 3) and scales queries against keys (equation 5).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
@@ -29,14 +29,13 @@ from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import Tensors, load_changed
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics, tokens_by_linear
 from lowbit.blocks.training import fit, mean_loss
-from lowbit.formats.activation import Activation
 from lowbit.formats.base import QuantizedLinear
+from lowbit.formats.reading import Reading
 from lowbit.formats.uniform import UniformLinear
+from lowbit.methods.activations import ActivationMethod, Readings
 from lowbit.methods.damping import damping_share
-from lowbit.methods.grid import GridMethod
 from lowbit.methods.learned import NEAREST_BETTER, LearningMethod, keep_if_better, packed_block
 from lowbit.methods.matching import Match, Step, match_field, steps
-from lowbit.methods.omniquant.rounding_copy import rounding_copy
 from lowbit.methods.packing import pack, pack_with_feedback
 from lowbit.methods.result import (
     NOT_POSITIVE_DEFINITE,
@@ -50,15 +49,10 @@ from lowbit.run_report import LinearReport
 from lowbit.solvers.block_learner import BlockLearner
 from lowbit.solvers.correction import Target
 from lowbit.solvers.gptq import OrderedFactor, ordered_factor
-from lowbit.solvers.rounding import fake_quantize
-
-FLOAT_ATTENTION = (
-    "queries, keys and values are not quantized, only the inputs of linears: this model does not "
-    "call transformers' attention interface"
-)
+from lowbit.solvers.rounding import Grid, fake_quantize
 
 
-class OmniQuant(LearningMethod, GridMethod):
+class OmniQuant(LearningMethod, ActivationMethod):
     """Learns clipping ranges and channel scales, block by block.
 
     Source: OmniQuant (Shao et al., ICLR 2024, arXiv 2308.13137). For weights alone, or for weights
@@ -67,25 +61,10 @@ class OmniQuant(LearningMethod, GridMethod):
     """
 
     name: ClassVar[str] = "omniquant"
-    per_linear: ClassVar[tuple[str, ...]] = (
-        *GridMethod.per_linear,
-        "activation_bits",
-        "activation_symmetric",
-    )
     rough: ClassVar[Mapping[str, Any]] = {
         **{"epochs": 0, "let": False, "aug_loss": False, "match": "self"}
     }
 
-    activation_bits: int | None = Field(
-        None,
-        ge=3,
-        le=8,
-        description="Bits of the inputs of linears, and of queries, keys and values, which are "
-        "rounded token by token when the model runs; None: they are not rounded.",
-    )
-    activation_symmetric: bool = Field(
-        False, description="Whether activations are rounded without a zero point for each token."
-    )
     rounding: Literal["nearest", "gptq"] = Field(
         "gptq",
         description='How codes are chosen on the learned grid: "nearest" as published, or "gptq", '
@@ -93,22 +72,6 @@ class OmniQuant(LearningMethod, GridMethod):
     )
 
     match: Match = match_field()
-
-    @model_validator(mode="after")
-    def _check_activation(self) -> Self:
-        if self.activation_symmetric and self.activation_bits is None:
-            raise ValueError(
-                "activation_symmetric needs activations that are rounded: set activation_bits, or "
-                "set activation_symmetric to false"
-            )
-        return self
-
-    @property
-    def activation(self) -> Activation | None:
-        """How the inputs of linears are rounded; None: they are not."""
-        if self.activation_bits is None:
-            return None
-        return Activation(bits=self.activation_bits, symmetric=self.activation_symmetric)
 
     def starts_from(self) -> Literal["minmax", "awq"]:
         return "minmax" if self.init == "auto" and self.activation_bits else super().starts_from()
@@ -120,11 +83,13 @@ class OmniQuant(LearningMethod, GridMethod):
         return ("float", "quantized")
 
     def quantize(self, task: BlockTask) -> BlockResult:
+        readings = self.readings(task, "float")
+        task = readings.task
         statistics = input_statistics(task.block, task.groups, task.streams["float"])
         fallbacks = self.fallbacks(tokens_by_linear(task.groups, statistics))
-        learner = _Learner(self, task, statistics, set(fallbacks))
+        learner = _Learner(self, readings, statistics, set(fallbacks))
         targets = _targets(task, self.aug_loss)
-        float_task, task = task, replace(task, block=learner.rounding_block(task))
+        float_task, task = task, replace(task, block=readings.rounding_block())
         start = learner.values()
         fitted = fit(
             learner.parameter_groups(),
@@ -145,8 +110,8 @@ class OmniQuant(LearningMethod, GridMethod):
             )
         warn_of_hessians(task, result.report.linears)
         reasons = [] if keep else [NEAREST_BETTER]
-        if self.activation is not None and not task.attentions:
-            reasons.append(FLOAT_ATTENTION)
+        if readings.fallback is not None:
+            reasons.append(readings.fallback)
         result.report = trained_report(result.report.linears, fitted, nearest, after, reasons)
         return result
 
@@ -174,7 +139,8 @@ class OmniQuant(LearningMethod, GridMethod):
             if self.match == "float":
                 result = learner.matched(float_task, fallbacks)
             else:
-                factors = self.factors(task, learner, {"quantized": 1.0})
+                readings = learner.readings.linears
+                factors = self.factors(task, learner, {"quantized": 1.0}, readings)
                 failed = [n for n in learner.linears if n not in factors and n not in fallbacks]
                 sentences = {**fallbacks, **dict.fromkeys(failed, NOT_POSITIVE_DEFINITE)}
                 result = learner.result(factors, sentences)
@@ -189,38 +155,40 @@ class _Learner(BlockLearner):
     def __init__(
         self,
         method: OmniQuant,
-        task: BlockTask,
+        readings: Readings,
         statistics: dict[str, ChannelStatistics],
         unclipped: set[str],
     ) -> None:
-        self.method = method
-        names = [name for group in task.groups for name in group.linears]
-        settings = {name: method.at(f"{task.name}.{name}") for name in names}
-        activations = {name: s.activation for name, s in settings.items()}
-        self.activations = {name: a for name, a in activations.items() if a is not None}
-        default = method.activation
-        self.attention = {
-            attention: default
-            for attention in task.attentions
-            if default and any(name.startswith(f"{attention}.") for name in names)
-        }
-        shapes = {name: s.grid_shape for name, s in settings.items()}
-        learning = method.learning(inputs=bool(self.activations))
-        task = replace(task, attentions=tuple(self.attention))
+        self.method, self.readings, task = method, readings, readings.task
+        shapes = {name: method.at(f"{task.name}.{name}").grid_shape for name in readings.linears}
+        rounds = any(reading.activation for reading in readings.linears.values())
+        learning = method.learning(inputs=rounds)
+        task = replace(task, attentions=tuple(readings.attentions))
         super().__init__(task, statistics, unclipped, learning, shapes)
 
-    def rounding_block(self, task: BlockTask) -> nn.Module:
-        """Returns the block, or a copy with the same parameters that rounds its inputs."""
-        if not self.activations and not self.attention:
-            return task.block
-        return rounding_copy(task.block, self.activations, self.attention)
+    def rotated(self, name: str, weight: Tensor) -> Tensor:
+        return self.readings.linears[name].rotate_weight(weight)
+
+    def rotated_squares(self, name: str, squares: Tensor) -> Tensor:
+        """Returns the mean over all channels, on each of which a rotation puts a part of all."""
+        rotates = self.readings.linears[name].rotation is not None
+        return squares.mean().expand_as(squares) if rotates else squares
+
+    def whole_range_error(self, name: str, weight: Tensor) -> Tensor:
+        if name not in self.shapes or self.readings.linears[name].rotation is None:
+            return super().whole_range_error(name, weight)
+        return (self._rounded(name, weight, self.whole_grid) - weight).square()
+
+    def _rounded(self, name: str, weight: Tensor, grid: Callable[[str, Tensor], Grid]) -> Tensor:
+        """Returns a weight (out, in) rounded to a grid, if need be in its rotated form."""
+        reading, rotated = self.readings.linears[name], self.rotated(name, weight)
+        return reading.restore_weight(fake_quantize(rotated, grid(name, rotated)))
 
     def tensors(self) -> Tensors:
         """Returns the tensors of the quantized block, differentiable in the learned parameters."""
         tensors = self.folded()
         for name in self.linears:
-            weight = tensors[f"{name}.weight"]
-            tensors[f"{name}.weight"] = fake_quantize(weight, self.grid(name, weight))
+            tensors[f"{name}.weight"] = self._rounded(name, tensors[f"{name}.weight"], self.grid)
         return tensors
 
     def nearest(self) -> Tensors:
@@ -228,7 +196,7 @@ class _Learner(BlockLearner):
         tensors = dict(self.float_tensors)
         for name in self.linears:
             weight = tensors[f"{name}.weight"]
-            tensors[f"{name}.weight"] = fake_quantize(weight, self.whole_grid(name, weight))
+            tensors[f"{name}.weight"] = self._rounded(name, weight, self.whole_grid)
         return tensors
 
     @torch.no_grad()
@@ -252,25 +220,20 @@ class _Learner(BlockLearner):
         def packed(
             name: str, weight: Tensor, bias: Tensor | None, _: object
         ) -> tuple[UniformLinear, LinearReport]:
-            grid = self.grid(name, weight)
+            rotated = self.rotated(name, weight)
+            grid = self.grid(name, rotated)
             if name in factors:
-                layer, _ = pack_with_feedback(weight, bias, grid, factors[name])
+                layer, _ = pack_with_feedback(rotated, bias, grid, factors[name])
             else:
-                layer = pack(weight, bias, grid)
-            layer.activation = self.activations.get(name)
+                layer = pack(rotated, bias, grid)
+            layer = self.readings.read_by(name, layer)
             return layer, LinearReport(
                 signal_to_noise_db=signal_to_noise(weight, layer),
                 tokens=self.tokens[name],
                 fallback=fallbacks.get(name),
             )
 
-        result = packed_block(self, packed)
-        result.attention = self.attention
-        return result
-
-    def _rounded_input(self, name: str, x: Tensor) -> Tensor:
-        activation = self.activations.get(name)
-        return x if activation is None else activation.round(x)
+        return self.readings.complete(packed_block(self, packed))
 
     @torch.no_grad()
     def matched(self, task: BlockTask, fallbacks: Mapping[str, str]) -> BlockResult:
@@ -280,29 +243,35 @@ class _Learner(BlockLearner):
         """
         block = deepcopy(task.block)
         load_changed(block, self.folded())
-        factors: dict[str, OrderedFactor | None] = {}
+        factors: dict[tuple[str, Reading], OrderedFactor | None] = {}
 
         def packed(
             name: str, weight: Tensor, bias: Tensor | None, step: Step | None
         ) -> tuple[UniformLinear, LinearReport]:
             assert step is not None
             damping = damping_share(self.method.damping, step.hessian.tokens, weight.shape[1])
-            if step.group.name not in factors:  # the groups come one after another
-                factors.clear()
-                factors[step.group.name] = ordered_factor(step.hessian.matrix, damping, True)
-            factor, fallback = factors[step.group.name], fallbacks.get(name)
+            reading = self.readings.linears[name]
+            key, fallback = (step.group.name, reading), fallbacks.get(name)
+            if key not in factors:
+                matrix = reading.rotate_hessian(step.hessian.matrix)
+                if any(group != step.group.name for group, _ in factors):
+                    factors.clear()  # the groups come one after another
+                factors[key] = ordered_factor(matrix, damping, True)
+            factor = factors[key]
             if fallback is None and step.hessian.tokens < self.method.min_tokens:
                 fallback = too_few_tokens(step.hessian.tokens)
             if fallback is None and factor is None:
                 fallback = NOT_POSITIVE_DEFINITE
             if fallback is not None or factor is None:
                 target = Target(weight, None)
-                layer = pack(weight, bias, self.grid(name, weight))
+                rotated = self.rotated(name, weight)
+                layer = pack(rotated, bias, self.grid(name, rotated))
             else:
                 target = step.target(weight, damping)
-                grid = self.grid(name, target.weight)
-                layer, _ = pack_with_feedback(target.weight, bias, grid, factor)
-            layer.activation = self.activations.get(name)
+                rotated = self.rotated(name, target.weight)
+                grid = self.grid(name, rotated)
+                layer, _ = pack_with_feedback(rotated, bias, grid, factor)
+            layer = self.readings.read_by(name, layer)
             return layer, LinearReport(
                 signal_to_noise_db=signal_to_noise(target.weight, layer),
                 output_error=step.output_error(name, weight, layer),
@@ -311,15 +280,12 @@ class _Learner(BlockLearner):
                 fallback=fallback,
             )
 
-        result = packed_block(
-            self,
-            packed,
-            lambda made: steps(
-                task, "float", "quantized", made, block, self.attention, self._rounded_input
-            ),
-        )
-        result.attention = self.attention
-        return result
+        attention, seen = self.readings.attentions, self.readings.seen
+
+        def in_order(made: Mapping[str, QuantizedLinear]) -> Iterator[Step]:
+            return steps(task, "float", "quantized", made, block, attention, seen)
+
+        return self.readings.complete(packed_block(self, packed, in_order))
 
 
 def _targets(task: BlockTask, aug_loss: bool) -> list[Stream]:

@@ -22,14 +22,9 @@ from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import load_changed, tensors_of
 from lowbit.blocks.hessian import Hessian
 from lowbit.formats import link
-from lowbit.formats.incoherence import (
-    Rotation,
-    draw_signs,
-    rotate_hessian,
-    rotate_weight,
-    rotation,
-)
+from lowbit.formats.incoherence import Rotation, rotate_hessian, rotate_weight, rotation
 from lowbit.formats.rotated import RotatedLinear, stored_scale
+from lowbit.kernels.signs import draw_signs
 from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.matching import Match, Step, match_field, steps, streams_of
 from lowbit.methods.method import Method

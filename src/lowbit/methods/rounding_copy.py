@@ -10,25 +10,27 @@ from functools import partial
 from torch import Tensor, nn
 
 from lowbit.blocks.attention import round_attention
-from lowbit.formats.activation import Activation
+from lowbit.formats.activation import AttentionRounding
+from lowbit.formats.reading import Reading
 
 
 def rounding_copy(
-    block: nn.Module, linears: Mapping[str, Activation], attentions: Mapping[str, Activation]
+    block: nn.Module, linears: Mapping[str, Reading], attentions: Mapping[str, AttentionRounding]
 ) -> nn.Module:
     """Returns a copy of the block that rounds its activations and shares the block's parameters.
 
     block: the block, which is not changed.
-    linears: how the inputs of linears are rounded, by the linear's name.
+    linears: how linears read their inputs, by the linear's name.
     attentions: how queries, keys and values are rounded, by the attention's name.
     """
     copy = deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
-    for name, rounding in linears.items():
-        copy.get_submodule(name).register_forward_pre_hook(partial(_rounded, rounding))
+    for name, reading in linears.items():
+        if reading.activation is not None:
+            copy.get_submodule(name).register_forward_pre_hook(partial(_seen, reading))
     for name, rounding in attentions.items():
-        round_attention(copy.get_submodule(name), rounding.model_dump())
+        round_attention(copy.get_submodule(name), rounding.settings())
     return copy
 
 
-def _rounded(rounding: Activation, linear: nn.Module, args: tuple[Tensor]) -> Tensor:
-    return rounding.round(args[0])
+def _seen(reading: Reading, linear: nn.Module, args: tuple[Tensor]) -> Tensor:
+    return reading.seen(args[0])
