@@ -6,7 +6,7 @@ many of them take a shift. A rule that silently stops to match changes these num
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowbit.blocks import BlockTask, Stream
+from lowbit.blocks.hessian import Hessian
 from lowbit.events import BlockLog, OnEvent
 from lowbit.methods.result import BlockResult
 from lowbit.models.source import SourceModel
@@ -190,7 +191,7 @@ def task(
     draw = torch.Generator().manual_seed(7)
     noisy = [h + noise * torch.randn(h.shape, generator=draw) * h.std() for h in first.hidden()]
     quantized = Stream(noisy, first.arguments.copy(), block=block)
-    return BlockTask(
+    made = BlockTask(
         name=block_name,
         block=model.load_block(block_name),
         groups=model.groups(block_name),
@@ -201,6 +202,32 @@ def task(
         log=log(),
         attentions=model.attentions(block_name),
     )
+    made.output_hessians = OutputHessians(made, uneven)
+    return made
+
+
+class OutputHessians(Mapping[str, Hessian]):
+    """The Hessians of the outputs of a task's linears, made by a function of their rows."""
+
+    def __init__(self, task: BlockTask, make: Callable[[int], Tensor], tokens: int = 1000) -> None:
+        self.task, self.make, self.tokens = task, make, tokens
+
+    def __getitem__(self, name: str) -> Hessian:
+        rows = len(self.task.block.get_parameter(f"{name}.weight"))
+        return Hessian(self.make(rows), self.tokens)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for group in self.task.groups for name in group.linears)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def uneven(rows: int) -> Tensor:
+    """A Hessian of outputs some of which matter ten times as much as others."""
+    draw = torch.Generator().manual_seed(rows)
+    mixed = torch.eye(rows) + 0.1 * torch.randn(rows, rows, generator=draw)
+    return mixed @ torch.linspace(1, 10, rows).diag() @ mixed.T
 
 
 def log(emit: OnEvent = lambda event: None) -> BlockLog:

@@ -23,6 +23,7 @@ WORKING = 129  # this number only goes up
 
 METHODS: dict[str, Method] = {
     "gptq": GPTQ(bits=4, group_size=16, min_tokens=8),
+    "gptq, output feedback": GPTQ(bits=4, group_size=16, min_tokens=8, output_feedback=True),
     "omniquant": OmniQuant(bits=4, group_size=16, let=True, epochs=1, min_tokens=8),
     "quip": QuIP(codebook="HI", scale=2.9, row_scale="always", tune_iters=0, min_tokens=8),
     "trellis": Trellis(rate=4, state_bits=9, min_tokens=8),

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.checkpoint import CheckpointReader
-from lowbit.methods import RTN, Method, OmniQuant
+from lowbit.eval.divergence import StreamedLogits, divergence
+from lowbit.methods import GPTQ, RTN, Method, OmniQuant
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +69,21 @@ def test_learning_pays() -> None:
     )
     assert 1 < whole < learned < rounded - 0.05
     assert rounded - whole > 0.2
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["llama-mini", "opt-mini"])
+def test_output_feedback_comes_closer_to_the_float_model(name: str, tmp_path: Path) -> None:
+    text = str(TEXT / "calibration_stories.txt")
+    windows = lowbit.Calibration(sources=(text,), samples=16, seqlen=256)
+    model, rows = zoo.MODELS / name, list(tokens())
+    wanted, found = StreamedLogits(model, rows), []
+    for on in (False, True):
+        method = GPTQ(bits=2, group_size=64, output_feedback=on)
+        out = lowbit.quantize(model, tmp_path / str(on), method, windows, device="cpu")
+        measured, _ = divergence(wanted, StreamedLogits(out, rows), range(len(rows)))
+        found.append(measured.kl)
+    assert found[1] < found[0]
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])

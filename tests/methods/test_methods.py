@@ -94,6 +94,9 @@ EXAMPLES: dict[str, Example] = {
     "gptq, fine zeros": Example(
         GPTQ(**FINE, min_tokens=8), "rtn, fine zeros", "symetric", "symmetric"
     ),
+    "gptq, outputs": Example(
+        GPTQ(**W3, min_tokens=8, output_feedback=True), "rtn", "output_feedbak", "output_feedback"
+    ),
     "omniquant": Example(OmniQuant(**OMNI), "rtn", "epoch", "epochs"),
     "omniquant, gptq": Example(
         OmniQuant(**OMNI | {"rounding": "gptq"}), "rtn", "dampin", "damping"

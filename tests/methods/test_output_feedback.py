@@ -1,6 +1,6 @@
 """Output feedback: what it lowers, what it changes, and what is said where it cannot be had."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import zoo
 from torch import Tensor
 
 from lowbit.blocks import BlockTask
-from lowbit.blocks.hessian import Hessian, input_hessians
+from lowbit.blocks.hessian import input_hessians
 from lowbit.methods import GPTQ, RTN, Method, OmniQuant, QuIP, Trellis
 from lowbit.methods.output_feedback import OUTPUT_NOT_POSITIVE_DEFINITE, WITHOUT
 from lowbit.methods.result import BlockResult
@@ -29,23 +29,6 @@ every_method = pytest.mark.parametrize(
 )
 
 
-class Outputs(Mapping[str, Hessian]):
-    """The Hessians of the outputs of a task's linears, made by a function of their rows."""
-
-    def __init__(self, task: BlockTask, make: Callable[[int], Tensor], tokens: int = 1000) -> None:
-        self.task, self.make, self.tokens = task, make, tokens
-
-    def __getitem__(self, name: str) -> Hessian:
-        rows = len(self.task.block.get_parameter(f"{name}.weight"))
-        return Hessian(self.make(rows), self.tokens)
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for group in self.task.groups for name in group.linears)
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-
 def correlated(rows: int) -> Tensor:
     """A few directions matter much more than the others."""
     draw = torch.Generator().manual_seed(rows)
@@ -55,7 +38,7 @@ def correlated(rows: int) -> Tensor:
 
 def run(name: str, block: str, make: Callable[[int], Tensor], tokens: int = 1000) -> BlockResult:
     task = zoo.task(block)
-    task.output_hessians = Outputs(task, make, tokens)
+    task.output_hessians = zoo.OutputHessians(task, make, tokens)
     return METHODS[name].model_copy(update={"output_feedback": True}).quantize(task)
 
 
@@ -117,7 +100,7 @@ def test_an_expert_without_tokens_says_both() -> None:
     task = zoo.task("mixtral")
     with torch.no_grad():
         task.block.mlp.gate.weight.zero_()
-    task.output_hessians = Outputs(task, torch.eye, 0)
+    task.output_hessians = zoo.OutputHessians(task, torch.eye, 0)
     result = QuIP(codebook="HI", min_tokens=8, output_feedback=True).quantize(task)
     both = [text for text in zoo.fallbacks(result).values() if "calibration tokens" in text]
     assert len(both) == 6 and all(text.endswith(WITHOUT) for text in both)

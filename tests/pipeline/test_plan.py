@@ -1,5 +1,6 @@
 """Estimates against what the run writes, and how they are derived from a dry run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from lowbit.checkpoint.output import size_of
 from lowbit.methods import GPTQ, RTN
 from lowbit.pipeline import RunOptions
 from lowbit.pipeline.dry_run import DryRun, DryRunBlock, Stage
+from lowbit.pipeline.dry_run import dry_run as dry_run_of
 from lowbit.pipeline.job import Job
-from lowbit.pipeline.plan import LONG, Estimate, _memory, longest, plan
+from lowbit.pipeline.plan import LONG, Estimate, _memory, estimate, longest, plan
 
 pytestmark = pytest.mark.slow
 
@@ -98,6 +100,11 @@ def test_memory(name: str) -> None:
     assert _memory(measured, streams) == wanted
 
 
+def test_memory_of_the_way_back() -> None:
+    measured = replace(dry_run(100, 300, (400, 3)), labels=Stage(1.0, 350))
+    assert _memory(measured, None, 40) == 400 and _memory(measured, None, 70) == 420
+
+
 def test_a_run_that_could_be_long() -> None:
     def bound(samples: int, epochs: int) -> float:
         method = OMNIQUANT.model_copy(update={"epochs": epochs})
@@ -108,6 +115,30 @@ def test_a_run_that_could_be_long() -> None:
     assert bound(2, 1) < bound(4, 1) < bound(4, 100) < LONG < bound(100, 10**6)
     job = Job(quantized.source(), RTN(), None, RunOptions(device="cpu"))
     assert 0 < longest(job, None) < bound(2, 0)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_output_feedback_is_counted(place: str) -> None:
+    text, model = quantized.calibration(samples=6), quantized.source()
+    stream = 6 * quantized.SEQLEN * 48 * 4
+    disk = []
+    for on in (False, True):
+        method = GPTQ(bits=4, group_size=16, output_feedback=on)
+        job = Job(model, method, text, RunOptions(device="cpu", streams=place))
+        windows = job.windows()
+        found, measured = estimate(job, windows), dry_run_of(job, windows)
+        disk.append(found.disk)
+        (block,) = measured.blocks.values()
+        if not on:
+            assert measured.labels is None and block.gradients is None
+            continue
+        assert measured.labels is not None and block.gradients is not None
+        assert measured.labels.per_batch > 0 and block.gradients.per_batch > 0
+        assert measured.labels.memory > 0 and block.gradients.memory > 0
+        assert longest(job, windows) > longest(Job(model, GPTQ(), text, job.options), windows)
+    rows = [48, 24, 24, 48, 80, 80, 48]  # of the linears of each of two blocks
+    streams = 4 * stream if place == "disk" else 0  # of both models twice, or of all blocks
+    assert disk == [streams, streams + 2 * sum(4 * n * n for n in rows)]
 
 
 def test_json() -> None:
