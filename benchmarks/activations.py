@@ -2,9 +2,10 @@
 
     python benchmarks/activations.py [--models DIR ...] [--limit N] [--only NAME]
 
-It measures OmniQuant at W4A4, W6A6 and W8A8, with its techniques added one after another, and
-MixedQuant at W4A4. Each model is also measured with outlier channels, as large models have them: in
-this variant norms multiply a few channels by 32 or 64, and the float function stays the same.
+It measures OmniQuant at W4A4, W6A6 and W8A8, with its techniques added one after another, RTN, GPTQ
+and OmniQuant with rotated inputs at W4A4, and MixedQuant at W4A4. Each model is also measured with
+outlier channels, as large models have them: in this variant norms multiply a few channels by 32 or
+64, and the float function stays the same.
 """
 
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 from outliers import add_outliers
 from runs import EPOCHS, Rows, arguments, models_of
 
-from lowbit.methods import Method, MixedQuant, OmniQuant
+from lowbit.methods import GPTQ, RTN, Method, MixedQuant, OmniQuant
 
 
 def cases() -> dict[str, Method]:
@@ -32,6 +33,12 @@ def cases() -> dict[str, Method]:
         found[f"{name} clipping + LET + feedback"] = found[f"{name} clipping + LET"].model_copy(
             update={"rounding": "gptq"}
         )
+    found["W4A4 gptq"] = GPTQ(bits=4, activation_bits=4)
+    found["W4A4 rtn rotated"] = RTN(bits=4, activation_bits=4, rotate=True)
+    found["W4A4 gptq rotated"] = GPTQ(bits=4, activation_bits=4, rotate=True)
+    found["W4A4 clipping + feedback rotated"] = OmniQuant(
+        bits=4, activation_bits=4, rotate=True, epochs=EPOCHS
+    )
     mixed = {"smooth": None, "clip": False, "sort": "none", "salient_ratio": 0.0}
     for name, fields in {
         "rows": {"group_size": None},
