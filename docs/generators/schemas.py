@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
+from lowbit.allocate.allocation import Allocation
 from lowbit.checkpoint.verify import VERSION
 from lowbit.events import KINDS
 from lowbit.exporters import ExportOptions
@@ -109,6 +110,12 @@ def plan_file() -> dict[str, Any]:
     return described(schema, "A plan", about)
 
 
+def method_plan_file() -> dict[str, Any]:
+    """Returns the schema of a plan of `lowbit mix` for a float model."""
+    schema = without_texts(Allocation.model_json_schema())
+    return described(schema, "A plan of a method", "Written by lowbit mix for --plan, in YAML.")
+
+
 def recipe_file() -> dict[str, Any]:
     """Returns the schema of a recipe."""
     schema = without_texts(Recipe.model_json_schema())
@@ -158,6 +165,7 @@ SCHEMAS: dict[str, Callable[[], str]] = {
     "report": shown(report_json),
     "event": shown(event_line),
     "plan": shown(plan_file),
+    "method_plan": shown(method_plan_file),
     "recipe": shown(recipe_file),
     "export": shown(export_json),
     "estimate": shown(estimate_json),

@@ -39,6 +39,7 @@ TEXT = ["--calibration", quantized.text(), "--samples", "2", "--seqlen", "16"]
 WITHOUT_TEXT = {
     "quantize": ("--calibration", TEXT),
     "plan": ("--calibration", TEXT),
+    "mix": ("--calibration", TEXT),
     "tune": ("--calibration", [*TEXT, "--steps", "2"]),
     "eval": ("--text", ["--text", quantized.text(), "--seqlen", "16", "--limit", "2"]),
 }

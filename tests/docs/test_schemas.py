@@ -60,6 +60,10 @@ def test_plans_recipes_exports_and_estimates(check: Any, tmp_path: Path) -> None
     plan = tmp_path / "plan.yaml"
     lowbit.mix(quantized.master(), 5.5, strategy="pyramid").write(plan)
     check("plan", yaml.safe_load(plan.read_text()))
+    rtn = quantized.METHODS["rtn"]
+    made = lowbit.mix(quantized.source(), 4.5, rtn, calibration=quantized.calibration())
+    made.write(plan)
+    check("method_plan", json.loads(json.dumps(yaml.safe_load(plan.read_text()))))
     for path in (Path(lowbit.__file__).parent / "recipes").glob("*.yaml"):
         check("recipe", yaml.safe_load(path.read_text()))
     dest = tmp_path / "dest"
