@@ -85,8 +85,8 @@ def compare(rows: Rows, label: str, model: Path, name: str, budget: float, seed:
         plan = {"plan": Path(place) / "plan.yaml"}
         lowbit.quantize(model, mixed, method, calibration(seed=seed), **plan)
         seconds = time.perf_counter() - started
-        case = f"{suffix}, mixed (widths measured in {measured:.1f} s)"
-        rows.record(label, case, mixed, seconds, reference=model)
+        print(f"{label} | {suffix}: widths measured in {measured:.1f} s", flush=True)
+        rows.record(label, f"{suffix}, mixed", mixed, seconds, reference=model)
 
 
 def main() -> None:
