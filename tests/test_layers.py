@@ -89,6 +89,7 @@ SIBLINGS: dict[str, set[str]] = {
         "activations",
         "grid",
         "learned",
+        "learned_rounding",
         "matching",
         "method",
         "output_feedback",

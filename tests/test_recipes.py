@@ -126,7 +126,7 @@ def test_ptq161(name, init, epochs):
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_builds_its_method_for_every_family(name):
     recipe = load_recipe(name)
-    assert name.startswith(recipe.method)
+    assert name.startswith(recipe.method) or name.startswith("learned-")
     assert len(f"{name}  {recipe.description}") <= 80
     assert recipe.families.keys() <= PUBLISHED.keys()
     for family in PUBLISHED:
@@ -149,10 +149,20 @@ def test_a_recipe_of_the_paper_sets_every_field(name):
 def test_every_recipe_of_these_methods_has_one_of_the_paper(name):
     """GPTQ, OmniQuant, MatQuant and PTQ1.61 have defaults that are not those of their papers."""
     published = {"matquant-842-g128": "matquant-842", "matquant-842-gptq": "matquant-842"}
+    grids = ("w4a16-g128", "w3a16-g128", "w2a16-g64")
+    published |= {f"learned-{grid}": f"omniquant-{grid}" for grid in grids}
     published |= {"ptq161-fast": "ptq161", "ptq161-lora": "ptq161"}
     ours = name.endswith("-rotated")  # of no paper on these methods
     if not ours and load_recipe(name).method in ("gptq", "omniquant", "matquant", "ptq161"):
         assert f"{published.get(name, name).removesuffix('-paper')}-paper" in PAPER
+
+
+@pytest.mark.parametrize("grid", [(4, 128), (3, 128), (2, 64)])
+def test_learned_codes_have_as_many_bits_as_those_of_other_engines(grid):
+    recipe = load_recipe(name_of("learned", *grid))
+    found = OmniQuant(**recipe.settings("llama"))
+    assert (found.bits, found.group_size) == grid and found.grid_shape.zero_shift == 0
+    assert found.rounding == "learned" and found.epochs_in_all() == found.rounding_epochs
 
 
 # What a user gets with `--method NAME` alone; each was chosen by measurement (benchmarks/README).

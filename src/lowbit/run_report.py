@@ -87,6 +87,14 @@ class LinearReport(_Report):
     tokens: int | None = None
     fallback: str | None = None
 
+    def with_learned_codes(self, decibels: float) -> "LinearReport":
+        """Returns the report after codes were learned, without the errors of those before.
+
+        decibels: the signal-to-noise ratio of the learned codes.
+        """
+        changes = {"signal_to_noise_db": decibels, "output_error": None, "proxy_loss": None}
+        return LinearReport.model_validate({**self.model_dump(), **changes})
+
 
 class TrainingReport(_Report):
     """The course of the training of a block.

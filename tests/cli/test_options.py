@@ -8,7 +8,7 @@ from zoo import MODELS
 
 from lowbit.cli import app
 from lowbit.cli.options import JobOptions, cache_folder, choose_method, parse_settings, with_job
-from lowbit.methods import OmniQuant
+from lowbit.methods import MixedQuant, OmniQuant
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +50,50 @@ def test_a_recipe_knows_families():
     assert method == OmniQuant(bits=2, let=True, alpha=0.7)
     assert text == {"sources": ("wikitext2",), "samples": 128}
     assert label == "omniquant-w2a16 with alpha=0.7"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "effort", "changed", "label"),
+    [
+        ("omniquant-w4a4", {}, "fast", {"epochs": 1}, " with epochs=1"),
+        ("omniquant-w4a4", {"epochs": 7}, "best", {"epochs": 7}, " with epochs=7"),
+        ("omniquant-w4a4", {}, "default", {"epochs": 20}, ""),
+        (
+            "learned-w2a16-g64",
+            {},
+            "fast",
+            {"epochs": 0, "rounding_epochs": OmniQuant.efforts["fast"]["rounding_epochs"]},
+            f" with rounding_epochs={OmniQuant.efforts['fast']['rounding_epochs']}",
+        ),
+        ("ptq161", {}, "fast", {"epochs": 5}, " with epochs=5"),
+        ("matquant-842", {}, "fast", {"epochs": 1}, " with epochs=1"),
+    ],
+)
+def test_an_effort_sets_the_epochs_that_were_not_given(recipe, settings, effort, changed, label):
+    source = MODELS / "llama-mini"
+    method, _, found = choose_method(source, recipe, None, settings, effort)
+    assert {name: getattr(method, name) for name in changed} == changed
+    assert found == recipe + label
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("rtn", {}), ("gptq", {}), ("quip", {}), ("trellis", {}), ("mixedquant", {})],
+)
+def test_an_effort_is_refused_where_nothing_is_learned(method, settings):
+    with pytest.raises(ValueError, match=f"effort is fast, but {method} learns nothing"):
+        choose_method(MODELS / "llama-mini", None, method, settings, "fast")
+
+
+def test_the_python_function_has_the_same_efforts():
+    learned = MixedQuant(rounding="learned")
+    fast = MixedQuant.efforts["fast"]["rounding_epochs"]
+    assert learned.with_effort("fast").rounding_epochs == fast
+    assert (
+        MixedQuant(rounding="learned", rounding_epochs=3).with_effort("fast").rounding_epochs == 3
+    )
+    with pytest.raises(ValueError, match="'quick' is not a name of an effort"):
+        learned.with_effort("quick")
 
 
 def test_both_commands_have_every_option(lowbit):

@@ -29,7 +29,7 @@ from lowbit.formats import uniform
 from lowbit.formats.base import QuantizedLinear
 from lowbit.load import stream
 from lowbit.methods import OmniQuant
-from lowbit.methods.omniquant.method import _Learner
+from lowbit.methods.omniquant.learner import Learner
 from lowbit.models.source import SourceModel
 from lowbit.pipeline.job import Job
 
@@ -93,7 +93,7 @@ def test_what_is_trained_is_what_is_packed(name: str, monkeypatch: pytest.Monkey
     task = zoo.task(name, batches=2)
     method = OmniQuant(**W4A4, let=True, rounding="nearest")
     seen = input_statistics(task.block, task.groups, task.streams["float"])
-    learner = _Learner(method, method.readings(task), seen, set())
+    learner = Learner(method, method.readings(task), seen, set())
     batch = task.streams["quantized"][0]
     rounding, packed = learner.readings.rounding_block(), deepcopy(task.block)
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_gptq_sees_rounded_inputs(name: str, monkeypatch: pytest.MonkeyPatch) ->
     task = zoo.task(name)
     method = OmniQuant(**W4A4, let=True, rounding="gptq")
     seen = input_statistics(task.block, task.groups, task.streams["float"])
-    learner = _Learner(method, method.readings(task), seen, set())
+    learner = Learner(method, method.readings(task), seen, set())
     blocks: list[nn.Module] = []
 
     def spy(block: nn.Module, *args: Any) -> Any:

@@ -84,7 +84,9 @@ def test_no_method_changes_the_block_beside_rounding(
 ) -> None:
     for place in ("lowbit.formats.activation", "lowbit.models.attention"):
         monkeypatch.setattr(f"{place}.round_tokens", lambda x, *args, **rounding: x)
-    file = "lowbit.methods.gptq" if method.startswith("gptq") else "lowbit.methods.omniquant.method"
+    file = (
+        "lowbit.methods.gptq" if method.startswith("gptq") else "lowbit.methods.omniquant.learner"
+    )
     monkeypatch.setattr(f"{file}.pack", unrounded)
     monkeypatch.setattr(f"{file}.pack_with_feedback", unrounded_with_loss)
     monkeypatch.setattr(f"{file}.signal_to_noise", lambda weight, linear: 0.0)

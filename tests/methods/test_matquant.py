@@ -15,7 +15,7 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear
 from lowbit.formats.uniform import UniformLinear
 from lowbit.methods import MatQuant
-from lowbit.methods.matquant.method import _Learner
+from lowbit.methods.matquant.learner import Learner
 from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.solvers.gptq import ordered_factor
 
@@ -42,9 +42,9 @@ JOINT_FFN = {"rounding": "joint", "scope": "ffn", "symmetric": True, "let": True
 SINGLE: dict[str, Any] = {"widths": [2], "weights": [1.0]}
 
 
-def learner_for(task: BlockTask, method: MatQuant) -> _Learner:
+def learner_for(task: BlockTask, method: MatQuant) -> Learner:
     statistics = input_statistics(task.block, task.groups, task.streams["float"])
-    return _Learner(method, task, statistics, set())
+    return Learner(method, task, statistics, set())
 
 
 def mse(a: Tensor, b: Tensor) -> float:

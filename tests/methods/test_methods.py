@@ -6,6 +6,7 @@ import json
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ MAT: dict[str, Any] = {
 }
 INT8 = MatQuant(group_size=16, epochs=0, lwc=False, rounding="nearest")
 NARROW: dict[str, Any] = {"override": {"group_size": 8}, "stream": "2"}
+LEARNED: dict[str, Any] = {"rounding": "learned", "rounding_epochs": 20, "rounding_batch": 1}
 NEAREST = W3 | A4 | {"lwc": False, "epochs": 0, "rounding": "nearest"}
 EXAMPLES: dict[str, Example] = {
     "rtn": Example(RTN(**W3), "rtn", "group_sise", "group_size"),
@@ -101,6 +103,18 @@ EXAMPLES: dict[str, Example] = {
     "omniquant, gptq": Example(
         OmniQuant(**OMNI | {"rounding": "gptq"}), "rtn", "dampin", "damping"
     ),
+    "omniquant, learned": Example(
+        OmniQuant(**OMNI | LEARNED | {"epochs": 0}),
+        "rtn",
+        "rounding_epoch",
+        "rounding_epochs",
+    ),
+    "w4a4, learned": Example(
+        OmniQuant(**OMNI | A4 | LEARNED, rounding_start="nearest"),
+        "w4a4, nearest",
+        "rounding_reech",
+        "rounding_reach",
+    ),
     "w4a4, nearest": Example(OmniQuant(**NEAREST), "w4a4, nearest", "lwclr", "lwc_lr"),
     "w4a4": Example(OmniQuant(**OMNI | A4), "w4a4, nearest", "activation_bts", "activation_bits"),
     "matquant, sliced int8": Example(INT8, "matquant, sliced int8", "width", "widths", **NARROW),
@@ -110,6 +124,13 @@ EXAMPLES: dict[str, Example] = {
         "matquant",
         "extra_precission",
         "extra_precision",
+        **NARROW,
+    ),
+    "matquant, learned": Example(
+        MatQuant(**MAT | LEARNED | {"rounding_epochs": 4}),
+        "matquant, sliced int8",
+        "rounding_strt",
+        "rounding_start",
         **NARROW,
     ),
     "quip": Example(QuIP(**RVQ4), "rtn", "code_book", "codebook", D4),
@@ -136,6 +157,9 @@ EXAMPLES: dict[str, Example] = {
     "mixedquant": Example(MixedQuant(**MIXED), "mixedquant, unsorted", "sorted", "sort"),
     "mixedquant, gptq": Example(
         MixedQuant(**MIXED, smooth=0.5, rounding="gptq"), "mixedquant, unsorted", "smoot", "smooth"
+    ),
+    "mixedquant, learned": Example(
+        MixedQuant(**MIXED, **LEARNED, salient_bits=8), "mixedquant", "smoot", "smooth"
     ),
     "ptq161, signs": Example(
         PTQ161(**SIGNS), "ptq161, signs", "salience_ratio", "salient_ratio", MORE, 4
@@ -342,7 +366,7 @@ def test_a_hessian_that_is_not_positive_definite_is_named(method: Method) -> Non
 def test_many_fall_back_with_one_warning(
     method: Method, concerned: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("learned", "omniquant.method", "matquant.joint"):
+    for module in ("learned", "omniquant.learner", "matquant.joint"):
         monkeypatch.setattr(f"lowbit.methods.{module}.ordered_factor", lambda *args: None)
     task, events = zoo.task("llama"), list[Event]()
     task.log = zoo.log(events.append)
@@ -364,9 +388,11 @@ def read_in(source: str) -> set[str]:
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_every_option_is_read_in_its_file(method: type[Method]) -> None:
-    """Or in that of what it is made from."""
-    modules = [inspect.getmodule(of) for of in method.__mro__ if issubclass(of, Method)]
-    sources = [inspect.getsource(module) for module in modules if module is not None]
+    """Or in its folder, or in the file of what it is made from."""
+    files = {Path(inspect.getfile(of)) for of in method.__mro__ if issubclass(of, Method)}
+    if (folder := Path(inspect.getfile(method)).parent).name == method.name:
+        files |= set(folder.glob("*.py"))
+    sources = [file.read_text(encoding="utf-8") for file in files]
     assert not set(method.model_fields) - set().union(*map(read_in, sources))
 
 

@@ -15,6 +15,7 @@ from lowbit.blocks.folding import apply_folds, load_changed, tensors_of
 from lowbit.blocks.statistics import input_statistics
 from lowbit.formats.sorted_group import SortedGroupLinear
 from lowbit.methods import MixedQuant
+from lowbit.methods.mixedquant import groups
 from lowbit.methods.mixedquant.ordering import column_max, column_norm
 from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.solvers.clipping import search_clipping
@@ -104,7 +105,7 @@ def test_smoothing_is_quantizing_the_smoothed_block(name: str) -> None:
     found = method.quantize(given)
     statistics = input_statistics(given.block, given.groups, given.streams["quantized"])
     smoothed = deepcopy(given)
-    folds, scales = method._smoothing(given, statistics)
+    folds, scales = groups.smoothed(given, statistics, method.smooth, method.min_tokens)
     load_changed(smoothed.block, apply_folds(tensors_of(given.block), folds, scales))
     wanted = method.model_copy(update={"smooth": None}).quantize(smoothed)
     for linear, layer in found.linears.items():

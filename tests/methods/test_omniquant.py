@@ -17,8 +17,10 @@ from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.events import Event
 from lowbit.methods import RTN, OmniQuant, learned
 from lowbit.methods.learned import NEAREST_BETTER
-from lowbit.methods.omniquant import method as omniquant
-from lowbit.methods.omniquant.method import _Learner, _loss, _targets
+from lowbit.methods.omniquant import learner as omniquant
+from lowbit.methods.omniquant import method
+from lowbit.methods.omniquant.learner import Learner
+from lowbit.methods.omniquant.method import _loss, _targets
 from lowbit.methods.result import BlockResult, too_few_tokens
 from lowbit.solvers.clipping import WIDEST, LearnedClipping, search_clipping
 from lowbit.solvers.equivalence import searched_scale, smooth_scale
@@ -48,12 +50,12 @@ def statistics_of(task: BlockTask) -> dict[str, ChannelStatistics]:
     return input_statistics(task.block, task.groups, task.streams["float"])
 
 
-def learner_for(task: BlockTask, **options: Any) -> _Learner:
+def learner_for(task: BlockTask, **options: Any) -> Learner:
     method = published(**options)
-    return _Learner(method, method.readings(task), statistics_of(task), set())
+    return Learner(method, method.readings(task), statistics_of(task), set())
 
 
-def perturb(learner: _Learner) -> None:
+def perturb(learner: Learner) -> None:
     """Somewhere that training could get to."""
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -143,7 +145,7 @@ def test_only_what_rounding_sees_is_transformed() -> None:
     result = method.quantize(replace(given, groups=mlp))
     assert set(result.tensors) == {"post_attention_layernorm.weight"}
     one = published(let=True, overrides={"down_proj": {"activation_bits": 4}})
-    learner = _Learner(one, one.readings(given), statistics_of(given), set())
+    learner = Learner(one, one.readings(given), statistics_of(given), set())
     assert learner.folds and not any(f.kind == "rotary" for f in learner.folds.values())
 
 
@@ -347,7 +349,7 @@ def test_experts_with_too_few_tokens_are_rounded_to_nearest_and_named(
     if "let" in options:
         method = published(**W3, **options)
         readings = method.readings(task)
-        learner = _Learner(method, readings, statistics_of(task), set(result.linears))
+        learner = Learner(method, readings, statistics_of(task), set(result.linears))
         for name, log_scale in learner.log_scales.items():
             log_scale.data = result.learned[f"fold.{name}.log_scale"]
         load_changed(folded, learner.folded())
@@ -543,7 +545,59 @@ def test_statistics_are_those_of_the_float_stream_and_hessians_of_the_quantized(
         read["hessians"].append(streams[id(stream)])
         return input_hessians(block, groups, stream)
 
-    monkeypatch.setattr(omniquant, "input_statistics", statistics)
+    monkeypatch.setattr(method, "input_statistics", statistics)
     monkeypatch.setattr(learned, "input_hessians", hessians)
     OmniQuant(**W3, epochs=0, rounding="gptq", min_tokens=8, match="self").quantize(task)
     assert read == {"statistics": ["float"], "hessians": ["quantized"]}
+
+
+LEARNED: dict[str, Any] = {"rounding": "learned", "epochs": 0, "min_tokens": 8}
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_learned_codes_start_from_the_nearest_ones(name: str) -> None:
+    """Without epochs and without a search they are those of RTN."""
+    task = zoo.task(name)
+    settings = {"lwc": False, "rounding_start": "nearest", "rounding_epochs": 0}
+    found = OmniQuant(**W3, **LEARNED | settings).quantize(task)
+    for linear, wanted in RTN(**W3).quantize(task).linears.items():
+        for part, tensor in wanted.state_dict().items():
+            assert torch.equal(found.linears[linear].state_dict()[part], tensor)
+
+
+@pytest.mark.parametrize("match", ["self", "float"])
+def test_learned_codes_start_from_those_of_gptq(match: str) -> None:
+    task = zoo.task("llama")
+    options = W3 | LEARNED | {"match": match}
+    fed = OmniQuant(**options | {"rounding": "gptq"}).quantize(task)
+    found = OmniQuant(**options, rounding_epochs=0).quantize(task)
+    for linear, layer in fed.linears.items():
+        assert torch.equal(found.linears[linear].codes(), layer.codes())
+    assert found.report.loss_before == found.report.loss_after == fed.report.loss_after
+    learned = OmniQuant(**options, rounding_epochs=2).quantize(task)
+    assert learned.report.loss_before == fed.report.loss_after
+
+
+def test_a_run_starts_from_learned_codes() -> None:
+    task = zoo.task("llama")
+    options = W3 | LEARNED | {"rounding_epochs": 3, "rounding_batch": 1}
+    first = OmniQuant(**options).quantize(task)
+    task = replace(task, start=first.learned)
+    again = OmniQuant(**options | {"rounding_epochs": 0}).quantize(task)
+    for name, layer in first.linears.items():
+        for part, tensor in layer.state_dict().items():
+            assert torch.equal(again.linears[name].state_dict()[part], tensor)
+    with pytest.raises(ValueError, match="which these settings do not learn"):
+        OmniQuant(**options | {"rounding": "gptq"}).quantize(task)
+
+
+def test_experts_that_saw_few_tokens_keep_the_nearest_codes() -> None:
+    task = zoo.task("mixtral")
+    most = max(seen.tokens for seen in statistics_of(task).values())  # what attention saw
+    options = W3 | LEARNED | {"rounding_epochs": 2, "min_tokens": most}
+    result = OmniQuant(**options).quantize(task)
+    few = [n for n, r in result.report.linears.items() if r.fallback]
+    assert few and len(few) < len(result.linears)
+    assert not {name.rpartition(".")[0] for name in result.learned if name.endswith(".codes")} & {
+        *few
+    }

@@ -8,8 +8,9 @@ from typer import Argument
 from lowbit.cli.fields import print_fields, print_paragraphs
 from lowbit.cli.screen import console
 from lowbit.config import unknown_name
-from lowbit.fields import field_texts
+from lowbit.fields import field_texts, shown
 from lowbit.methods import METHODS, Method
+from lowbit.methods.method import EFFORTS
 from lowbit.recipes import load_recipe, recipe_names
 
 
@@ -49,5 +50,19 @@ def _explain(method: type[Method]) -> None:
     print_paragraphs(screen, f"Fields, as --set FIELD=VALUE or {python}. {note}")
     print_fields(screen, field_texts(method.model_fields), marked=method.per_linear)
     screen.print()
+    if method.efforts:
+        print_paragraphs(screen, _efforts(method))
     using = [name for name in recipe_names() if load_recipe(name).method == method.name]
     print_paragraphs(screen, f"Recipes (lowbit recipes NAME): {', '.join(using) or 'none'}")
+
+
+def _efforts(method: type[Method]) -> str:
+    """Returns what `--effort` sets."""
+    each = {name: method.efforts.get(name, {}) for name in EFFORTS}
+    texts = (
+        f"{name}: {', '.join(f'{field}={shown(value)}' for field, value in fields.items())}"
+        if fields
+        else f"{name}: as the fields say"
+        for name, fields in each.items()
+    )
+    return f"Efforts (--effort NAME), where --set does not say otherwise: {'; '.join(texts)}."

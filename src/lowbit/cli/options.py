@@ -17,6 +17,7 @@ from lowbit.checkpoint.recognize import float_folder
 from lowbit.cli.parameters import Device, RunAndCopyCode, calibration_option, meaning
 from lowbit.config import explain, unknown_name
 from lowbit.methods import METHODS, Method
+from lowbit.methods.method import EFFORTS
 from lowbit.models import FAMILIES, family_name
 from lowbit.parsing import parse_yaml, shorten
 from lowbit.pipeline import RunOptions
@@ -112,6 +113,9 @@ class JobOptions:
     only: Only = None
     lm_head_bits: HeadBits = None
     embedding_bits: EmbeddingBits = None
+    effort: Annotated[
+        str | None, Option(metavar="|".join(EFFORTS), help=meaning(RunOptions, "effort"))
+    ] = None
     start_from: Annotated[
         Path | None,
         Option(metavar="MODEL", help=f"{meaning(RunOptions, 'start_from')} Default: none."),
@@ -141,7 +145,9 @@ class JobOptions:
         if self.plan is not None:
             method, text, label = self._planned(settings)
         else:
-            method, text, label = choose_method(source, self.recipe, self.method, settings)
+            method, text, label = choose_method(
+                source, self.recipe, self.method, settings, self.effort
+            )
         overrides = {
             "sources": self.calibration or None,
             "samples": self.samples,
@@ -181,7 +187,8 @@ class JobOptions:
             Calibration(**plan.calibration)
         except ValidationError as error:
             raise ValueError(f"{where}: {explain(error)}") from None
-        return method, dict(plan.calibration), plan.recipe
+        chosen, _ = _with_effort(method, self.effort, settings)
+        return chosen, dict(plan.calibration), plan.recipe
 
 
 PATTERNS = ("skip", "only", "allow_float")
@@ -259,23 +266,42 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def choose_method(
-    source: Path, recipe: str | None, method: str | None, settings: dict[str, Any]
+    source: Path,
+    recipe: str | None,
+    method: str | None,
+    settings: dict[str, Any],
+    effort: str | None = None,
 ) -> tuple[Method, dict[str, Any], str | None]:
-    """Returns the method, the recipe's calibration, and the recipe's name with changed fields."""
+    """Returns the method, the recipe's calibration, and the recipe's name with changed fields.
+
+    effort: sets fields of the method that are not in `settings`; None: none.
+    """
     if method and not recipe:
         if method not in METHODS:
             raise ValueError(unknown_name(method, METHODS, "method"))
-        return METHODS[method](**settings), {}, None
+        return _with_effort(METHODS[method](**settings), effort, settings)[0], {}, None
     if not recipe:
         raise ValueError("give a --recipe (see lowbit recipes) or a --method (see lowbit methods)")
     if method:
         raise ValueError("give --recipe or --method, not both (change fields with --set)")
     loaded = load_recipe(recipe)
     chosen = method_of(recipe, loaded, family_name(source), settings)
-    changed = ", ".join(f"{field}={value}" for field, value in settings.items())
+    chosen, more = _with_effort(chosen, effort, settings)
+    changed = ", ".join(f"{field}={value}" for field, value in {**settings, **more}.items())
     name = Path(recipe).name  # config.json keeps it, and the folder of a recipe is private
     label = f"{name} with {changed}" if changed else name
     return chosen, loaded.calibration.model_dump(exclude_none=True), label
+
+
+def _with_effort(
+    method: Method, effort: str | None, settings: dict[str, Any]
+) -> tuple[Method, dict[str, Any]]:
+    """Returns the method with an effort, and the fields that the effort has changed."""
+    if effort is None:
+        return method, {}
+    chosen = method.with_effort(effort, settings)
+    fields = ((name, getattr(chosen, name)) for name in method.effort_fields(effort))
+    return chosen, {n: value for n, value in fields if value != getattr(method, n)}
 
 
 def method_of(name: str, recipe: Recipe, family: str, settings: dict[str, Any]) -> Method:

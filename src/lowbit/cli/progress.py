@@ -98,7 +98,8 @@ class RunProgress:
 
     @_draw.register
     def _run_started(self, event: RunStarted) -> None:
-        self.epochs = event.method.get("epochs", 0)
+        passes = ["epochs", *["rounding_epochs"] * (event.method.get("rounding") == "learned")]
+        self.epochs = max(event.method.get(name, 0) for name in passes)
         self.bar.update(self.task, total=event.blocks)
         self._line(f"{event.blocks} blocks on {event.device}")
 

@@ -89,10 +89,11 @@ class LearningMethod(Method):
         """Returns what learning starts from."""
         return "awq" if self.init == "auto" else self.init
 
-    def learning(self, inputs: bool = False) -> Learning:
+    def learning(self, inputs: bool = False, codes: bool = False) -> Learning:
         """Returns the settings of a `BlockLearner`.
 
         inputs: whether the inputs of linears are rounded too.
+        codes: whether codes are learned.
         """
         return Learning(
             lwc=self.lwc,
@@ -102,6 +103,7 @@ class LearningMethod(Method):
             alpha=self.alpha,
             init=self.starts_from(),
             inputs=inputs,
+            codes=codes,
         )
 
     def fallbacks(self, tokens: Mapping[str, int]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The base class of all methods."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -12,6 +12,8 @@ from lowbit.config import Config, explain, unknown_name
 from lowbit.methods.result import BlockResult
 from lowbit.patterns import matches
 
+EFFORTS = ("fast", "default", "best")  # how long a method learns
+
 
 class Method(Config):
     """A quantization method: a frozen configuration that can quantize one block.
@@ -21,12 +23,14 @@ class Method(Config):
     learns: whether a run can start from what an earlier run learned.
     rough: the fields with which it rounds a linear by itself and learns nothing: nearly as well, in
         less time. The losses of widths are measured so.
+    efforts: the fields that each effort sets, by its name; empty: the method learns nothing.
     """
 
     name: ClassVar[str]
     per_linear: ClassVar[tuple[str, ...]] = ()
     learns: ClassVar[bool] = False
     rough: ClassVar[Mapping[str, Any]] = {}
+    efforts: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     overrides: dict[str, dict[str, Any]] = Field(
         {},
@@ -79,6 +83,34 @@ class Method(Config):
         """
         return self.model_validate({**self.model_dump(), **fields})
 
+    def has_efforts(self) -> bool:
+        """Returns whether something is learned, for which there are efforts."""
+        return bool(self.efforts)
+
+    def effort_fields(self, effort: str) -> dict[str, Any]:
+        """Returns the fields that an effort sets: "default" none.
+
+        Raises ValueError for an unknown effort, and for a method that learns nothing.
+        """
+        if effort not in EFFORTS:
+            raise ValueError(unknown_name(effort, EFFORTS, "name of an effort"))
+        if not self.has_efforts():
+            raise ValueError(
+                f"effort is {effort}, but {self.name} learns nothing: leave out the effort, or "
+                "choose a method that learns (omniquant, matquant, ptq161; mixedquant with "
+                "rounding: learned)"
+            )
+        return dict(self.efforts.get(effort, {}))
+
+    def with_effort(self, effort: str, given: Collection[str] | None = None) -> Self:
+        """Returns the same method with the fields that an effort sets.
+
+        given: the fields that keep their values; None: those that were set explicitly.
+        """
+        kept = self.model_fields_set if given is None else given
+        fields = {n: v for n, v in self.effort_fields(effort).items() if n not in kept}
+        return self.model_copy(update=fields)
+
     def streams(self) -> tuple[str, ...]:
         """Returns the names of the streams of hidden states that the method needs.
 
@@ -90,6 +122,14 @@ class Method(Config):
     def windows_per_batch(self) -> int:
         """Returns the number of calibration windows in one batch of a stream."""
         return 1
+
+    def epochs_in_all(self) -> int:
+        """Returns the number of passes over the windows in which something is learned."""
+        return getattr(self, "epochs", 0)
+
+    def with_epochs(self, epochs: int) -> Self:
+        """Returns the same method with so many passes in all; see `epochs_in_all`."""
+        return self.model_copy(update={"epochs": epochs})
 
     def matches_float(self) -> bool:
         """Whether linears are rounded to match the float model's output.

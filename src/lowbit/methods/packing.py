@@ -54,3 +54,16 @@ def as_stored(grid: Grid, layer: OnGrid) -> Grid:
     """
     zero = None if grid.zero is None else layer.zeros() * 2.0**-grid.zero_shift
     return replace(grid, scale=layer.scale.float(), zero=zero)
+
+
+def stored_grid(layer: UniformLinear) -> Grid:
+    """Returns the grid that a layer stores."""
+    spec = layer.spec
+    zero = None if spec.symmetric else layer.zeros() * 2.0**-spec.zero_shift
+    return Grid(
+        layer.scale.float(),
+        zero,
+        bits=spec.bits,
+        group_size=spec.group_size,
+        zero_shift=spec.zero_shift,
+    )

@@ -65,6 +65,7 @@ def trained_report(
     nearest: float | None,
     after: float,
     fallbacks: Sequence[str],
+    before: float | None = None,
 ) -> BlockReport:
     """Returns the report of a block that was trained.
 
@@ -73,6 +74,7 @@ def trained_report(
     nearest: the loss of rounding to nearest, if it was measured.
     after: the loss of the block that is returned.
     fallbacks: sentences about the whole block.
+    before: the loss before training, if that of `fitted` was measured on some windows only.
     """
     training = TrainingReport(
         before=fitted.before,
@@ -85,7 +87,7 @@ def trained_report(
         linears=dict(linears),
         training=training,
         loss_rtn=nearest,
-        loss_before=fitted.before,
+        loss_before=fitted.before if before is None else before,
         loss_after=after,
         fallback="; ".join(fallbacks) or None,
     )

@@ -239,7 +239,7 @@ def _measure_block(
 
     A method with epochs runs with 0 and with 1: the difference is the time of one epoch.
     """
-    epochs = getattr(job.method, "epochs", 0)
+    epochs = job.method.epochs_in_all()
     counts = sorted({0, min(epochs, 1)})
     attempts, gradients = [], None
     if stream is not None and job.method.needs_output_hessians():

@@ -84,7 +84,7 @@ class Job:
             self.tokenizer = check_tokenizer(folder, options.trust_remote_code)
         # The last part of a folder's path, or the hub id: its folder is named after a commit.
         self.name = folder.absolute().name if Path(model).is_dir() else str(model)
-        self.method = method
+        self.method = method if options.effort is None else method.with_effort(options.effort)
         self.calibration = chosen_calibration(calibration)
         self.options = options
         self.device = choose_device(options.device)
@@ -121,7 +121,7 @@ class Job:
     def with_epochs(self, epochs: int) -> "Job":
         """Returns the same job with another number of epochs, for a method that has epochs."""
         other = copy(self)
-        other.method = self.method.model_copy(update={"epochs": epochs})
+        other.method = self.method.with_epochs(epochs)
         return other
 
     def _earlier_run(self) -> Learned | None:

@@ -8,6 +8,7 @@ from pydantic import field_validator, model_validator
 from lowbit.config import Config, option, shapes_result
 
 Place = Literal["auto", "memory", "disk"]
+Effort = Literal["fast", "default", "best"]
 
 
 class RunOptions(Config):
@@ -58,6 +59,12 @@ class RunOptions(Config):
         "Bits of the table of token embeddings, rounded to nearest in groups of a row; a tied "
         "output layer shares it, unless lm_head_bits is given; None: the table stays in float.",
         shapes_result=True,
+    )
+    effort: Effort | None = option(
+        None,
+        "How long a method that learns does so: sets the epochs that are not given, see `lowbit "
+        "methods NAME`; None: as the method's fields say.",
+        shapes_result=False,
     )
     start_from: Path | None = option(
         None,

@@ -30,7 +30,7 @@ from lowbit.pipeline.dry_run import (
     weights_in,
 )
 from lowbit.pipeline.job import Job
-from lowbit.pipeline.options import Place, RunOptions
+from lowbit.pipeline.options import Effort, Place, RunOptions
 from lowbit.pipeline.results import packed_tensors
 
 LONG = 3600.0  # seconds: a run that may take longer begins with a dry run
@@ -92,6 +92,7 @@ def plan(  # noqa: PLR0913 (the options of a run)
     only: Sequence[str] = (),
     lm_head_bits: int | None = None,
     embedding_bits: int | None = None,
+    effort: Effort | None = None,
     start_from: str | Path | None = None,
     plan: str | Path | None = None,
     budget: float | str | None = None,
@@ -156,7 +157,7 @@ def estimate(job: Job, windows: TokenWindows | None, preparation: float = 0.0) -
     dry_run_seconds = time.perf_counter() - started
     similar = [_most_similar(measured, index) for index in range(len(job.blocks))]
     batches = len(windows.batches(job.method.windows_per_batch())) if windows else 0
-    epochs = getattr(job.method, "epochs", 0)
+    epochs = job.method.epochs_in_all()
     more = batches - measured.batches
     block_seconds = sum(
         ratio * (block.seconds(batches, epochs) + _seconds(block.gradients, more))
@@ -207,7 +208,7 @@ def longest(job: Job, windows: TokenWindows | None) -> float:
     if windows is None:
         return weights * per_weight * WITHOUT_CALIBRATION
     tokens = windows.total
-    passes = 2 * len(job.method.streams()) + PASSES_PER_EPOCH * getattr(job.method, "epochs", 0)
+    passes = 2 * len(job.method.streams()) + PASSES_PER_EPOCH * job.method.epochs_in_all()
     passes += PASSES_PER_EPOCH * job.method.needs_output_hessians()
     return weights * (per_weight + 2 * tokens * passes / operations)
 

@@ -42,7 +42,7 @@ from lowbit.models.self_check import check_streaming
 from lowbit.models.tokenizer import FILES as TOKENIZER_FILES
 from lowbit.pipeline.allocation import widths_chosen, with_widths
 from lowbit.pipeline.job import Job
-from lowbit.pipeline.options import Place, RunOptions
+from lowbit.pipeline.options import Effort, Place, RunOptions
 from lowbit.pipeline.output_side import OutputSide
 from lowbit.pipeline.plan import LONG, estimate, longest
 from lowbit.pipeline.results import left_float, result_of, run_report
@@ -72,6 +72,7 @@ def quantize(  # noqa: PLR0913 (the options of a run)
     only: Sequence[str] = (),
     lm_head_bits: int | None = None,
     embedding_bits: int | None = None,
+    effort: Effort | None = None,
     start_from: str | Path | None = None,
     plan: str | Path | None = None,
     budget: float | str | None = None,

@@ -28,7 +28,7 @@ from lowbit.models.skeleton import memory_names, unfuse_experts
 from lowbit.models.source import SourceModel
 from lowbit.models.tokenizer import need_tokenizer
 from lowbit.pipeline import RunOptions, quantize
-from lowbit.pipeline.options import Place
+from lowbit.pipeline.options import Effort, Place
 from lowbit.preprocess.options import LoRA
 from lowbit.version import __version__
 
@@ -51,6 +51,7 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     only: Sequence[str] = (),
     lm_head_bits: int | None = None,
     embedding_bits: int | None = None,
+    effort: Effort | None = None,
     start_from: str | Path | None = None,
     plan: str | Path | None = None,
     budget: float | str | None = None,

@@ -19,7 +19,7 @@ from lowbit.blocks.statistics import ChannelStatistics, tokens_by_linear
 from lowbit.blocks.training import ParameterGroup
 from lowbit.solvers.clipping import LearnedClipping, rounding_error, search_clipping
 from lowbit.solvers.equivalence import middle_shift, searched_scale, smooth_scale
-from lowbit.solvers.rounding import Grid, GridShape, minmax_grid
+from lowbit.solvers.rounding import Grid, GridShape, code_values, extremes, minmax_grid
 
 SCALED = ("norm", "values")  # the kinds of folds whose scales are learned for weights alone
 Statistics = Mapping[str, ChannelStatistics]  # by the name of a LinearGroup or linear
@@ -37,6 +37,7 @@ class Learning:
         search of both.
     inputs: whether the inputs of linears and attentions are rounded too. `let` then also shifts
         channels where biases can absorb a shift, and scales queries against keys.
+    codes: whether codes are learned, after all of this (`lowbit.solvers.learned_rounding`).
     """
 
     lwc: bool
@@ -46,6 +47,7 @@ class Learning:
     alpha: float
     init: Literal["minmax", "awq"]
     inputs: bool
+    codes: bool = False
 
 
 class BlockLearner:
@@ -96,7 +98,26 @@ class BlockLearner:
                 for name in self.linears
                 if name not in unclipped or f"{name}.clip_low" in self.start
             }
+        # The codes that an earlier run learned: the values of each weight, and its grid.
+        self.earlier: dict[str, tuple[Tensor, Grid]] = {}
+        for name in self.linears if learning.codes else ():
+            codes = self._earlier_codes(name)
+            if codes is not None:
+                self.earlier[name] = codes
         self.start.check_used()
+
+    def _earlier_codes(self, name: str) -> tuple[Tensor, Grid] | None:
+        shape, size = self.shapes[name], self.float_tensors[f"{name}.weight"].shape
+        groups = extremes(self.float_tensors[f"{name}.weight"], shape.group_size)[0].shape
+        codes = self.start.take(f"{name}.codes", size)
+        scale = self.start.take(f"{name}.scale", groups)
+        zero = None if shape.symmetric else self.start.take(f"{name}.zero", groups)
+        if codes is None or scale is None or (zero is None and not shape.symmetric):
+            return None
+        grid = Grid(
+            scale, zero, bits=shape.bits, group_size=shape.group_size, zero_shift=shape.zero_shift
+        )
+        return code_values(codes, grid), grid
 
     def squared_error(self, name: str, weight: Tensor, grid: Grid) -> Tensor:
         """Returns the squared error of a rounded weight, (out, in), for the search of `init`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowbit.kernels.products import product
 from lowbit.solvers.feedback import (
     Place,
     damped_factor,
@@ -92,3 +93,14 @@ def gptq_codes(
 def _rows(values: Tensor, order: Tensor) -> Tensor:
     """Reorders the rows of parameters, and adds rows of 1 at the end if the order has more."""
     return functional.pad(values, (0, 0, 0, len(order) - len(values)), value=1.0)[order]
+
+
+def fed_target(weight: Tensor, values: Tensor, hessian: OrderedFactor) -> Tensor:
+    """Returns what `gptq_codes` rounded: a weight plus the error that was fed into it, (out, in).
+
+    values: (out, in), the rounded weight.
+    """
+    error = (weight - values)[:, hessian.order]
+    fed = torch.empty_like(weight)
+    fed[:, hessian.order] = product(error, hessian.factor.tril(-1))
+    return weight + fed

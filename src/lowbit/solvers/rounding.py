@@ -135,6 +135,19 @@ def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     return ungrouped((codes - zero) * scale, weight.shape[1])
 
 
+def of_each(of_group: Tensor, grid: Grid, columns: int) -> Tensor:
+    """Repeats a number of each group, (out, groups), for each of its weights: (out, columns)."""
+    size = min(grid.group_size or columns, columns)
+    return of_group.repeat_interleave(size, 1)[:, :columns]
+
+
+def code_values(codes: Tensor, grid: Grid) -> Tensor:
+    """Returns the weight (out, in) that codes of a grid represent."""
+    columns = codes.shape[1]
+    zero = 2.0 ** (grid.bits - 1) if grid.zero is None else of_each(grid.zero, grid, columns)
+    return (codes - zero) * of_each(grid.scale, grid, columns)
+
+
 def nearest_code(
     steps: Tensor, zero: Tensor | float, rounded: Callable[[Tensor], Tensor] = torch.round
 ) -> Tensor:

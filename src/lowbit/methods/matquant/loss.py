@@ -49,9 +49,9 @@ class Loss:
         return self.streams[stream].map(lambda batch: call_block(self.block, batch))
 
     def __call__(self, index: int, master: Master) -> Tensor:
-        return sum_of_parts(master.parts(), lambda parts: self._terms(index, master, parts))
+        return sum_of_parts(master.parts(), lambda parts: self.terms(index, master, parts))
 
-    def _terms(self, index: int, master: Master, parts: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    def terms(self, index: int, master: Master, parts: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """Yields the term of each width, from high to low, so that teachers precede students."""
         outputs: dict[int, Tensor] = {}
         for width, weight in self.weights.items():

@@ -9,52 +9,40 @@ from 2 to 8 can be sliced as well (section 4.2). With `extra_precision` a slice 
 """
 
 import re
-from collections.abc import Callable, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from lowbit.blocks import BlockTask
-from lowbit.blocks.folding import Tensors, load_changed
-from lowbit.blocks.statistics import ChannelStatistics, input_statistics, tokens_by_linear
+from lowbit.blocks.statistics import input_statistics, tokens_by_linear
 from lowbit.blocks.training import fit, mean_loss
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear, tensor_bytes
 from lowbit.kernels.slicing import MASTER_BITS
 from lowbit.methods.grid import GroupSize
-from lowbit.methods.learned import NEAREST_BETTER, LearningMethod, keep_if_better, packed_block
+from lowbit.methods.learned import NEAREST_BETTER, LearningMethod, keep_if_better
+from lowbit.methods.learned_rounding import LearnedRounding
 from lowbit.methods.matching import Match, match_field
-from lowbit.methods.matquant.joint import SliceSteps, slice_steps, weighted_mean
+from lowbit.methods.matquant.codes import learn_master
+from lowbit.methods.matquant.learner import Learner
 from lowbit.methods.matquant.loss import Loss
-from lowbit.methods.matquant.master import Master
-from lowbit.methods.matquant.packing import pack_nested, packed_plain, sliced_report
-from lowbit.methods.matquant.slices import fake_slice, master_codes
-from lowbit.methods.packing import as_stored
 from lowbit.methods.result import (
     NOT_POSITIVE_DEFINITE,
     BlockResult,
-    too_few_tokens,
     trained_report,
     warn_of_hessians,
 )
-from lowbit.run_report import LinearReport
-from lowbit.solvers.block_learner import BlockLearner
-from lowbit.solvers.clipping import rounding_error
-from lowbit.solvers.correction import Target
 from lowbit.solvers.gptq import OrderedFactor
-from lowbit.solvers.rounding import Grid, GridShape, grouped
 
 # Share of weights whose code is the additional one of extra_precision, by width; each costs a bit.
 # Measured on llama-mini at 2, 3, 4 and 6 bits with benchmarks/matquant.py.
 TOP_CODES = {2: 0.32, 3: 0.11, 4: 0.06, 5: 0.04, 6: 0.03, 7: 0.02}
-ATTENTION = ("attn", "attention")  # found in transformers' names of attention modules
 
 
-class MatQuant(LearningMethod):
+class MatQuant(LearningMethod, LearnedRounding):
     """Makes 8-bit codes whose upper 2 to 7 bits are good models too.
 
     Source: MatQuant (Nair et al., ICML 2025, arXiv 2502.06786). One folder then runs at any width
@@ -64,6 +52,11 @@ class MatQuant(LearningMethod):
 
     name: ClassVar[str] = "matquant"
     per_linear: ClassVar[tuple[str, ...]] = ("group_size", "symmetric", "extra_precision")
+
+    efforts: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fast": {"epochs": 1, "rounding_epochs": 5},
+        "best": {"epochs": 20, "rounding_epochs": 60},
+    }
 
     widths: list[int] = Field(
         [8, 4, 2],
@@ -109,10 +102,11 @@ class MatQuant(LearningMethod):
         description='What a slice learns on: the outputs of blocks at its own width ("per_bit"), '
         'at 8 bits ("shared_8") or in float ("shared_float").',
     )
-    rounding: Literal["nearest", "joint"] = Field(
+    rounding: Literal["nearest", "joint", "learned"] = Field(
         "joint",
-        description='How codes are chosen: "nearest" as published, or "joint", by a Hessian for '
-        "all widths together, which favours the widths with the largest weights.",
+        description='How codes are chosen: "nearest" as published; "joint", by a Hessian for all '
+        'widths together, which favours the widths with the largest weights; "learned", by gradient'
+        " descent on the loss of all widths.",
     )
 
     match: Match = match_field(condition=", for joint rounding")
@@ -139,8 +133,14 @@ class MatQuant(LearningMethod):
                 )
         return self
 
+    @property
+    def feeds_back(self) -> bool:
+        """Whether codes are chosen by a Hessian, at least those that learning starts from."""
+        learned = self.rounding == "learned" and self.rounding_start == "feedback"
+        return learned or self.rounding == "joint"
+
     def matches_float(self) -> bool:
-        return self.rounding == "joint" and self.match == "float"
+        return self.feeds_back and self.match == "float"
 
     def streams(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(("float", *map(self.stream_of, self.widths))))
@@ -180,7 +180,7 @@ class MatQuant(LearningMethod):
     def quantize(self, task: BlockTask) -> BlockResult:
         statistics = input_statistics(task.block, task.groups, task.streams["float"])
         fallbacks = self.fallbacks(tokens_by_linear(task.groups, statistics))
-        learner = _Learner(self, task, statistics, set(fallbacks))
+        learner = Learner(self, task, statistics, set(fallbacks))
         loss = self._loss(task)
         fitted = fit(
             learner.parameter_groups(),
@@ -195,22 +195,27 @@ class MatQuant(LearningMethod):
         keep = keep_if_better(learner, task, fitted.after, loss_nearest)
         searched = self.epochs > 0 or self.starts_from() == "awq" or bool(task.start)
         learned = keep and searched and (self.lwc or self.let)
-        if self.matches_float():
+        if self.matches_float() and not learner.earlier:
             result = learner.matched(task, learned, fallbacks)
         else:
             factors: dict[str, OrderedFactor] = {}
-            if self.rounding == "joint":
+            if self.feeds_back and not learner.earlier:
                 factors = self.factors(task, learner, self._shares())
                 failed = [n for n in learner.settings if n not in factors and n not in fallbacks]
                 fallbacks |= dict.fromkeys(failed, NOT_POSITIVE_DEFINITE)
             result = learner.result(factors, learned, fallbacks)
         warn_of_hessians(task, result.report.linears)
-        after = fitted.after if keep else loss_nearest
-        if self.rounding == "joint":  # fitted.after is the loss with the nearest codes
-            packed = learner.packed(result.linears)
-            after = mean_loss(lambda index: loss(index, packed), loss.batches)
+        before, after = fitted.before, fitted.after if keep else loss_nearest
+        if self.rounding != "nearest":  # fitted.after is the loss with the nearest codes
+            after = _packed_loss(loss, learner, result)
+        if self.rounding == "learned":
+            weights = learner.rounded_weights(result.linears)
+            fitted = learn_master(self, task, weights, learner.packed(result.linears), loss)
+            learner.put_learned(result, weights)
+            before, after = after, _packed_loss(loss, learner, result)
         reasons = [] if keep else [NEAREST_BETTER]
-        result.report = trained_report(result.report.linears, fitted, loss_nearest, after, reasons)
+        linears = result.report.linears
+        result.report = trained_report(linears, fitted, loss_nearest, after, reasons, before)
         return result
 
     def _loss(self, task: BlockTask) -> Loss:
@@ -231,168 +236,13 @@ class MatQuant(LearningMethod):
         return shares
 
 
-class _Learner(BlockLearner):
-    """The learned parameters of one block, and the master that they give."""
-
-    def __init__(
-        self,
-        method: MatQuant,
-        task: BlockTask,
-        statistics: dict[str, ChannelStatistics],
-        unclipped: set[str],
-    ) -> None:
-        self.method = method
-        names = [name for group in task.groups for name in group.linears]
-        settings = {name: method.at(f"{task.name}.{name}") for name in names}
-        shapes = {
-            name: GridShape(MASTER_BITS, s.group_size, s.symmetric) for name, s in settings.items()
-        }
-        self.settings = {n: s for n, s in settings.items() if method.scope == "all" or _is_ffn(n)}
-        if not self.settings:
-            raise ValueError(
-                f'{task.name} has no linear outside attention, which scope "ffn" needs: set scope '
-                'to "all"'
-            )
-        outside = set(settings) - set(self.settings)
-        super().__init__(task, statistics, unclipped | outside, method.learning(), shapes)
-
-    def squared_error(self, name: str, weight: Tensor, grid: Grid) -> Tensor:
-        """Returns the weighted sum of the squared errors of all widths: (out, in)."""
-        if name not in self.settings:
-            return rounding_error(weight, grid)
-        extra, codes = self.settings[name].extra_precision, master_codes(weight, grid)
-        total = torch.zeros_like(weight)
-        for width, share in self.method.weight_of().items():
-            total += share * (fake_slice(weight, grid, codes, width, extra) - weight).square()
-        return total
-
-    def master(self) -> Master:
-        """Returns the learned master, differentiable in all parameters."""
-        return self._master(self.folded(), self.grid)
-
-    def nearest(self) -> Master:
-        """Returns the master of rounding to nearest at 8 bits; its slices are the baseline."""
-        return self._master(self.float_tensors, self.whole_grid)
-
-    @torch.no_grad()
-    def packed(self, layers: Mapping[str, QuantizedLinear]) -> Master:
-        """Returns the master with the grids and codes of the packed layers."""
-        made = self.master()
-        grids, codes = dict(made.grids), dict(made.codes)
-        for name, layer in layers.items():
-            if isinstance(layer, NestedLinear):
-                grids[name] = as_stored(grids[name], layer)
-                codes[name] = grouped(layer.master, grids[name].group_size).to(torch.int16)
-        return replace(made, grids=grids, codes=codes)
-
-    def _master(self, tensors: Tensors, grid: Callable[[str, Tensor], Grid]) -> Master:
-        grids = {name: grid(name, tensors[f"{name}.weight"]) for name in self.linears}
-        codes = {
-            name: master_codes(tensors[f"{name}.weight"], grids[name]) for name in self.settings
-        }
-        extra = {name: settings.extra_precision for name, settings in self.settings.items()}
-        return Master(tensors, grids, codes, extra)
-
-    def result(
-        self,
-        factors: Mapping[str, OrderedFactor],
-        learned: bool,
-        fallbacks: Mapping[str, str],
-    ) -> BlockResult:
-        """Packs the block.
-
-        factors: the factored Hessians of the linears to round jointly for all widths, by name; all
-            others are rounded to nearest.
-        learned: whether the grids were learned or searched for the widths (those of linears that
-            saw too few tokens never are).
-        fallbacks: the fallback sentences of linears, by name.
-        """
-        weights = self.method.weight_of()
-
-        def packed(
-            name: str, weight: Tensor, bias: Tensor | None, _: object
-        ) -> tuple[QuantizedLinear, LinearReport]:
-            if name not in self.settings:
-                return packed_plain(
-                    weight, bias, self.grid(name, weight), self.tokens[name], fallbacks.get(name)
-                )
-            made = learned and self.tokens[name] >= self.method.min_tokens
-            targets = dict.fromkeys(weights, Target(weight, None))
-            nested = self._nested(name, weight, bias, factors.get(name), made, targets)
-            fallback = fallbacks.get(name)
-            return nested, sliced_report(weight, nested, targets, self.tokens[name], fallback)
-
-        return packed_block(self, packed)
-
-    def matched(self, task: BlockTask, learned: bool, fallbacks: Mapping[str, str]) -> BlockResult:
-        """Packs the block by joint rounding, so that its output matches the float model's.
-
-        learned, fallbacks: as in `result`.
-        """
-        block = deepcopy(task.block)
-        load_changed(block, self.folded())
-        weights = self.method.weight_of()
-        shares = {width: weight / sum(weights.values()) for width, weight in weights.items()}
-        factors: dict[str, OrderedFactor | None] = {}
-
-        def packed(
-            name: str, weight: Tensor, bias: Tensor | None, step: SliceSteps | None
-        ) -> tuple[QuantizedLinear, LinearReport]:
-            assert step is not None
-            if name not in self.settings:
-                return packed_plain(
-                    weight, bias, self.grid(name, weight), self.tokens[name], fallbacks.get(name)
-                )
-            if step.group.name not in factors:  # the groups come one after another
-                factors.clear()
-                factors[step.group.name] = step.factor(shares, self.method.damping)
-            factor, fallback = factors[step.group.name], fallbacks.get(name)
-            if fallback is None and step.tokens < self.method.min_tokens:
-                fallback = too_few_tokens(step.tokens)
-            if fallback is None and factor is None:
-                fallback = NOT_POSITIVE_DEFINITE
-            if fallback is None:
-                targets = step.targets(weight, self.method.damping)
-                mean = weighted_mean(targets, shares)
-            else:
-                factor, mean = None, weight
-                targets = dict.fromkeys(weights, Target(weight, None))
-            made = learned and self.tokens[name] >= self.method.min_tokens
-            nested = self._nested(name, mean, bias, factor, made, targets)
-            error = step.output_error(name, weight, nested)
-            tokens = self.tokens[name]
-            return nested, sliced_report(mean, nested, targets, tokens, fallback, error)
-
-        streams = {width: self.method.stream_of(width) for width in self.method.widths}
-        return packed_block(self, packed, lambda made: slice_steps(task, block, streams, made))
-
-    def _nested(
-        self,
-        name: str,
-        weight: Tensor,
-        bias: Tensor | None,
-        factor: OrderedFactor | None,
-        learned: bool,
-        targets: Mapping[int, Target],
-    ) -> NestedLinear:
-        """Packs a linear that is sliced.
-
-        weight: (out, in), what the grid is made for.
-        factor: the factored Hessian; None: the weight is rounded to nearest.
-        learned: whether its grid was learned or searched for the widths.
-        targets: what each width is rounded for.
-        """
-        extra = self.settings[name].extra_precision
-        weights, grid = self.method.weight_of(), self.grid(name, weight)
-        wanted = {width: target.weight for width, target in targets.items()}
-        return pack_nested(weight, bias, grid, factor, weights, extra, learned, wanted)
+def _packed_loss(loss: Loss, learner: Learner, result: BlockResult) -> float:
+    """Returns the mean loss of a packed block."""
+    packed = learner.packed(result.linears)
+    return mean_loss(lambda index: loss(index, packed), loss.batches)
 
 
 def _lesson(text: str) -> tuple[int, int]:
     """Returns (teacher, student): (8, 2) for "8->2"."""
     teacher, student = text.split("->")
     return int(teacher), int(student)
-
-
-def _is_ffn(linear: str) -> bool:
-    return not any(name in part for part in linear.split(".") for name in ATTENTION)

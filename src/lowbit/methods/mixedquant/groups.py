@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from lowbit.blocks import BlockTask, Fold, LinearGroup
-from lowbit.blocks.folding import Tensors
+from lowbit.blocks.folding import Tensors, tensors_of
 from lowbit.blocks.statistics import ChannelStatistics
 from lowbit.formats.sorted_group import InputOrder
 from lowbit.formats.sorted_group.reference import quantize_input, scaled
 from lowbit.methods.mixedquant.ordering import is_identity
+from lowbit.methods.result import BlockResult
+from lowbit.solvers.equivalence import smooth_scale
 
 
 @dataclass(kw_only=True)
@@ -87,6 +89,32 @@ def input_scale(
     return product
 
 
+def smoothed(
+    task: BlockTask,
+    statistics: Mapping[str, ChannelStatistics],
+    alpha: float | None,
+    min_tokens: int,
+) -> tuple[dict[str, Fold], dict[str, Tensor]]:
+    """Returns the folds that are smoothed, and the scale of each, both by the fold's name.
+
+    statistics: of the input of each `LinearGroup`, by the group's name.
+    alpha: the exponent of activations in the scales; None: no smoothing.
+    min_tokens: the tokens that the linears of a fold must have seen.
+    """
+    if alpha is None:
+        return {}, {}
+    inputs = {
+        name: statistics[group.name]
+        for group in task.groups
+        for name in group.linears
+        if statistics[group.name].tokens >= min_tokens
+    }
+    # Rotary folds scale queries and keys, which are not inputs of linears.
+    folds = {f.name: f for f in task.folds if f.kind != "rotary" and inputs.keys() & f.readers}
+    tensors = tensors_of(task.block)
+    return folds, {n: smooth_scale(f, tensors, inputs, alpha) for n, f in folds.items()}
+
+
 def permute_producers(task: BlockTask, groups: list[OrderedGroup], tensors: Tensors) -> None:
     """Folds the orders of inputs into the linears that produce them, where that is exact.
 
@@ -105,6 +133,19 @@ def permute_producers(task: BlockTask, groups: list[OrderedGroup], tensors: Tens
                 if f"{name}.{part}" in tensors:
                     tensors[f"{name}.{part}"] = tensors[f"{name}.{part}"][ordered.columns]
         ordered.order = replace(ordered.order, permutation=None)
+
+
+def in_input_order(groups: list[OrderedGroup], tensors: Tensors) -> Tensors:
+    """Returns the weights whose columns follow an order that was folded into producers."""
+    names = [(ordered, f"{name}.weight") for ordered in groups for name in ordered.group.linears]
+    return {name: ordered.for_input(tensors[name]) for ordered, name in names}
+
+
+def keep_changed(task: BlockTask, tensors: Tensors, result: BlockResult) -> None:
+    """Adds the tensors that smoothing changed outside the quantized linears to the result."""
+    for name, before in tensors_of(task.block).items():
+        if name.rpartition(".")[0] not in result.linears and not torch.equal(tensors[name], before):
+            result.tensors[name] = tensors[name]
 
 
 def _gated(task: BlockTask) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from lowbit.blocks import BlockTask, Fold, LinearGroup
+from lowbit.blocks import BlockTask, LinearGroup
 from lowbit.blocks.folding import Tensors, apply_folds, load_changed, tensors_of
 from lowbit.blocks.statistics import ChannelStatistics, input_statistics
 from lowbit.formats import link
@@ -30,10 +30,18 @@ from lowbit.formats.sorted_group import (
 from lowbit.formats.uniform.reference import group_count
 from lowbit.methods.damping import Damping, damping_field, damping_share
 from lowbit.methods.grid import GroupSize
+from lowbit.methods.learned_rounding import LearnedRounding
 from lowbit.methods.matching import Match, Step, match_field, steps, streams_of
-from lowbit.methods.method import Method
 from lowbit.methods.mixedquant.absorbing import SplitHessian, split_hessian
-from lowbit.methods.mixedquant.groups import OrderedGroup, input_scale, permute_producers
+from lowbit.methods.mixedquant.codes import learn_codes
+from lowbit.methods.mixedquant.groups import (
+    OrderedGroup,
+    in_input_order,
+    input_scale,
+    keep_changed,
+    permute_producers,
+    smoothed,
+)
 from lowbit.methods.mixedquant.ordering import (
     Salience,
     Sort,
@@ -55,7 +63,6 @@ from lowbit.methods.result import (
 from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.clipping import clipped_grid
 from lowbit.solvers.correction import Target
-from lowbit.solvers.equivalence import smooth_scale
 from lowbit.solvers.feedback import proxy_loss
 from lowbit.solvers.gptq import gptq_codes
 from lowbit.solvers.rounding import Grid, GridShape, minmax_grid
@@ -65,7 +72,7 @@ OF_THE_INPUT = ("activation_bits", "group_size", "salient_ratio", "alignment", "
 UNROUNDED = 16  # the value of activation_bits for inputs that are not rounded
 
 
-class MixedQuant(Method):
+class MixedQuant(LearnedRounding):
     """Few bits for weights and inputs; salient inputs stay in float.
 
     After the project adithyab100/smoothquant-mixedprecision (2024; there is no paper). All other
@@ -78,7 +85,7 @@ class MixedQuant(Method):
         *("bits", "salient_bits", "clip", "rounding"),
         *OF_THE_INPUT,
     )
-    rough: ClassVar[Mapping[str, Any]] = {"match": "self"}
+    rough: ClassVar[Mapping[str, Any]] = {"match": "self", "rounding_epochs": 0}
 
     bits: int = Field(4, ge=2, le=8, description="Bits of the code that is stored for a weight.")
     activation_bits: int = Field(
@@ -131,8 +138,10 @@ class MixedQuant(Method):
         description="Whether the range of each group is searched for the least error; False: the "
         "whole range is kept.",
     )
-    rounding: Literal["nearest", "gptq"] = Field(
-        "nearest", description="How the codes of weights are chosen: to nearest, or as by GPTQ."
+    rounding: Literal["nearest", "gptq", "learned"] = Field(
+        "nearest",
+        description='How the codes of weights are chosen: "nearest"; "gptq", with error feedback; '
+        '"learned", by gradient descent on the error of the block\'s output.',
     )
     damping: Damping = damping_field(", for GPTQ")
     min_tokens: int = Field(
@@ -157,14 +166,22 @@ class MixedQuant(Method):
             )
         return self
 
+    @property
+    def _feeds_back(self) -> bool:
+        """Whether codes are chosen by GPTQ, at least those that learning starts from."""
+        learned = self.rounding == "learned" and self.rounding_start == "feedback"
+        return learned or self.rounding == "gptq"
+
+    def _every(self) -> list[Self]:
+        """Returns the settings of all linears that may differ."""
+        return [self, *map(self._with, self.overrides.values())]
+
     def matches_float(self) -> bool:
-        if self.match == "self":
-            return False
-        some = [self.rounding, *(fields.get("rounding") for fields in self.overrides.values())]
-        return "gptq" in some
+        return self.match == "float" and any(each._feeds_back for each in self._every())
 
     def streams(self) -> tuple[str, ...]:
-        return streams_of("float" if self.matches_float() else "self", "quantized")
+        learned = any(each.rounding == "learned" for each in self._every())
+        return streams_of("float" if learned or self.matches_float() else "self", "quantized")
 
     def needs_folds(self) -> dict[str, tuple[str, ...]]:
         return {} if self.smooth is None else {"smooth": ("norm", "values", "gated")}
@@ -181,7 +198,7 @@ class MixedQuant(Method):
 
     def quantize(self, task: BlockTask) -> BlockResult:
         statistics = input_statistics(task.block, task.groups, task.streams["quantized"])
-        smoothing = self._smoothing(task, statistics)
+        smoothing = smoothed(task, statistics, self.smooth, self.min_tokens)
         tensors = apply_folds(tensors_of(task.block), *smoothing)
         groups: list[OrderedGroup] = []
         for group in task.groups:
@@ -199,8 +216,23 @@ class MixedQuant(Method):
             reports |= facts
         warn_of_hessians(task, reports)
         result.report = BlockReport(linears=reports)
-        _keep_changed(task, tensors, result)
+        self._learn(task, groups, tensors, result)
+        keep_changed(task, tensors, result)
         return result
+
+    def _learn(
+        self, task: BlockTask, groups: list[OrderedGroup], tensors: Tensors, result: BlockResult
+    ) -> None:
+        """Learns the codes of the linears that ask for it and saw enough tokens."""
+        learned = {
+            name: ordered
+            for ordered in groups
+            for name in ordered.group.linears
+            if self.at(f"{task.name}.{name}").rounding == "learned" and not ordered.fallback
+        }
+        if learned:
+            float_tensors = tensors | in_input_order(groups, tensors)
+            learn_codes(self, task, learned, float_tensors, result)
 
     def _common(self, task: BlockTask, group: LinearGroup) -> Self:
         """Returns the settings that all linears of a `LinearGroup` have in common.
@@ -217,23 +249,6 @@ class MixedQuant(Method):
                     f"{task.name}: these linears read the same input and need the same value"
                 )
         return each[0]
-
-    def _smoothing(
-        self, task: BlockTask, statistics: Mapping[str, ChannelStatistics]
-    ) -> tuple[dict[str, Fold], dict[str, Tensor]]:
-        """Returns the folds that are smoothed, and the scale of each, both by the fold's name."""
-        if self.smooth is None:
-            return {}, {}
-        inputs = {
-            name: statistics[group.name]
-            for group in task.groups
-            for name in group.linears
-            if statistics[group.name].tokens >= self.min_tokens
-        }
-        # Rotary folds scale queries and keys, which are not inputs of linears.
-        folds = {f.name: f for f in task.folds if f.kind != "rotary" and inputs.keys() & f.readers}
-        tensors = tensors_of(task.block)
-        return folds, {n: smooth_scale(f, tensors, inputs, self.smooth) for n, f in folds.items()}
 
     def _ordered(
         self,
@@ -290,11 +305,11 @@ class MixedQuant(Method):
         linears: the quantized linears; see `lowbit.methods.matching.steps`.
         """
         names = [name for group in task.groups for name in group.linears]
-        if all(self.at(f"{task.name}.{name}").rounding == "nearest" for name in names):
+        if not any(self.at(f"{task.name}.{name}")._feeds_back for name in names):
             yield from ((ordered, None) for ordered in groups)
             return
         block = deepcopy(task.block)
-        load_changed(block, tensors | _in_input_order(groups, tensors))
+        load_changed(block, tensors | in_input_order(groups, tensors))
         by_name = {ordered.group.name: ordered for ordered in groups}
         by_first = {ordered.group.linears[0]: ordered for ordered in groups}
 
@@ -329,7 +344,7 @@ class MixedQuant(Method):
             bias = tensors.get(f"{name}.bias")
             here = self.at(f"{task.name}.{name}")
             target = Target(weight, None)
-            feedback = split if here.rounding == "gptq" else None
+            feedback = split if here._feeds_back else None
             if step is not None and feedback is not None:
                 target = step.target(weight, self._damping_of(step))
             shares = None if name == first else first
@@ -381,16 +396,3 @@ class MixedQuant(Method):
             return minmax_grid(weight, *shape)
         square = ordered.statistics.square[ordered.columns[: ordered.kept]]
         return clipped_grid(weight, square, shape)
-
-
-def _in_input_order(groups: list[OrderedGroup], tensors: Tensors) -> Tensors:
-    """Returns the weights whose columns follow an order that was folded into producers."""
-    names = [(ordered, f"{name}.weight") for ordered in groups for name in ordered.group.linears]
-    return {name: ordered.for_input(tensors[name]) for ordered, name in names}
-
-
-def _keep_changed(task: BlockTask, tensors: Tensors, result: BlockResult) -> None:
-    """Adds the tensors that smoothing changed outside the quantized linears to the result."""
-    for name, before in tensors_of(task.block).items():
-        if name.rpartition(".")[0] not in result.linears and not torch.equal(tensors[name], before):
-            result.tensors[name] = tensors[name]

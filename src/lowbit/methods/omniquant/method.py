@@ -13,8 +13,7 @@ values, token by token when the model runs (section 4.1). LET then also shifts c
 can absorb the shift (equation 3) and scales queries against keys (equation 5).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -26,33 +25,23 @@ from torch.nn import functional
 
 from lowbit.blocks import BlockTask, Stream
 from lowbit.blocks.capture import call_block
-from lowbit.blocks.folding import Tensors, load_changed
-from lowbit.blocks.statistics import ChannelStatistics, input_statistics, tokens_by_linear
-from lowbit.blocks.training import fit, mean_loss
-from lowbit.formats.base import QuantizedLinear
-from lowbit.formats.reading import Reading
-from lowbit.formats.uniform import UniformLinear
-from lowbit.methods.activations import ActivationMethod, Readings
-from lowbit.methods.damping import damping_share
-from lowbit.methods.learned import NEAREST_BETTER, LearningMethod, keep_if_better, packed_block
-from lowbit.methods.matching import Match, Step, match_field, steps
-from lowbit.methods.packing import pack, pack_with_feedback
+from lowbit.blocks.folding import Tensors
+from lowbit.blocks.statistics import input_statistics, tokens_by_linear
+from lowbit.blocks.training import Fit, fit, mean_loss
+from lowbit.methods.activations import ActivationMethod
+from lowbit.methods.learned import NEAREST_BETTER, LearningMethod, keep_if_better
+from lowbit.methods.learned_rounding import LearnedRounding
+from lowbit.methods.matching import Match, match_field
+from lowbit.methods.omniquant.learner import Learner
 from lowbit.methods.result import (
     NOT_POSITIVE_DEFINITE,
     BlockResult,
-    signal_to_noise,
-    too_few_tokens,
     trained_report,
     warn_of_hessians,
 )
-from lowbit.run_report import LinearReport
-from lowbit.solvers.block_learner import BlockLearner
-from lowbit.solvers.correction import Target
-from lowbit.solvers.gptq import OrderedFactor, ordered_factor
-from lowbit.solvers.rounding import Grid, fake_quantize
 
 
-class OmniQuant(LearningMethod, ActivationMethod):
+class OmniQuant(LearningMethod, LearnedRounding, ActivationMethod):
     """Learns clipping ranges and channel scales, block by block.
 
     Source: OmniQuant (Shao et al., ICLR 2024, arXiv 2308.13137). For weights alone, or for weights
@@ -62,13 +51,19 @@ class OmniQuant(LearningMethod, ActivationMethod):
 
     name: ClassVar[str] = "omniquant"
     rough: ClassVar[Mapping[str, Any]] = {
-        **{"epochs": 0, "let": False, "aug_loss": False, "match": "self"}
+        **{"epochs": 0, "let": False, "aug_loss": False, "match": "self", "rounding_epochs": 0}
     }
 
-    rounding: Literal["nearest", "gptq"] = Field(
+    efforts: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fast": {"epochs": 1, "rounding_epochs": 5},
+        "best": {"epochs": 20, "rounding_epochs": 60},
+    }
+
+    rounding: Literal["nearest", "gptq", "learned"] = Field(
         "gptq",
-        description='How codes are chosen on the learned grid: "nearest" as published, or "gptq", '
-        "column by column with the error fed into the columns left.",
+        description='How codes are chosen on the learned grid: "nearest" as published; "gptq", '
+        'column by column with the error fed into the columns left; "learned", by gradient descent '
+        "on the error of the block's output.",
     )
 
     match: Match = match_field()
@@ -76,8 +71,14 @@ class OmniQuant(LearningMethod, ActivationMethod):
     def starts_from(self) -> Literal["minmax", "awq"]:
         return "minmax" if self.init == "auto" and self.activation_bits else super().starts_from()
 
+    @property
+    def feeds_back(self) -> bool:
+        """Whether codes are chosen with error feedback, at least those that learning starts from"""
+        learned = self.rounding == "learned" and self.rounding_start == "feedback"
+        return learned or self.rounding == "gptq"
+
     def matches_float(self) -> bool:
-        return self.rounding == "gptq" and self.match == "float"
+        return self.feeds_back and self.match == "float"
 
     def streams(self) -> tuple[str, ...]:
         return ("float", "quantized")
@@ -87,7 +88,7 @@ class OmniQuant(LearningMethod, ActivationMethod):
         task = readings.task
         statistics = input_statistics(task.block, task.groups, task.streams["float"])
         fallbacks = self.fallbacks(tokens_by_linear(task.groups, statistics))
-        learner = _Learner(self, readings, statistics, set(fallbacks))
+        learner = Learner(self, readings, statistics, set(fallbacks))
         targets = _targets(task, self.aug_loss)
         float_task, task = task, replace(task, block=readings.rounding_block())
         start = learner.values()
@@ -101,24 +102,29 @@ class OmniQuant(LearningMethod, ActivationMethod):
         )
         nearest = mean_loss(_loss(task, learner.nearest, targets), len(targets[0]))
         keep = keep_if_better(learner, task, fitted.after, nearest)
-        if self.rounding == "nearest":
-            result, after = learner.result({}, fallbacks), fitted.after if keep else nearest
-        else:
+        if self.feeds_back and not learner.earlier:
             tries = [start, learner.values()] if keep and fitted.best_epoch else [learner.values()]
             result, after = self._with_feedback(
                 task, learner, float_task, fallbacks, targets, tries
             )
+        else:
+            result, after = learner.result({}, fallbacks), fitted.after if keep else nearest
+        before = fitted.before
+        if self.rounding == "learned":
+            fitted = self._learn_codes(task, learner, result, targets)
+            before, after = after, _fixed_loss(task, learner.packed(result.linears), targets)
         warn_of_hessians(task, result.report.linears)
         reasons = [] if keep else [NEAREST_BETTER]
         if readings.fallback is not None:
             reasons.append(readings.fallback)
-        result.report = trained_report(result.report.linears, fitted, nearest, after, reasons)
+        linears = result.report.linears
+        result.report = trained_report(linears, fitted, nearest, after, reasons, before)
         return result
 
     def _with_feedback(
         self,
         task: BlockTask,
-        learner: "_Learner",
+        learner: Learner,
         float_task: BlockTask,
         fallbacks: Mapping[str, str],
         targets: Sequence[Stream],
@@ -133,7 +139,7 @@ class OmniQuant(LearningMethod, ActivationMethod):
         task, float_task: the task, with a block that rounds its inputs and with one that does not.
         tries: the values of the learned parameters to try.
         """
-        found: list[tuple[float, BlockResult]] = []
+        found: list[tuple[float, BlockResult, Tensors]] = []
         for values in tries:
             learner.restore(values)
             if self.match == "float":
@@ -144,148 +150,30 @@ class OmniQuant(LearningMethod, ActivationMethod):
                 failed = [n for n in learner.linears if n not in factors and n not in fallbacks]
                 sentences = {**fallbacks, **dict.fromkeys(failed, NOT_POSITIVE_DEFINITE)}
                 result = learner.result(factors, sentences)
-            found.append((_fixed_loss(task, learner.packed(result.linears), targets), result))
-        after, result = min(found, key=lambda each: each[0])
+            loss = _fixed_loss(task, learner.packed(result.linears), targets)
+            found.append((loss, result, learner.codes_of))
+        after, result, learner.codes_of = min(found, key=lambda each: each[0])
         return result, after
 
-
-class _Learner(BlockLearner):
-    """The learned parameters of one block, and its weights rounded to the grids that they give."""
-
-    def __init__(
+    def _learn_codes(
         self,
-        method: OmniQuant,
-        readings: Readings,
-        statistics: dict[str, ChannelStatistics],
-        unclipped: set[str],
-    ) -> None:
-        self.method, self.readings, task = method, readings, readings.task
-        shapes = {name: method.at(f"{task.name}.{name}").grid_shape for name in readings.linears}
-        rounds = any(reading.activation for reading in readings.linears.values())
-        learning = method.learning(inputs=rounds)
-        task = replace(task, attentions=tuple(readings.attentions))
-        super().__init__(task, statistics, unclipped, learning, shapes)
-
-    def rotated(self, name: str, weight: Tensor) -> Tensor:
-        return self.readings.linears[name].rotate_weight(weight)
-
-    def rotated_squares(self, name: str, squares: Tensor) -> Tensor:
-        """Returns the mean over all channels, on each of which a rotation puts a part of all."""
-        rotates = self.readings.linears[name].rotation is not None
-        return squares.mean().expand_as(squares) if rotates else squares
-
-    def whole_range_error(self, name: str, weight: Tensor) -> Tensor:
-        if name not in self.shapes or self.readings.linears[name].rotation is None:
-            return super().whole_range_error(name, weight)
-        return (self._rounded(name, weight, self.whole_grid) - weight).square()
-
-    def _rounded(self, name: str, weight: Tensor, grid: Callable[[str, Tensor], Grid]) -> Tensor:
-        """Returns a weight (out, in) rounded to a grid, if need be in its rotated form."""
-        reading, rotated = self.readings.linears[name], self.rotated(name, weight)
-        return reading.restore_weight(fake_quantize(rotated, grid(name, rotated)))
-
-    def tensors(self) -> Tensors:
-        """Returns the tensors of the quantized block, differentiable in the learned parameters."""
-        tensors = self.folded()
-        for name in self.linears:
-            tensors[f"{name}.weight"] = self._rounded(name, tensors[f"{name}.weight"], self.grid)
-        return tensors
-
-    def nearest(self) -> Tensors:
-        """Returns the tensors of the block rounded to nearest, the baseline."""
-        tensors = dict(self.float_tensors)
-        for name in self.linears:
-            weight = tensors[f"{name}.weight"]
-            tensors[f"{name}.weight"] = self._rounded(name, weight, self.whole_grid)
-        return tensors
-
-    @torch.no_grad()
-    def packed(self, layers: Mapping[str, QuantizedLinear]) -> Tensors:
-        """Returns the tensors of the quantized block, with the weights of the packed layers."""
-        weights = {f"{name}.weight": layer.dequantize() for name, layer in layers.items()}
-        return self.folded() | weights
-
-    def result(
-        self,
-        factors: Mapping[str, OrderedFactor],
-        fallbacks: Mapping[str, str],
-    ) -> BlockResult:
-        """Packs the block.
-
-        factors: the factored Hessians of the linears to round with error feedback, by name; all
-            others are rounded to nearest.
-        fallbacks: the fallback sentences of linears, by name.
-        """
-
-        def packed(
-            name: str, weight: Tensor, bias: Tensor | None, _: object
-        ) -> tuple[UniformLinear, LinearReport]:
-            rotated = self.rotated(name, weight)
-            grid = self.grid(name, rotated)
-            if name in factors:
-                layer, _ = pack_with_feedback(rotated, bias, grid, factors[name])
-            else:
-                layer = pack(rotated, bias, grid)
-            layer = self.readings.read_by(name, layer)
-            return layer, LinearReport(
-                signal_to_noise_db=signal_to_noise(weight, layer),
-                tokens=self.tokens[name],
-                fallback=fallbacks.get(name),
-            )
-
-        return self.readings.complete(packed_block(self, packed))
-
-    @torch.no_grad()
-    def matched(self, task: BlockTask, fallbacks: Mapping[str, str]) -> BlockResult:
-        """Packs the block with error feedback, so that its output matches the float model's.
-
-        fallbacks: the fallback sentences of the linears that saw too few tokens, by name.
-        """
-        block = deepcopy(task.block)
-        load_changed(block, self.folded())
-        factors: dict[tuple[str, Reading], OrderedFactor | None] = {}
-
-        def packed(
-            name: str, weight: Tensor, bias: Tensor | None, step: Step | None
-        ) -> tuple[UniformLinear, LinearReport]:
-            assert step is not None
-            damping = damping_share(self.method.damping, step.hessian.tokens, weight.shape[1])
-            reading = self.readings.linears[name]
-            key, fallback = (step.group.name, reading), fallbacks.get(name)
-            if key not in factors:
-                matrix = reading.rotate_hessian(step.hessian.matrix)
-                if any(group != step.group.name for group, _ in factors):
-                    factors.clear()  # the groups come one after another
-                factors[key] = ordered_factor(matrix, damping, True)
-            factor = factors[key]
-            if fallback is None and step.hessian.tokens < self.method.min_tokens:
-                fallback = too_few_tokens(step.hessian.tokens)
-            if fallback is None and factor is None:
-                fallback = NOT_POSITIVE_DEFINITE
-            if fallback is not None or factor is None:
-                target = Target(weight, None)
-                rotated = self.rotated(name, weight)
-                layer = pack(rotated, bias, self.grid(name, rotated))
-            else:
-                target = step.target(weight, damping)
-                rotated = self.rotated(name, target.weight)
-                grid = self.grid(name, rotated)
-                layer, _ = pack_with_feedback(rotated, bias, grid, factor)
-            layer = self.readings.read_by(name, layer)
-            return layer, LinearReport(
-                signal_to_noise_db=signal_to_noise(target.weight, layer),
-                output_error=step.output_error(name, weight, layer),
-                correction=target.strength,
-                tokens=self.tokens[name],
-                fallback=fallback,
-            )
-
-        attention, seen = self.readings.attentions, self.readings.seen
-
-        def in_order(made: Mapping[str, QuantizedLinear]) -> Iterator[Step]:
-            return steps(task, "float", "quantized", made, block, attention, seen)
-
-        return self.readings.complete(packed_block(self, packed, in_order))
+        task: BlockTask,
+        learner: Learner,
+        result: BlockResult,
+        targets: Sequence[Stream],
+    ) -> Fit:
+        """Learns the codes of a packed block, and puts layers with these codes into the result."""
+        weights = learner.rounded_weights(result)
+        fixed = learner.packed(result.linears)
+        fitted = self.learn_codes(
+            task,
+            weights,
+            lambda: fixed | learner.learned_values(weights),
+            lambda index, tensors: _loss(task, lambda: tensors, targets)(index),
+            len(targets[0]),
+        )
+        learner.put_learned(result, weights)
+        return fitted
 
 
 def _targets(task: BlockTask, aug_loss: bool) -> list[Stream]:

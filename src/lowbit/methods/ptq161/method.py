@@ -75,6 +75,10 @@ class PTQ161(Method):
     """
 
     name: ClassVar[str] = "ptq161"
+    efforts: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fast": {"epochs": 5},
+        "best": {"epochs": 60},
+    }
     per_linear: ClassVar[tuple[str, ...]] = ("salient_ratio", "alignment", "row_mean")
     learns: ClassVar[bool] = True
 

@@ -1,0 +1,91 @@
+"""The fields of the methods that can learn codes, and learning them for one block."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field
+from torch import Tensor
+
+from lowbit.blocks import BlockTask
+from lowbit.blocks.folding import Tensors
+from lowbit.blocks.training import Fit
+from lowbit.methods.method import Method
+from lowbit.solvers.learned_rounding import RoundedWeight, Steps, learn_rounding
+
+
+class LearnedRounding(Method):
+    """A method that can learn which codes weights are rounded to; see the field `rounding`."""
+
+    efforts: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fast": {"rounding_epochs": 5},
+        "best": {"rounding_epochs": 60},
+    }
+
+    rounding_start: Literal["nearest", "feedback"] = Field(
+        "feedback",
+        description='The codes that learned rounding starts from: "nearest", or "feedback", those '
+        "that are chosen column by column with the error fed into the columns left.",
+    )
+    rounding_epochs: int = Field(
+        10,
+        ge=0,
+        description="Passes over the calibration windows in which learned rounding learns codes "
+        "and scales; 0: it keeps those that it starts from.",
+    )
+    rounding_batch: int = Field(
+        4, ge=1, description="Batches of calibration windows in one step of learned rounding."
+    )
+    rounding_reach: float = Field(
+        0.5,
+        gt=0,
+        description="Steps of the grid that learned rounding can move a weight in all, before it "
+        "is rounded.",
+    )
+    rounding_scale_lr: float = Field(
+        1e-3,
+        ge=0,
+        description="Adam's learning rate for the relative change of scales in learned rounding; "
+        "0: scales stay.",
+    )
+
+    def has_efforts(self) -> bool:
+        return self.learns_codes or "epochs" in type(self).model_fields
+
+    def effort_fields(self, effort: str) -> dict[str, Any]:
+        fields = super().effort_fields(effort)
+        other = "epochs" if self.learns_codes else "rounding_epochs"
+        return {name: value for name, value in fields.items() if name != other}
+
+    @property
+    def learns_codes(self) -> bool:
+        return getattr(self, "rounding", "") == "learned"
+
+    def epochs_in_all(self) -> int:
+        return super().epochs_in_all() + (self.rounding_epochs if self.learns_codes else 0)
+
+    def with_epochs(self, epochs: int) -> Self:
+        others = {"epochs": 0} if "epochs" in type(self).model_fields else {}
+        if self.learns_codes and self.rounding_epochs:
+            return self.model_copy(update={**others, "rounding_epochs": epochs})
+        return super().with_epochs(epochs) if others else self
+
+    def learn_codes(
+        self,
+        task: BlockTask,
+        weights: Mapping[str, RoundedWeight],
+        tensors: Callable[[], Tensors],
+        loss: Callable[[int, Tensors], Tensor],
+        batches: int,
+        unit: float = 1.0,
+    ) -> Fit:
+        """Learns the codes of weights; see `lowbit.solvers.learned_rounding.learn_rounding`.
+
+        unit: codes in a step of the grid that `rounding_reach` counts.
+        """
+        steps = Steps(
+            epochs=self.rounding_epochs,
+            batches=self.rounding_batch,
+            reach=unit * self.rounding_reach,
+            scale_rate=self.rounding_scale_lr,
+        )
+        return learn_rounding(task, weights, tensors, loss, batches, steps)

@@ -1,0 +1,252 @@
+"""Learn the codes of a block: every weight moves on its grid until the block's output fits.
+
+A weight is rounded to the nearest code of its grid, and gradients pass straight through the
+rounding. So to learn an offset that is added before rounding is to move the weight itself. Weights
+move by signed gradient descent: in each step by the same share of a step of the grid, which falls
+linearly to zero. The scales of the grid move by Adam. What is kept is what has the lowest loss on
+windows that nothing was learned from.
+
+Source: signed gradient descent is that of SignRound (Cheng et al., arXiv 2309.05516, section 3).
+There all weights start from themselves; here they may also start from the codes of GPTQ.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowbit.blocks import BlockTask
+from lowbit.blocks.folding import Tensors
+from lowbit.blocks.training import Fit, mean_loss
+from lowbit.solvers.rounding import (
+    Grid,
+    code_values,
+    fake_quantize,
+    grouped,
+    nearest_code,
+    of_each,
+    ungrouped,
+)
+
+HELD_OUT = 8  # one of so many batches is held out, at least one if there are two
+EDGE = 0.499  # steps beyond the outermost codes where a weight stops; half a step is a tie
+
+
+class RoundedWeight:
+    """One weight whose codes are learned, and the grid that they belong to.
+
+    weight: (out, in) float32, the learned weight; its nearest codes on `grid` are what is stored.
+    change: (out, groups) float32, the learned relative change of the scales.
+    """
+
+    def __init__(self, weight: Tensor, grid: Grid, stored: torch.dtype = torch.float16) -> None:
+        """Starts from a weight and a grid.
+
+        weight: (out, in), whose nearest codes are those to start from.
+        grid: with scales and zero points as they are stored.
+        stored: the dtype in which scales are stored.
+        """
+        self.start = grid
+        self.stored = stored
+        self.weight = weight.detach().clone().requires_grad_()
+        self.change = torch.zeros_like(grid.scale).requires_grad_()
+        self.keep_on_grid()
+
+    @property
+    def grid(self) -> Grid:
+        """The grid with the learned scales as they will be stored, differentiable in `change`."""
+        scale = self.start.scale * (1 + self.change)
+        if self.stored != torch.float32:
+            limits = torch.finfo(self.stored)
+            scale = scale.clamp(limits.tiny, limits.max)
+            scale = scale + (scale.to(self.stored).float() - scale).detach()
+        return replace(self.start, scale=scale)
+
+    def value(self) -> Tensor:
+        """Returns the rounded weight (out, in), differentiable in `weight` and `change`."""
+        return fake_quantize(self.weight, self.grid)
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """Returns the codes, (out, in) uint8."""
+        grid = self.grid
+        steps = grouped(self.weight, grid.group_size) / grid.scale.unsqueeze(-1)
+        zero = self._zero if grid.zero is None else grid.zero.unsqueeze(-1)
+        codes = nearest_code(steps, zero).clamp(0, grid.top)
+        return ungrouped(codes, self.weight.shape[1]).to(torch.uint8)
+
+    @torch.no_grad()
+    def restore(self, codes: Tensor, change: Tensor) -> None:
+        """Sets the weight to the values of codes, and the change of the scales."""
+        self.change.copy_(change)
+        self.weight.copy_(code_values(codes, self.grid))
+
+    @property
+    def _zero(self) -> float:
+        """The zero point of a symmetric grid."""
+        return 2.0 ** (self.start.bits - 1)
+
+    @torch.no_grad()
+    def move(self, rate: float) -> None:
+        """Moves each weight against the sign of its gradient, by `rate` steps of the grid."""
+        if self.weight.grad is not None:
+            self.weight -= self.weight.grad.sign_().mul_(self._each(self.grid.scale)).mul_(rate)
+            self.weight.grad = None
+
+    @torch.no_grad()
+    def keep_on_grid(self) -> None:
+        """Moves weights outside the grid to its edge, where they still get a gradient."""
+        scale = self.grid.scale
+        zero = self._zero if self.start.zero is None else self.start.zero
+        low, high = (-EDGE - zero) * scale, (self.start.top + EDGE - zero) * scale
+        torch.clamp(self.weight, self._each(low), self._each(high), out=self.weight)
+
+    def _each(self, of_group: Tensor) -> Tensor:
+        return of_each(of_group, self.start, self.weight.shape[1])
+
+    def learned(self) -> Tensors:
+        """Returns what a later run can start from."""
+        grid = self.grid
+        zero = {} if grid.zero is None else {"zero": grid.zero}
+        return {"codes": self.codes(), "scale": grid.scale.detach(), **zero}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """How far and how fast codes are learned.
+
+    epochs: passes over the batches that are learned from.
+    batches: batches in one step.
+    reach: steps of the grid that a weight can move in all.
+    scale_rate: Adam's first learning rate for the relative change of scales; 0: they stay.
+    """
+
+    epochs: int
+    batches: int
+    reach: float
+    scale_rate: float
+
+
+def learn_rounding(
+    task: BlockTask,
+    weights: Mapping[str, RoundedWeight],
+    tensors: Callable[[], Tensors],
+    loss: Callable[[int, Tensors], Tensor],
+    batches: int,
+    steps: Steps,
+) -> Fit:
+    """Learns the codes of weights by the loss of a block; they have the best values in the end.
+
+    task: the block; its generator draws the order of batches, and its log receives the loss on the
+        held-out batches after every epoch.
+    weights: the weights by the name of the linear.
+    tensors: returns the block's tensors, differentiable in the weights; called once in each step.
+    loss: returns the loss of a batch, given its index and these tensors.
+    batches: the number of batches. Some are held out, to find the best values.
+    steps: how far and how fast.
+    """
+    generator = task.generator("learned rounding")
+    run = _Run(weights, tensors, loss, batches, steps)
+    before = run.held_out_loss()
+    fitted, best = Fit(before=before, after=before), _values(weights)
+    for epoch in range(1, steps.epochs + 1 if weights else 1):
+        finite = run.epoch(generator)
+        now = run.held_out_loss() if finite else math.nan
+        if not math.isfinite(now):
+            fitted.failures.append(f"non-finite loss in epoch {epoch} of learned rounding")
+            task.log.warn(fitted.failures[-1])
+            break
+        fitted.curve.append(now)
+        task.log.epoch(epoch, now)
+        if now < fitted.after:
+            fitted.after, fitted.best_epoch, best = now, epoch, _values(weights)
+    for name, values in best.items():
+        weights[name].restore(*values)
+    return fitted
+
+
+class _Run:
+    """The passes over the batches; the arguments are those of `learn_rounding`."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, RoundedWeight],
+        tensors: Callable[[], Tensors],
+        loss: Callable[[int, Tensors], Tensor],
+        batches: int,
+        steps: Steps,
+    ) -> None:
+        self.weights, self.tensors, self.loss, self.steps = weights, tensors, loss, steps
+        self.learned, self.held = split(batches)
+        self.count = steps.epochs * -(-len(self.learned) // steps.batches)
+        self.done = 0
+        changes = [weight.change for weight in weights.values()]
+        self.adam = torch.optim.Adam(changes, betas=(0.9, 0.99)) if changes else None
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        made = self.tensors()
+        return mean_loss(lambda i: self.loss(self.held[i], made), len(self.held))
+
+    def epoch(self, generator: torch.Generator) -> bool:
+        """Takes the steps of an epoch; returns whether all losses and gradients were finite."""
+        order = torch.randperm(len(self.learned), generator=generator)
+        return all(
+            self._step([self.learned[i] for i in chosen.tolist()])
+            for chosen in order.split(self.steps.batches)
+        )
+
+    def _step(self, chosen: Sequence[int]) -> bool:
+        if not _gradients(self.tensors, self.loss, chosen):
+            return False
+        left = 1 - self.done / self.count
+        self.done += 1
+        for weight in self.weights.values():
+            weight.move(2 * self.steps.reach / (self.count + 1) * left)
+        if self.adam is not None:
+            self.adam.param_groups[0]["lr"] = self.steps.scale_rate * left
+            self.adam.step()
+            self.adam.zero_grad(set_to_none=True)
+        for weight in self.weights.values():
+            weight.keep_on_grid()
+        return True
+
+
+def split(batches: int) -> tuple[list[int], list[int]]:
+    """Returns the indices of batches to learn from and of those that are held out.
+
+    A single batch is both.
+    """
+    every = list(range(batches))
+    held = every[HELD_OUT - 1 :: HELD_OUT] or every[-1:]
+    return [i for i in every if i not in held] or every, held
+
+
+def _values(weights: Mapping[str, RoundedWeight]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (w.codes(), w.change.detach().clone()) for name, w in weights.items()}
+
+
+def _gradients(
+    tensors: Callable[[], Tensors], loss: Callable[[int, Tensors], Tensor], chosen: Sequence[int]
+) -> bool:
+    """Adds the gradients of the mean loss of some batches; returns whether they are finite.
+
+    Weights are rounded once, and one batch after another adds to the gradients of rounded weights.
+    """
+    made = tensors()
+    leaves = {
+        name: tensor.detach().requires_grad_() if tensor.requires_grad else tensor
+        for name, tensor in made.items()
+    }
+    for index in chosen:
+        value = loss(index, leaves) / len(chosen)
+        if not torch.isfinite(value):
+            return False
+        value.backward()
+    found = [(made[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
+    if not all(bool(gradient.isfinite().all()) for _, gradient in found):
+        return False
+    torch.autograd.backward([tensor for tensor, _ in found], [gradient for _, gradient in found])
+    return True
