@@ -5,7 +5,8 @@
 GPTQ and learned rounding quantize each model at 2 bits in groups of 64, and at 3 and 4 bits in
 groups of 128, with integer zero points. With --peer, AutoRound does so too: 200 iterations,
 asymmetric, on the same windows of calibration text. It is installed into build/engines, and writes
-its rounded weights as a float model, so that one program measures all of them on held-back stories.
+GPTQ's layout, which is converted exactly, so that one program measures all of them on held-back
+stories.
 Seconds are those of processor time, without loading programs and models.
 """
 
@@ -45,7 +46,7 @@ AutoRound(
     model, tokenizer, bits=int(bits), group_size=int(size), sym=False, iters=int(iterations),
     nsamples=len(rows), seqlen=rows.shape[1], device_map="cpu", amp=False,
     dataset=torch.utils.data.DataLoader(texts, batch_size=1),
-).quantize_and_save(dest, format="fake")
+).quantize_and_save(dest, format="auto_gptq")
 print(json.dumps({"seconds": time.process_time() - started}))
 """
 
@@ -86,7 +87,8 @@ def measure_peer(rows: Rows, label: str, model: Path, name: str, grid: tuple[int
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds = json.loads(done.stdout.strip().splitlines()[-1])["seconds"]
         (config,) = dest.rglob("config.json")  # it adds a folder of its own
-        rows.record(label, name, config.parent, seconds, reference=model)
+        made = lowbit.convert(config.parent, Path(place) / "converted", "gptq")
+        rows.record(label, name, made, seconds, reference=model)
 
 
 def main() -> None:
