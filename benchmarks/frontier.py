@@ -10,6 +10,8 @@ All models in the given directories, and the models in examples/models, are quan
 - at 2 bits both with zero points that are codes ("whole zeros");
 - OmniQuant as published ("omniquant paper"): whole ranges, 20 epochs, nearest codes, no fine zeros;
 - each codebook of QuIP#, E8P12 also with training after rounding, and each rate of trellis codes;
+- trellis codes and GPTQ at 2 bits with feedback on the output side too ("output feedback");
+- learned codes at 4, 3 and 2 bits;
 - PTQ1.61, and MatQuant, of which the slices of 4, 3 and 2 bits are measured;
 - some of these and tuned by KL ("tuned").
 
@@ -79,6 +81,14 @@ def candidates(family: str) -> dict[str, Candidate]:
         methods |= methods_for(bits, group_size, family)
     methods |= {f"quip {codebook}": QuIP(codebook=codebook) for codebook in CODEBOOKS}
     methods |= {f"trellis {rate:g}": Trellis(rate=rate) for rate in RATES}
+    methods |= {
+        f"trellis {rate:g} output feedback": Trellis(rate=rate, output_feedback=True)
+        for rate in RATES
+    }
+    methods["gptq output feedback W2 g64"] = GPTQ(bits=2, group_size=64, output_feedback=True)
+    for bits, group_size in ((4, 128), (3, 128), (2, 64)):
+        learned = OmniQuant(bits=bits, group_size=group_size, epochs=0, rounding="learned")
+        methods[f"learned W{bits} g{group_size}"] = learned
     methods["quip+tuning E8P12"] = QuIP(finetune_epochs=EPOCHS)
     methods["ptq161 shipped"] = PTQ161()
     found = {name: Candidate(method, tuned=name in TUNED) for name, method in methods.items()}
