@@ -123,10 +123,25 @@ def test_ptq161(name, init, epochs):
     assert recipe.calibration.samples == 128 and recipe.calibration.sources == ("wikitext2",)
 
 
+BY_PURPOSE = {
+    "fast-4bit": "gptq-w4a16-g128",
+    "best-4bit": "trellis-4bit",
+    "best-3bit": "trellis-3bit",
+    "best-2bit": "trellis-2bit",
+    "best-1.5bit": "trellis-1.5bit",
+}
+
+
+@pytest.mark.parametrize(("name", "of_method"), BY_PURPOSE.items(), ids=BY_PURPOSE)
+def test_a_recipe_named_by_its_purpose_is_one_named_by_its_method(name, of_method):
+    found, wanted = load_recipe(name), load_recipe(of_method)
+    assert found.model_copy(update={"description": wanted.description}) == wanted
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_builds_its_method_for_every_family(name):
     recipe = load_recipe(name)
-    assert name.startswith(recipe.method) or name.startswith("learned-")
+    assert name.startswith((recipe.method, "learned-")) or name in BY_PURPOSE
     assert len(f"{name}  {recipe.description}") <= 80
     assert recipe.families.keys() <= PUBLISHED.keys()
     for family in PUBLISHED:
@@ -152,6 +167,7 @@ def test_every_recipe_of_these_methods_has_one_of_the_paper(name):
     grids = ("w4a16-g128", "w3a16-g128", "w2a16-g64")
     published |= {f"learned-{grid}": f"omniquant-{grid}" for grid in grids}
     published |= {"ptq161-fast": "ptq161", "ptq161-lora": "ptq161"}
+    published |= BY_PURPOSE
     ours = name.endswith("-rotated")  # of no paper on these methods
     if not ours and load_recipe(name).method in ("gptq", "omniquant", "matquant", "ptq161"):
         assert f"{published.get(name, name).removesuffix('-paper')}-paper" in PAPER
