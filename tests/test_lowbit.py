@@ -44,6 +44,7 @@ def test_folders_are_texts_or_paths(tmp_path: Path) -> None:
     assert row.model == slices and list(row.perplexity) == [quantized.text()]
 
 
+@pytest.mark.exhaustive
 def test_importing_it_leaves_slow_libraries_alone() -> None:
     """These libraries take seconds to import, and are optional."""
     script = "import sys, lowbit; print({'lm_eval', 'peft', 'datasets'} & {*sys.modules})"

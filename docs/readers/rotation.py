@@ -1,4 +1,4 @@
-"""Undoes the rotation of the formats lattice and trellis: signs and orthogonal matrices.
+"""Undoes the rotation of the formats lattice, trellis and uniform: signs and orthogonal matrices.
 
 Transforms of the kind "random" and Hadamard matrices of orders above 256 are left out; the second
 are tensor products, which `lowbit.kernels.hadamard.factorization` chooses.

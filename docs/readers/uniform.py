@@ -2,6 +2,7 @@
 
 import numpy as np
 from readers.files import unpack
+from readers.rotation import drawn_signs, transform
 
 
 def weight(entry: dict, tensors: dict[str, np.ndarray]) -> np.ndarray:
@@ -14,4 +15,8 @@ def weight(entry: dict, tensors: dict[str, np.ndarray]) -> np.ndarray:
         zero = unpack(tensors["zero"], bits + shift, rows).T / 2**shift
     group = np.arange(columns) // (entry["group_size"] or columns)  # of each column
     scale = tensors["scale"].astype(np.float32)
-    return scale[:, group] * (codes - zero[:, group]).astype(np.float32)
+    weight = scale[:, group] * (codes - zero[:, group]).astype(np.float32)
+    if rotation := entry.get("rotation"):
+        signs = drawn_signs(columns, rotation["seed"])
+        weight = (weight @ transform(columns, rotation["kind"]).T * signs).astype(np.float32)
+    return weight

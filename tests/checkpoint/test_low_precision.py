@@ -123,6 +123,7 @@ def test_read_as_float(name: str, tmp_path: Path) -> None:
     assert "dequantized" not in json.loads((outs[1] / "report.json").read_text())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_as_the_reference_and_as_a_whole(tmp_path: Path) -> None:
     low, dense = store("blocks that fit", tmp_path)

@@ -245,6 +245,7 @@ with CheckpointWriter(Path(sys.argv[1]), {}, 1, restart=True):
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_second_process_is_sent_away(begun: Path) -> None:
     before = quantized.contents(begun)

@@ -178,6 +178,7 @@ def test_values_of_any_length(what, tmp_path, monkeypatch):
         assert not re.search("unexpected|Errno|Traceback", result.output), result.output
 
 
+@pytest.mark.exhaustive
 def test_the_script_ends_with_one_line(tmp_path):
     command = [sys.executable, "-m", "lowbit", "inspect", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -186,6 +187,7 @@ def test_the_script_ends_with_one_line(tmp_path):
     assert done.stderr == says
 
 
+@pytest.mark.exhaustive
 def test_a_closed_pipe_is_quiet():
     """The reader closes the pipe, as in `lowbit recipes | head -0`."""
     reading, writing = os.pipe()

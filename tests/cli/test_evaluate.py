@@ -85,6 +85,7 @@ def test_tasks_without_a_text(lowbit, tmp_path):
     assert "llama-mini  acc" in "\n".join(lines)
 
 
+@pytest.mark.exhaustive
 def test_a_row_for_each_width(lowbit, nested, rtn, story, tmp_path):
     plan, file = tmp_path / "plan.yaml", tmp_path / "numbers.json"
     plan.write_text("down_proj: 2\n")

@@ -52,6 +52,7 @@ def test_backends_for_one_token_and_for_many(lowbit, story, tmp_path):
         assert len(rows) == LINEARS and all("lookup, reference" in row for row in rows)
 
 
+@pytest.mark.exhaustive
 def test_rounded_activations(lowbit, story, tmp_path):
     options = ["--set", "activation_bits=6", "--set", "epochs=0"]
     text = ["--calibration", story, "--samples", "2", "--seqlen", "32"]

@@ -53,6 +53,7 @@ def test_mistakes(lowbit, nested, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.exhaustive
 def test_a_plan_that_quantize_takes(lowbit, story, tmp_path):
     plan, out = tmp_path / "plan.yaml", tmp_path / "out"
     text = ("--calibration", story, "--seqlen", 32)

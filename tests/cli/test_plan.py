@@ -16,6 +16,7 @@ def rows(text: str) -> dict[str, str]:
     return {line[:17].strip(): line[17:].strip() for line in lines}
 
 
+@pytest.mark.exhaustive
 def test_learned(lowbit, learning, tmp_path):
     file = tmp_path / "plan.json"
     text = lowbit("plan", MODEL, *learning, "--json", file).stdout

@@ -65,6 +65,7 @@ def test_the_share_of_salient_inputs_is_printed(lowbit, tmp_path):
     assert "salient: 18.8% of the inputs of a linear" in shown  # 48 of 256 or 64 of them
 
 
+@pytest.mark.exhaustive
 def test_stopped_and_continued(lowbit, learned, learning, tmp_path, monkeypatch):
     def stop(self: RunProgress, event: Event) -> None:
         if isinstance(event, BlockStarted) and event.index == 2:

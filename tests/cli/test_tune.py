@@ -17,6 +17,7 @@ def given(folder: Path, out: Path, *more: object) -> list[object]:
     return ["tune", folder, "--reference", quantized.source(), "-o", out, *pairs, *more]
 
 
+@pytest.mark.exhaustive
 def test_a_tuned_folder_says_so_everywhere(lowbit: Any, tmp_path: Path) -> None:
     folder, out = quantized.folder("llama", "quip"), tmp_path / "out"
     text = lowbit(*given(folder, out, "--rate", 0.01)).stdout

@@ -38,6 +38,7 @@ def test_same_logits_without_lowbit(quantized: Path, tmp_path: Path) -> None:
     assert "quantization_config" not in (dense / "config.json").read_text()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("quantized", ["llama"], indirect=True)
 def test_a_process_that_never_imports_lowbit(quantized: Path, tmp_path: Path) -> None:
     dense = dequantize(quantized, tmp_path / "dense")

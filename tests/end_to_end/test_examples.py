@@ -24,6 +24,7 @@ def run(script: str, *arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.exhaustive
 def test_demo(tmp_path: Path) -> None:
     little = ("--bits", 4, 2, "--samples", 2, "--epochs", 1, "--windows", 4)
     printed = run("demo.py", "--out", tmp_path / "out", *little)
@@ -70,6 +71,7 @@ def test_train_mini(tmp_path: Path) -> None:
         assert (tmp_path / kind / "model.safetensors").exists()
 
 
+@pytest.mark.exhaustive
 def test_the_notebook_was_run_and_its_code_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

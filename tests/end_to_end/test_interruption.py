@@ -85,6 +85,7 @@ def test_a_full_disk_is_reported_and_finished_blocks_are_kept(last: int, tmp_pat
     assert all(found[name] == finished[name] for name in kept)
 
 
+@pytest.mark.exhaustive
 def test_killed_for_real(tmp_path: Path) -> None:
     texts = quantized.calibration().model_dump_json()
     done = quantized.python(KILL, quantized.source(), tmp_path / "out", texts)

@@ -58,6 +58,7 @@ def test_the_commands_run_in_their_order(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.exhaustive
 def test_the_python_code_runs(tmp_path: Path) -> None:
     (code,) = blocks("python")
     given = f'lowbit.Calibration(sources=["{TEXT}"], samples=2, seqlen=16)'

@@ -50,6 +50,7 @@ def model(tmp_path_factory) -> Path:
 SLOWEST = {"trellis": pytest.mark.exhaustive}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [pytest.param(n, marks=SLOWEST.get(n, ())) for n in METHODS])
 def test_bytes_do_not_depend_on_the_number_of_threads(name, model, tmp_path, monkeypatch):
     monkeypatch.setattr(products, "PIECE", 1 << 21)  # so that these products are cut

@@ -102,6 +102,7 @@ def test_experts_that_are_nearly_the_same() -> None:
     assert loss(model) == pytest.approx(loss(lowbit.load(quantized("llama"))[0]), abs=0.1)
 
 
+@pytest.mark.exhaustive
 def test_a_story_goes_on() -> None:
     model, tokenizer = lowbit.load(quantized("llama", "omniquant"))
     start = tokenizer("Once upon a time", return_tensors="pt")

@@ -83,6 +83,7 @@ def test_models_of_different_contexts_need_one_seqlen(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["llama", "mixtral"])  # whose layers have other names on disk
 def test_a_row_for_each_width_is_that_of_the_slice(name: str, tmp_path: Path) -> None:
     master, text = small_master(name, rounding="joint"), random_text()

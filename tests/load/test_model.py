@@ -79,6 +79,7 @@ finally:
 """
 
 
+@pytest.mark.exhaustive
 def test_a_process_without_lowbit_refuses() -> None:
     """Without the placeholder it would only warn, and initialise the weights at random."""
     done = quantized.python(STOCK, quantized.folder("mixtral"))

@@ -67,6 +67,7 @@ def test_only_targets_change(tmp_path: Path) -> None:
         assert torch.equal(out[name], tensor) != target, name
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("moment", "name"),
     [("block", "llama"), ("training", "llama"), (1, "llama"), (3, "llama"), (3, "mixtral")],

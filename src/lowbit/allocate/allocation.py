@@ -43,13 +43,13 @@ class UnitCosts(Config):
 class Measured(Config):
     """How the losses in a plan were measured."""
 
-    model: str = Field(description="Name of the model.")
+    model: str = Field(description="Name of the float model.")
     sha256: str = Field(description="Hash of its config.json and all its weights.")
     text: list[dict[str, Any]] = Field(description="Names of the texts; of files, size and hash.")
-    samples: int = Field(ge=1, description="Windows of text.")
-    seqlen: int = Field(ge=2, description="Tokens in a window.")
+    samples: int = Field(ge=1, description="Windows of text, in all.")
+    seqlen: int = Field(ge=2, description="Tokens in a window of text.")
     seed: int = Field(description="Seed of the choice of windows.")
-    device: str = Field(description="Kind of device.")
+    device: str = Field(description="Kind of device that computed.")
     seconds: float = Field(ge=0, description="Seconds that it took.")
     units: list[UnitCosts] = Field(description="Linears that share a width.")
 

@@ -54,9 +54,8 @@ class ActivationMethod(GridMethod):
     )
     rotate: bool = Field(
         False,
-        description="Whether inputs of linears go through a random Hadamard transform when the "
-        "model runs, which spreads outliers, so that rounding them loses less; so do heads of "
-        "queries, keys and values where they are rounded.",
+        description="Whether inputs of linears, and heads of queries, keys and values, are put "
+        "through a random Hadamard transform before they are rounded, which spreads outliers.",
     )
     rotation_seed: int = Field(
         0, ge=0, lt=2**52, description="Seed of the random signs of `rotate`."

@@ -105,8 +105,8 @@ class MatQuant(LearningMethod, LearnedRounding):
     rounding: Literal["nearest", "joint", "learned"] = Field(
         "joint",
         description='How codes are chosen: "nearest" as published; "joint", by a Hessian for all '
-        'widths together, which favours the widths with the largest weights; "learned", by gradient'
-        " descent on the loss of all widths.",
+        'widths, which favours those with the largest weights; "learned", by gradient descent on '
+        "the loss of all widths.",
     )
 
     match: Match = match_field(condition=", for joint rounding")
