@@ -7,7 +7,6 @@
 #if defined(__AVX512VBMI__) || (defined(_MSC_VER) && defined(__AVX512F__))
 
 #include <immintrin.h>
-#include <string.h>
 
 #if defined(_MSC_VER)
 #define INLINE static __forceinline
@@ -39,13 +38,45 @@ static picker picker_of(int shift, int state_bits) {
     return made;
 }
 
-/* The states of two columns. first: the byte of their first bit. */
-INLINE __m512i states(const uint8_t *tile, int bytes, int shift, int first, const picker *pick) {
-    __m512i ring = _mm512_loadu_si512(tile + first);
-    if (first + 4 * shift == bytes) /* after the tile's end follows its beginning */
-        ring = _mm512_mask_loadu_epi8(ring, ~0ull << 4 * shift, tile - 4 * shift);
-    ring = _mm512_permutexvar_epi8(pick->bytes, ring);
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(pick->bits, ring), pick->mask);
+/* The first 128 bytes of a ring that goes on and on. */
+typedef struct {
+    __m512i first, second;
+} ring;
+
+INLINE ring ring_of(const uint8_t *tile, int bytes) {
+    ring r;
+    if (bytes == 32) {
+        r.first = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)tile));
+    } else if (bytes < VECTOR) {
+        __mmask64 here = ((__mmask64)1 << bytes) - 1;
+        r.first = _mm512_maskz_loadu_epi8(here, tile);
+        r.first = _mm512_mask_loadu_epi8(r.first, ~here, tile - bytes);
+    } else {
+        r.first = _mm512_loadu_si512(tile);
+    }
+    r.second = r.first;
+    if (bytes == 2 * VECTOR) {
+        r.second = _mm512_loadu_si512(tile + VECTOR);
+    } else if (bytes > VECTOR) {
+        __mmask64 here = ((__mmask64)1 << (bytes - VECTOR)) - 1;
+        r.second = _mm512_maskz_loadu_epi8(here, tile + VECTOR);
+        r.second = _mm512_mask_loadu_epi8(r.second, ~here, tile - (bytes - VECTOR));
+    }
+    return r;
+}
+
+/* The states of two columns. first: the byte of their first bit. Indices count modulo 64 or, in
+ * two registers, modulo 128. */
+INLINE __m512i states(const ring *r, int bytes, int shift, int first, const picker *pick) {
+    const int end = first + 4 * shift + 3; /* the byte after their last bit, at most */
+    __m512i index = _mm512_add_epi8(pick->bytes, _mm512_set1_epi8((char)first)), found;
+    if (end <= VECTOR || bytes == VECTOR || bytes == VECTOR / 2)
+        found = _mm512_permutexvar_epi8(index, r->first);
+    else if (first >= VECTOR && end <= 2 * VECTOR)
+        found = _mm512_permutexvar_epi8(index, r->second);
+    else
+        found = _mm512_permutex2var_epi8(r->first, index, r->second);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(pick->bits, found), pick->mask);
 }
 
 /* In each lane two bytes, whose sum is the value of the state plus LOWBIT_SUM6_MEAN. */
@@ -77,19 +108,16 @@ INLINE void add_tiles(const lowbit_code *code, const uint8_t *tile, int64_t tile
                       int halves, int shift, int values, int32_t *results) {
     const int bytes = 32 * shift / values, pairs = LOWBIT_TILE / 2 / values;
     const picker pick = picker_of(shift, code->state_bits);
-    const uint8_t *end = tile + tiles * bytes;
-    uint8_t copy[2 * VECTOR + LOWBIT_TILE * 8]; /* of a tile, which may be read beyond its end */
     __m512i sums[2][2 * TOKENS]; /* of even and of odd pairs, so that sums do not wait */
     for (int i = 0; i < halves * tokens; i++)
         sums[0][i] = sums[1][i] = _mm512_setzero_si512();
     for (int64_t i = 0; i < tiles; i++, tile += bytes, low += LOWBIT_TILE) {
-        const uint8_t *from = tile;
         _mm_prefetch((const char *)tile + 1024, _MM_HINT_T0);
         if (bytes > 64) _mm_prefetch((const char *)tile + 1088, _MM_HINT_T0);
-        if (tile + bytes + VECTOR > end) from = memcpy(copy + VECTOR, tile, (size_t)bytes);
+        const ring here = ring_of(tile, bytes);
         UNROLL
         for (int p = 0; p < pairs; p++) {
-            __m512i state = states(from, bytes, shift, 4 * shift * p, &pick);
+            __m512i state = states(&here, bytes, shift, 4 * shift * p, &pick);
             for (int v = 0; v < values; v++)
                 add_columns(values_of(state, code->multiplier[v]), low + 2 * p + 8 * v,
                             high + 2 * p + 8 * v, apart, tokens, halves, sums[(p + v) % 2]);
