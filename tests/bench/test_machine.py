@@ -10,7 +10,10 @@ from lowbit.kernels.native.library import VARIABLE, available
 
 REASONS = {
     "off": ("off", "LOWBIT_KERNELS is off; torch computes everything"),
-    "wrong": ("sse", "LOWBIT_KERNELS is 'sse': allowed are off, portable, avx2, avx512, neon"),
+    "wrong": (
+        "sse",
+        "LOWBIT_KERNELS is 'sse': allowed are off, portable, avx2, avx512, neon, vbmi",
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from lowbit.bench.random_model import fill
 from lowbit.bench.shapes import parse_format
 from lowbit.formats import build, keep_packed_only, native, repack, set_input_bits, use_backend
 from lowbit.formats.base import QuantizedLinear
-from lowbit.kernels.native.library import available, chosen, reads_words
+from lowbit.kernels.native.library import available, chosen
 
 pytestmark = [
     pytest.mark.kernels,
@@ -32,7 +32,7 @@ FREED = {
     "signs alone": ("binary:salient=0", SHAPE, ["sign"]),
     "sorted_group": ("sorted_group:group_size=32,activation=null", SHAPE, ["packed"]),
 }
-if available() and reads_words(chosen()):
+if available() and chosen() == "vbmi":
     FREED["lattice"] = ("lattice", SHAPE, ["packed"])
 KEPT = {
     "nested master": "nested:resident=master",

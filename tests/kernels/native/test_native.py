@@ -292,7 +292,7 @@ def test_a_wheel_has_no_sources(tmp_path: Path) -> None:
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[2] / "src" / "lowbit" / "kernels" / "native"
 SOURCES = (
-    "dispatch", "layout", "words", "portable", "avx2", "avx512", "words_avx512", "neon"
+    "dispatch", "layout", "words", "portable", "avx2", "avx512", "words_vbmi", "neon"
 )  # fmt: skip
 STRICT = ["-std=gnu11", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
 FLAGS = {
@@ -300,10 +300,10 @@ FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
     "neon": ["-march=armv8.2-a+dotprod"],
 }
-FLAGS["words_avx512"] = [*FLAGS["avx512"], "-mavx512vbmi", "-mgfni"]
+FLAGS["words_vbmi"] = [*FLAGS["avx512"], "-mavx512vbmi", "-mgfni"]
 LAYERS = 8 * 5 * 12  # widths, shapes and variants in sets.c
 # Instruction sets, compiler, and emulator.
-X86, ARM = ("portable", "avx2", "avx512"), ("portable", "neon")
+X86, ARM = ("portable", "avx2", "avx512", "vbmi"), ("portable", "neon")
 OWN = ARM if platform.machine() in ("aarch64", "arm64") else X86
 MACHINES = {"here": (OWN, "cc", ""), "aarch64": (ARM, "aarch64-linux-gnu-gcc", "qemu-aarch64")}
 PRESENT = {

@@ -27,7 +27,7 @@ from lowbit.formats.lattice.e8p import DIM, levels
 from lowbit.formats.lattice.tables import look_up
 from lowbit.formats.native import rounding
 from lowbit.formats.rotated_native import RotatedNative
-from lowbit.kernels.native import Part, chosen, reads_words
+from lowbit.kernels.native import Part, chosen
 
 if TYPE_CHECKING:
     from lowbit.formats.lattice import LatticeLinear
@@ -67,7 +67,7 @@ class Cpu(RotatedNative["LatticeLinear"]):
 
 
 def _as_words(book: Codebook) -> bool:
-    return book.name == E8P12.name and reads_words(chosen())
+    return book.name == E8P12.name and chosen() == "vbmi"
 
 
 def _part(layer: "LatticeLinear", book: Codebook, first_bit: int, factor: float) -> Part:

@@ -15,7 +15,6 @@ from lowbit.kernels.native.library import (
     INSTRUCTION_SETS,
     available,
     chosen,
-    reads_words,
     why_not,
 )
 from lowbit.kernels.native.planes import (
@@ -38,7 +37,6 @@ __all__ = [
     "multiply_op",
     "pack_layer",
     "packed_size",
-    "reads_words",
     "stored_codes",
     "stored_scales",
     "why_not",

@@ -5,6 +5,7 @@
 
 #if defined(__AVX2__)
 
+#include "inline.h"
 #include "rounding.h"
 #include "sums.h"
 
@@ -15,14 +16,6 @@
 #define AHEAD 2048 /* bytes that are prefetched ahead of a plane */
 #define VISIT 1024 /* bytes of a tile that are read before the next tile's */
 #define TOKENS 2   /* tokens of a step with several tokens */
-
-#if defined(_MSC_VER)
-#define INLINE static __forceinline
-#define UNROLL
-#else
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 4")
-#endif
 
 INLINE __m256i four_inputs(const int8_t *q) {
     int32_t word;
@@ -79,7 +72,7 @@ INLINE __m256i shifted_product(const uint8_t *vector, int width, int32_t length,
         for (int v = 0; v < most && i < length; v++, i += 4 * fields, vector += VECTOR) {
             __m256i bytes = _mm256_load_si256((const __m256i *)vector);
             _mm_prefetch((const char *)vector + AHEAD, _MM_HINT_T0);
-            UNROLL
+            UNROLL(4)
             for (int f = 0; f < fields; f++) {
                 __m256i codes = _mm256_and_si256(_mm256_srli_epi16(bytes, f * width), mask);
                 __m256i terms = _mm256_maddubs_epi16(codes, four_inputs(q + i + 4 * f));
@@ -97,13 +90,13 @@ INLINE __m256i bit_product(const uint8_t *vector, int32_t length, const int8_t *
     __m256i sum = _mm256_setzero_si256();
     for (int32_t i = 0; i < length;) {
         __m256i parts[4];
-        UNROLL
+        UNROLL(4)
         for (int bit = 0; bit < 4; bit++) parts[bit] = _mm256_setzero_si256();
         for (int v = 0; v < 8 && i < length; v++, i += 32, vector += VECTOR) {
             __m256i bytes = _mm256_load_si256((const __m256i *)vector);
             __m256i upper = _mm256_srli_epi16(bytes, 4);
             _mm_prefetch((const char *)vector + AHEAD, _MM_HINT_T0);
-            UNROLL
+            UNROLL(4)
             for (int bit = 0; bit < 4; bit++) {
                 __m256i mask = _mm256_set1_epi8((char)(1 << bit));
                 __m256i terms = _mm256_maddubs_epi16(_mm256_and_si256(bytes, mask),
@@ -114,7 +107,7 @@ INLINE __m256i bit_product(const uint8_t *vector, int32_t length, const int8_t *
             }
         }
         __m256i all = parts[0];
-        UNROLL
+        UNROLL(4)
         for (int bit = 1; bit < 4; bit++)
             all = _mm256_add_epi16(all, _mm256_srai_epi16(parts[bit], bit));
         sum = _mm256_add_epi32(sum, widened(all));
@@ -231,15 +224,15 @@ INLINE void small_products(const uint8_t *codes, const lowbit_inputs *in, const 
     const int8_t *low = in->low + token * in->padded + piece->begin;
     const int8_t *high = halves == 2 ? in->high + token * in->padded + piece->begin : low;
     __m256i lows[TOKENS], highs[TOKENS];
-    UNROLL
+    UNROLL(4)
     for (int m = 0; m < count; m++) lows[m] = highs[m] = _mm256_setzero_si256();
     for (int32_t i = 0; i < piece->length;) {
         __m256i low_part[TOKENS], high_part[TOKENS];
-        UNROLL
+        UNROLL(4)
         for (int m = 0; m < count; m++) low_part[m] = high_part[m] = _mm256_setzero_si256();
         for (int v = 0; v < 8; v++, i += 4, codes += VECTOR) {
             __m256i four = _mm256_load_si256((const __m256i *)codes);
-            UNROLL
+            UNROLL(4)
             for (int m = 0; m < count; m++) {
                 const int64_t at = m * in->padded + i;
                 low_part[m] = _mm256_add_epi16(
@@ -249,13 +242,13 @@ INLINE void small_products(const uint8_t *codes, const lowbit_inputs *in, const 
                         high_part[m], _mm256_maddubs_epi16(four, four_inputs(high + at)));
             }
         }
-        UNROLL
+        UNROLL(4)
         for (int m = 0; m < count; m++) {
             lows[m] = _mm256_add_epi32(lows[m], widened(low_part[m]));
             if (halves == 2) highs[m] = _mm256_add_epi32(highs[m], widened(high_part[m]));
         }
     }
-    UNROLL
+    UNROLL(4)
     for (int m = 0; m < count; m++)
         products[m] = halves == 2 ? _mm256_add_epi32(lows[m], _mm256_slli_epi32(highs[m], 7))
                                   : lows[m];
@@ -267,19 +260,19 @@ INLINE void large_products(const uint8_t *codes, const lowbit_inputs *in, const 
     const __m256i mask = _mm256_set1_epi16(0xff);
     const int16_t *q = in->wide + token * in->padded + piece->begin;
     __m256i sums[2 * TOKENS];
-    UNROLL
+    UNROLL(4)
     for (int m = 0; m < count; m++) sums[m] = _mm256_setzero_si256();
     for (int32_t i = 0; i < piece->length; i += 4, codes += VECTOR) {
         __m256i bytes = _mm256_load_si256((const __m256i *)codes);
         __m256i even = _mm256_and_si256(bytes, mask), odd = _mm256_srli_epi16(bytes, 8);
-        UNROLL
+        UNROLL(4)
         for (int m = 0; m < count; m++) {
             const int16_t *at = q + m * in->padded + i;
             sums[m] = _mm256_add_epi32(sums[m], _mm256_madd_epi16(even, two_inputs(at)));
             sums[m] = _mm256_add_epi32(sums[m], _mm256_madd_epi16(odd, two_inputs(at + 2)));
         }
     }
-    UNROLL
+    UNROLL(4)
     for (int m = 0; m < count; m++) products[m] = sums[m];
 }
 

@@ -4,9 +4,10 @@
 
 #if defined(__AVX512VNNI__) || (defined(_MSC_VER) && defined(__AVX512F__))
 
+#include "inline.h"
 #include "rounding.h"
 #include "sums.h"
-#include "words_avx512.h"
+#include "words_vbmi.h"
 
 #include <immintrin.h>
 
@@ -15,14 +16,6 @@
 #define AHEAD 2048 /* bytes that are prefetched ahead of a plane */
 #define VISIT 1024 /* bytes of a tile that are read before the next tile's */
 #define TOKENS 4   /* tokens of a step with several tokens; 8 with one half */
-
-#if defined(_MSC_VER)
-#define INLINE static __forceinline
-#define UNROLL
-#else
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
-#endif
 
 INLINE __m512i four_inputs(const int8_t *q) {
     int32_t word;
@@ -65,7 +58,7 @@ INLINE __m512i plane_product(const uint8_t *vector, int width, int32_t length, c
                              const int8_t *high) {
     const int fields = 8 / width;
     __m512i masks[8], lows[8], highs[8];
-    UNROLL
+    UNROLL(8)
     for (int f = 0; f < fields; f++) {
         masks[f] = _mm512_set1_epi8((char)(((1 << width) - 1) << f * width));
         lows[f] = highs[f] = _mm512_setzero_si512();
@@ -73,7 +66,7 @@ INLINE __m512i plane_product(const uint8_t *vector, int width, int32_t length, c
     for (int32_t i = 0; i < length; i += 4 * fields, vector += VECTOR) {
         __m512i bytes = _mm512_load_si512(vector);
         _mm_prefetch((const char *)vector + AHEAD, _MM_HINT_T0);
-        UNROLL
+        UNROLL(8)
         for (int f = 0; f < fields; f++) {
             __m512i codes = width == 8 ? bytes : _mm512_and_si512(bytes, masks[f]);
             lows[f] = _mm512_dpbusd_epi32(lows[f], codes, four_inputs(low + i + 4 * f));
@@ -82,7 +75,7 @@ INLINE __m512i plane_product(const uint8_t *vector, int width, int32_t length, c
         }
     }
     __m512i sum = _mm512_setzero_si512(), upper = sum;
-    UNROLL
+    UNROLL(8)
     for (int f = 0; f < fields; f++) {
         sum = _mm512_add_epi32(sum, _mm512_srai_epi32(lows[f], f * width));
         if (high != NULL) upper = _mm512_add_epi32(upper, _mm512_srai_epi32(highs[f], f * width));
@@ -197,13 +190,13 @@ INLINE void piece_products(const uint8_t *codes, int tiles, const lowbit_inputs 
     const int8_t *high = halves == 2 ? in->high + token * in->padded + piece->begin : low;
     int64_t padded = in->padded;
     __m512i lows[2][8], highs[2][8];
-    UNROLL
+    UNROLL(8)
     for (int m = 0; m < count; m++)
         lows[0][m] = lows[1][m] = highs[0][m] = highs[1][m] = _mm512_setzero_si512();
     for (int32_t i = 0; i < piece->length; i += 4, codes += VECTOR) {
         __m512i first = _mm512_load_si512(codes);
         __m512i second = tiles == 2 ? _mm512_load_si512(codes + APART) : first;
-        UNROLL
+        UNROLL(8)
         for (int m = 0; m < count; m++) {
             __m512i q = four_inputs(low + m * padded + i);
             lows[0][m] = _mm512_dpbusd_epi32(lows[0][m], first, q);
@@ -215,7 +208,7 @@ INLINE void piece_products(const uint8_t *codes, int tiles, const lowbit_inputs 
             }
         }
     }
-    UNROLL
+    UNROLL(8)
     for (int m = 0; m < count; m++)
         for (int t = 0; t < tiles; t++)
             products[m * tiles + t] =

@@ -74,6 +74,15 @@ static int has_avx512(void) {
 }
 #endif
 
+#ifdef X86
+static int has_vbmi(void) {
+    unsigned a, b, c, d;
+    if (!has_avx512()) return 0;
+    cpuid(7, &a, &b, &c, &d);
+    return (c >> 1 & 1) && (c >> 8 & 1); /* VBMI and GFNI */
+}
+#endif
+
 static int has_dot_products(void) {
 #if defined(__APPLE__) && defined(__aarch64__)
     return 1; /* every processor of Apple's for macOS */
@@ -88,6 +97,7 @@ static const lowbit_set *set_of(int32_t number) {
     switch (number) {
     case LOWBIT_AVX2: return &lowbit_avx2;
     case LOWBIT_AVX512: return &lowbit_avx512;
+    case LOWBIT_VBMI: return &lowbit_avx512; /* which reads words too */
     case LOWBIT_NEON: return &lowbit_neon;
     default: return &lowbit_portable;
     }
@@ -100,19 +110,9 @@ LOWBIT_EXPORT int32_t lowbit_has(int32_t set) {
 #ifdef X86
     if (set == LOWBIT_AVX2) return has_avx2();
     if (set == LOWBIT_AVX512) return has_avx512();
+    if (set == LOWBIT_VBMI) return has_vbmi();
 #endif
     return set == LOWBIT_PORTABLE;
-}
-
-LOWBIT_EXPORT int32_t lowbit_permutes_bytes(int32_t set) {
-#ifdef X86
-    unsigned a, b, c, d;
-    if (set != LOWBIT_AVX512 || !lowbit_has(set)) return 0;
-    cpuid(7, &a, &b, &c, &d);
-    return (c >> 1 & 1) && (c >> 8 & 1); /* VBMI and GFNI */
-#else
-    return set < 0;
-#endif
 }
 
 LOWBIT_EXPORT int32_t lowbit_rows(int32_t set) { return set_of(set)->rows; }

@@ -1,7 +1,7 @@
 """Finds and loads the compiled library, and chooses its instruction set.
 
 The environment variable LOWBIT_KERNELS forces one: off (torch computes everything), portable, avx2,
-avx512 or neon. It is read once.
+avx512, vbmi (AVX-512 with VBMI and GFNI) or neon. It is read once.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import torch
 
 ABI = 5  # LOWBIT_ABI in lowbit_kernels.h
 VARIABLE = "LOWBIT_KERNELS"
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon")  # numbered as in dispatch.c
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon", "vbmi")  # as in lowbit_kernels.h
 NAMES = ("lowbit_kernels.so", "lowbit_kernels.dll", "lowbit_kernels.dylib")
 
 
@@ -137,12 +137,6 @@ def rows(instruction_set: str) -> int:
     """Returns the rows of a tile of packed weights."""
     number: int = functions().lowbit_rows(INSTRUCTION_SETS.index(instruction_set))
     return number
-
-
-@lru_cache
-def reads_words(instruction_set: str) -> bool:
-    """Returns whether words are multiplied as they are, faster than the codes that they mean."""
-    return bool(functions().lowbit_permutes_bytes(INSTRUCTION_SETS.index(instruction_set)))
 
 
 class _Threads:

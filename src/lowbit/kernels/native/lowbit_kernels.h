@@ -40,8 +40,15 @@
 #define LOWBIT_EXPORT __attribute__((visibility("default")))
 #endif
 
-/* Instruction sets. */
-enum { LOWBIT_PORTABLE = 0, LOWBIT_AVX2 = 1, LOWBIT_AVX512 = 2, LOWBIT_NEON = 3 };
+/* Instruction sets, numbered as in library.py. VBMI: AVX-512 with VBMI and GFNI, which permutes bytes
+ * and maps bits, and multiplies words faster than the codes that they mean. */
+enum {
+    LOWBIT_PORTABLE = 0,
+    LOWBIT_AVX2 = 1,
+    LOWBIT_AVX512 = 2,
+    LOWBIT_NEON = 3,
+    LOWBIT_VBMI = 4
+};
 
 enum { LOWBIT_PLANES = 0, LOWBIT_FLOATS = 1, LOWBIT_WORDS = 2 };
 
@@ -148,10 +155,6 @@ extern const lowbit_set lowbit_portable;
 extern const lowbit_set lowbit_avx2;
 extern const lowbit_set lowbit_avx512;
 extern const lowbit_set lowbit_neon;
-
-/* Whether an instruction set has AVX-512 VBMI and GFNI too, on this processor: it then multiplies
- * words faster than the codes that they mean. */
-LOWBIT_EXPORT int32_t lowbit_permutes_bytes(int32_t set);
 
 /* Writes the codes of a piece of one tile as bytes: out[place / 4][4 * row + place % 4]. */
 void lowbit_unpack_piece(const lowbit_layer *, const lowbit_part *, int64_t tile,

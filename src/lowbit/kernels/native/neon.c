@@ -5,6 +5,7 @@
 
 #if defined(__ARM_FEATURE_DOTPROD) && defined(__ARM_NEON)
 
+#include "inline.h"
 #include "rounding.h"
 #include "sums.h"
 
@@ -14,9 +15,6 @@
 #define VECTOR 32
 #define AHEAD 1024 /* bytes that are prefetched ahead of a plane */
 #define TOKENS 4   /* tokens of a step */
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
 
 /* Integers or floats of the rows of a tile. */
 typedef struct {
@@ -84,16 +82,16 @@ INLINE void plane_products(const uint8_t *vector, int width, int low_bit, int32_
                            row_ints *products) {
     const int fields = 8 / width;
     int32x4_t lows[TOKENS][2], highs[TOKENS][2];
-    UNROLL
+    UNROLL(8)
     for (int m = 0; m < count; m++)
         lows[m][0] = lows[m][1] = highs[m][0] = highs[m][1] = vdupq_n_s32(0);
     for (int32_t i = 0; i < length; i += 4 * fields, vector += VECTOR) {
         uint8x16_t bytes[2] = {vld1q_u8(vector), vld1q_u8(vector + 16)};
         __builtin_prefetch(vector + AHEAD);
-        UNROLL
+        UNROLL(8)
         for (int f = 0; f < fields; f++) {
             int8x16_t first = field_of(bytes[0], width, f), second = field_of(bytes[1], width, f);
-            UNROLL
+            UNROLL(8)
             for (int m = 0; m < count; m++) {
                 int8x16_t q = four_inputs(low + m * apart + i + 4 * f);
                 lows[m][0] = vdotq_s32(lows[m][0], first, q);
@@ -107,7 +105,7 @@ INLINE void plane_products(const uint8_t *vector, int width, int low_bit, int32_
         }
     }
     int32x4_t up = vdupq_n_s32(low_bit);
-    UNROLL
+    UNROLL(8)
     for (int m = 0; m < count; m++) {
         for (int h = 0; h < 2; h++) {
             int32x4_t here = lows[m][h];
@@ -135,7 +133,7 @@ INLINE void multiply_piece(const lowbit_layer *layer, const lowbit_part *part,
     const int8_t *low = in->low + token * in->padded + piece->begin;
     const int8_t *high = in->high ? in->high + token * in->padded + piece->begin : NULL;
     row_ints products[TOKENS];
-    UNROLL
+    UNROLL(8)
     for (int m = 0; m < count; m++)
         products[m].half[0] = products[m].half[1] = vdupq_n_s32(0);
     for (int i = 0; i < part->planes; i++) {

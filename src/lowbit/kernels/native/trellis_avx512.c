@@ -5,18 +5,9 @@
 
 #if defined(__AVX512VNNI__) || (defined(_MSC_VER) && defined(__AVX512F__))
 
-#include <immintrin.h>
+#include "trellis_avx512.h"
+
 #include <string.h>
-
-#if defined(_MSC_VER)
-#define INLINE static __forceinline
-#define UNROLL
-#else
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
-#define TOKENS LOWBIT_TILE_TOKENS
 
 /* What moves the windows of 16 steps from 16 bytes to 16 words. */
 typedef struct {
@@ -60,7 +51,7 @@ INLINE void add_column(__m512i state, uint32_t multiplier, const uint32_t *low,
                        const uint32_t *high, int64_t apart, int tokens, int halves, __m512i *sums) {
     __m512i mixed = _mm512_mullo_epi32(state, _mm512_set1_epi32((int)multiplier));
     mixed = _mm512_and_si512(mixed, _mm512_set1_epi32(LOWBIT_SUM6_BITS));
-    UNROLL
+    UNROLL(16)
     for (int m = 0; m < tokens; m++) {
         __m512i q = _mm512_set1_epi32((int)low[m * apart]);
         sums[m * halves] = _mm512_dpbusd_epi32(sums[m * halves], mixed, q);
@@ -76,13 +67,12 @@ INLINE void add_tiles(const lowbit_code *code, const uint8_t *tile, int64_t tile
                       int halves, int shift, int values, int32_t *results) {
     const int bytes = 32 * shift / values, groups = LOWBIT_TILE / values;
     const picker pick = picker_of(code);
-    __m512i sums[2][2 * TOKENS]; /* of even and of odd columns, so that sums do not wait */
-    for (int i = 0; i < halves * tokens; i++)
-        sums[0][i] = sums[1][i] = _mm512_setzero_si512();
+    tile_sums sums;
+    clear_sums(sums, tokens, halves);
     for (int64_t i = 0; i < tiles; i++, tile += bytes, low += LOWBIT_TILE) {
         _mm_prefetch((const char *)tile + 1024, _MM_HINT_T0);
         if (bytes > 64) _mm_prefetch((const char *)tile + 1088, _MM_HINT_T0);
-        UNROLL
+        UNROLL(16)
         for (int g = 0; g < groups; g++) {
             __m512i state = states(tile, bytes, shift, g, &pick);
             add_column(state, code->multiplier[0], low + g, high + g, apart, tokens, halves,
@@ -93,46 +83,13 @@ INLINE void add_tiles(const lowbit_code *code, const uint8_t *tile, int64_t tile
         }
         if (halves == 2) high += LOWBIT_TILE;
     }
-    for (int m = 0; m < tokens; m++) {
-        __m512i sum = _mm512_add_epi32(sums[0][m * halves], sums[1][m * halves]);
-        if (halves == 2) {
-            __m512i upper = _mm512_add_epi32(sums[0][m * halves + 1], sums[1][m * halves + 1]);
-            sum = _mm512_add_epi32(sum, _mm512_slli_epi32(upper, 7));
-        }
-        int32_t *to = results + m * LOWBIT_TILE;
-        _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), sum));
-    }
+    add_sums(sums, tokens, halves, results);
 }
-
-#define RATE(name, shift, values)                                                                  \
-    static void name(const lowbit_code *code, const uint8_t *tile, int64_t tiles,                  \
-                     const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,         \
-                     int32_t *sums) {                                                              \
-        if (tokens == 1 && high)                                                                   \
-            add_tiles(code, tile, tiles, low, high, apart, 1, 2, shift, values, sums);             \
-        else if (tokens == 1)                                                                      \
-            add_tiles(code, tile, tiles, low, low, apart, 1, 1, shift, values, sums);              \
-        else if (high)                                                                             \
-            add_tiles(code, tile, tiles, low, high, apart, TOKENS, 2, shift, values, sums);        \
-        else                                                                                       \
-            add_tiles(code, tile, tiles, low, low, apart, TOKENS, 1, shift, values, sums);         \
-    }
-
-RATE(rate_1, 1, 1)
-RATE(rate_2, 2, 1)
-RATE(rate_3, 3, 1)
-RATE(rate_4, 4, 1)
-RATE(rate_1_5, 3, 2)
-RATE(rate_2_5, 5, 2)
 
 void lowbit_trellis_avx512(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
                            const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
                            int32_t *sums) {
-    static const lowbit_trellis_piece ONE[] = {rate_1, rate_2, rate_3, rate_4};
-    lowbit_trellis_piece rate = code->values == 1   ? ONE[code->shift - 1]
-                                : code->shift == 3 ? rate_1_5
-                                                   : rate_2_5;
-    rate(code, tile, tiles, low, high, apart, tokens, sums);
+    function_of(code)(code, tile, tiles, low, high, apart, tokens, sums);
 }
 
 #else

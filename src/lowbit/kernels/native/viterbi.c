@@ -97,14 +97,17 @@ static int allocate(encoder *e) {
 
 static void encode_range(int64_t begin, int64_t end, void *context) {
     lowbit_encode_call *call = context;
-    lowbit_viterbi_step steps[] = {lowbit_viterbi_portable, lowbit_viterbi_avx2,
-                                   lowbit_viterbi_avx512, lowbit_viterbi_portable};
+    static const lowbit_viterbi_step STEPS[] = {
+        [LOWBIT_PORTABLE] = lowbit_viterbi_portable, [LOWBIT_AVX2] = lowbit_viterbi_avx2,
+        [LOWBIT_AVX512] = lowbit_viterbi_avx512,     [LOWBIT_NEON] = lowbit_viterbi_portable,
+        [LOWBIT_VBMI] = lowbit_viterbi_avx512,
+    };
     encoder e;
     lowbit_trellis code = {call->state_bits, call->shift, call->values,
                            LOWBIT_SEQUENCE / call->values, (int64_t)1 << call->state_bits,
                            (int64_t)1 << (call->state_bits - call->shift), call->table};
     e.code = code;
-    e.step = code.uppers < 16 ? lowbit_viterbi_portable : steps[call->set];
+    e.step = code.uppers < 16 ? lowbit_viterbi_portable : STEPS[call->set];
     if (allocate(&e)) {
         int64_t bytes = code.steps * code.shift / 8;
         for (int64_t i = begin; i < end; i++) {

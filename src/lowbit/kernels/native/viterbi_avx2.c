@@ -1,16 +1,11 @@
 /* A step of the Viterbi encoder with AVX2: 8 states at once. */
 
+#include "inline.h"
 #include "viterbi.h"
 
 #if defined(__AVX2__)
 
 #include <immintrin.h>
-
-#if defined(_MSC_VER)
-#define INLINE static __forceinline
-#else
-#define INLINE static inline __attribute__((always_inline))
-#endif
 
 /* The least of the costs of 8 states, and which they were. */
 INLINE __m256 least_of(const float *cost, int64_t uppers, int shift, __m256i *from) {

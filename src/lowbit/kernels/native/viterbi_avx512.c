@@ -1,16 +1,11 @@
 /* A step of the Viterbi encoder with AVX-512: 16 states at once. */
 
+#include "inline.h"
 #include "viterbi.h"
 
 #if defined(__AVX512VNNI__) || (defined(_MSC_VER) && defined(__AVX512F__))
 
 #include <immintrin.h>
-
-#if defined(_MSC_VER)
-#define INLINE static __forceinline
-#else
-#define INLINE static inline __attribute__((always_inline))
-#endif
 
 INLINE void least_costs(const lowbit_trellis *code, const float *cost, float *best,
                         uint8_t *choice, int shift) {

@@ -1,6 +1,6 @@
 /* The words of words.c with AVX-512 VBMI and GFNI; avx512.c has the rest of the product. */
-#ifndef LOWBIT_WORDS_AVX512_H
-#define LOWBIT_WORDS_AVX512_H
+#ifndef LOWBIT_WORDS_VBMI_H
+#define LOWBIT_WORDS_VBMI_H
 
 #include <immintrin.h>
 #include <stdint.h>

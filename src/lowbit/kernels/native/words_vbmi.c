@@ -4,19 +4,13 @@
 
 #if defined(__AVX512VBMI__) || (defined(_MSC_VER) && defined(__AVX512F__))
 
-#include "words_avx512.h"
+#include "words_vbmi.h"
+
+#include "inline.h"
 
 #include <string.h>
 
 #define AHEAD 2048 /* bytes that are prefetched ahead */
-
-#if defined(_MSC_VER)
-#define INLINE static __forceinline
-#define UNROLL
-#else
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
-#endif
 
 /* A map of bytes: each bit becomes the parity of the bits that a mask names. Bits 0 to 3 are the
  * code of an even coordinate, and bits 4 to 7 that of the next one; see words.c. */
@@ -34,7 +28,7 @@ typedef struct {
 
 INLINE tables load_tables(const uint8_t *table) {
     tables t;
-    UNROLL
+    UNROLL(8)
     for (int i = 0; i < 8; i++) t.patterns[i] = _mm512_loadu_si512(table + 64 * i);
     t.lower = _mm512_set1_epi8(0x0f);
     t.upper = _mm512_set1_epi8((char)0xf0);
@@ -82,13 +76,13 @@ INLINE __m512i words_product(const uint8_t *table, int32_t length, const uint8_t
     const tables t = load_tables(table);
     const uint8_t *from = *vector;
     __m512i lows[4], highs[4], pairs[4];
-    UNROLL
+    UNROLL(8)
     for (int f = 0; f < 4; f++) lows[f] = highs[f] = _mm512_setzero_si512();
     for (int32_t i = 0; i < length; i += 32, from += 128) {
         _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T0);
         _mm_prefetch((const char *)from + AHEAD + 64, _MM_HINT_T0);
         decode(&t, from, pairs);
-        UNROLL
+        UNROLL(8)
         for (int c = 0; c < 8; c++) {
             __m512i codes = _mm512_and_si512(pairs[c / 2], c % 2 ? t.upper : t.lower);
             lows[c % 4] = _mm512_dpbusd_epi32(lows[c % 4], codes, four_inputs(low + i + 4 * c));
@@ -116,7 +110,7 @@ void lowbit_words_unpack(const uint8_t *table, int32_t length, const uint8_t *ve
         _mm_prefetch((const char *)vector + AHEAD, _MM_HINT_T0);
         _mm_prefetch((const char *)vector + AHEAD + 64, _MM_HINT_T0);
         decode(&t, vector, pairs);
-        UNROLL
+        UNROLL(8)
         for (int c = 0; c < 8; c++, to += 64) {
             __m512i code = c % 2 ? _mm512_srli_epi16(pairs[c / 2], 4) : pairs[c / 2];
             _mm512_storeu_si512(to, _mm512_and_si512(code, t.lower));
