@@ -105,6 +105,8 @@ def _sentence(detail: Any) -> str:
         return f"{field}: {message}" if field else message
     if detail["type"] == "missing":
         return f"{field}: is missing"
+    if detail["type"] in ("model_type", "dict_type"):  # pydantic's words name classes of ours
+        message = "should be a mapping of names to values"
     return f"{field or 'top level'}: {message} (got {_shown(detail['input'])})"
 
 

@@ -116,7 +116,7 @@ def test_mistakes(lowbit, rtn, tmp_path):
     (broken / "report.json").write_text('{"blocks": [1]}')
     shutil.copyfile(rtn / shard.name, shard)
     error = lowbit("inspect", broken, code=1).stderr
-    assert "report.json cannot be used: blocks: should be a valid dictionary" in error
+    assert "report.json cannot be used: blocks: should be a mapping of names to values" in error
     (broken / "report.json").unlink()
     assert "uniform" in lowbit("inspect", broken).stdout
     (broken / "config.json").unlink()

@@ -30,7 +30,7 @@ def test_unknown_keys_are_passed_over(tmp_path: Path) -> None:
 EDITED = {
     "report.json": (
         '{"blocks": [1]}',
-        "report.json cannot be used: blocks: should be a valid dict.*: restore the file, or delete",
+        "report.json cannot be used: blocks: should be a mapping.*: restore the file, or delete",
     ),
     "events.jsonl": (
         '{"kind": "x", "time": 1}\n{"kind"',
@@ -53,7 +53,7 @@ LINES = {
     '{"kind": "x", "time": 1e999}': "time: should be a valid number",
     '{"kind": "done", "time": 1}': "out: is missing",
     '{"kind": "warning", "time": 1, "text": [1]}': "text: should be a valid string",
-    "[1]": "should be a valid dictionary",
+    "[1]": "should be a mapping of names to values",
 }
 
 
