@@ -164,4 +164,5 @@ def drawn_labels(logits: Tensor, levels: Tensor) -> Tensor:
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     wanted = levels.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
     found = torch.searchsorted(cumulative, wanted, right=True).squeeze(1)
-    return found.clamp(max=logits.shape[1] - 1)  # a level next to 1 may be rounded to 1
+    # A level near 1 times the sum may be rounded to the sum itself, beyond the last label.
+    return found.clamp(max=logits.shape[1] - 1)

@@ -74,7 +74,7 @@ def gptq_codes(
         ordered, scales, zeros = (_rows(t, outputs.order) for t in (ordered, scales, zeros))
 
     def nearest(place: Place, target: Tensor) -> tuple[Tensor, Tensor]:
-        columns = place.columns  # a number spares a look at the GPU
+        columns = place.columns  # an int is not copied from the GPU, as an index in a tensor is
         group = numbers[columns] if isinstance(columns, int) else group_of[columns]
         scale, zero = (t[place.rows, group].unsqueeze(-1) for t in (scales, zeros))
         codes = nearest_code(target / scale, zero).clamp(0, grid.top)
