@@ -79,18 +79,22 @@ def shapes_result(field: FieldInfo) -> bool:
     return bool(dict(extra if isinstance(extra, dict) else {})[SHAPES_RESULT])
 
 
-def unknown_name(name: object, allowed: Any, what: str) -> str:
+def unknown_name(name: object, allowed: Any, what: str, *, listed_by: str = "") -> str:
     """Returns the error message for a misspelt name.
 
     name: the name that came; YAML also has names that are no text.
     allowed: all valid names; the message suggests the nearest one.
     what: what such a name stands for, as in "method" or "field of RTN".
+    listed_by: the command that lists all valid names, where they are too many for a message.
     """
     names = sorted(allowed)
     lower = {each.lower(): each for each in reversed(names)}
     near = get_close_matches(shorten(name).lower(), lower, n=1, cutoff=NEAR)
     hint = f"did you mean {lower[near[0]]!r}? " if near else ""
-    return f"{_shown(name)} is not a {what}: {hint}allowed are {', '.join(names)}"
+    valid = f"allowed are {', '.join(names)}"
+    if listed_by:
+        valid = f"`{listed_by}` lists all {len(names)}"
+    return f"{_shown(name)} is not a {what}: {hint}{valid}"
 
 
 def explain(error: ValidationError) -> str:

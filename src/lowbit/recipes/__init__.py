@@ -82,7 +82,8 @@ def load_recipe(name: str) -> Recipe:
             f"{SUFFIX} files"
         )
     if not name.endswith(SUFFIX):
-        raise ValueError(f"{unknown_name(name, packaged, 'recipe')}; or a {SUFFIX} file")
+        unknown = unknown_name(name, packaged, "recipe", listed_by="lowbit recipes")
+        raise ValueError(f"{unknown}; allowed are these and {SUFFIX} files")
     path = Path(name)
     if not os.path.isfile(path):  # also False for a name that no file can have
         raise ValueError(
