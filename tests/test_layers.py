@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "convert": {"formats", "checkpoint", "config", "kernels", "version"},
     "vllm_plugin": {"formats", "checkpoint", "kernels"},
     "server": {"config", "models", "parsing"},
+    "zoo": {"checkpoint", "config", "events", "methods", "models", "parsing", "pipeline"},
     "upload": {"checkpoint", "exporters", "parsing", "version"},
     "report": {"checkpoint", "config", "events", "parsing", "quantities", "run_report"}
     | {"version"},
@@ -68,6 +69,7 @@ MAY_IMPORT["pipeline"] = set(MAY_IMPORT) - {
     "vllm_plugin",
     "server",
     "upload",
+    "zoo",
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["__init__"] = {*MAY_IMPORT, "__init__"}
 MAY_IMPORT["__main__"] = {"cli"}

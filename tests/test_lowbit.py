@@ -59,3 +59,8 @@ def test_preprocessing_without_peft_says_how_to_install_it(
     with pytest.raises(ValueError, match=r"pip install 'lowbit\[train\]'"):
         lowbit.preprocess(quantized.source(), tmp_path / "out", quantized.METHODS["rtn"])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = (Path(__file__).parents[1] / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {lowbit.__version__}\n" in citation

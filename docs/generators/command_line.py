@@ -1,6 +1,7 @@
 """The reference of the command line, from the commands themselves."""
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -13,10 +14,19 @@ from lowbit.cli.auto_quip import auto_quip
 def cli_reference() -> str:
     """Returns a section for each command with its arguments and options."""
     group: Any = typer.main.get_command(app)
-    sections = [section(name, each) for name, each in group.commands.items()]
+    sections = [section(name, each) for name, each in every(group)]
     other = typer.Typer(add_completion=False, rich_markup_mode=None)
     other.command()(auto_quip)
     return "\n\n".join([*sections, section("auto_quip", typer.main.get_command(other), "")])
+
+
+def every(group: Any, start: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the name and the command of each command, those of groups as GROUP NAME."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from every(command, f"{start}{name} ")
+        else:
+            yield f"{start}{name}", command
 
 
 def section(name: str, command: Any, program: str = "lowbit ") -> str:

@@ -17,6 +17,7 @@ from lowbit.formats.activation import Activation
 from lowbit.pipeline import Estimate
 from lowbit.recipes import Recipe
 from lowbit.run_report import RunReport
+from lowbit.zoo import Entry
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
@@ -142,6 +143,12 @@ def estimate_json() -> dict[str, Any]:
     return described(schema, "lowbit plan --json", "Estimated size, memory and time of a run.")
 
 
+def zoo_entry() -> dict[str, Any]:
+    """Returns the schema of an entry of a zoo."""
+    schema = without_texts(Entry.model_json_schema(mode="serialization"))
+    return described(schema, "zoo/NAME.json", "Learned parameters of a model; see lowbit zoo.")
+
+
 def without_texts(value: Any) -> Any:
     """Returns a schema without the docstrings of classes, which list all fields once more."""
     if isinstance(value, list):
@@ -169,6 +176,7 @@ SCHEMAS: dict[str, Callable[[], str]] = {
     "recipe": shown(recipe_file),
     "export": shown(export_json),
     "estimate": shown(estimate_json),
+    "zoo": shown(zoo_entry),
 }
 
 

@@ -7,7 +7,7 @@ Importing it also teaches transformers to load what it writes.
 """
 
 import lowbit.waiting  # noqa: F401  # isort: split  (before torch is imported)
-from lowbit import events, methods
+from lowbit import events, methods, zoo
 from lowbit.allocate import Mix
 from lowbit.allocate.allocation import Allocation
 from lowbit.auto_quip import QuipQuantizer, load_quantized_model
@@ -63,4 +63,5 @@ __all__ = [
     "slice",
     "tune",
     "verify",
+    "zoo",
 ]

@@ -158,6 +158,13 @@ class BlockReport(_Report):
         """Returns the same report with the names of folds."""
         return self.model_copy(update={"folds": [*folds]})
 
+    def without_text(self) -> "BlockReport":
+        """Returns the report of a block that was made without calibration text, of which linears
+        would say that they saw none."""
+        unknown = {"tokens": None, "fallback": None}
+        linears = {name: each.model_copy(update=unknown) for name, each in self.linears.items()}
+        return self.model_copy(update={"linears": linears})
+
     def to_json(self) -> dict[str, Any]:
         """Returns the report as JSON values, without fields that have their default value."""
         return self.model_dump(mode="json", exclude_defaults=True)

@@ -60,7 +60,16 @@ def only_command(function):
     return typer.main.get_command(made)
 
 
-COMMANDS = dict(typer.main.get_command(app).commands) | {"auto_quip": only_command(auto_quip)}
+def all_commands() -> dict[str, Any]:
+    """Returns the commands of lowbit by name, those of a group as GROUP-NAME."""
+    found: dict[str, Any] = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        inside = getattr(command, "commands", None)
+        found |= {f"{name}-{n}": c for n, c in inside.items()} if inside else {name: command}
+    return found
+
+
+COMMANDS = all_commands() | {"auto_quip": only_command(auto_quip)}
 PARAMETERS = {f"{name} {p.name}": p for name, c in COMMANDS.items() for p in c.params}
 
 
@@ -80,7 +89,7 @@ DEVICES = {name.split()[0]: p.help for name, p in PARAMETERS.items() if name.end
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_command_says_how_many_gpus_it_uses(name):
     whole = {"chat", "eval", "generate", "mix", "serve"}  # they load the model with a device_map
-    assert DEVICES.keys() == whole | {"plan", "preprocess", "quantize", "tune"}
+    assert DEVICES.keys() == whole | {*("plan", "preprocess", "quantize", "tune", "zoo-replay")}
     assert ("all GPUs" if name in whole else "on the first GPU,") in DEVICES[name]
 
 
@@ -93,7 +102,7 @@ def test_every_command_fits_into_the_list_of_commands(name):
 
 def test_the_one_word_for_a_folder_that_is_read():
     models = [p for name, p in PARAMETERS.items() if name.split()[1] in ("model", "others")]
-    assert len(models) == 18 and {p.metavar for p in models} == {"MODEL", "MODEL|DEST"}
+    assert len(models) == 19 and {p.metavar for p in models} == {"MODEL", "MODEL|DEST"}
 
 
 @pytest.mark.parametrize(

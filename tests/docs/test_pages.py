@@ -1,8 +1,9 @@
 """The commands and the Python code of every page run, in their order, on the mini models.
 
-Blocks of a page run in one folder, which also holds `examples/`. `lowbit` commands run in this
-process. A block below `<!-- skip: REASON -->` does not run; REASONS lists how reasons begin. In
-place of MODEL stands a small random model, and in place of data sets of the hub a text of it.
+Blocks of a page run in one folder, which also holds `examples/` and `zoo/`. `lowbit` commands run
+in this process. A block below `<!-- skip: REASON -->` does not run; REASONS lists how reasons
+begin. In place of MODEL stands a small random model, and in place of data sets of the hub a text of
+it.
 """
 
 import re
@@ -101,7 +102,8 @@ def command(line: str) -> None:
 def test_the_blocks_of_a_page_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "zoo"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     names: dict[str, Any] = {}

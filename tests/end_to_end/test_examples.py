@@ -25,29 +25,27 @@ def run(script: str, *arguments: object) -> str:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.kernels
 def test_demo(tmp_path: Path) -> None:
-    little = ("--bits", 4, 2, "--samples", 2, "--epochs", 1, "--windows", 4)
-    printed = run("demo.py", "--out", tmp_path / "out", *little)
+    printed = run("demo.py", "--out", tmp_path / "out", "--samples", 2, "--windows", 4)
+    lines = (line.split("│")[1:-1] for line in printed.splitlines())
     rows = {
-        cells[0]: [float(re.sub(r"[^\d.+-]", "", cell)) for cell in cells[1:5]]
-        for line in printed.splitlines()
-        if len(cells := [cell.strip() for cell in line.split("│")[1:-1]]) == 7 and cells[4]
-        if cells[0] != "method"
+        name.strip(): [float(re.sub(r"[^\d.+-]", "", cell) or 0) for cell in cells]
+        for name, *cells in (cells for cells in lines if len(cells) == 9)
     }
-    assert list(rows) == [
-        "float16",
-        "rtn W4 g64",
-        "omniquant W4 g64",
-        "rtn W2 g64",
-        "omniquant W2 g64",
-    ]
-    linears, model, size, perplexity = zip(*rows.values(), strict=True)
-    assert linears == (16, 4.31, 4.31, 2.28, 2.38)
-    assert model[0] == 16 > model[1] > model[3] > 2.28
-    assert size[0] > size[1] > size[3]
-    assert perplexity[0] < perplexity[1] < perplexity[3]
+    assert list(rows) == ["float", "fast-4bit", "best-2bit", "best-1.5bit"]
+    linears, model, size, perplexity, _, speed, ratio, seconds = zip(*rows.values(), strict=True)
+    assert linears == (16, 4.16, 2, 1.5)
+    assert model[0] == 16 > model[1] > model[2] > model[3] > 1.5
+    assert size[0] > size[1] > size[2] > size[3]
+    assert perplexity[0] < perplexity[1] < perplexity[2] < perplexity[3]
+    assert (
+        all(value > 0 for value in speed) and ratio[0] == 1 and seconds[0] == 0 < min(seconds[1:])
+    )
     for name in rows:
         assert f"\n{name}\nOnce upon a time there was a little fox who" in printed
+    assert list((tmp_path / "out" / "fast-4bit-gguf").glob("*.gguf"))
+    assert "python examples/demo.py --model MODEL" in printed
 
 
 @pytest.mark.exhaustive

@@ -88,13 +88,19 @@ def input_statistics(
 ) -> dict[str, ChannelStatistics]:
     """Returns the statistics of the input of each `LinearGroup`, by the group's name."""
     first = {group.linears[0]: group.name for group in groups}
-    gathered: dict[str, ChannelStatistics] = {}
-    for linear, group in first.items():
-        module = block.get_submodule(linear)
-        assert isinstance(module, nn.Linear)
-        gathered[group] = ChannelStatistics.empty(module.in_features, module.weight.device)
+    gathered = no_statistics(block, groups)
     observe_inputs(block, first, stream, lambda name, x: gathered[first[name]].update(x))
     return gathered
+
+
+def no_statistics(block: nn.Module, groups: Sequence[LinearGroup]) -> dict[str, ChannelStatistics]:
+    """Returns statistics of 0 tokens for each `LinearGroup`, by the group's name."""
+    empty: dict[str, ChannelStatistics] = {}
+    for group in groups:
+        module = block.get_submodule(group.linears[0])
+        assert isinstance(module, nn.Linear)
+        empty[group.name] = ChannelStatistics.empty(module.in_features, module.weight.device)
+    return empty
 
 
 def tokens_by_linear(

@@ -33,6 +33,7 @@ from lowbit.cli.serve import serve
 from lowbit.cli.slice import cut
 from lowbit.cli.tune import tune
 from lowbit.cli.verify import verify
+from lowbit.cli.zoo import zoo
 from lowbit.config import explain
 from lowbit.models.quiet import quiet
 from lowbit.parsing import reason_of, shorten
@@ -144,6 +145,7 @@ for command in (mix, tune, plan, generate, inspect, report, preprocess, dequanti
     app.command()(command)
 for command in (convert, chat, serve, verify, push):
     app.command()(command)
+app.add_typer(zoo, name="zoo")
 app.command()(bench)
 app.command()(doctor)
 app.command()(methods)

@@ -118,7 +118,7 @@ class JobOptions:
     ] = None
     start_from: Annotated[
         Path | None,
-        Option(metavar="MODEL", help=f"{meaning(RunOptions, 'start_from')} Default: none."),
+        Option(metavar="MODEL|FILE", help=f"{meaning(RunOptions, 'start_from')} Default: none."),
     ] = None
     allow_float: AllowFloat = None
     self_check: Annotated[

@@ -1,20 +1,14 @@
-"""Converts weights in pickles (pytorch_model.bin) to safetensors.
+"""Converts weights in pickles (pytorch_model.bin) to safetensors."""
 
-No other part of lowbit opens a pickle. torch.load is called with weights_only=True, so that no code
-in a pickle can run.
-"""
-
-import pickle
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lowbit.checkpoint.folder import write_folder
 from lowbit.checkpoint.inside import check_links, file_inside
-from lowbit.checkpoint.reader import is_file_name, read_json, refuse_pointer
+from lowbit.checkpoint.pickled import read_pickled
+from lowbit.checkpoint.reader import is_file_name, read_json
 from lowbit.checkpoint.recognize import check_config, runnable_folder
 
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -67,13 +61,7 @@ def _shards(folder: Path, files: list[str]) -> Iterator[dict[str, Tensor]]:
             raise ValueError(
                 f"{folder}: shard {file} is missing: copy it from the source of the checkpoint"
             )
-        try:
-            zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            refuse_pointer(path)
-            reason = str(error).strip().partition("\n")[0] or "it ends too early"
-            raise ValueError(f"{path} holds more than tensors, or is damaged: {reason}") from None
+        state = read_pickled(path)
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
             raise ValueError(f"{path} is not a dictionary of tensors")
         # Cloned, because safetensors refuses tensors that share memory, as tied ones do.

@@ -114,6 +114,11 @@ class LearningMethod(Method):
         few = {name: count for name, count in tokens.items() if count < self.min_tokens}
         return {name: too_few_tokens(count) for name, count in few.items()}
 
+    def unclipped(self, task: BlockTask) -> set[str]:
+        """Returns the linears for which an earlier run learned no clipping range."""
+        linears = (name for group in task.groups for name in group.linears)
+        return {name for name in linears if f"{name}.clip_low" not in task.start}
+
     def factors(
         self,
         task: BlockTask,

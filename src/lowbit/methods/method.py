@@ -162,6 +162,20 @@ class Method(Config):
     def quantize(self, task: BlockTask) -> BlockResult:
         """Quantizes one block; `task.block` is not changed."""
 
+    def why_no_replay(self) -> str | None:
+        """Returns why codes do not follow from the weights and what was learned; None: they do.
+
+        The reason is the end of a sentence that begins with the name of the method.
+        """
+        return "learns no parameters from which its codes follow"
+
+    def replay(self, task: BlockTask) -> BlockResult:
+        """Makes a block again, from its weights and `task.start` alone; there are no streams.
+
+        It is called only if `why_no_replay` returns None.
+        """
+        raise NotImplementedError
+
     def install(self, block: nn.Module, result: BlockResult, stream: str) -> None:
         """Changes the block, in place, to the version that a stream passes through.
 

@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_repo_discussions, snapshot_download
@@ -53,13 +55,29 @@ def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
     if folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~")):
         raise ValueError(f"{shorten(name)}: there is no such folder{_meant(name)}")
     patterns = FILES + CODE if trust_remote_code else FILES
-    try:
+    with hub_answers(name):
         snapshot = Path(snapshot_download(name, allow_patterns=patterns))
         if any(snapshot.glob("*.safetensors")):
             return snapshot
         revision = converted_revision(name, snapshot.name)
         if revision is not None:
             return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    folder_name = name.rpartition("/")[2]
+    raise ValueError(
+        f"{name!r} has no safetensors, and the hub has not converted it. If you trust its source: "
+        f"hf download {name} --local-dir {folder_name}, then "
+        f"lowbit convert {folder_name} {folder_name}-safetensors --from-bin, and use that folder"
+    )
+
+
+@contextmanager
+def hub_answers(name: str) -> Iterator[None]:
+    """Raises ValueError, with what to do, where the hub raises errors of its own.
+
+    name: the repository that is asked for.
+    """
+    try:
+        yield
     except HFValidationError:
         raise ValueError(
             f"{shorten(name)!r} is neither a folder nor a hub id (OWNER/NAME)"
@@ -72,12 +90,6 @@ def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
             f"{name!r} is not a folder, and cannot be downloaded from the hub ({reason}). "
             "Check the name, the network and `hf auth login`, or name a local folder"
         ) from None
-    folder_name = name.rpartition("/")[2]
-    raise ValueError(
-        f"{name!r} has no safetensors, and the hub has not converted it. If you trust its source: "
-        f"hf download {name} --local-dir {folder_name}, then "
-        f"lowbit convert {folder_name} {folder_name}-safetensors --from-bin, and use that folder"
-    )
 
 
 def _meant(name: str) -> str:

@@ -48,6 +48,7 @@ from lowbit.pipeline.memory import PeakMemory
 from lowbit.pipeline.options import RunOptions
 from lowbit.pipeline.outside import outside_blocks, rounded_tables
 from lowbit.pipeline.packed_check import check_packed
+from lowbit.pipeline.published import SUFFIXES, Published
 from lowbit.pipeline.results import STATED, as_stored, check_shard, shard_of
 from lowbit.pipeline.selection import Selection, pack_float_experts
 from lowbit.version import __version__
@@ -124,7 +125,7 @@ class Job:
         other.method = self.method.with_epochs(epochs)
         return other
 
-    def _earlier_run(self) -> Learned | None:
+    def _earlier_run(self) -> Learned | Published | None:
         """Returns the learned parameters that this run starts from, if the options name some."""
         if self.options.start_from is None:
             return None
@@ -132,7 +133,10 @@ class Job:
             raise ValueError(
                 f"--start-from needs a method that learns parameters; {self.method.name} does not"
             )
-        return Learned(self.options.start_from, 1 + len(self.source.block_names))
+        path = self.options.start_from
+        if path.suffix in SUFFIXES and not path.is_dir():
+            return Published(path, self.source, self.method)
+        return Learned(path, 1 + len(self.source.block_names))
 
     def windows(self) -> TokenWindows | None:
         """Returns the calibration text as tokens; None for a method that needs no calibration."""
@@ -158,6 +162,17 @@ class Job:
         )
         check_tokens(windows.largest, self.source.vocabulary, "the calibration text")
         return windows
+
+    def text_facts(self, windows: TokenWindows | None) -> dict[str, Any] | None:
+        """Returns what config.json states of the calibration text; None: none was read."""
+        if windows is None:
+            return None
+        return {
+            "sources": windows.sources,
+            "samples": windows.samples,
+            "seqlen": windows.seqlen,
+            "digest": windows.digest,
+        }
 
     @cached_property
     def model_hash(self) -> str:
@@ -356,13 +371,17 @@ class Job:
                     "float32; leave this linear in float with --skip, or repair the checkpoint"
                 )
         try:
-            result = method.quantize(task)
+            result = self.made(task, method)
         except ValueError as error:
             raise ValueError(f"{task.name}: {error}") from error
         kinds = {kind for kinds in method.needs_folds().values() for kind in kinds}
         found = [fold.name for fold in task.folds if fold.kind in kinds]
         result.report = result.report.with_folds(found)
         return result
+
+    def made(self, task: BlockTask, method: Method) -> BlockResult:
+        """Returns what a method makes of a block."""
+        return method.quantize(task)
 
     def advance(self, step: Step, result: BlockResult) -> None:
         """Runs every stream through the block, quantized or float, as the method decides."""

@@ -68,8 +68,8 @@ class RunOptions(Config):
     )
     start_from: Path | None = option(
         None,
-        "Output folder of an earlier run; learning starts from its parameters (with epochs=0 they "
-        "are only applied).",
+        "Output folder of an earlier run, or a .pth file of OmniQuant; learning starts from its "
+        "parameters (with epochs=0 they are only applied).",
         shapes_result=True,
     )
     plan: Path | None = option(

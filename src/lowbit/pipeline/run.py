@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from lowbit.pipeline.plan import LONG, estimate, longest
 from lowbit.pipeline.results import left_float, result_of, run_report
 from lowbit.pipeline.warnings import (
     plan_of_another_model,
+    published_otherwise,
     settings_without_effect,
     too_little_text,
 )
@@ -108,13 +109,31 @@ def quantize(  # noqa: PLR0913 (the options of a run)
         options = options.model_copy(update={"without_tokenizer": True})
     with as_folder(model, tokenizer, Path(out)) as folder:
         job = with_widths(Job(folder, method, calibration, options), on_event)
-        return _Run(job, on_event).into(Path(out))
+        return run(job, Path(out), on_event)
+
+
+@reproducible()
+@use_backend("reference")
+def run(
+    job: Job,
+    out: Path,
+    on_event: OnEvent,
+    check: Callable[[CheckpointWriter], None] = lambda writer: None,
+) -> Path:
+    """Does all that a job asks for, writes it into a folder, and returns that folder.
+
+    check: called when all shards are written. If it raises ValueError, the folder stays unfinished.
+    """
+    return _Run(job, on_event, check).into(out)
 
 
 class _Run:
-    def __init__(self, job: Job, on_event: OnEvent) -> None:
+    def __init__(
+        self, job: Job, on_event: OnEvent, check: Callable[[CheckpointWriter], None]
+    ) -> None:
         self.job = job
         self.on_event = on_event
+        self.check = check
         self.self_check: SelfCheckFinished | None = None
         self.dry_run: DryRunFinished | None = None
 
@@ -141,6 +160,7 @@ class _Run:
             self._warn(writer, settings_without_effect(job))
             self._warn(writer, job.source.float_warnings())
             self._warn(writer, plan_of_another_model(job))
+            self._warn(writer, published_otherwise(job))
             for event in (self.self_check, self.dry_run, widths_chosen(job)):
                 if event:
                     self._log(writer, event)
@@ -150,6 +170,7 @@ class _Run:
                 job.write_outside(writer)
             with explained(out):
                 self._blocks(writer, windows)
+            self.check(writer)
             writer.clear_streams()
             OutputSide(writer.outputs).delete()
             self._finish(writer, windows)
@@ -259,13 +280,7 @@ class _Run:
         made_by = {
             **writer.signature,
             "source": job.name,
-            "calibration": windows
-            and {
-                "sources": windows.sources,
-                "samples": windows.samples,
-                "seqlen": windows.seqlen,
-                "digest": windows.digest,
-            },
+            "calibration": job.text_facts(windows),
             **({"widths": job.allocation.origin} if job.allocation else {}),
         }
         writer.finish(

@@ -4,6 +4,7 @@ from lowbit.calibration import TokenWindows
 from lowbit.parsing import shorten
 from lowbit.patterns import matches_any
 from lowbit.pipeline.job import Job
+from lowbit.pipeline.published import Published
 
 
 def settings_without_effect(job: Job) -> list[str]:
@@ -40,6 +41,11 @@ def plan_of_another_model(job: Job) -> list[str]:
         f"the widths were chosen for another model ({shorten(job.allocation.measured.model)}), "
         "whose config.json or weights have another hash: they may not suit this one"
     ]
+
+
+def published_otherwise(job: Job) -> list[str]:
+    """Returns a sentence if parameters of OmniQuant are not used as they are, else []."""
+    return job.start.warnings if isinstance(job.start, Published) else []
 
 
 def _has_fold(job: Job, block: str, kinds: tuple[str, ...]) -> bool:

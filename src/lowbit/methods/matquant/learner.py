@@ -57,6 +57,7 @@ class Learner(BlockLearner):
                 f'{task.name} has no linear outside attention, which scope "ffn" needs: set scope '
                 'to "all"'
             )
+        self.unclipped = unclipped
         self.rounded: Tensors = {}  # what learned codes start from; not where few tokens were seen
         outside = set(settings) - set(self.settings)
         learning = method.learning(codes=method.rounding == "learned")
@@ -122,7 +123,7 @@ class Learner(BlockLearner):
                 return packed_plain(
                     weight, bias, self.grid(name, weight), self.tokens[name], fallbacks.get(name)
                 )
-            made = learned and self.tokens[name] >= self.method.min_tokens
+            made = learned and name not in self.unclipped
             targets = dict.fromkeys(weights, Target(weight, None))
             nested = self._nested(name, weight, bias, factors.get(name), made, targets)
             fallback = fallbacks.get(name)
@@ -163,7 +164,7 @@ class Learner(BlockLearner):
             else:
                 factor, mean = None, weight
                 targets = dict.fromkeys(weights, Target(weight, None))
-            made = learned and self.tokens[name] >= self.method.min_tokens
+            made = learned and name not in self.unclipped
             nested = self._nested(name, mean, bias, factor, made, targets)
             error = step.output_error(name, weight, nested)
             tokens = self.tokens[name]

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from lowbit.blocks import BlockTask
-from lowbit.blocks.statistics import input_statistics, tokens_by_linear
+from lowbit.blocks.statistics import input_statistics, no_statistics, tokens_by_linear
 from lowbit.blocks.training import fit, mean_loss
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.nested import NestedLinear, tensor_bytes
@@ -193,8 +193,7 @@ class MatQuant(LearningMethod, LearnedRounding):
         nearest = learner.nearest()
         loss_nearest = mean_loss(lambda index: loss(index, nearest), loss.batches)
         keep = keep_if_better(learner, task, fitted.after, loss_nearest)
-        searched = self.epochs > 0 or self.starts_from() == "awq" or bool(task.start)
-        learned = keep and searched and (self.lwc or self.let)
+        learned = keep and self._searched(task)
         if self.matches_float() and not learner.earlier:
             result = learner.matched(task, learned, fallbacks)
         else:
@@ -217,6 +216,23 @@ class MatQuant(LearningMethod, LearnedRounding):
         linears = result.report.linears
         result.report = trained_report(linears, fitted, loss_nearest, after, reasons, before)
         return result
+
+    def why_no_replay(self) -> str | None:
+        if self.rounding != "nearest":
+            return f"chooses codes by calibration text (rounding: {self.rounding})"
+        return None
+
+    def replay(self, task: BlockTask) -> BlockResult:
+        unclipped = self.unclipped(task) if self.lwc else set()
+        learner = Learner(self, task, no_statistics(task.block, task.groups), unclipped)
+        if not task.start:  # rounding to nearest was better than what was learned
+            learner.forget()
+        return learner.result({}, bool(task.start) and self._searched(task), {})
+
+    def _searched(self, task: BlockTask) -> bool:
+        """Returns whether grids are learned or searched for the widths, now or by an earlier run"""
+        made = self.epochs > 0 or self.starts_from() == "awq" or bool(task.start)
+        return made and (self.lwc or self.let)
 
     def _loss(self, task: BlockTask) -> Loss:
         streams = {width: self.stream_of(width) for width in self.widths}

@@ -26,7 +26,7 @@ from torch.nn import functional
 from lowbit.blocks import BlockTask, Stream
 from lowbit.blocks.capture import call_block
 from lowbit.blocks.folding import Tensors
-from lowbit.blocks.statistics import input_statistics, tokens_by_linear
+from lowbit.blocks.statistics import input_statistics, no_statistics, tokens_by_linear
 from lowbit.blocks.training import Fit, fit, mean_loss
 from lowbit.methods.activations import ActivationMethod
 from lowbit.methods.learned import NEAREST_BETTER, LearningMethod, keep_if_better
@@ -39,6 +39,7 @@ from lowbit.methods.result import (
     trained_report,
     warn_of_hessians,
 )
+from lowbit.run_report import BlockReport
 
 
 class OmniQuant(LearningMethod, LearnedRounding, ActivationMethod):
@@ -119,6 +120,24 @@ class OmniQuant(LearningMethod, LearnedRounding, ActivationMethod):
             reasons.append(readings.fallback)
         linears = result.report.linears
         result.report = trained_report(linears, fitted, nearest, after, reasons, before)
+        return result
+
+    def why_no_replay(self) -> str | None:
+        if self.rounding != "nearest":
+            return f"chooses codes by calibration text (rounding: {self.rounding})"
+        if self.rotate or any(fields.get("rotate") for fields in self.overrides.values()):
+            return "balances channels by calibration text before it rotates them (rotate: true)"
+        return None
+
+    def replay(self, task: BlockTask) -> BlockResult:
+        readings = self.readings(task)
+        statistics = no_statistics(task.block, task.groups)
+        learner = Learner(self, readings, statistics, self.unclipped(task))
+        if not task.start:  # rounding to nearest was better than what was learned
+            learner.forget()
+        result = learner.result({}, {})
+        linears = result.report.linears
+        result.report = BlockReport(linears=linears, fallback=readings.fallback)
         return result
 
     def _with_feedback(

@@ -27,7 +27,12 @@ from lowbit.blocks.capture import call_block
 from lowbit.blocks.hessian import Hessian
 from lowbit.blocks.install import replace_module
 from lowbit.blocks.start import Start
-from lowbit.blocks.statistics import ChannelStatistics, input_statistics, tokens_by_linear
+from lowbit.blocks.statistics import (
+    ChannelStatistics,
+    input_statistics,
+    no_statistics,
+    tokens_by_linear,
+)
 from lowbit.blocks.training import ParameterGroup, fit, mean_loss
 from lowbit.formats import link
 from lowbit.formats.binary import BinaryLinear, tensor_bytes
@@ -181,6 +186,19 @@ class PTQ161(Method):
             after, reasons = nearest, [MEANS_BETTER]
         result.report = trained_report(result.report.linears, fitted, nearest, after, reasons)
         return result
+
+    def why_no_replay(self) -> str | None:
+        if self.init != "reference":
+            return f"computes scales from calibration text (init: {self.init})"
+        if self.match != "self":
+            return f"corrects weights by calibration text (match: {self.match})"
+        if self.refit_salient:
+            return "rounds its 4-bit weights by calibration text (refit_salient: true)"
+        return None
+
+    @torch.no_grad()
+    def replay(self, task: BlockTask) -> BlockResult:
+        return _Learner(self, task, no_statistics(task.block, task.groups)).result()
 
     def _loss(
         self, block: nn.Module, stream: Stream, targets: Sequence[Stream]
