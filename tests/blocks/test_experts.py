@@ -57,6 +57,48 @@ def test_a_token_gets_the_weighted_sum_of_its_experts() -> None:
     assert not found[4].any()
 
 
+def one_after_another(
+    experts: UnfusedExperts, hidden: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """Adds each expert's rows by index_add_."""
+    total = torch.zeros_like(hidden)
+    for number in index.unique().tolist():
+        token, choice = torch.where(index == number)
+        if number < COUNT:
+            out = experts[number](hidden[token])
+        elif experts.identity:
+            out = hidden[token]
+        else:
+            continue
+        total.index_add_(0, token, (out * weights[token, choice, None]).to(total.dtype))
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("identity", [False, True])
+@pytest.mark.parametrize(("tokens", "choices"), [(0, 2), (1, 1), (7, 2), (40, 5)])
+def test_sums_have_the_bytes_of_index_add(
+    tokens: int, choices: int, identity: bool, dtype: torch.dtype
+) -> None:
+    """Some choices are no expert. None is made twice by a token, as by any router."""
+    draw = torch.Generator().manual_seed(tokens)
+    experts = unfuse(Fused(), NAMES).to(dtype)
+    experts.identity = identity
+    index = torch.rand(tokens, COUNT + 2, generator=draw).argsort(1)[:, :choices]
+    results = []
+    for way in (experts, lambda *given: one_after_another(experts, *given)):
+        draw.manual_seed(1)
+        hidden = torch.randn(tokens, HIDDEN, generator=draw).to(dtype).requires_grad_()
+        weights = torch.rand(tokens, choices, generator=draw).requires_grad_()
+        out = way(hidden, index, weights)
+        if out.requires_grad:
+            out.float().square().sum().backward()
+        gradients = (torch.zeros_like(t) if t.grad is None else t.grad for t in (hidden, weights))
+        results.append((out, *gradients))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_matrices_by_their_names_on_disk() -> None:
     fused = Fused()
     experts = unfuse(fused, NAMES)

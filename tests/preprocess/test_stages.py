@@ -135,7 +135,7 @@ def test_an_output_layer_of_its_own_stays_one(tmp_path: Path) -> None:
 
 def test_only_the_first_gpu_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1, and name cuda:0"):
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1\\), and name cuda:0"):
         preprocess(quantized.source(), tmp_path / "out", FIRST, LoRA(), device="cuda:1")
 
 

@@ -49,7 +49,7 @@ class Measured(Config):
     samples: int = Field(ge=1, description="Windows of text, in all.")
     seqlen: int = Field(ge=2, description="Tokens in a window of text.")
     seed: int = Field(description="Seed of the choice of windows.")
-    device: str = Field(description="Kind of device that computed.")
+    device: str = Field(description="Kind of device that computed, as in `lowbit.device`.")
     seconds: float = Field(ge=0, description="Seconds that it took.")
     units: list[UnitCosts] = Field(description="Linears that share a width.")
 

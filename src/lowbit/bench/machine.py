@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lowbit.device import device_names
 from lowbit.kernels.native import available, chosen, why_not
 from lowbit.kernels.native.library import path, threads
 from lowbit.version import __version__
@@ -80,7 +81,7 @@ class Machine:
             kernel_threads=threads.loop is not None,
             threads=torch.get_num_threads(),
             thread_variable=os.environ.get(THREAD_VARIABLE),
-            gpus=_gpus(),
+            gpus=device_names(),
             extras=_extras(),
         )
 
@@ -127,11 +128,6 @@ def _features() -> list[str]:
     if report is None:
         return [torch.backends.cpu.get_cpu_capability().lower()]
     return sorted(n for n, has in report().items() if has is True and n.startswith(FEATURES))
-
-
-def _gpus() -> list[str]:
-    found = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return found + (["Apple GPU (mps)"] if torch.backends.mps.is_available() else [])
 
 
 def _extras() -> dict[str, dict[str, str | None]]:

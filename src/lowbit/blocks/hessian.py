@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowbit.blocks import LinearGroup, Stream
 from lowbit.blocks.capture import observe_inputs
+from lowbit.device import free_memory
 from lowbit.kernels.products import product
 
 MOST_OF_MEMORY = 0.25  # sums that need a larger share of the memory go to disk
@@ -125,7 +126,8 @@ def input_hessians(block: nn.Module, groups: Sequence[LinearGroup], stream: Stre
 
 def storage(needed: int, device: torch.device, folder: Path | None) -> torch.device | Path:
     """Chooses where to keep sums of `needed` bytes: on the block's GPU, in memory or on disk."""
-    if device.type == "cuda" and needed <= MOST_OF_MEMORY * torch.cuda.mem_get_info(device)[0]:
+    free = free_memory(device)
+    if free is not None and needed <= MOST_OF_MEMORY * free:
         return device
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed <= MOST_OF_MEMORY * memory:

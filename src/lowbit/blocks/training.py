@@ -1,11 +1,12 @@
 """Train parameters of a block with AdamW and keep the values with the lowest loss."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from lowbit.events import BlockLog
 
@@ -93,7 +94,13 @@ def fit(
 def mean_loss(loss: Callable[[int], Tensor], batches: int) -> float:
     """Returns the mean loss over all batches, computed without gradients."""
     with torch.no_grad():
-        return sum(float(loss(i)) for i in range(batches)) / batches
+        # A GPU is waited for once, not after every batch.
+        return sum(torch.stack([loss(i) for i in range(batches)]).tolist()) / batches
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Returns whether all values are finite, for which a GPU is waited for once."""
+    return bool(get_total_norm([t for t in tensors if t.numel()], math.inf).isfinite())
 
 
 def _epoch(
@@ -106,11 +113,9 @@ def _epoch(
     for i in range(batches):
         optimizer.zero_grad(set_to_none=True)
         value = loss(i)
-        if not torch.isfinite(value):
-            return False
         value.backward()
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if not all(bool(torch.isfinite(g).all()) for g in gradients):
+        if not all_finite([value.detach(), *gradients]):
             return False
         optimizer.step()
     return True

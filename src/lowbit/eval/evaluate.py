@@ -16,6 +16,7 @@ from lowbit.checkpoint import QuantizedFolder
 from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.recognize import float_folder, runnable_folder
 from lowbit.checkpoint.slices import has_masters, size_of_slice, trained_share, widths_of
+from lowbit.device import choose_device
 from lowbit.eval.divergence import Divergence, StreamedLogits, divergence
 from lowbit.eval.options import EvalOptions
 from lowbit.eval.perplexity import (
@@ -362,13 +363,12 @@ def _open_tasks(options: TaskOptions) -> "Tasks":
 
 def _one_device(device_map: Any) -> torch.device | str:
     """Returns the device on which blocks run, one at a time."""
-    if device_map is None or device_map == "auto":
-        return "cuda:0" if device_map == "auto" and torch.cuda.is_available() else "cpu"
     if isinstance(device_map, dict):
         raise ValueError(
             "the divergence from a reference is computed on one device: name it as device_map"
         )
-    return torch.device(device_map)
+    named = device_map not in (None, "auto")
+    return torch.device(device_map) if named else choose_device(device_map or "cpu")
 
 
 def _digest(rows: Sequence[Tensor]) -> str:

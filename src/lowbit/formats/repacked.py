@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowbit.device import current_stream, is_recorded
 from lowbit.formats.backend import Backend
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ class Repacked:
 
 
 def _keep(layer: "QuantizedLinear", sources: Sources, made: dict[str, Tensor]) -> _Kept:
-    for device in {tensor.device for tensor in made.values() if tensor.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()  # any stream may use them from now on
+    for stream in {current_stream(tensor) for tensor in made.values()} - {None}:
+        stream.synchronize()  # any stream may use them from now on
     held = [made]
     watched = [weakref.ref(tensor, lambda _: held.clear()) for tensor in layer.own_tensors()]
     return _Kept(layer.spec, sources, held, watched)
@@ -93,7 +94,7 @@ def _sources(layer: "QuantizedLinear") -> Sources | None:
     for tensor in layer.own_tensors():
         if tensor.requires_grad or tensor.is_inference():
             return None
-        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_recorded(tensor):
             return None
         sources.append((id(tensor), tensor._version, tensor.device, tensor.data_ptr()))
     return tuple(sources)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowbit.device import current_stream, is_recorded
+
 if TYPE_CHECKING:
     from lowbit.formats.base import QuantizedLinear
 
@@ -69,11 +71,8 @@ def _state(x: Tensor, owner: "QuantizedLinear") -> tuple[Any, ...] | None:
         return None
     if any(parameter.requires_grad for parameter in parameters):
         return None
-    stream = None
-    if x.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        stream = torch.cuda.current_stream(x.device)
+    if is_recorded(x):
+        return None
     modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     tensors = tuple((id(parameter), parameter._version) for parameter in parameters)
-    return (x._version, stream, *modes, *tensors)
+    return (x._version, current_stream(x), *modes, *tensors)

@@ -309,7 +309,7 @@ def on_cpu(device_map: Any) -> bool:
     places = places_of(device_map)
     automatic = ("auto", "balanced", "balanced_low_0", "sequential")
     if any(place in automatic for place in places if isinstance(place, str)):
-        return not torch.cuda.is_available()
+        return not torch.accelerator.is_available()
     return all(place is None or str(place) in ("cpu", "disk") for place in places)
 
 

@@ -21,6 +21,7 @@ from lowbit.allocate.losses import losses_at
 from lowbit.allocate.units import Unit, fused, patterns_of
 from lowbit.calibration import Calibration, TokenWindows
 from lowbit.config import explain
+from lowbit.device import device_kind
 from lowbit.events import OnEvent, WidthsAdvanced, WidthsChosen
 from lowbit.formats.embedding import tables_of
 from lowbit.methods import Method
@@ -91,7 +92,7 @@ def allocation_for(
             samples=len(text.measured),
             seqlen=text.measured.shape[1],
             seed=job.calibration.seed,
-            device=job.device.type,
+            device=device_kind(job.device),
             seconds=found.seconds,
             units=[
                 UnitCosts(

@@ -23,6 +23,7 @@ from lowbit.blocks.walk import Step
 from lowbit.calibration import TokenWindows
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
 from lowbit.checkpoint.reader import TensorInfo
+from lowbit.device import synchronize
 from lowbit.events import Event
 from lowbit.methods.result import BlockResult
 from lowbit.models.streamed import Inputs
@@ -52,7 +53,7 @@ class Stage:
 
     seconds: wall-clock time.
     memory: peak bytes of the process.
-    device_memory: peak bytes of the CUDA device; None on the CPU.
+    device_memory: peak bytes of the device; None on the CPU.
     per_batch: seconds that one more batch would have taken.
     """
 
@@ -68,7 +69,7 @@ class DryRunBlock:
 
     fixed, per_batch, per_epoch: seconds = fixed + batches * (per_batch + epochs * per_epoch).
     memory: peak bytes of the process, without the hidden states.
-    device_memory: peak bytes of the CUDA device; None on the CPU.
+    device_memory: peak bytes of the device; None on the CPU.
     most_streams: how many streams existed at once at most, the method's targets included.
     gradients: the way forward and back for the gradients of its outputs; None: not needed.
     record: the record of the block's shard.
@@ -316,8 +317,7 @@ class _Trace:
         self.most_streams = 0
 
     def read(self, index: int) -> None:
-        if self.device.type == "cuda":  # kernels run asynchronously: wait for the last batch's
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)  # kernels run asynchronously: wait for the last batch's
         self.reads.append((index, time.perf_counter()))
 
     def made(self, stream: Stream) -> None:

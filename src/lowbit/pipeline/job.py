@@ -32,10 +32,10 @@ from lowbit.checkpoint import CheckpointWriter, file_sha256
 from lowbit.checkpoint.companions import companions_of
 from lowbit.checkpoint.finite import is_finite
 from lowbit.checkpoint.learned import Learned
+from lowbit.device import choose_device, device_kind
 from lowbit.events import BlockFinished, BlockLog, BlockStarted, OnEvent
 from lowbit.methods import Method
 from lowbit.methods.result import BlockResult
-from lowbit.models.device import choose_device
 from lowbit.models.discovery import kind_of
 from lowbit.models.locate import locate
 from lowbit.models.processor import need_processor
@@ -186,7 +186,7 @@ class Job:
         An interrupted run continues only if its signature is the same.
         """
         options = self.options.shaping_result()
-        options["device"] = self.device.type  # the number of a GPU does not change the result
+        options["device"] = device_kind(self.device)
         options["start_from"] = self.start and self.start.digest()  # the content, not the path
         return {
             "method": self.method.signature(),

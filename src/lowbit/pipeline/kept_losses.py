@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from lowbit.allocate.units import Unit
 from lowbit.calibration.tokens import json_digest
+from lowbit.device import device_kind
 from lowbit.methods import Method
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.unit_losses import Text, UnitLosses
@@ -39,7 +40,7 @@ def kept_losses(
         "methods": {str(width): method.signature() for width, method in methods.items()},
         "text": [text.measured.tolist(), text.rounding.tolist()],
         "seed": job.calibration.seed,
-        "device": job.device.type,
+        "device": device_kind(job.device),
         "versions": {"lowbit": __version__, "torch": torch.__version__},
     }
     file = job.options.cache / f"{json_digest(depends_on)}.losses.json"

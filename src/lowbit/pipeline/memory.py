@@ -10,6 +10,8 @@ from typing import Self
 
 import torch
 
+from lowbit.device import peak_memory, reset_peak
+
 STATUS = Path("/proc/self/status")
 EVERY = 0.05  # seconds between two samples; one sample takes 50 microseconds
 
@@ -20,7 +22,8 @@ class PeakMemory:
     bytes["memory"]: bytes of the process, without memory-mapped files such as shards, whose pages
         the system can take back. On systems without /proc it is the peak since the process started,
         mapped files included.
-    bytes["device_memory"]: bytes that torch allocated on `device`; only if that is a CUDA device.
+    bytes["device_memory"]: bytes that torch allocated on `device`; only if that has its own
+        memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,8 +34,7 @@ class PeakMemory:
         self._highest = 0
 
     def __enter__(self) -> Self:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak(self.device)
         self._sample()
         self._sampler.start()
         return self
@@ -47,8 +49,9 @@ class PeakMemory:
         self._sampler.join()
         self._sample()
         self.bytes["memory"] = self._highest
-        if self.device.type == "cuda":
-            self.bytes["device_memory"] = torch.cuda.max_memory_allocated(self.device)
+        on_device = peak_memory(self.device)
+        if on_device is not None:
+            self.bytes["device_memory"] = on_device
 
     def _sample_until_done(self) -> None:
         while not self._done.wait(EVERY):

@@ -9,6 +9,7 @@ from lowbit.allocate import mix as mix_folder
 from lowbit.allocate.allocation import Allocation
 from lowbit.calibration import Calibration
 from lowbit.checkpoint.recognize import runnable_folder
+from lowbit.device import choose_device, deterministic
 from lowbit.formats import use_backend
 from lowbit.kernels.products import reproducible
 from lowbit.methods import Method
@@ -103,7 +104,7 @@ def mix(  # noqa: PLR0913 (the options of a command)
         cache=cache,
         recipe=recipe,
     )
-    with reproducible(), use_backend("reference"):
+    with reproducible(), use_backend("reference"), deterministic(choose_device(device)):
         job = Job(model, method, calibration, options)
         return allocation_for(job, str(budget), widths, calibration.samples, on_progress)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from lowbit.calibration import Calibration, TokenIds, TokenWindows
 from lowbit.calibration.token_ids import Rows
+from lowbit.device import choose_device, deterministic
 from lowbit.formats import use_backend
 from lowbit.formats.embedding import tables_of
 from lowbit.kernels.products import reproducible
@@ -38,7 +39,8 @@ LONG = 3600.0  # seconds: a run that may take longer begins with a dry run
 # products, and seconds per weight of a method with calibration. Measured on one core of a server
 # CPU: 3e10 operations per second; 6e-6 seconds per weight with QuIP#, 7e-7 with GPTQ, and 3e-8 with
 # rounding to nearest, which needs no calibration.
-SLOWEST = {"cpu": (1e10, 1e-5), "cuda": (2e12, 1e-6)}
+SLOWEST = {"cpu": (1e10, 1e-5)}
+SLOWEST_ELSEWHERE = (2e12, 1e-6)  # any GPU; assumed, not measured
 WITHOUT_CALIBRATION = 0.01  # time per weight of a method that needs none, relative to SLOWEST
 PASSES_PER_EPOCH = 4  # the forward counts once, the backward twice, the loss after the step once
 
@@ -52,7 +54,7 @@ class Estimate:
     bytes: size of all shards.
     learned: bytes of OUT/learned, which is not needed to run the model.
     memory: peak bytes of the process, without memory-mapped files.
-    device_memory: peak bytes of the CUDA device; None on the CPU.
+    device_memory: peak bytes of the device; None on the CPU.
     disk: peak bytes on disk beside the result: hidden states, and what output feedback needs.
     seconds: seconds of the whole run.
     seconds_per_block: mean seconds of a block.
@@ -117,7 +119,8 @@ def plan(  # noqa: PLR0913 (the options of a run)
     if isinstance(model, nn.Module) and tokenizer is None:
         options = options.model_copy(update={"without_tokenizer": True})
     started = time.perf_counter()
-    with as_folder(model, tokenizer, Path(gettempdir()) / "lowbit-plan") as folder:
+    alike = deterministic(choose_device(options.device))
+    with alike, as_folder(model, tokenizer, Path(gettempdir()) / "lowbit-plan") as folder:
         job = Job(folder, method, calibration, options)
         choice = None if options.budget is None else Choice(job, options.budget)
         job = with_widths(job) if choice is None else choice.with_one_width()
@@ -203,7 +206,7 @@ def longest(job: Job, windows: TokenWindows | None) -> float:
 
     It assumes the speed of a machine as slow as SLOWEST.
     """
-    operations, per_weight = SLOWEST[job.device.type]
+    operations, per_weight = SLOWEST.get(job.device.type, SLOWEST_ELSEWHERE)
     weights = sum(weights_in(kinds) for kinds in linear_kinds(job))
     if windows is None:
         return weights * per_weight * WITHOUT_CALIBRATION

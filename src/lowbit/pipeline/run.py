@@ -20,6 +20,7 @@ from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.disk import explained
 from lowbit.checkpoint.writer import RUN
 from lowbit.config import explain
+from lowbit.device import choose_device, deterministic
 from lowbit.events import (
     BlockResumed,
     CalibrationRead,
@@ -107,7 +108,8 @@ def quantize(  # noqa: PLR0913 (the options of a run)
     options = RunOptions.of(locals())
     if isinstance(model, nn.Module) and tokenizer is None:
         options = options.model_copy(update={"without_tokenizer": True})
-    with as_folder(model, tokenizer, Path(out)) as folder:
+    alike = deterministic(choose_device(options.device))
+    with alike, as_folder(model, tokenizer, Path(out)) as folder:
         job = with_widths(Job(folder, method, calibration, options), on_event)
         return run(job, Path(out), on_event)
 

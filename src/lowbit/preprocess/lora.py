@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from lowbit.checkpoint.kept import keep, last_kept
+from lowbit.device import supports_bfloat16
 from lowbit.events import OnEvent, TrainingStep
 from lowbit.patterns import matches_any
 from lowbit.preprocess.options import LoRA
@@ -144,7 +145,6 @@ def _own_seed(seed: int) -> Iterator[None]:
 
 def _arguments(model: nn.Module, lora: LoRA, state: Path, seed: int) -> TrainingArguments:
     device = next(model.parameters()).device
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     arguments = TrainingArguments(
         output_dir=str(state),
         max_steps=lora.steps,
@@ -154,7 +154,7 @@ def _arguments(model: nn.Module, lora: LoRA, state: Path, seed: int) -> Training
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(lora.warmup * lora.steps),
         optim="adamw_torch",
-        bf16=bf16,
+        bf16=supports_bfloat16(device),
         seed=seed,
         save_steps=lora.save_every,
         save_total_limit=2,

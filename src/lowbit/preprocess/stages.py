@@ -18,10 +18,10 @@ from lowbit.checkpoint.folder import write_folder
 from lowbit.checkpoint.kept import is_kept, keep
 from lowbit.checkpoint.reader import read_json
 from lowbit.convert import dequantize
+from lowbit.device import choose_device, device_kind
 from lowbit.events import OnEvent, RunFinished, TrainingStarted
 from lowbit.load import load_model
 from lowbit.methods import Method
-from lowbit.models.device import choose_device
 from lowbit.models.locate import locate
 from lowbit.models.sizes import context_of
 from lowbit.models.skeleton import memory_names, unfuse_experts
@@ -87,8 +87,9 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     trained_on = choose_device(chosen.device)
     if trained_on.index:  # Trainer only supports the first GPU
         raise ValueError(
-            f"device is {chosen.device!r}: training can only use the first GPU; set "
-            f"CUDA_VISIBLE_DEVICES={trained_on.index}, and name cuda:0"
+            f"device is {chosen.device!r}: training can only use the first GPU; make this one the "
+            f"only one that torch sees (with CUDA: CUDA_VISIBLE_DEVICES={trained_on.index}), and "
+            f"name {trained_on.type}:0"
         )
     folder, out = locate(model, chosen.trust_remote_code), Path(out)
     if out.exists():
@@ -101,7 +102,7 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
         "calibration": _with_described_sources(calibration),
         "lora": _with_described_sources(lora),
         "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        "device": trained_on.type,
+        "device": device_kind(trained_on),
         "versions": {"lowbit": __version__, "torch": torch.__version__},
     }
     work = out.with_name(f"{out.name}.work")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowbit.blocks import BlockTask
 from lowbit.blocks.folding import Tensors
-from lowbit.blocks.training import Fit, mean_loss
+from lowbit.blocks.training import Fit, all_finite, mean_loss
 from lowbit.solvers.rounding import (
     Grid,
     code_values,
@@ -240,13 +240,13 @@ def _gradients(
         name: tensor.detach().requires_grad_() if tensor.requires_grad else tensor
         for name, tensor in made.items()
     }
+    values = []
     for index in chosen:
         value = loss(index, leaves) / len(chosen)
-        if not torch.isfinite(value):
-            return False
         value.backward()
+        values.append(value.detach())
     found = [(made[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
-    if not all(bool(gradient.isfinite().all()) for _, gradient in found):
+    if not all_finite([*values, *(gradient for _, gradient in found)]):
         return False
     torch.autograd.backward([tensor for tensor, _ in found], [gradient for _, gradient in found])
     return True

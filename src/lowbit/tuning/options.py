@@ -44,7 +44,8 @@ class TuneOptions(Config):
     )
     device: str = option(
         "auto",
-        'Where to compute: "cpu", "cuda:0" or another GPU; "auto": the first GPU if there is one.',
+        'Where to compute: "cpu", "cuda:0" or another device of torch, such as "xpu"; "auto": the '
+        "first CUDA device if there is one.",
         shapes_result=True,
     )
     blocks: Place = option(

@@ -17,10 +17,10 @@ from lowbit.calibration.windows import LONGEST_DEFAULT, described_sources
 from lowbit.checkpoint import CheckpointWriter, QuantizedFolder
 from lowbit.checkpoint.recognize import float_folder
 from lowbit.checkpoint.verify import config_digest
+from lowbit.device import choose_device, deterministic, device_kind
 from lowbit.eval.divergence import StreamedLogits
 from lowbit.events import OnEvent, RunFinished, TeacherAdvanced, TrainingStarted
 from lowbit.load import check_tokens, context_of, hidden_of, need_tokenizer, stream
-from lowbit.models.device import choose_device
 from lowbit.models.locate import locate
 from lowbit.tuning.options import Place, TuneOptions
 from lowbit.tuning.reference import check_reference
@@ -94,7 +94,7 @@ def tune(  # noqa: PLR0913 (the options of a run)
         raise ValueError(f"{out} exists already: choose another folder, or remove it")
     job = _Job(model, reference, calibration, options)
     work = out.with_name(f"{out.name}.work")
-    with CheckpointWriter(work, job.signature(), 1, options.restart):
+    with deterministic(job.device), CheckpointWriter(work, job.signature(), 1, options.restart):
         teacher = Teacher(work / "teacher")
         if not teacher.is_complete:
             job.predict(teacher, on_event)
@@ -184,7 +184,7 @@ class _Job:
             "held_out": self.held_out,
             "seed": self.calibration.seed,
             **self.options.shaping_result(),
-            "device": self.device.type,
+            "device": device_kind(self.device),
             "versions": {"lowbit": __version__, "torch": torch.__version__},
         }
 

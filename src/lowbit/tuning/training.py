@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.blocks.training import all_finite
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.kept import keep, last_kept
 from lowbit.checkpoint.reader import read_json
@@ -120,9 +121,10 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.student.add_gradients(self.windows[chosen], self._targets(chosen))
         _check(loss, f"the loss at step {done + 1}")
-        for name, change in self.changes.items():
-            if change.grad is not None and not bool(change.grad.isfinite().all()):
-                _check(math.nan, f"a gradient of {name} at step {done + 1}")
+        gradients = {n: c.grad for n, c in self.changes.items() if c.grad is not None}
+        if not all_finite(gradients.values()):
+            name = next(name for name, g in gradients.items() if not all_finite([g]))
+            _check(math.nan, f"a gradient of {name} at step {done + 1}")
         self.optimizer.step()
         self._refresh()
         self.course.steps += 1
