@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lowbit.blocks.stream import Batch, Stream
 from lowbit.events import BlockLog
+from lowbit.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from lowbit.blocks.hessian import Hessian
@@ -128,6 +129,11 @@ class BlockTask:
     start: Mapping[str, Tensor] = field(default_factory=dict)
     attentions: tuple[str, ...] = ()
     output_hessians: Mapping[str, "Hessian"] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the batches of the streams."""
+        return next((stream.ranks for stream in self.streams.values()), ALONE)
 
     def generator(self, linear: str) -> torch.Generator:
         """Returns the random number generator of one linear, on the CPU.

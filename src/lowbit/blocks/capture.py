@@ -1,7 +1,7 @@
 """Record the arguments of a block, call it with them, and observe the inputs of its linears."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.blocks.added import take_added
-from lowbit.blocks.stream import Batch
+from lowbit.blocks.stream import Batch, Stream
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -140,10 +140,44 @@ def observed_gradients(
 def observe_inputs(
     block: nn.Module,
     linears: Iterable[str],
-    stream: Iterable[Batch],
+    stream: Stream | Sequence[Batch],
     on_input: Callable[[str, Tensor], None],
+    owners: Mapping[str, int] | None = None,
 ) -> None:
-    """Runs the block over a whole stream; calls on_input(name, input) for each named linear."""
+    """Runs the block over a whole stream; calls on_input(name, input) for each named linear.
+
+    Where several processes share the batches, they get the inputs of all batches, in their order.
+
+    owners: the process that alone gets the inputs of a linear, by the linear's name; None: all do.
+    """
+    if isinstance(stream, Stream) and stream.ranks.count > 1:
+        _observe_shared(block, list(linears), stream, on_input, owners)
+        return
     with torch.no_grad(), observed(block, linears, on_input):
         for batch in stream:
             call_block(block, batch)
+
+
+def _observe_shared(
+    block: nn.Module,
+    linears: Sequence[str],
+    stream: Stream,
+    on_input: Callable[[str, Tensor], None],
+    owners: Mapping[str, int] | None,
+) -> None:
+    def inputs(index: int) -> tuple[list[str], list[Tensor]]:
+        found: list[tuple[str, Tensor]] = []
+        # The block may overwrite its inputs later on.
+        observe_inputs(
+            block, linears, [stream[index]], lambda name, x: found.append((name, x.clone()))
+        )
+        return [name for name, _ in found], [x for _, x in found]
+
+    def receivers(batch: int, names: list[str]) -> list[int | None]:
+        return [None if owners is None else owners[name] for name in names]
+
+    device, ranks = next(block.parameters()).device, stream.ranks
+    for names, tensors in ranks.in_turn(len(stream), inputs, device, receivers):
+        for name, x in zip(names, tensors, strict=True):
+            if x is not None:
+                on_input(name, x)

@@ -13,6 +13,7 @@ from lowbit.blocks import LinearGroup, Stream
 from lowbit.blocks.capture import observe_inputs
 from lowbit.device import free_memory
 from lowbit.kernels.products import product
+from lowbit.ranks import Ranks
 
 MOST_OF_MEMORY = 0.25  # sums that need a larger share of the memory go to disk
 GATHERED = 4  # rows wait for a product until there are channels / 4: an eighth of the sum's bytes
@@ -118,10 +119,30 @@ def input_hessians(block: nn.Module, groups: Sequence[LinearGroup], stream: Stre
     device = next(block.parameters()).device
     place = storage(sum(8 * n * n for n in widths.values()), device, stream.folder)
     sums = {first[name]: OuterSum(zeros(n, place)) for name, n in widths.items()}
-    observe_inputs(block, first, stream, lambda name, x: sums[first[name]].update(x))
-    for group_sum in sums.values():
-        group_sum.flush()
+    owners = stream.ranks.assign({first[name]: float(n * n) for name, n in widths.items()})
+
+    observe_inputs(
+        block,
+        first,
+        stream,
+        lambda name, x: sums[first[name]].update(x),
+        {name: owners[group] for name, group in first.items()},
+    )
+    complete([(group_sum, owners[group]) for group, group_sum in sums.items()], stream.ranks)
     return Hessians(sums, device)
+
+
+def complete(sums: Sequence[tuple[OuterSum, int]], ranks: Ranks) -> None:
+    """Adds the rows that wait, and gives the sums of each process to all.
+
+    sums: each with the number of the process that has added it up.
+    """
+    for each, _ in sums:
+        each.flush()
+    tokens = ranks.every([each.tokens for each, _ in sums])
+    for index, (each, owner) in enumerate(sums):
+        each.tokens = tokens[owner][index]
+        ranks.fill(each.total, owner)
 
 
 def storage(needed: int, device: torch.device, folder: Path | None) -> torch.device | Path:

@@ -6,7 +6,7 @@ Source: Qronos (Zhang et al., arXiv 2505.11695) and GPTAQ (Li et al., arXiv 2504
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -16,9 +16,32 @@ from torch import Tensor, nn
 from lowbit.blocks import LinearGroup, Stream
 from lowbit.blocks.capture import Stopped, call_block, observe_inputs, observed
 from lowbit.blocks.experts import Expert
-from lowbit.blocks.hessian import Hessian, Hessians, OuterSum, in_features, storage, zeros
+from lowbit.blocks.hessian import (
+    Hessian,
+    Hessians,
+    OuterSum,
+    complete,
+    in_features,
+    storage,
+    zeros,
+)
 from lowbit.blocks.routing import routed
 from lowbit.blocks.stream import Batch
+from lowbit.ranks import NOBODY
+
+SECOND, DRIFT = "second", "drift"
+# The sums of a group: what is summed, and over which half of the batches. Two processes have one
+# half each, which they have read themselves.
+PARTS = ((SECOND, 0), (SECOND, 1), (DRIFT, 0), (DRIFT, 1))
+Energies = Mapping[str, Sequence[float]]  # by linear: |W x|^2 and |W (x - x~)|^2, sums over tokens
+
+
+def _energies(linears: Mapping[str, Tensor], x: Tensor, difference: Tensor) -> Energies:
+    """linears: weights by name; x, difference: (tokens, n)"""
+    return {
+        name: [float((rows @ weight.T).square().sum()) for rows in (x, difference)]
+        for name, weight in linears.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -60,11 +83,33 @@ class PairedMoments:
         second, drift = (t.div(max(tokens, 1)).to(device, torch.float32) for t in (second, drift))
         return Hessian(second, tokens), drift
 
-    def add_outputs(self, linears: dict[str, Tensor], x: Tensor, difference: Tensor) -> None:
-        """Adds to the energies. linears: weights by name; x, difference: (tokens, n)."""
-        for name, weight in linears.items():
-            for sums, rows in ((self.energies, x), (self.drifts, difference)):
-                sums[name] = sums.get(name, 0.0) + float((rows @ weight.T).square().sum())
+    def part(self, half: int, part: str) -> OuterSum:
+        """Returns one of the sums; the arguments are as in PARTS."""
+        return self.halves[half].second if part == SECOND else self.halves[half].drift
+
+    def add(
+        self,
+        half: int,
+        energies: Energies,
+        x: Tensor | None,
+        again: Tensor | None,
+        difference: Tensor | None,
+    ) -> None:
+        """Adds a batch to those sums of which this process has the rows.
+
+        energies: the energies and drifts of the batch, by linear.
+        x, again: x~ for `second` and for `drift`, where the latter may be the same; None: not here.
+        difference: x - x~.
+        """
+        if x is not None:
+            self.halves[half].second.update(x)
+        if difference is not None:
+            seen = x if again is None else again
+            assert seen is not None
+            self.halves[half].drift.update(difference, seen)
+        for name, values in energies.items():
+            for sums, value in zip((self.energies, self.drifts), values, strict=True):
+                sums[name] = sums.get(name, 0.0) + value
 
 
 def stages(block: nn.Module, groups: Sequence[LinearGroup], stream: Stream) -> list[list[str]]:
@@ -73,23 +118,31 @@ def stages(block: nn.Module, groups: Sequence[LinearGroup], stream: Stream) -> l
     Groups of one stage do not depend on each other: they are the same part of different experts.
     Each stage can therefore be measured in one pass, after all earlier stages are quantized.
     """
-    first = {group.linears[0]: group.name for group in groups}
-    stage_of: dict[str, str] = {}  # the stage of each group
-    batch = stream[0]
-    tokens = batch.hidden.shape[:-1].numel()
-
-    def note(name: str, x: Tensor) -> None:
-        # Modules of a list that all see every token may read each other's output (LongCat).
-        expert = x.shape[:-1].numel() != tokens or _in_expert(block, name)
-        stage_of.setdefault(first[name], _part(first[name]) if expert else first[name])
-
-    observe_inputs(block, first, [batch], note)
+    stage_of: dict[str, str] = stream.ranks.value(lambda: _stages_of_first(block, groups, stream))
     for group in groups:  # experts that the first batch does not reach come last
         stage_of.setdefault(group.name, _part(group.name))
     seen: dict[str, list[str]] = {}
     for name, stage in stage_of.items():
         seen.setdefault(stage, []).append(name)
     return list(seen.values())
+
+
+def _stages_of_first(
+    block: nn.Module, groups: Sequence[LinearGroup], stream: Stream
+) -> dict[str, str]:
+    """Returns the stage of each group that the first batch reaches, in the order of the block."""
+    first = {group.linears[0]: group.name for group in groups}
+    found: dict[str, str] = {}
+    batch = stream[0]
+    tokens = batch.hidden.shape[:-1].numel()
+
+    def note(name: str, x: Tensor) -> None:
+        # Modules of a list that all see every token may read each other's output (LongCat).
+        expert = x.shape[:-1].numel() != tokens or _in_expert(block, name)
+        found.setdefault(first[name], _part(first[name]) if expert else first[name])
+
+    observe_inputs(block, first, [batch], note)
+    return found
 
 
 def _in_expert(block: nn.Module, linear: str) -> bool:
@@ -117,7 +170,7 @@ def paired_moments(
     float_stream, stream: the inputs of the float block, and those of the quantized block.
     rounded: rounds the input of a linear of the quantized block, given its name.
     """
-    device = next(float_block.parameters()).device
+    device, ranks = next(float_block.parameters()).device, stream.ranks
     names = {group.linears[0]: group for group in groups}
     widths = {first: in_features(float_block, first) for first in names}
     place = storage(sum(4 * 8 * n * n for n in widths.values()), device, stream.folder)
@@ -133,25 +186,45 @@ def paired_moments(
         for first, group in names.items()
     }
     alone = len(names) == 1
+
+    def measured(index: int) -> tuple[dict[str, Energies], list[Tensor]]:
+        """Returns the energies of a batch, and x~ and x - x~, by the first linear of a group."""
+        wanted = _inputs(float_block, names, float_stream[index], alone)
+        batch = stream[index]  # read once, since it may be on disk
+        found = _inputs(block, names, batch, alone)
+        tokens = batch.hidden.shape[:-1].numel()
+        energies, tensors = dict[str, Energies](), list[Tensor]()
+        for first, quantized in found.items():
+            if rounded is not None:
+                quantized = replace(quantized, rows=rounded(first, quantized.rows))
+            in_order = alone or len(quantized.rows) == tokens
+            x, difference = _paired(wanted.get(first), quantized, in_order)
+            energies[first] = _energies(weights[first], x, difference)
+            tensors += [quantized.rows, quantized.rows, difference]
+        return energies, tensors
+
+    owners = ranks.assign(
+        {(f, half, part): float(n * n) for f, n in widths.items() for part, half in PARTS}
+    )
+
+    def receivers(index: int, energies: dict[str, Energies]) -> list[int | None]:
+        return [r for f in energies for r in _receivers(owners, f, index % 2)]
+
     with torch.no_grad():
-        for index in range(len(stream)):
-            wanted = _inputs(float_block, names, float_stream[index], alone)
-            batch = stream[index]  # read once, since it may be on disk
-            found = _inputs(block, names, batch, alone)
-            tokens = batch.hidden.shape[:-1].numel()
-            for first, quantized in found.items():
-                if rounded is not None:
-                    quantized = replace(quantized, rows=rounded(first, quantized.rows))
-                half = moments[first].halves[index % 2]
-                in_order = alone or len(quantized.rows) == tokens
-                x, difference = _paired(wanted.get(first), quantized, in_order)
-                half.second.update(quantized.rows)
-                half.drift.update(difference, quantized.rows)
-                moments[first].add_outputs(weights[first], x, difference)
-    for half in (half for made in moments.values() for half in made.halves):
-        half.second.flush()
-        half.drift.flush()
+        batches = ranks.in_turn(len(stream), measured, device, receivers)
+        for index, (energies, tensors) in enumerate(batches):
+            rows = iter(tensors)
+            for first, of_linears in energies.items():
+                moments[first].add(index % 2, of_linears, next(rows), next(rows), next(rows))
+    sums = [(moments[f].part(half, part), owner) for (f, half, part), owner in owners.items()]
+    complete(sums, ranks)
     return {names[first].name: made for first, made in moments.items()}
+
+
+def _receivers(owners: Mapping[tuple[str, int, str], int], first: str, half: int) -> list[int]:
+    """Returns the processes that receive x~ for both sums, and x - x~ for the second one."""
+    second, drift = owners[first, half, SECOND], owners[first, half, DRIFT]
+    return [second, NOBODY if drift == second else drift, drift]
 
 
 def hessians(moments: dict[str, PairedMoments], device: torch.device) -> Hessians:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowbit.blocks import LinearGroup, Stream
 from lowbit.blocks.capture import observe_inputs
+from lowbit.ranks import Ranks
 
 
 @dataclass(kw_only=True)
@@ -33,6 +34,14 @@ class ChannelStatistics:
     high: Tensor
     position: Tensor
     tokens: int = 0
+
+    def receive(self, ranks: Ranks, source: int, tokens: int) -> None:
+        """Takes over the statistics of process `source`, which saw so many tokens."""
+        self.tokens = tokens
+        for name in ("absmax", "absmean", "square", "low", "high", "position"):
+            values = getattr(self, name).contiguous()
+            ranks.fill(values, source)
+            setattr(self, name, values)
 
     @classmethod
     def empty(cls, channels: int, device: torch.device) -> "ChannelStatistics":
@@ -89,7 +98,13 @@ def input_statistics(
     """Returns the statistics of the input of each `LinearGroup`, by the group's name."""
     first = {group.linears[0]: group.name for group in groups}
     gathered = no_statistics(block, groups)
-    observe_inputs(block, first, stream, lambda name, x: gathered[first[name]].update(x))
+    ranks = stream.ranks
+    owners = ranks.assign({n: float(len(gathered[group].square)) for n, group in first.items()})
+    observe_inputs(block, first, stream, lambda name, x: gathered[first[name]].update(x), owners)
+    if ranks.count > 1:
+        tokens = ranks.every({group: each.tokens for group, each in gathered.items()})
+        for name, group in first.items():
+            gathered[group].receive(ranks, owners[name], tokens[owners[name]][group])
     return gathered
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.blocks.arguments import BlockArguments
+from lowbit.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Batch:
 class Stream:
     """The hidden states of all calibration batches at one block, and the arguments of all blocks.
 
-    Iterating over a stream yields a `Batch` for each calibration batch.
+    Iterating over a stream yields a `Batch` for each calibration batch. Where several processes
+    share the batches (`ranks`), each has its own ones alone, and iterates over these; the length of
+    the stream and the indices are those of all batches.
 
     hidden: for each batch (batch, tokens, channels) float32. They are kept on the CPU: in memory
         (the tensors themselves, not copies) or, with `folder`, in one file per batch.
@@ -38,6 +41,8 @@ class Stream:
     device: the device to which a batch is moved when it is read.
     folder: the folder for hidden states; None: they are kept in memory.
     block: the index of the block whose inputs these are.
+    ranks: the processes that share the batches.
+    batches: the number of all batches; None: as many as there are hidden states.
     """
 
     def __init__(
@@ -47,7 +52,10 @@ class Stream:
         device: torch.device | str = "cpu",
         folder: Path | None = None,
         block: int = 0,
+        ranks: Ranks = ALONE,
+        batches: int | None = None,
     ) -> None:
+        self.ranks = ranks
         self.arguments = arguments
         self.device = torch.device(device)
         self.folder = folder
@@ -60,6 +68,7 @@ class Stream:
                 f"got hidden states of {len(self._hidden)} batches and keyword arguments of "
                 f"{len(arguments)}: the numbers must be equal"
             )
+        self.batches = len(self._hidden) if batches is None else batches
 
     @classmethod
     def of_calls(
@@ -67,11 +76,13 @@ class Stream:
         calls: Iterable[Sequence[Batch]],
         device: torch.device | str = "cpu",
         folder: Path | None = None,
+        ranks: Ranks = ALONE,
+        batches: int | None = None,
     ) -> "Stream":
         """Returns the stream at the first block.
 
         calls: for every batch, the arguments of each block. They are consumed one batch at a time.
-        device, folder: as in the class.
+        device, folder, ranks, batches: as in the class.
         """
         arguments = BlockArguments()
 
@@ -80,7 +91,7 @@ class Stream:
                 arguments.append([call.kwargs for call in of_batch])
                 yield of_batch[0].hidden
 
-        return cls(hidden(), arguments, device, folder)
+        return cls(hidden(), arguments, device, folder, ranks=ranks, batches=batches)
 
     def _keep(self, index: int, hidden: Tensor) -> Tensor:
         hidden = hidden.detach().to("cpu", torch.float32)
@@ -94,14 +105,17 @@ class Stream:
         return mapped.view(shape).copy_(hidden)
 
     def __len__(self) -> int:
-        return len(self._hidden)
+        return self.batches
 
     def __getitem__(self, index: int) -> Batch:
-        kwargs = self.arguments.call(self.block, index, self.device)
-        return Batch(self._hidden[index].to(self.device), kwargs)
+        if not self.ranks.has(index):
+            raise IndexError(f"batch {index} belongs to process {self.ranks.owner(index)}")
+        own = index // self.ranks.count
+        kwargs = self.arguments.call(self.block, own, self.device)
+        return Batch(self._hidden[own].to(self.device), kwargs)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self[i] for i in range(len(self)))
+        return (self[i] for i in self.ranks.own(len(self)))
 
     def hidden(self) -> list[Tensor]:
         """Returns the stream's own hidden states, one tensor per batch, on the CPU."""
@@ -115,7 +129,7 @@ class Stream:
     def copy(self, folder: Path | None = None) -> "Stream":
         """Returns an independent stream with the same contents, on disk if a folder is given."""
         hidden = (states.clone() for states in self._hidden)
-        return Stream(hidden, self.arguments.copy(), self.device, folder, self.block)
+        return self._with(hidden, self.arguments.copy(), folder)
 
     def advance(self, call: Callable[[Batch], Tensor]) -> None:
         """Replaces the hidden states by the block's outputs, which are the next block's inputs.
@@ -138,7 +152,13 @@ class Stream:
         folder = self.folder and Path(mkdtemp(prefix="mapped-", dir=self.folder))
         with torch.no_grad():
             hidden = map(function, self)
-            stream = Stream(hidden, self.arguments, self.device, folder, self.block)
+            stream = self._with(hidden, self.arguments, folder)
         if folder is not None:
             finalize(stream, rmtree, folder, ignore_errors=True)
         return stream
+
+    def _with(
+        self, hidden: Iterable[Tensor], arguments: BlockArguments, folder: Path | None
+    ) -> "Stream":
+        """Returns a stream of the same batches with other hidden states."""
+        return Stream(hidden, arguments, self.device, folder, self.block, self.ranks, self.batches)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from lowbit.events import BlockLog
+from lowbit.ranks import ALONE, Ranks
 
 RATE_CUT = 0.1  # factor of the learning rates in a new try after a non-finite loss
 TRIES = 3
@@ -47,6 +48,7 @@ def fit(
     epochs: int,
     log: BlockLog,
     weight_decay: float = 0.0,
+    ranks: Ranks = ALONE,
 ) -> Fit:
     """Minimises the mean of loss(0), ..., loss(batches - 1) over the parameters.
 
@@ -61,10 +63,12 @@ def fit(
     epochs: the number of passes over all batches.
     log: receives the loss of every epoch, and a warning for every try that ended early.
     weight_decay: AdamW's weight decay, for all parameters.
+    ranks: the processes that share the batches. The one that a batch belongs to computes its
+        gradients, and all of them take the step. The losses are computed at the same time.
     """
     parameters = [p for group in groups for p in group.parameters]
     initial = [p.detach().clone() for p in parameters]
-    before = mean_loss(loss, batches)
+    before = mean_loss(loss, batches, ranks)
     result = Fit(before=before, after=before)
     best = initial
     for attempt in range(TRIES if parameters and epochs else 0):
@@ -74,8 +78,8 @@ def fit(
             weight_decay=weight_decay,
         )
         for epoch in range(1, epochs + 1):
-            stepped = _epoch(optimizer, parameters, loss, batches)
-            now = mean_loss(loss, batches) if stepped else math.nan
+            stepped = _epoch(optimizer, parameters, loss, batches, ranks)
+            now = mean_loss(loss, batches, ranks) if stepped else math.nan
             if not math.isfinite(now):
                 result.failures.append(f"non-finite loss in epoch {epoch} of try {attempt + 1}")
                 log.warn(result.failures[-1])
@@ -91,11 +95,21 @@ def fit(
     return result
 
 
-def mean_loss(loss: Callable[[int], Tensor], batches: int) -> float:
-    """Returns the mean loss over all batches, computed without gradients."""
+def mean_loss(
+    loss: Callable[[int], Tensor], batches: int | Sequence[int], ranks: Ranks = ALONE
+) -> float:
+    """Returns the mean loss over some batches, computed without gradients.
+
+    loss: returns the loss of a batch, given its index.
+    batches: the indices of the batches, or the number of all.
+    ranks: the processes that share the batches.
+    """
+    chosen = range(batches) if isinstance(batches, int) else batches
     with torch.no_grad():
+        if ranks.count > 1:
+            return sum(ranks.losses(chosen, lambda i: float(loss(i)))) / len(chosen)
         # A GPU is waited for once, not after every batch.
-        return sum(torch.stack([loss(i) for i in range(batches)]).tolist()) / batches
+        return sum(torch.stack([loss(i) for i in chosen]).tolist()) / len(chosen)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -108,17 +122,43 @@ def _epoch(
     parameters: Sequence[Tensor],
     loss: Callable[[int], Tensor],
     batches: int,
+    ranks: Ranks,
 ) -> bool:
     """Trains for one epoch; returns False as soon as a loss or gradient is not finite."""
     for i in range(batches):
         optimizer.zero_grad(set_to_none=True)
-        value = loss(i)
-        value.backward()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not all_finite([value.detach(), *gradients]):
+        finite = _gradients(parameters, loss, i) if ranks.has(i) else True
+        if ranks.count > 1:
+            finite = share_gradients(parameters, finite, ranks, ranks.owner(i))
+        if not finite:
             return False
         optimizer.step()
     return True
+
+
+def _gradients(parameters: Sequence[Tensor], loss: Callable[[int], Tensor], batch: int) -> bool:
+    """Adds the gradients of a batch; returns whether its loss and they are finite."""
+    value = loss(batch)
+    value.backward()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return all_finite([value.detach(), *gradients])
+
+
+def share_gradients(parameters: Sequence[Tensor], finite: bool, ranks: Ranks, source: int) -> bool:
+    """Gives the gradients of one process to all; returns whether they are finite.
+
+    finite: whether those of this process are.
+    """
+    known = [p.grad is not None for p in parameters]
+    finite, known = ranks.value(lambda: (finite, known), source)
+    if finite:
+        found = ranks.tensors(
+            lambda: {str(i): p.grad for i, p in enumerate(parameters) if p.grad is not None}, source
+        )
+        for index, parameter in enumerate(parameters):
+            if known[index] and ranks.index != source:
+                parameter.grad = found[str(index)].to(parameter.device)
+    return bool(finite)
 
 
 def _restore(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -17,6 +17,8 @@ learned.py:          the learned parameters of an earlier run.
 
 Writing:
 writer.py:           the folder of a run, block by block; an interrupted run can continue.
+worker_writer.py:    the folder of a run that several workers write.
+claims.py:           which of them makes which block.
 records.py:          what the writer has finished; it is checked before a run continues.
 kept.py:             folders that a stopped run leaves for the next one.
 accept.py:           takes an edited file as right.

@@ -88,7 +88,10 @@ def check_plain(folder: Path) -> None:
     """
     for place, folders, files in os.walk(folder):
         for path in (Path(place) / name for name in sorted(folders + files)):
-            mode = path.lstat().st_mode
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # another worker has just renamed its temporary file
+                continue
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 what = "a link" if stat.S_ISLNK(mode) else kind_of(mode)
                 raise ValueError(

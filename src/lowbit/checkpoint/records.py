@@ -6,6 +6,7 @@ was written. The digest in it covers everything else in it.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,3 +100,18 @@ def read_record(path: Path, file: str, run: str) -> Record:
     if {key: info.bytes for key, info in read_header(folder / file).items()} != record["tensors"]:
         raise ValueError(f"{file} has other tensors than {name} states")
     return record
+
+
+def differences(
+    before: dict[str, Any], now: dict[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Yields (key, (before, now)) for each key in which two signatures differ.
+
+    Two methods of the same name are compared field by field.
+    """
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and a.get("name") == b.get("name"):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", (a, b)

@@ -3,6 +3,7 @@
 OUT/run/signature.json    what the result depends on: only a run with the same signature continues
 OUT/run/streams/          hidden states, if they are too large for memory
 OUT/run/outputs/          Hessians of the outputs of linears, for methods with output feedback
+OUT/run/claims/, events/  locks and events of workers, see claims.py
 OUT/run/NAME.json         one record per finished shard, written after the shard
 OUT/learned/              learned parameters, one file per block
 OUT/*.safetensors         one shard per block, and one for everything outside the blocks
@@ -31,13 +32,14 @@ from typing import Any, Self
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowbit.checkpoint.claims import EVENTS_OF_WORKERS, gather_events
 from lowbit.checkpoint.disk import explained
 from lowbit.checkpoint.hashes import facts_of, facts_of_files, is_inside
 from lowbit.checkpoint.inside import check_plain
 from lowbit.checkpoint.integrity import folder_problems
 from lowbit.checkpoint.output import final_config
 from lowbit.checkpoint.reader import INDEX, SINGLE, CheckpointReader, read_json
-from lowbit.checkpoint.records import Record, digest_of, read_record, sealed
+from lowbit.checkpoint.records import Record, differences, digest_of, read_record, sealed
 
 RUN, SIGNATURE, EVENTS = "run", "signature.json", "events.jsonl"
 CONFIG = "config.json"
@@ -84,27 +86,36 @@ class CheckpointWriter:
         check_plain(self.folder)
         with explained(self.folder):
             (self.folder / RUN).mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / RUN / "lock").open("w")
+        self._take_lock(fcntl.LOCK_EX)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._begin()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def _take_lock(self, kind: int) -> None:
+        """Locks OUT. kind: LOCK_EX, against every other process; LOCK_SH: workers share it."""
+        with explained(self.folder):
+            self._lock = (self.folder / RUN / "lock").open("a")
+        try:
+            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
             raise ValueError(
                 f"another process is writing {self.folder}: wait for it, or choose another folder"
             ) from None
-        try:
-            if self.restart or not (self.folder / RUN / SIGNATURE).exists():
-                self.before()
-            with explained(self.folder):
-                if self.restart:
-                    self._clear()
-                self._compare_signature()
-                self._drop_incomplete_event()
-                self._examine()
-        except BaseException:
-            self._lock.close()
-            raise
-        return self
+
+    def _begin(self) -> None:
+        """Finds out what an earlier run has left; `before` is called if there was none."""
+        if self.restart or not (self.folder / RUN / SIGNATURE).exists():
+            self.before()
+        with explained(self.folder):
+            if self.restart:
+                self._clear()
+            self._compare_signature()
+            self._drop_incomplete_event()
+            self._examine()
 
     def __exit__(
         self,
@@ -138,6 +149,10 @@ class CheckpointWriter:
         index: the index of the shard.
         """
         return self._records.get(index)
+
+    def is_marked(self, index: int) -> bool:
+        """Returns whether a shard gets the placeholder, if it has quantized layers: the first."""
+        return not any((self.record(i) or {}).get("marker") for i in range(index))
 
     def discard(self, index: int, problem: str) -> None:
         """Counts a shard as not finished, because what is there is not what belongs there.
@@ -243,9 +258,13 @@ class CheckpointWriter:
             for name in self.damaged:
                 self._keep_aside(self.folder / name)
             (self.folder / CONFIG).unlink(missing_ok=True)
+        self._read_records()
+
+    def _read_records(self) -> None:
+        """Reads the records that are not known yet; what is wrong with them is in `damaged`."""
         for index in range(self.shards):
             path = self._record_path(index)
-            if not path.exists():
+            if index in self._records or not path.exists():
                 continue
             try:
                 shard, run = self.shard_name(index), digest_of(self.signature)
@@ -327,21 +346,7 @@ class CheckpointWriter:
         if path.exists():
             text = path.read_bytes()
             os.truncate(path, text.rfind(b"\n") + 1)
-
-
-def differences(
-    before: dict[str, Any], now: dict[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yields (key, (before, now)) for each key in which two signatures differ.
-
-    Two methods of the same name are compared field by field.
-    """
-    for key in sorted(before.keys() | now.keys()):
-        a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict) and a.get("name") == b.get("name"):
-            yield from differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key}", (a, b)
+        gather_events(self.folder / RUN / EVENTS_OF_WORKERS, path)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from rich.table import Table
 
 from lowbit.cli.screen import change, size
 from lowbit.eval import Evaluation, TaskScore
-from lowbit.eval.evaluate import AFTER_LORA, TUNED, labelled
+from lowbit.eval.evaluate import AFTER_LORA, TUNED
+from lowbit.eval.evaluation import labelled
 from lowbit.quantities import perplexity_over
 
 GAP = 2  # spaces between columns

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -16,6 +16,7 @@ from lowbit.cli.slice import parse_bits
 from lowbit.eval import EvalOptions, Evaluation, TaskOptions
 from lowbit.eval import evaluate as measure
 from lowbit.eval.card import folders_with_cards, write_cards
+from lowbit.together import index_from_environment
 
 
 def evaluate(  # noqa: PLR0913 (a command's options)
@@ -104,6 +105,15 @@ def evaluate(  # noqa: PLR0913 (a command's options)
         ),
     ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    batch: Annotated[
+        str | None,
+        Option(
+            metavar="N|auto",
+            help="Windows of a text, and rows of a task, that are run at a time; auto: as many as "
+            "the free memory holds. Default: 1 window, 8 rows.",
+        ),
+    ] = None,
+    workers: Annotated[int, Option(metavar="N", help=meaning(EvalOptions, "workers"))] = 1,
 ) -> None:
     """Compare models by perplexity, KL divergence, tasks and size.
 
@@ -112,16 +122,19 @@ def evaluate(  # noqa: PLR0913 (a command's options)
     Example: lowbit eval MODEL OUT --text wikitext2
     """
     check_writable("--json", json)
+    at_once = _batch(batch)
     options = EvalOptions(
         texts=_texts(text or []),
         seqlen=seqlen,
         per_document=per_document,
         limit=limit,
         reference=reference,
-        tasks=_tasks(tasks, tasks_dir, task_limit, few_shot),
+        tasks=_tasks(tasks, tasks_dir, task_limit, few_shot, at_once),
         bits=() if bits is None else tuple(dict.fromkeys(map(parse_bits, bits.split(",")))),
         device_map=device_map(device),
         trust_remote_code=trust_remote_code,
+        **at_once,
+        workers=workers,
     )
     models = list(dict.fromkeys([model, *(others or [])]))
     cards = folders_with_cards(models) if write_card else {}
@@ -132,6 +145,8 @@ def evaluate(  # noqa: PLR0913 (a command's options)
     if found[0].tasks:
         screen.print()
         show_tasks(screen, found, tasks_dir)
+    if index_from_environment():
+        return
     if json is not None:  # after the tables, which are seen even if the disk is full
         write_json(json, {row.name: row.to_json() for row in found})
     write_cards(found, cards)
@@ -155,8 +170,21 @@ def _texts(given: list[str]) -> tuple[str, ...]:
     return () if given == ["none"] else tuple(given or ("wikitext2",))
 
 
+def _batch(given: str | None) -> dict[str, Any]:
+    """Returns the fields of --batch, of `EvalOptions` and `TaskOptions`."""
+    if given is None:
+        return {}
+    if given != "auto" and not (given.isdecimal() and int(given)):
+        raise ValueError(f"--batch {given!r}: give a number from 1 on, or auto")
+    return {"batch": given if given == "auto" else int(given)}
+
+
 def _tasks(
-    names: str | None, folder: Path | None, limit: int | None, few_shot: int | None
+    names: str | None,
+    folder: Path | None,
+    limit: int | None,
+    few_shot: int | None,
+    at_once: dict[str, Any],
 ) -> TaskOptions | None:
     if names is None and folder is None:
         if limit is not None or few_shot is not None:
@@ -165,7 +193,7 @@ def _tasks(
     listed = tuple(name.strip() for name in (names or "").split(",") if name.strip())
     if names is not None and not listed:
         raise ValueError(f"--tasks {names!r} names no task")
-    return TaskOptions(names=listed, folder=folder, limit=limit, few_shot=few_shot or 0)
+    return TaskOptions(names=listed, folder=folder, limit=limit, few_shot=few_shot or 0, **at_once)
 
 
 def _measure(models: list[str], options: EvalOptions) -> list[Evaluation]:

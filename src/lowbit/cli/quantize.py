@@ -16,6 +16,7 @@ from lowbit.models.locate import locate
 from lowbit.pipeline import quantize as run
 from lowbit.report.records import read_report
 from lowbit.run_report import RunReport
+from lowbit.together import index_from_environment
 
 
 @with_job
@@ -34,6 +35,15 @@ def quantize(
             "of model and text.",
         ),
     ] = None,
+    worker: Annotated[
+        bool,
+        Option(
+            "--worker",
+            help="Work on OUT together with other workers, started by the same command on any "
+            "machine that has the folder. Each claims blocks; only for methods whose blocks do not "
+            "depend on each other.",
+        ),
+    ] = False,
 ) -> None:
     """Quantize MODEL into the folder OUT. If it is interrupted, run the same command again.
 
@@ -47,7 +57,17 @@ def quantize(
     same = "the same command without --restart" if restart else "the same command"
     with stoppable_run(screen, f"finished blocks are kept, {same} continues") as progress:
         options = dict(chosen.options)
-        run(model, out, chosen.method, chosen.calibration, **options, on_event=progress)
+        run(
+            model,
+            out,
+            chosen.method,
+            chosen.calibration,
+            **options,
+            worker=worker,
+            on_event=progress,
+        )
+    if index_from_environment():  # the first process has written OUT
+        return
     if progress.finished_before:
         screen.print(f"{out} was finished by an earlier run; --restart runs it again")
     _summary(screen, model, source, out)

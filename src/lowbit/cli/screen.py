@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lowbit.quantities import change, duration, size
+from lowbit.together import index_from_environment
 
 __all__ = ["change", "console", "duration", "shortened", "size"]
 
@@ -17,7 +18,10 @@ def console(stderr: bool = False) -> Console:
     """Returns a console without rich's markup, since paths may look like markup."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PLAIN_WIDTH
-    return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
+    quiet = not stderr and index_from_environment() > 0  # the first of several processes prints
+    return Console(
+        stderr=stderr, width=width, markup=False, highlight=False, emoji=False, quiet=quiet
+    )
 
 
 def text_width(screen: Console) -> int:

@@ -1,7 +1,8 @@
 """Measures what quantization costs: perplexity, KL divergence, task scores and bits per weight."""
 
 from lowbit.eval.divergence import Divergence
-from lowbit.eval.evaluate import Evaluation, evaluate
+from lowbit.eval.evaluate import evaluate
+from lowbit.eval.evaluation import Evaluation
 from lowbit.eval.options import EvalOptions
 from lowbit.eval.perplexity import Perplexity, perplexity, perplexity_per_document
 from lowbit.eval.scores import TaskOptions, TaskScore

@@ -6,7 +6,7 @@ from pathlib import Path
 from lowbit.checkpoint.card import CARD, measured_part, write_measured
 from lowbit.checkpoint.card_facts import write_card
 from lowbit.checkpoint.recognize import runnable_folder
-from lowbit.eval.evaluate import Evaluation
+from lowbit.eval.evaluation import Evaluation
 from lowbit.quantities import change, perplexity_over, size
 
 TASKS = "Scores ± standard error, by lm-eval; the rows of tasks named local_... came from files."

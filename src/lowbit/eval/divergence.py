@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowbit.formats import use_backend
 from lowbit.load import hidden_of, stream, vocabulary_of
+from lowbit.ranks import ALONE, Ranks
 
 Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
 MOST_OF_MEMORY = 0.125  # of the machine's; larger hidden states go to disk (two models have them)
@@ -50,6 +51,7 @@ class StreamedLogits:
     progress: called as progress(text, done, total); each row in each block is one step.
     bits: the width at which a MatQuant folder runs, or the path of a file of widths; None: the
         stored widths.
+    ranks: the processes that share the rows; each has the logits of its own ones alone.
     """
 
     @use_backend("reference")
@@ -61,7 +63,9 @@ class StreamedLogits:
         trust_remote_code: bool = False,
         progress: Progress = lambda what, done, of: None,
         bits: int | str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.folder = folder
         self.rows = rows
         model = stream(folder, trust_remote_code, bits)
@@ -74,6 +78,7 @@ class StreamedLogits:
             device,
             Path(self._files.name) if self._files else None,
             lambda done, of: progress(f"{folder.name}: blocks", done, of),
+            ranks,
         )
         self._without_blocks = model.without_blocks(device)
 
@@ -108,21 +113,42 @@ def divergence(
         )
     losses: list[Tensor] = []
     kl, agreed, tokens = 0.0, 0, 0
-    for done, index in enumerate(rows, 1):
-        row = model.rows[index]
-        pieces = []
-        for start in range(0, len(row) - 1, max(1, LOGITS // model.vocabulary)):
-            part = slice(start, min(start + max(1, LOGITS // model.vocabulary), len(row) - 1))
-            expected = torch.log_softmax(reference(index, part), -1)
-            predicted = torch.log_softmax(model(index, part), -1)
-            kl += kl_divergence(expected, predicted).double().sum().item()
-            agreed += int((expected.argmax(-1) == predicted.argmax(-1)).sum())
-            target = row[part.start + 1 : part.stop + 1].to(predicted.device)
-            pieces.append(-predicted.gather(-1, target[:, None])[:, 0].cpu())
-        losses.append(torch.cat(pieces))
-        tokens += len(row) - 1
-        progress(done, len(rows))
+
+    def compared(index: int) -> tuple[list[tuple[float, int]], list[Tensor]]:
+        if index not in rows:
+            return [], []
+        sums, of_row = _compared(reference, model, index)
+        return sums, [of_row]
+
+    found = model.ranks.in_turn(rows.stop, compared, torch.device("cpu"))
+    for index, (sums, of_row) in enumerate(found):
+        for nats, same in sums:
+            kl, agreed = kl + nats, agreed + same
+        losses += [tensor for tensor in of_row if tensor is not None]
+        if index in rows:
+            tokens += len(model.rows[index]) - 1
+            progress(len(losses), len(rows))
     return Divergence(kl / tokens, agreed / tokens, tokens), losses
+
+
+def _compared(
+    reference: StreamedLogits, model: StreamedLogits, index: int
+) -> tuple[list[tuple[float, int]], Tensor]:
+    """Compares the predictions of two models on one row.
+
+    Returns, of each piece of the row, the sum of KL and the number of equal most likely tokens; and
+    the model's losses (tokens - 1,) float32 on the CPU.
+    """
+    row, sums, losses = model.rows[index], list[tuple[float, int]](), list[Tensor]()
+    for start in range(0, len(row) - 1, max(1, LOGITS // model.vocabulary)):
+        part = slice(start, min(start + max(1, LOGITS // model.vocabulary), len(row) - 1))
+        expected = torch.log_softmax(reference(index, part), -1)
+        predicted = torch.log_softmax(model(index, part), -1)
+        nats = kl_divergence(expected, predicted).double().sum().item()
+        sums.append((nats, int((expected.argmax(-1) == predicted.argmax(-1)).sum())))
+        target = row[part.start + 1 : part.stop + 1].to(predicted.device)
+        losses.append(-predicted.gather(-1, target[:, None])[:, 0].cpu())
+    return sums, torch.cat(losses)
 
 
 def kl_divergence(expected: Tensor, predicted: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.recognize import float_folder, runnable_folder
 from lowbit.checkpoint.slices import has_masters, size_of_slice, trained_share, widths_of
 from lowbit.device import choose_device
+from lowbit.eval.apart import apart
+from lowbit.eval.batch import batch_of
 from lowbit.eval.divergence import Divergence, StreamedLogits, divergence
+from lowbit.eval.evaluation import Evaluation, labelled
 from lowbit.eval.options import EvalOptions
 from lowbit.eval.perplexity import (
     Perplexity,
@@ -38,6 +41,8 @@ from lowbit.load import (
     set_widths,
     vocabulary_of,
 )
+from lowbit.ranks import ALONE, Ranks
+from lowbit.together import joined, own_device
 
 if TYPE_CHECKING:
     from lowbit.eval.tasks import Tasks
@@ -47,64 +52,6 @@ AFTER_LORA = " after LoRA"  # suffix of the method of a model that lowbit prepro
 TUNED = " tuned"  # suffix of the method of a model that lowbit tune trained
 
 Progress = Callable[[str, int, int], None]  # what is measured, steps done, steps in all
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The measurements of one model at one width.
-
-    model: folder or hub id, as it was given.
-    method: the recipe or method that quantized it; "float" for a float model.
-    perplexity: the perplexity by text; infinite or NaN for a broken model.
-    bits_per_weight: real bits, scales included, of the "linears" and of the whole "model".
-    size_bytes: size of all weight files.
-    seqlen: tokens in a window.
-    windows: by text, the number of windows, or of documents.
-    per_document: whether each document was scored alone.
-    seconds: how long the measurement took.
-    reference: the float model that divergence was measured from; None: it was not measured.
-    divergence: the divergence by text. If it is measured, the model runs block by block in float32.
-    tasks: the scores by name of the task; tasks from local files are called local_NAME.
-    bits: the width at which the model ran, or the path of a file of widths; None: as stored.
-    trained: share of the nested weights that were optimized for that width; the others are
-        interpolated between optimized widths. None: the model ran as stored.
-    tokens: by text, a hash of its tokens. If the hashes of two models differ, so do their
-        tokenizers, and their perplexities cannot be compared.
-    """
-
-    model: str
-    method: str
-    perplexity: dict[str, float]
-    bits_per_weight: dict[str, float]
-    size_bytes: int
-    seqlen: int
-    windows: dict[str, int]
-    per_document: bool
-    seconds: float
-    reference: str | None = None
-    divergence: dict[str, Divergence] = field(default_factory=dict)
-    tasks: dict[str, TaskScore] = field(default_factory=dict)
-    bits: int | str | None = None
-    trained: float | None = None
-    tokens: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The name of this row, which is different for all rows of one call."""
-        return labelled(self.model, self.bits)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def labelled(model: str, bits: int | str | None) -> str:
-    """Returns a label for a model at a width, such as "models/nested at 4 bits".
-
-    bits: the width, or the path of a file of widths; None: the label is just the model.
-    """
-    if bits is None:
-        return model
-    return f"{model} at {bits} bits" if isinstance(bits, int) else f"{model} by {bits}"
 
 
 def evaluate(  # noqa: PLR0913 (the fields of EvalOptions)
@@ -119,12 +66,16 @@ def evaluate(  # noqa: PLR0913 (the fields of EvalOptions)
     bits: Sequence[int | str | Path] = (),
     device_map: Any = None,
     trust_remote_code: bool = False,
+    batch: int | Literal["auto"] = 1,
+    workers: int = 1,
     on_progress: Progress = lambda what, done, of: None,
 ) -> list[Evaluation]:
     """Measures perplexity, divergence, tasks and real bits per weight of models.
 
-    At most one model is in memory at a time. With a reference and without tasks none is, since
-    models are then streamed block by block.
+    At most one model is in memory at a time, unless there are several `workers`. With a reference
+    and without tasks none is, since models are then streamed block by block. Where torchrun has
+    started several processes, they share the windows and the requests of tasks; any number of them
+    ends in the same numbers, which all of them return.
 
     models: folders or hub ids, float or quantized.
     on_progress: called as on_progress(what is measured, done, total), in steps.
@@ -136,13 +87,25 @@ def evaluate(  # noqa: PLR0913 (the fields of EvalOptions)
     """
     options = EvalOptions.of(locals())
     listed = [models] if isinstance(models, str | Path) else models
-    session, names = _Session(options, on_progress), [str(name) for name in listed]
-    session.check(names)
-    rows: list[Evaluation] = []
-    for name in names:
-        rows += session.rows(name)
-        gc.collect()
-    return rows
+    names = [str(name) for name in listed]
+    with joined() as ranks:
+        session = _Session(options, on_progress, ranks)
+        session.check(names)
+        if options.workers > 1 and len(names) > 1:
+            if ranks.count > 1:
+                raise ValueError("torchrun has started processes already: leave out workers")
+            found = apart(_alone, names, options, on_progress)
+            return [row for rows in found for row in rows]
+        rows: list[Evaluation] = []
+        for name in names:
+            rows += session.rows(name)
+            gc.collect()
+        return rows
+
+
+def _alone(name: str, options: EvalOptions, on_progress: Progress) -> list[Evaluation]:
+    """Measures one model in a process of its own."""
+    return _Session(options, on_progress, ALONE).rows(name)
 
 
 @dataclass(frozen=True)
@@ -163,7 +126,11 @@ class _Subject:
 class _Session:
     """State that all models of one call share: task rows, and the logits of the reference."""
 
-    def __init__(self, options: EvalOptions, on_progress: Progress) -> None:
+    def __init__(self, options: EvalOptions, on_progress: Progress, ranks: Ranks) -> None:
+        if ranks.count > 1:
+            own = own_device(str(options.device_map or "cpu"))
+            options = options.model_copy(update={"device_map": None if own == "cpu" else own})
+        self.ranks = ranks
         self.options = options
         self.on_progress = on_progress
         self.tasks = None if options.tasks is None else _open_tasks(options.tasks)
@@ -231,7 +198,9 @@ class _Session:
                 set_widths(model, folder, bits)
             if self.reference_folder is None:
                 for text, rows in subject.texts.items():
-                    losses = losses_of(model, rows, self._progress(label))
+                    batch = batch_of(self.options.batch, model, subject.seqlen)
+                    progress = self._progress(label)
+                    losses = losses_of(model, rows, progress, batch, self.ranks)
                     perplexities[text] = self._perplexity(losses, subject.seqlen)
             if self.tasks is not None:
                 scores = self._scores(label, model, tokenizer)
@@ -257,7 +226,8 @@ class _Session:
     def _scores(self, label: str, model: Any, tokenizer: Any) -> dict[str, TaskScore]:
         assert self.tasks is not None
         try:
-            return self.tasks.score(model, tokenizer, self._progress(f"{label}: tasks"))
+            progress = self._progress(f"{label}: tasks")
+            return self.tasks.score(model, tokenizer, progress, self.ranks)
         except IndexError as error:
             if len(tokenizer) > (rows := vocabulary_of(model.config)):
                 check_tokens(len(tokenizer) - 1, rows, f"{label}: the tokenizer")
@@ -343,6 +313,7 @@ class _Session:
             self.options.trust_remote_code,
             self.on_progress,
             bits,
+            self.ranks,
         )
 
     def _progress(self, what: str) -> Callable[[int, int], None]:

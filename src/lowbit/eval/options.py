@@ -1,7 +1,7 @@
 """The options of an evaluation."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -46,6 +46,17 @@ class EvalOptions(Config):
     )
     trust_remote_code: bool = Field(
         False, description="Whether Python code that comes with a model may be run."
+    )
+    batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description='Windows that are run at a time, unless there is a reference; "auto": as many '
+        "as a quarter of the free memory holds. A perplexity may differ in its last digits.",
+    )
+    workers: int = Field(
+        1,
+        ge=1,
+        description="Processes that measure models at the same time, each one model; on GPUs, each "
+        "on its own.",
     )
 
     @field_validator("texts", "reference", "bits", mode="before")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowbit.ranks import ALONE, Ranks
+
 Progress = Callable[[int, int], None]  # windows done, windows in all
 
 
@@ -92,14 +94,39 @@ def beginnings_of(
 
 
 def losses_of(
-    model: nn.Module, rows: Sequence[Tensor], progress: Progress = lambda done, of: None
+    model: nn.Module,
+    rows: Sequence[Tensor],
+    progress: Progress = lambda done, of: None,
+    batch: int = 1,
+    ranks: Ranks = ALONE,
 ) -> list[Tensor]:
-    """Computes the cross-entropy of all tokens except the first of a row: (tokens - 1,) float32."""
-    losses = []
-    for i, row in enumerate(rows):
-        losses.append(_losses(model, row))
-        progress(i + 1, len(rows))
+    """Computes the cross-entropy of all tokens except the first of a row: (tokens - 1,) float32.
+
+    batch: rows that are run at a time.
+    ranks: the processes that share the batches; each of them gets all losses.
+    """
+    batches = batched(rows, batch)
+    device, losses = next(model.parameters()).device, list[Tensor]()
+
+    def computed(index: int) -> tuple[None, list[Tensor]]:
+        return None, [_losses(model, torch.stack(batches[index]))]
+
+    for _, found in ranks.in_turn(len(batches), computed, device):
+        losses += [row for part in found if part is not None for row in part]
+        progress(len(losses), len(rows))
     return losses
+
+
+def batched(rows: Sequence[Tensor], most: int) -> list[list[Tensor]]:
+    """Returns the rows in batches: rows of equal length that follow each other."""
+    batches: list[list[Tensor]] = []
+    for row in rows:
+        last = batches[-1] if batches else []
+        if last and len(last) < most and len(last[0]) == len(row):
+            last.append(row)
+        else:
+            batches.append([row])
+    return batches
 
 
 def over_windows(losses: Sequence[Tensor], seqlen: int) -> Perplexity:
@@ -124,9 +151,12 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < math.log(sys.float_info.max) or loss != loss else math.inf
 
 
-def _losses(model: nn.Module, row: Tensor) -> Tensor:
+def _losses(model: nn.Module, rows: Tensor) -> Tensor:
+    """Returns (rows, tokens - 1) float32. rows: (rows, tokens) int64"""
     device = next(model.parameters()).device
-    row = row.to(device)
+    rows = rows.to(device)
     with torch.no_grad():
-        logits = model(input_ids=row[None], use_cache=False).logits[0, :-1]
-    return functional.cross_entropy(logits.float(), row[1:].to(logits.device), reduction="none")
+        logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+    targets = rows[:, 1:].to(logits.device).reshape(-1)
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    return losses.view(len(rows), -1)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,7 +26,10 @@ class TaskOptions(Config):
         None, ge=1, description="Rows of each task, from the first on; None: all."
     )
     few_shot: int = Field(0, ge=0, description="Solved examples before each question.")
-    batch: int = Field(8, ge=1, description="Rows that are run at a time.")
+    batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        8,
+        description='Rows that are run at a time; "auto": as many as fit, which lm-eval tries out.',
+    )
 
     @model_validator(mode="after")
     def _something_is_asked(self) -> "TaskOptions":

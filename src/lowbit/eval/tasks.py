@@ -6,10 +6,13 @@ Importing this module takes seconds, so it is imported only if tasks are request
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from difflib import get_close_matches
+from itertools import zip_longest
 from typing import Any
 
 import datasets
+import torch
 from lm_eval import evaluator, evaluator_utils
 from lm_eval.api import task as task_module
 from lm_eval.api.metrics import mean, mean_stderr
@@ -18,9 +21,11 @@ from lm_eval.tasks import TaskManager
 
 from lowbit.eval.local_tasks import PREFIX, LocalRows, find_rows, task_config
 from lowbit.eval.scores import TaskOptions, TaskScore
+from lowbit.ranks import ALONE, Ranks
 
 Progress = Callable[[int, int], None]  # requests done, requests in all
 EXAMPLES_SEED = 1234  # lm-eval's own seed of the choice of solved examples
+_NONE = object()  # where a process has one row less than the others
 
 
 class Tasks:
@@ -35,9 +40,15 @@ class Tasks:
             self.loaded = _from_hub(options) if options.folder is None else _from_folder(options)
 
     def score(
-        self, model: Any, tokenizer: Any, progress: Progress = lambda done, of: None
+        self,
+        model: Any,
+        tokenizer: Any,
+        progress: Progress = lambda done, of: None,
+        ranks: Ranks = ALONE,
     ) -> dict[str, TaskScore]:
         """Scores a model on all tasks.
+
+        ranks: the processes that share the rows; each of them gets all scores.
 
         Returns scores by task: first the requested ones in that order, then members of groups.
         """
@@ -47,11 +58,15 @@ class Tasks:
                 if task.get_config("num_fewshot") != 0:
                     task.set_config(key="num_fewshot", value=self.options.few_shot)
                 task.set_fewshot_seed(seed=EXAMPLES_SEED)
-            scorer = _Scorer(model, tokenizer, self.options.batch, progress)
+            scorer = _Scorer(model, tokenizer, self.options.batch, progress, ranks)
             found = evaluator.evaluate(
                 lm=scorer, task_dict=self.loaded, limit=self.options.limit, log_samples=False
             )
-        return self._scores(found, scorer.cut)
+        cut = {(task, row) for part in ranks.every(sorted(scorer.cut)) for task, row in part}
+        scores = ranks.value(
+            lambda: {name: asdict(score) for name, score in self._scores(found, cut).items()}
+        )
+        return {name: TaskScore(**score) for name, score in scores.items()}
 
     def _scores(self, found: Any, cut: set[tuple[str, int]]) -> dict[str, TaskScore]:
         groups: dict[str, TaskScore] = {}
@@ -79,8 +94,12 @@ class _Scorer(HFLM):  # type: ignore[misc, unused-ignore]
     It reports progress, and records in `cut` the task and number of each row that was truncated.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch: int, progress: Progress) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, batch: int | str, progress: Progress, ranks: Ranks
+    ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        self.ranks = ranks
+        self._rank, self._world_size = ranks.index, ranks.count
         self.cut: set[tuple[str, int]] = set()
         self.progress = progress
         self.of: list[Any] = []
@@ -91,6 +110,36 @@ class _Scorer(HFLM):  # type: ignore[misc, unused-ignore]
         """Counts a finished request; lm-eval calls this because we registered as its cache."""
         self.done += 1
         self.progress(min(self.done, len(self.of)), len(self.of))
+
+    def all_gather(self, tensor: Any) -> Any:
+        """Returns the values of all processes, (count,); lm-eval asks for numbers alone."""
+        return torch.tensor(self.ranks.every(tensor.tolist()))
+
+    def gather_object(self, obj: Any, dst: int = 0) -> Any:
+        """Returns the metrics of all rows, in the order of the rows, as those of one process.
+
+        lm-eval gives row i to process i % count. With the rows in order, sums over them do not
+        depend on the number of processes.
+
+        obj: the values of this process's rows, by task, and by metric and filter.
+        """
+        own = [
+            [task, *key, [_plain(value) for value in values]]
+            for task, of_task in obj.items()
+            for key, values in of_task.items()
+        ]
+        merged: dict[str, dict[tuple[str, str], list[Any]]] = {task: {} for task in obj}
+        parts = self.ranks.every(own)
+        for task, metric, chosen, _ in parts[0]:  # which has the first row of each task
+            every: list[list[Any]] = [
+                next((p[3] for p in part if p[:3] == [task, metric, chosen]), []) for part in parts
+            ]
+            rows = zip_longest(*every, fillvalue=_NONE)
+            merged[task][metric, chosen] = [v for row in rows for v in row if v is not _NONE]
+        return [merged]
+
+    def barrier(self) -> None:
+        """Waits for nothing: all processes meet when they exchange metrics."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
         self.of, self.done = requests, 0
@@ -112,6 +161,13 @@ class _Scorer(HFLM):  # type: ignore[misc, unused-ignore]
                 if len(before) + len(behind) > self.max_length + 1:
                     self.cut.add((asked.task_name, asked.doc_id))
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value of lm-eval as JSON can hold it."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.item() if hasattr(value, "item") else value
 
 
 def _score(

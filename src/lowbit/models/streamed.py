@@ -23,6 +23,7 @@ from lowbit.models.config import build_model
 from lowbit.models.fitting import missing_tensors, wrong_shape
 from lowbit.models.sizes import vocabulary_of
 from lowbit.models.skeleton import memory_names, views_of
+from lowbit.ranks import ALONE, Ranks
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Inputs = Tensor | Mapping[str, Tensor]  # of a forward pass: token ids alone, or all by name
@@ -121,6 +122,7 @@ class StreamedModel:
         folder: Path | None = None,
         embed_on: torch.device | str = "cpu",
         changed: Mapping[str, Tensor] | None = None,
+        ranks: Ranks = ALONE,
     ) -> Stream:
         """Returns the stream of hidden states with the inputs of the first block.
 
@@ -129,12 +131,15 @@ class StreamedModel:
         folder: where hidden states are kept on disk; None: in memory.
         embed_on: where embeddings and masks are computed.
         changed: parameters outside the blocks that have other values, by name in memory.
+        ranks: the processes that share the batches.
         """
         outside = self.without_blocks(embed_on, head=False)
         with torch.no_grad():
             for name, tensor in (changed or {}).items():
                 outside.model.get_parameter(name).copy_(tensor)
-        return Stream.of_calls(map(outside.calls, batches), device, folder)
+        every = list(batches)
+        calls = (outside.calls(every[i]) for i in ranks.own(len(every)))
+        return Stream.of_calls(calls, device, folder, ranks, len(every))
 
     def moved(
         self, stream: Stream, index: int, device: torch.device | str = "cpu", block: Any = None
@@ -188,6 +193,7 @@ class StreamedModel:
         device: torch.device | str = "cpu",
         folder: Path | None = None,
         progress: Progress = lambda done, of: None,
+        ranks: Ranks = ALONE,
     ) -> Stream:
         """Returns the outputs of the last block, (batch, tokens, channels) float32 for each batch.
 
@@ -195,12 +201,13 @@ class StreamedModel:
         device: where blocks, embeddings and masks are computed.
         folder: where hidden states are kept on disk; None: in memory.
         progress: called as progress(done, total); each batch in each block is one step.
+        ranks: the processes that share the batches.
         """
-        stream = self.first_stream(batches, device, folder, embed_on=device)
-        steps = count(1)
+        stream = self.first_stream(batches, device, folder, embed_on=device, ranks=ranks)
+        steps, own = count(1), ranks.own(len(batches))
 
         def on_batch() -> None:
-            progress(next(steps), len(self.block_names) * len(batches))
+            progress(next(steps), len(self.block_names) * len(own))
 
         self.walk({"hidden": stream}, lambda step: step.advance(on_batch=on_batch), device)
         return stream

@@ -49,8 +49,9 @@ from lowbit.pipeline.options import RunOptions
 from lowbit.pipeline.outside import outside_blocks, rounded_tables
 from lowbit.pipeline.packed_check import check_packed
 from lowbit.pipeline.published import SUFFIXES, Published
-from lowbit.pipeline.results import STATED, as_stored, check_shard, shard_of
+from lowbit.pipeline.results import as_stored, check_equal, shard_of
 from lowbit.pipeline.selection import Selection, pack_float_experts
+from lowbit.ranks import ALONE, Ranks
 from lowbit.version import __version__
 
 MOST_OF_MEMORY = 0.25  # streams that need a larger share of the machine's memory go to disk
@@ -96,6 +97,7 @@ class Job:
         self.shards = 1 + len(self.blocks)
         self.allocation: Allocation | None = None
         self.checked: list[Any] = []  # the kinds of blocks that have run packed
+        self.ranks = ALONE  # the processes that share the calibration text
         # Of each block, by its index; replaced where the method needs them.
         self.output_hessians: Callable[[int], Mapping[str, Hessian]] = lambda index: {}
 
@@ -117,6 +119,12 @@ class Job:
         """
         other = copy(self)
         other.method, other.allocation = method, allocation
+        return other
+
+    def with_ranks(self, ranks: Ranks) -> "Job":
+        """Returns the same job, done by several processes that share the calibration text."""
+        other = copy(self)
+        other.ranks = ranks
         return other
 
     def with_epochs(self, epochs: int) -> "Job":
@@ -219,47 +227,12 @@ class Job:
             return self.options.streams == "disk"
         return needed > MOST_OF_MEMORY * physical_memory()
 
-    def check_finished(self, writer: CheckpointWriter) -> None:
-        """Discards the shards of an earlier run that this run would not have written."""
-        lost = False  # whether an earlier shard has no record
-        for index in range(self.shards):
-            record = writer.record(index)
-            if record is None:
-                lost = True
-                continue
-            try:
-                if index == 0:
-                    self._check_outside(writer.read_shard(0), record)
-                else:
-                    name = self.blocks[index - 1]
-                    groups = self.selection.groups(name)
-                    check_shard(
-                        writer.read_shard(index),
-                        record,
-                        self.source,
-                        name,
-                        [linear for group in groups for linear in group.linears],
-                        None if lost else self._is_first(writer, index),
-                    )
-            except ValueError as error:
-                writer.discard(index, str(error))
-                lost = True
-
-    def _check_outside(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Raises ValueError if `write_outside` would write another shard or record."""
-        wanted, stated = outside_blocks(self.source, self.options)
-        for key in STATED:
-            if (record.get(key) or None) != (stated.get(key) or None):
-                raise ValueError(f"states another {key} than this run has outside the blocks")
-        if wanted.keys() != tensors.keys():
-            raise ValueError("states other tensors than its shard holds")
-        for name, tensor in wanted.items():
-            if not torch.equal(tensor, tensors[name]):
-                raise ValueError(f"is about a shard with another tensor {name} than the model's")
-
-    def _is_first(self, writer: CheckpointWriter, index: int) -> bool:
-        """Returns whether no shard before this one has quantized linears."""
-        return not any((writer.record(i) or {}).get("marker") for i in range(index))
+    @property
+    def first_marked(self) -> int:
+        """The index of the first shard with quantized linears; the placeholder is in it."""
+        if self.options.lm_head_bits is not None:
+            return 0
+        return 1 + next(i for i, name in enumerate(self.blocks) if self.selection.has_layers(name))
 
     def write_outside(self, writer: CheckpointWriter) -> None:
         """Writes shard 0: everything outside the blocks (embeddings, last norm, lm_head)."""
@@ -280,7 +253,9 @@ class Job:
         changed: parameters outside the blocks that have other values, by name in memory.
         """
         try:
-            return self.source.first_stream(batches, self.device, folder, changed=changed)
+            return self.source.first_stream(
+                batches, self.device, folder, changed=changed, ranks=self.ranks
+            )
         except Exception as error:
             if not with_images:
                 raise
@@ -333,8 +308,8 @@ class Job:
             )
             result = as_stored(result, self.source, name)
             self._check_packed(step, result)
-            first = self._is_first(writer, index + 1)
-            tensors, record = shard_of(result, self.source, name, first)
+            tensors, record = shard_of(result, self.source, name, writer.is_marked(index + 1))
+            check_equal(self.ranks, name, {**tensors, **result.learned})
             learned = result.learned if self.method.learns else None
             writer.write_shard(index + 1, tensors, learned, record)
         finished = BlockFinished(

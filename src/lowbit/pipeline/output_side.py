@@ -91,6 +91,11 @@ class OutputSide:
         """Returns the Hessians of the outputs of a block, by the linear's name."""
         return _Stored(self._file(block))
 
+    def tensors(self, block: int) -> Mapping[str, Tensor]:
+        """Returns the tensors in the file of a block; see `hessians_of`."""
+        reader = CheckpointReader.of_file(self._file(block))
+        return reader.read(reader.tensors)
+
     def delete(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -103,6 +108,14 @@ class OutputSide:
 
     def _file(self, block: int) -> Path:
         return self.folder / f"{block:05d}.safetensors"
+
+
+def hessians_of(tensors: Mapping[str, Tensor]) -> dict[str, Hessian]:
+    """Returns the Hessians that the tensors of a file hold, by the linear's name."""
+    names = [name.removesuffix(".matrix") for name in tensors if name.endswith(".matrix")]
+    return {
+        name: Hessian(tensors[f"{name}.matrix"], int(tensors[f"{name}.tokens"])) for name in names
+    }
 
 
 class _Stored(Mapping[str, Hessian]):

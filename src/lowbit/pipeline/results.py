@@ -3,6 +3,7 @@
 The way back is needed when an interrupted run continues, and to check a dry run.
 """
 
+import hashlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from lowbit.methods.result import BlockResult
 from lowbit.models.conv1d import TransposedLinear, as_on_disk
 from lowbit.models.source import SourceModel
 from lowbit.parsing import reason_of
+from lowbit.ranks import Ranks
 from lowbit.run_report import BlockReport, RunReport
 
 # What records state of their shards, apart from the shards' own names, sizes and hashes.
@@ -149,6 +151,22 @@ def check_shard(
     for name, tensor in source.reader.read(kept).items():
         if not torch.equal(tensor, tensors[name]):
             raise ValueError(f"does not state that tensor {name} was changed")
+
+
+def check_equal(ranks: Ranks, block: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if several processes have made other tensors of a block, by name."""
+    if ranks.count == 1:
+        return
+    hashed = hashlib.sha256()
+    for name in sorted(tensors):
+        hashed.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        content = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
+        hashed.update(content.numpy().tobytes())
+    if len(set(ranks.every(hashed.hexdigest()))) > 1:
+        raise ValueError(
+            f"{block}: the processes of this run have computed different values, so they cannot "
+            "work on one model: use equal machines, with the same version of torch"
+        )
 
 
 def block_on_disk(source: SourceModel, block: str) -> str:

@@ -1,26 +1,22 @@
-"""`quantize`: quantizes a model block by block, and continues an interrupted run."""
+"""A run: quantizes a model block by block, and continues what an interrupted run has left."""
 
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
-from torch import nn
 
 from lowbit.blocks import Stream
 from lowbit.blocks.walk import Step
-from lowbit.calibration import Calibration, TokenIds, TokenWindows
-from lowbit.calibration.token_ids import Rows
+from lowbit.calibration import TokenWindows
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.checkpoint.card_facts import write_card
 from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.disk import explained
 from lowbit.checkpoint.writer import RUN
 from lowbit.config import explain
-from lowbit.device import choose_device, deterministic
 from lowbit.events import (
     BlockResumed,
     CalibrationRead,
@@ -37,13 +33,12 @@ from lowbit.events import (
 )
 from lowbit.formats import use_backend
 from lowbit.kernels.products import reproducible
-from lowbit.methods import Method
-from lowbit.models.in_memory import as_folder
+from lowbit.methods.result import BlockResult
 from lowbit.models.self_check import check_streaming
 from lowbit.models.tokenizer import FILES as TOKENIZER_FILES
-from lowbit.pipeline.allocation import widths_chosen, with_widths
+from lowbit.pipeline.allocation import widths_chosen
+from lowbit.pipeline.finished import check_finished
 from lowbit.pipeline.job import Job
-from lowbit.pipeline.options import Effort, Place, RunOptions
 from lowbit.pipeline.output_side import OutputSide
 from lowbit.pipeline.plan import LONG, estimate, longest
 from lowbit.pipeline.results import left_float, result_of, run_report
@@ -57,82 +52,17 @@ from lowbit.pipeline.warnings import (
 REPORT = "report.json"
 
 
-@reproducible()  # a run's bytes depend on no number of threads,
-@use_backend("reference")  # no compiler and no instruction set
-def quantize(  # noqa: PLR0913 (the options of a run)
-    model: str | Path | nn.Module,
-    out: str | Path,
-    method: Method,
-    calibration: Calibration | TokenIds | Rows | None = None,
-    *,
-    tokenizer: Any = None,
-    device: str = "auto",
-    restart: bool = False,
-    streams: Place = "auto",
-    allow_float: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    only: Sequence[str] = (),
-    lm_head_bits: int | None = None,
-    embedding_bits: int | None = None,
-    effort: Effort | None = None,
-    start_from: str | Path | None = None,
-    plan: str | Path | None = None,
-    budget: float | str | None = None,
-    dry_run_block: bool | None = None,
-    self_check: bool = True,
-    without_tokenizer: bool = False,
-    trust_remote_code: bool = False,
-    cache: str | Path | None = None,
-    recipe: str | None = None,
-    on_event: OnEvent = lambda event: None,
-) -> Path:
-    """Quantizes a model into a folder, block by block, and returns that folder.
+class Run:
+    """A run in one process. `lowbit.pipeline.workers` and `.together` derive those of several."""
 
-    If the run is interrupted, the same call continues it and writes the same bytes.
-
-    model: a folder, a hub id, or a transformers model in memory. A model in memory is saved next
-        to `out` for the duration of the run.
-    out: the folder to write. Finished blocks stay there if the run is interrupted.
-    method: the algorithm with its settings, such as `lowbit.methods.OmniQuant(bits=3)`.
-    calibration: the calibration text: a `lowbit.Calibration`, or token ids as (windows, tokens)
-        integers, see `lowbit.TokenIds`; None: the defaults of `Calibration`. Methods that need no
-        calibration do not read it.
-    tokenizer: the tokenizer of a model in memory. Without one, `out` gets no tokenizer, and
-        `lowbit.load` returns None for it.
-    on_event: called with each event of the run (`lowbit.events`): a block starts, an epoch ends ...
-    All others are the fields of `lowbit.RunOptions`, which describes each of them.
-
-    Raises ValueError for an error that the caller can fix, such as an option that does not fit the
-    model.
-    """
-    options = RunOptions.of(locals())
-    if isinstance(model, nn.Module) and tokenizer is None:
-        options = options.model_copy(update={"without_tokenizer": True})
-    alike = deterministic(choose_device(options.device))
-    with alike, as_folder(model, tokenizer, Path(out)) as folder:
-        job = with_widths(Job(folder, method, calibration, options), on_event)
-        return run(job, Path(out), on_event)
-
-
-@reproducible()
-@use_backend("reference")
-def run(
-    job: Job,
-    out: Path,
-    on_event: OnEvent,
-    check: Callable[[CheckpointWriter], None] = lambda writer: None,
-) -> Path:
-    """Does all that a job asks for, writes it into a folder, and returns that folder.
-
-    check: called when all shards are written. If it raises ValueError, the folder stays unfinished.
-    """
-    return _Run(job, on_event, check).into(out)
-
-
-class _Run:
     def __init__(
-        self, job: Job, on_event: OnEvent, check: Callable[[CheckpointWriter], None]
+        self,
+        job: Job,
+        on_event: OnEvent,
+        check: Callable[[CheckpointWriter], None] = lambda writer: None,
     ) -> None:
+        """check: called when all shards are written; if it raises ValueError, the folder stays
+        unfinished."""
         self.job = job
         self.on_event = on_event
         self.check = check
@@ -149,25 +79,12 @@ class _Run:
             lambda: self._before(windows),
         ) as writer:
             if writer.complete:
+                self._begun(writer)
                 self._log(writer, RunComplete(out=str(out)))
                 return out
-            job.check_finished(writer)
-            started = RunStarted(
-                out=str(out),
-                blocks=len(job.blocks),
-                device=str(job.device),
-                method=job.method.signature(),
-            )
-            self._log(writer, started)
-            self._warn(writer, settings_without_effect(job))
-            self._warn(writer, job.source.float_warnings())
-            self._warn(writer, plan_of_another_model(job))
-            self._warn(writer, published_otherwise(job))
-            for event in (self.self_check, self.dry_run, widths_chosen(job)):
-                if event:
-                    self._log(writer, event)
-            for name, problem in writer.damaged.items():
-                self._log(writer, Warned(text=f"{name} {problem}; it is made again"))
+            check_finished(job, writer)
+            self._begun(writer)
+            self._announce(writer)
             if writer.record(0) is None:
                 job.write_outside(writer)
             with explained(out):
@@ -178,6 +95,29 @@ class _Run:
             self._finish(writer, windows)
             self._log(writer, RunFinished(out=str(out)))
         return out
+
+    def _begun(self, writer: CheckpointWriter) -> None:
+        """Called when it is known what an earlier run has left."""
+
+    def _announce(self, writer: CheckpointWriter) -> None:
+        """Logs what is known before the first block."""
+        job = self.job
+        started = RunStarted(
+            out=str(writer.folder),
+            blocks=len(job.blocks),
+            device=str(job.device),
+            method=job.method.signature(),
+        )
+        self._log(writer, started)
+        self._warn(writer, settings_without_effect(job))
+        self._warn(writer, job.source.float_warnings())
+        self._warn(writer, plan_of_another_model(job))
+        self._warn(writer, published_otherwise(job))
+        for event in (self.self_check, self.dry_run, widths_chosen(job)):
+            if event:
+                self._log(writer, event)
+        for name, problem in writer.damaged.items():
+            self._log(writer, Warned(text=f"{name} {problem}; it is made again"))
 
     def _before(self, windows: TokenWindows | None) -> None:
         """Finds errors before a new run: in running the model block by block, and in one block."""
@@ -215,7 +155,7 @@ class _Run:
             if record is None:
                 result = job.quantize_block(writer, step, self._logger(writer))
             else:
-                result = result_of(writer.read_shard(step.index + 1), record, job.source)
+                result = self._finished_earlier(writer, step.index + 1)
                 resumed = BlockResumed(block=step.name, index=step.index, of=len(names))
                 self._log(writer, resumed)
             if step.index < last:
@@ -223,6 +163,12 @@ class _Run:
 
         # A finished block is visited again only to compute the inputs of the next one.
         job.source.walk(streams, visit, job.device, range(last + 1) if streams else unfinished)
+
+    def _finished_earlier(self, writer: CheckpointWriter, shard: int) -> BlockResult:
+        """Returns the result of a block from the shard that an earlier run has written."""
+        record = writer.record(shard)
+        assert record is not None
+        return result_of(writer.read_shard(shard), record, self.job.source)
 
     def _note_text(self, writer: CheckpointWriter, windows: TokenWindows | None) -> None:
         if windows is not None:
@@ -254,13 +200,18 @@ class _Run:
         """
         if not self.job.on_disk(needed):
             return None
-        writer.clear_streams()
+        place = self._place_of_streams(writer)
         free = shutil.disk_usage(writer.folder).free
         if needed > free:  # writing to a mapped file on a full disk kills the process (SIGBUS)
             raise ValueError(
                 f"the hidden states need {needed:,} bytes on the disk that holds {writer.folder}, "
                 f"but only {free:,} are free: free some space, or use fewer calibration samples"
             )
+        return place
+
+    def _place_of_streams(self, writer: CheckpointWriter) -> Path:
+        """Returns the folder for hidden states; what an earlier run has left there is deleted."""
+        writer.clear_streams()
         return writer.streams
 
     def _finish(self, writer: CheckpointWriter, windows: TokenWindows | None) -> None:
@@ -305,3 +256,18 @@ class _Run:
             line["out"] = writer.folder.absolute().name
         writer.append_event({"time": round(time.time(), 3), **line})
         self.on_event(event)
+
+
+@reproducible()
+@use_backend("reference")
+def run(
+    job: Job,
+    out: Path,
+    on_event: OnEvent,
+    check: Callable[[CheckpointWriter], None] = lambda writer: None,
+) -> Path:
+    """Does all that a job asks for, writes it into a folder, and returns that folder.
+
+    check: called when all shards are written. If it raises ValueError, the folder stays unfinished.
+    """
+    return Run(job, on_event, check).into(out)

@@ -64,6 +64,14 @@ class Selection:
                 groups.append(LinearGroup(group.name, linears))
         return tuple(groups)
 
+    def has_layers(self, block: str) -> bool:
+        """Returns whether a block gets quantized layers; see `pack_float_experts` for the others"""
+        if self.groups(block):
+            return True
+        modules = self.source.skeleton.get_submodule(block).named_modules()
+        experts = [path for path, module in modules if isinstance(module, UnfusedExperts)]
+        return any(self.source.is_view(f"{block}.{path}.") for path in experts)
+
     def _chosen(self, name: str) -> bool:
         wanted = not self.only or matches_any(name, self.only)
         return wanted and not matches_any(name, self.skip)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lowbit.blocks import BlockTask
 from lowbit.blocks.folding import Tensors
-from lowbit.blocks.training import Fit, all_finite, mean_loss
+from lowbit.blocks.training import Fit, all_finite, mean_loss, share_gradients
+from lowbit.ranks import ALONE, Ranks
 from lowbit.solvers.rounding import (
     Grid,
     code_values,
@@ -148,7 +149,7 @@ def learn_rounding(
     steps: how far and how fast.
     """
     generator = task.generator("learned rounding")
-    run = _Run(weights, tensors, loss, batches, steps)
+    run = _Run(weights, tensors, loss, batches, steps, task.ranks)
     before = run.held_out_loss()
     fitted, best = Fit(before=before, after=before), _values(weights)
     for epoch in range(1, steps.epochs + 1 if weights else 1):
@@ -177,8 +178,10 @@ class _Run:
         loss: Callable[[int, Tensors], Tensor],
         batches: int,
         steps: Steps,
+        ranks: Ranks,
     ) -> None:
         self.weights, self.tensors, self.loss, self.steps = weights, tensors, loss, steps
+        self.ranks = ranks
         self.learned, self.held = split(batches)
         self.count = steps.epochs * -(-len(self.learned) // steps.batches)
         self.done = 0
@@ -188,7 +191,7 @@ class _Run:
     @torch.no_grad()
     def held_out_loss(self) -> float:
         made = self.tensors()
-        return mean_loss(lambda i: self.loss(self.held[i], made), len(self.held))
+        return mean_loss(lambda i: self.loss(i, made), self.held, self.ranks)
 
     def epoch(self, generator: torch.Generator) -> bool:
         """Takes the steps of an epoch; returns whether all losses and gradients were finite."""
@@ -199,7 +202,7 @@ class _Run:
         )
 
     def _step(self, chosen: Sequence[int]) -> bool:
-        if not _gradients(self.tensors, self.loss, chosen):
+        if not _gradients(self.tensors, self.loss, chosen, self.ranks):
             return False
         left = 1 - self.done / self.count
         self.done += 1
@@ -229,24 +232,70 @@ def _values(weights: Mapping[str, RoundedWeight]) -> dict[str, tuple[Tensor, Ten
 
 
 def _gradients(
-    tensors: Callable[[], Tensors], loss: Callable[[int, Tensors], Tensor], chosen: Sequence[int]
+    tensors: Callable[[], Tensors],
+    loss: Callable[[int, Tensors], Tensor],
+    chosen: Sequence[int],
+    ranks: Ranks = ALONE,
 ) -> bool:
     """Adds the gradients of the mean loss of some batches; returns whether they are finite.
 
     Weights are rounded once, and one batch after another adds to the gradients of rounded weights.
+    Several processes compute the gradients of their own batches, and add those of all in order.
     """
     made = tensors()
     leaves = {
         name: tensor.detach().requires_grad_() if tensor.requires_grad else tensor
         for name, tensor in made.items()
     }
-    values = []
-    for index in chosen:
+
+    def add(index: int) -> Tensor:
         value = loss(index, leaves) / len(chosen)
         value.backward()
-        values.append(value.detach())
+        return value.detach()
+
+    if ranks.count == 1:
+        values = [add(index) for index in chosen]
+    else:
+        learned = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        values = []
+        if not _added(learned, chosen, add, ranks):
+            return False
     found = [(made[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
     if not all_finite([*values, *(gradient for _, gradient in found)]):
         return False
     torch.autograd.backward([tensor for tensor, _ in found], [gradient for _, gradient in found])
     return True
+
+
+def _added(
+    leaves: Sequence[Tensor], chosen: Sequence[int], add: Callable[[int], Tensor], ranks: Ranks
+) -> bool:
+    """Adds the gradients of batches, each of which its own process computes.
+
+    add: adds the gradients of a batch to those of the leaves; returns its loss.
+
+    Returns whether the losses are finite.
+    """
+    own: dict[int, tuple[bool, list[Tensor | None]]] = {}
+    for index in filter(ranks.has, chosen):
+        finite = bool(add(index).isfinite())
+        own[index] = finite, [leaf.grad for leaf in leaves]
+        _set_gradients(leaves, [None] * len(leaves))
+    total: list[Tensor | None] = [None] * len(leaves)
+    for index in chosen:
+        finite, gradients = own.pop(index, (True, [None] * len(leaves)))
+        _set_gradients(leaves, gradients)
+        if not share_gradients(leaves, finite, ranks, ranks.owner(index)):
+            return False
+        total = [
+            leaf.grad if before is None else before if leaf.grad is None else before + leaf.grad
+            for before, leaf in zip(total, leaves, strict=True)
+        ]
+        _set_gradients(leaves, [None] * len(leaves))
+    _set_gradients(leaves, total)
+    return True
+
+
+def _set_gradients(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        leaf.grad = gradient

@@ -189,9 +189,10 @@ class MatQuant(LearningMethod, LearnedRounding):
             self.epochs,
             task.log,
             self.weight_decay,
+            task.ranks,
         )
         nearest = learner.nearest()
-        loss_nearest = mean_loss(lambda index: loss(index, nearest), loss.batches)
+        loss_nearest = mean_loss(lambda index: loss(index, nearest), loss.batches, task.ranks)
         keep = keep_if_better(learner, task, fitted.after, loss_nearest)
         learned = keep and self._searched(task)
         if self.matches_float() and not learner.earlier:
@@ -255,7 +256,7 @@ class MatQuant(LearningMethod, LearnedRounding):
 def _packed_loss(loss: Loss, learner: Learner, result: BlockResult) -> float:
     """Returns the mean loss of a packed block."""
     packed = learner.packed(result.linears)
-    return mean_loss(lambda index: loss(index, packed), loss.batches)
+    return mean_loss(lambda index: loss(index, packed), loss.batches, loss.target.ranks)
 
 
 def _lesson(text: str) -> tuple[int, int]:

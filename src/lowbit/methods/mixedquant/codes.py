@@ -87,7 +87,7 @@ def learn_codes(
         reports[name] = reports[name].with_learned_codes(decibels)
 
     def mean(tensors: Tensors) -> float:
-        return mean_loss(lambda index: loss(index, tensors), batches)
+        return mean_loss(lambda index: loss(index, tensors), batches, task.ranks)
 
     result.report = trained_report(reports, fitted, None, mean(after), [], mean(fixed))
 

@@ -100,8 +100,9 @@ class OmniQuant(LearningMethod, LearnedRounding, ActivationMethod):
             self.epochs,
             task.log,
             self.weight_decay,
+            task.ranks,
         )
-        nearest = mean_loss(_loss(task, learner.nearest, targets), len(targets[0]))
+        nearest = mean_loss(_loss(task, learner.nearest, targets), len(targets[0]), task.ranks)
         keep = keep_if_better(learner, task, fitted.after, nearest)
         if self.feeds_back and not learner.earlier:
             tries = [start, learner.values()] if keep and fitted.best_epoch else [learner.values()]
@@ -206,7 +207,7 @@ def _targets(task: BlockTask, aug_loss: bool) -> list[Stream]:
 
 def _fixed_loss(task: BlockTask, tensors: Tensors, targets: Sequence[Stream]) -> float:
     """Returns the mean loss of the block with these tensors."""
-    return mean_loss(_loss(task, lambda: tensors, targets), len(targets[0]))
+    return mean_loss(_loss(task, lambda: tensors, targets), len(targets[0]), task.ranks)
 
 
 def _loss(

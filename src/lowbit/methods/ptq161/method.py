@@ -173,11 +173,18 @@ class PTQ161(Method):
 
         published = {"init": "reference", "refit_salient": False, "match": "self"}
         plain = self.model_copy(update=published)
-        nearest = mean_loss(loss_of(learner_of(plain, {})), len(targets[0]))
+        nearest = mean_loss(loss_of(learner_of(plain, {})), len(targets[0]), task.ranks)
         learner = learner_of(self, task.start)
         with torch.enable_grad():
             groups = learner.parameter_groups()
-            fitted = fit(groups, loss_of(learner), len(targets[0]), self.epochs, task.log)
+            fitted = fit(
+                groups,
+                loss_of(learner),
+                len(targets[0]),
+                self.epochs,
+                task.log,
+                ranks=task.ranks,
+            )
         keep = fitted.after <= nearest
         result = (learner if keep else learner_of(plain, {})).result()
         after, reasons = fitted.after, list[str]()

@@ -46,7 +46,9 @@ def finetune(
 
     inputs, targets: what the block reads, and what it is to compute from that.
     """
-    energy = sum(float(batch.hidden.square().mean()) for batch in targets) / len(targets)
+    every = range(len(targets))
+    energies = task.ranks.losses(every, lambda i: float(targets[i].hidden.square().mean()))
+    energy = sum(energies) / len(targets)
     block = deepcopy(task.block)
 
     def put(dtype: torch.dtype, layers: Mapping[str, RotatedLinear]) -> BlockResult:
@@ -72,9 +74,9 @@ def finetune(
     ]
     for parameter in (p for group in groups for p in group.parameters):
         parameter.requires_grad_()
-    fitted = fit(groups, loss, len(inputs), training.epochs, task.log)
+    fitted = fit(groups, loss, len(inputs), training.epochs, task.log, ranks=task.ranks)
     tuned = put(torch.float16, trained)
-    after = mean_loss(loss, len(inputs))
+    after = mean_loss(loss, len(inputs), task.ranks)
     better = after < fitted.before
     result.report = trained_report(
         result.report.linears,

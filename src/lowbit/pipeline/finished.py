@@ -1,0 +1,51 @@
+"""Checks what an earlier run has finished, before a run continues it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint import CheckpointWriter
+from lowbit.pipeline.job import Job
+from lowbit.pipeline.outside import outside_blocks
+from lowbit.pipeline.results import STATED, check_shard
+
+
+def check_finished(job: Job, writer: CheckpointWriter) -> None:
+    """Discards the shards of an earlier run that this run would not have written."""
+    lost = False  # whether an earlier shard has no record
+    for index in range(job.shards):
+        record = writer.record(index)
+        if record is None:
+            lost = True
+            continue
+        try:
+            if index == 0:
+                _check_outside(job, writer.read_shard(0), record)
+            else:
+                name = job.blocks[index - 1]
+                groups = job.selection.groups(name)
+                check_shard(
+                    writer.read_shard(index),
+                    record,
+                    job.source,
+                    name,
+                    [linear for group in groups for linear in group.linears],
+                    None if lost else writer.is_marked(index),
+                )
+        except ValueError as error:
+            writer.discard(index, str(error))
+            lost = True
+
+
+def _check_outside(job: Job, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Raises ValueError if `write_outside` would write another shard or record."""
+    wanted, stated = outside_blocks(job.source, job.options)
+    for key in STATED:
+        if (record.get(key) or None) != (stated.get(key) or None):
+            raise ValueError(f"states another {key} than this run has outside the blocks")
+    if wanted.keys() != tensors.keys():
+        raise ValueError("states other tensors than its shard holds")
+    for name, tensor in wanted.items():
+        if not torch.equal(tensor, tensors[name]):
+            raise ValueError(f"is about a shard with another tensor {name} than the model's")
