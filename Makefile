@@ -3,6 +3,7 @@ PYTHON ?= python3
 READY  := .venv/.installed
 ENGINES := .venv-engines/bin/python
 DOCS   := .venv/.docs-installed
+TRITON := .venv-triton/.installed
 NATIVE := cmake/CMakeLists.txt $(wildcard src/lowbit/kernels/native/*.[ch])
 # The tests start hundreds of processes; each would compile the package and the tests anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -14,7 +15,9 @@ demo:  $(READY) ; OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} .venv/bin/python 
 quick: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not slow and not families and not exhaustive and not docs"
 test:  $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not families and not exhaustive and not docs"
 test-families: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m families
-test-kernels: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/kernels/native
+test-kernels: $(READY) $(TRITON)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/kernels/native
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=.venv-triton .venv/bin/python -m pytest -n 2 -q tests/kernels/triton
 test-exhaustive: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m exhaustive
 test-docs: $(READY) $(DOCS) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/docs -m docs
 test-engines: $(READY) $(ENGINES)
@@ -40,6 +43,11 @@ $(READY): pyproject.toml constraints.txt $(NATIVE)
 # What builds the site of the documentation, beside the rest.
 $(DOCS): $(READY)
 	.venv/bin/pip install -q -e '.[docs]' -c constraints.txt
+	@touch $@
+
+# Triton lies in a folder of its own, which only its tests see: the others show that lowbit needs none.
+$(TRITON): $(READY) tests/kernels/triton/requirements.txt
+	.venv/bin/pip install -q --no-deps --upgrade --target .venv-triton -r tests/kernels/triton/requirements.txt
 	@touch $@
 
 # The programs that read exported folders, in an environment without lowbit.

@@ -13,6 +13,8 @@ import torch
 from lowbit.device import device_names
 from lowbit.kernels.native import available, chosen, why_not
 from lowbit.kernels.native.library import path, threads
+from lowbit.kernels.triton.available import DEVICES
+from lowbit.kernels.triton.available import why_not as gpu_why_not
 from lowbit.version import __version__
 
 FEATURES = ("avx", "f16c", "amx_", "neon", "asimd", "sve", "sme", "dot", "i8mm", "bf16")
@@ -38,6 +40,8 @@ class Machine:
     threads: threads of torch.
     thread_variable: OMP_NUM_THREADS; None: it is not set.
     gpus: names of the GPUs that torch can use.
+    triton: version of Triton, if its kernels run on a GPU; None: they do not.
+    why_no_triton: why they do not; None: they run.
     extras: for each extra of lowbit, version by package; None: it is not installed.
     """
 
@@ -58,12 +62,15 @@ class Machine:
     threads: int
     thread_variable: str | None
     gpus: list[str]
+    triton: str | None
+    why_no_triton: str | None
     extras: dict[str, dict[str, str | None]]
 
     @classmethod
     def here(cls) -> "Machine":
         """Describes this machine."""
         name, reason = _kernels()
+        triton, why_no_triton = _triton()
         return cls(
             lowbit=__version__,
             python=platform.python_version(),
@@ -82,6 +89,8 @@ class Machine:
             threads=torch.get_num_threads(),
             thread_variable=os.environ.get(THREAD_VARIABLE),
             gpus=device_names(),
+            triton=triton,
+            why_no_triton=why_no_triton,
             extras=_extras(),
         )
 
@@ -128,6 +137,15 @@ def _features() -> list[str]:
     if report is None:
         return [torch.backends.cpu.get_cpu_capability().lower()]
     return sorted(n for n, has in report().items() if has is True and n.startswith(FEATURES))
+
+
+def _triton() -> tuple[str | None, str | None]:
+    """Returns the version of Triton, or why its kernels do not run on a GPU of this machine."""
+    for kind in DEVICES:
+        if torch.get_device_module(kind).is_available():
+            reason = gpu_why_not(kind)
+            return (version("triton"), None) if reason is None else (None, reason)
+    return None, "there is no GPU for Triton's kernels"
 
 
 def _extras() -> dict[str, dict[str, str | None]]:

@@ -40,6 +40,7 @@ def _facts(found: Machine) -> dict[str, str]:
         "torch": found.torch,
         "transformers": found.transformers,
         "GPU": ", ".join(found.gpus) or "none that torch can use",
+        "GPU kernels": f"Triton {found.triton}" if found.triton else f"none: {found.why_no_triton}",
         **{f"extra {name}": _extra(name, of) for name, of in found.extras.items()},
     }
 

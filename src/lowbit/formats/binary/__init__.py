@@ -49,6 +49,7 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import reference
 from lowbit.formats.binary.cpu import Cpu
 from lowbit.formats.binary.lookup import Lookup
+from lowbit.formats.binary.triton import Triton
 from lowbit.formats.binary.weight import Weight
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
 from lowbit.formats.entry import LayerEntry, ScaleName
@@ -166,7 +167,7 @@ class BinaryLinear(QuantizedLinear):
     limited = ("mask",)
     shared_fields = ("salient",)
     Entry = BinaryEntry
-    backends = (Cpu(), Lookup(), Weight(), reference.Reference())
+    backends = (Cpu(), Triton(), Lookup(), Weight(), reference.Reference())
     vectors = ("row_scale", "row_mean", "column_scale", "salient_scale")
 
     spec: BinaryEntry

@@ -29,6 +29,7 @@ from lowbit.formats.embedding.cpu import Cpu
 from lowbit.formats.packed_weight import PackedWeight
 from lowbit.formats.uniform import UniformEntry, UniformLayout, UniformLinear, reference
 from lowbit.formats.uniform import tensor_bytes as uniform_bytes
+from lowbit.formats.uniform.triton import Triton
 from lowbit.kernels.bits import unpack
 
 __all__ = ["EmbeddingEntry", "QuantizedEmbedding", "TiedLinear", "tables_of"]
@@ -74,7 +75,7 @@ class QuantizedEmbedding(UniformLinear):
 
     format = "embedding"
     Entry: ClassVar[type[EmbeddingEntry]] = EmbeddingEntry
-    backends = (Cpu(), reference.Reference())
+    backends = (Cpu(), Triton(), reference.Reference())
     multiplies = False
 
     def __init__(self, spec: EmbeddingEntry) -> None:

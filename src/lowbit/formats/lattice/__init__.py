@@ -33,6 +33,7 @@ from lowbit.formats.incoherence import Rotation
 from lowbit.formats.lattice import reference
 from lowbit.formats.lattice.codebooks import CODEBOOKS, Codebook, codebook
 from lowbit.formats.lattice.cpu import Cpu
+from lowbit.formats.lattice.triton import Triton
 from lowbit.formats.rotated import (
     RotatedEntry,
     RotatedLinear,
@@ -105,7 +106,7 @@ class LatticeLinear(RotatedLinear):
 
     format = "lattice"
     Entry = LatticeEntry
-    backends = (Cpu(), reference.Reference())
+    backends = (Cpu(), Triton(), reference.Reference())
 
     spec: LatticeEntry
     packed: Tensor

@@ -48,6 +48,7 @@ from lowbit.formats.checks import check_shape, dtype_name, finite, storable
 from lowbit.formats.entry import LayerEntry, ScaleName, Size
 from lowbit.formats.nested import reference
 from lowbit.formats.nested.cpu import Cpu
+from lowbit.formats.nested.triton import Triton
 from lowbit.formats.uniform import UniformLinear
 from lowbit.formats.uniform.reference import group_count, quantize
 from lowbit.kernels.bits import pack, packed_bytes
@@ -137,7 +138,7 @@ class NestedLinear(QuantizedLinear):
 
     format = "nested"
     Entry = NestedEntry
-    backends = (Cpu(), reference.Reference())
+    backends = (Cpu(), Triton(), reference.Reference())
     vectors = ("scale",)
 
     spec: NestedEntry

@@ -58,6 +58,7 @@ from lowbit.formats.sorted_group.entry import (
     index_dtype,
     tensor_bytes,
 )
+from lowbit.formats.sorted_group.triton import Triton
 from lowbit.formats.uniform.reference import group_count, quantize
 from lowbit.kernels.bits import pack, packed_bytes, unpack
 
@@ -77,7 +78,7 @@ class SortedGroupLinear(QuantizedLinear):
 
     format = "sorted_group"
     Entry = SortedGroupEntry
-    backends = (Cpu(), reference.Reference())
+    backends = (Cpu(), Triton(), reference.Reference())
     vectors = ("scale", "salient_scale")
     limited = ("permutation",)
     shared_fields = ("group_size", "salient", "activation", "permutation")

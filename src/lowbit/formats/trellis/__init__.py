@@ -50,6 +50,7 @@ from lowbit.formats.rotated import (
 from lowbit.formats.trellis import reference
 from lowbit.formats.trellis.codebook import TILE, UNIT, TrellisCode, checked_rate, tile_bytes, tiles
 from lowbit.formats.trellis.cpu import Cpu
+from lowbit.formats.trellis.triton import Triton
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class TrellisLinear(RotatedLinear):
 
     format = "trellis"
     Entry = TrellisEntry
-    backends = (Cpu(), reference.Reference())
+    backends = (Cpu(), Triton(), reference.Reference())
 
     spec: TrellisEntry
     packed: Tensor

@@ -54,6 +54,7 @@ from lowbit.formats.tiles import product_dtype
 from lowbit.formats.uniform import reference
 from lowbit.formats.uniform.cpu import Cpu
 from lowbit.formats.uniform.reference import UniformLayout
+from lowbit.formats.uniform.triton import Triton
 from lowbit.kernels.bits import pack, packed_bytes, unpack
 
 __all__ = ["UniformEntry", "UniformLayout", "UniformLinear", "tensor_bytes"]
@@ -128,7 +129,7 @@ class UniformLinear(QuantizedLinear):
 
     format = "uniform"
     Entry = UniformEntry
-    backends = (Cpu(), reference.Reference())
+    backends = (Cpu(), Triton(), reference.Reference())
     vectors = ("scale",)
     shared_fields = ("rotation", "activation")
 

@@ -1,7 +1,7 @@
 """Finds and loads the compiled library, and chooses its instruction set.
 
-The environment variable LOWBIT_KERNELS forces one: off (torch computes everything), portable, avx2,
-avx512, vbmi (AVX-512 with VBMI and GFNI) or neon. It is read once.
+The environment variable LOWBIT_KERNELS forces one: off (torch computes everything, on GPUs too),
+portable, avx2, avx512, vbmi (AVX-512 with VBMI and GFNI) or neon. It is read once.
 """
 
 import ctypes
@@ -102,11 +102,16 @@ def available() -> tuple[str, ...]:
     return () if isinstance(library, str) else library.sets
 
 
+def turned_off() -> str | None:
+    """Returns the reason why LOWBIT_KERNELS leaves everything to torch; None: it does not."""
+    return f"{VARIABLE} is off" if os.environ.get(VARIABLE) == "off" else None
+
+
 @torch.compiler.assume_constant_result
 def why_not() -> str | None:
     """Returns why torch computes everything instead of the kernels; None: the kernels run."""
-    if os.environ.get(VARIABLE) == "off":
-        return f"{VARIABLE} is off"
+    if (off := turned_off()) is not None:
+        return off
     library = _load()
     return library if isinstance(library, str) else None
 
