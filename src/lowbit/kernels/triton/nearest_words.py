@@ -47,6 +47,14 @@ def _better(score, choice, other, OTHER: tl.constexpr):
 
 
 @triton.jit
+def _digits(i):
+    """Returns 3**(7 - i)."""
+    low = tl.where(i == 4, 27, tl.where(i == 5, 9, tl.where(i == 6, 3, 1)))
+    high = tl.where(i == 0, 2187, tl.where(i == 1, 729, tl.where(i == 2, 243, 81)))
+    return tl.where(i < 4, high, low)
+
+
+@triton.jit
 def _of_shift(x, triples, number, v, vectors, SHIFT: tl.constexpr, TRIPLES: tl.constexpr):
     """The best word of a shift: its score and its code without the bit of the shift."""
     i = tl.arange(0, 8)
@@ -94,10 +102,7 @@ def _of_shift(x, triples, number, v, vectors, SHIFT: tl.constexpr, TRIPLES: tl.c
     minus = (y < 0).to(tl.int32)
     wrong = (odd + tl.sum((level == 1).to(tl.int32), 1)) % 2
     minus = minus ^ (wrong[:, None] & (rank == 7).to(tl.int32))
-    digit = tl.where(i < 1, 2187, tl.where(i < 2, 729, tl.where(i < 3, 243, 81)))
-    digit = tl.where(i < 4, digit, tl.where(i < 5, 27, tl.where(i < 6, 9, 3)))
-    digit = tl.where(i < 7, digit, 1)
-    key = tl.sum(level * digit[None, :], 1)
+    key = tl.sum(level * _digits(i)[None, :], 1)
     code = tl.load(number + key) << 8
     code |= tl.sum(tl.where(i[None, :] < 7, minus << i[None, :], 0), 1)
     return score, code
