@@ -1,11 +1,14 @@
 """How accurate is `lowbit plan`, compared with the run itself?
 
-    python benchmarks/plan.py [--models DIR ...] [--only NAME] [--samples N] [--seqlen N]
+    python benchmarks/plan.py [--models DIR ...] [--layers N] [--only NAMES]
+                              [--samples N] [--seqlen N]
 
 Each model (default: those in examples/models) is planned and quantized with each method, both in
-their own process. A value is the planned number divided by the measured one: bytes on disk, peak of
-the process's anonymous memory (measured from outside), and seconds of the call. Seconds are
-processor time of one thread in both cases, since others may use the machine.
+their own process. With --layers it is a random Llama with blocks as wide as those of TinyLlama (1.1
+billion parameters with 22 layers), of which so many are quantized. A value is the planned number
+divided by the measured one: bytes on disk, peak of the process's anonymous memory (measured from
+outside), and seconds of the call. Seconds are processor time of one thread in both cases, since
+others may use the machine.
 """
 
 import argparse
@@ -16,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import MEGABYTE, watched
+from memory import MEGABYTE, make_model, watched
 from results import append
-from rich.console import Console
-from rich.table import Table
 
 import lowbit
 from lowbit.checkpoint.output import size_of
@@ -32,8 +33,12 @@ TEXT = EXAMPLES / "text" / "calibration_stories.txt"
 SETTINGS: dict[str, dict[str, Any]] = {
     "rtn": {"bits": 4, "group_size": 128},
     "gptq": {"bits": 3, "group_size": 128},
-    "omniquant": {"bits": 2, "group_size": 64, "epochs": 3},
+    "omniquant": {"bits": 3, "group_size": 128, "epochs": 1},
+    "matquant": {"epochs": 1},
+    "ptq161": {"epochs": 1},
+    "mixedquant": {},
     "quip": {},
+    "trellis": {},
 }
 
 
@@ -43,8 +48,7 @@ def child(what: str, name: str, model: Path, folder: Path, sizes: tuple[int, int
     torch.set_num_threads(1)
     time.perf_counter = time.process_time  # the clock of the dry run
     method = METHODS[name](**SETTINGS[name])
-    samples, seqlen = sizes
-    text = lowbit.Calibration(sources=(str(TEXT),), samples=samples, seqlen=seqlen)
+    text = lowbit.Calibration(sources=(str(TEXT),), samples=sizes[0], seqlen=sizes[1])
     started = time.perf_counter()
     if what == "plan":
         found = plan(model, method, text).to_json()
@@ -74,7 +78,8 @@ def measure(name: str, model: Path, sizes: tuple[int, int]) -> list[dict[str, st
     ):
         notes = f"planned {planned[metric] / scale:.1f} {unit}, was {taken[metric] / scale:.1f}"
         if metric == "seconds":
-            notes += f"; {planned['basis']['seconds']:.1f} s of dry run"
+            how = "computed" if "divisor" in planned["basis"] else "of a whole block"
+            notes += f"; {planned['basis']['seconds']:.1f} s of dry run, {how}"
         case = f"{model.name} | {name} | {sizes[0]} x {sizes[1]}"
         value = f"{planned[metric] / taken[metric]:.3f}"
         rows.append(
@@ -86,7 +91,9 @@ def measure(name: str, model: Path, sizes: tuple[int, int]) -> list[dict[str, st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="model folders")
-    parser.add_argument("--only", default="", help="text in the names of methods")
+    parser.add_argument("--layers", type=int, help="layers of a random model of TinyLlama's width")
+    parser.add_argument("--folder", type=Path, help="folder to keep that model in; default: none")
+    parser.add_argument("--only", default="", help="names of methods, separated by commas")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens in a window")
     parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
@@ -95,17 +102,20 @@ def main() -> None:
         what, name, model, folder, *sizes = args.child
         child(what, name, Path(model), Path(folder), (int(sizes[0]), int(sizes[1])))
         return
+    only = args.only.split(",") if args.only else list(SETTINGS)
     models = args.models or [path.parent for path in sorted(EXAMPLES.glob("models/*/config.json"))]
-    table = Table("case", "metric", "planned / was", "notes")
-    for model in models:
-        for name in SETTINGS:
-            if name in METHODS and args.only in name:
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.layers:
+            place = args.folder or Path(temporary)
+            models = [place / f"random-llama-{args.layers}-layers"]
+            if not models[0].exists():
+                make_model(models[0], args.layers)
+        for model in models:
+            for name in only:
                 rows = measure(name, model, (args.samples, args.seqlen))
                 append("plan", rows)
                 for row in rows:
                     print(row["case"], row["metric"], row["value"], row["notes"], flush=True)
-                    table.add_row(row["case"], row["metric"], row["value"], row["notes"])
-    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from option_tables import (
     options,
     recipes,
 )
+from planned import plan_accuracy, plan_table
 from root_pages import ROOT_PAGES, root_page
 from schemas import SCHEMAS, schema_text
 
@@ -48,6 +49,8 @@ PARTS: dict[str, Callable[..., str]] = {
     "file": file_text,
     "method_fields": method_fields,
     "options": options,
+    "plan_accuracy": plan_accuracy,
+    "plan_table": plan_table,
     "python": python_file,
     "recipes": recipes,
     "schema": schema_text,

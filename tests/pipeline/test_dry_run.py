@@ -14,10 +14,12 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.formats.activation import Activation
 from lowbit.methods import GPTQ, RTN, Method, OmniQuant
 from lowbit.methods.result import BlockResult
-from lowbit.pipeline import dry_run
+from lowbit.pipeline import dry_run, meters
 from lowbit.pipeline.dry_run import DryRun, DryRunBlock, chosen_blocks
 from lowbit.pipeline.job import Job
+from lowbit.pipeline.meters import Seconds
 from lowbit.pipeline.options import RunOptions
+from lowbit.pipeline.traced_stream import Trace
 
 OMNIQUANT = quantized.METHODS["omniquant"]
 AUGMENTED = OMNIQUANT.model_copy(update={"aug_loss": True, "epochs": 2})
@@ -62,7 +64,8 @@ READS = {
 
 @pytest.mark.parametrize("name", READS)
 def test_seconds_of_a_batch(name: str) -> None:
-    trace = dry_run._Trace(torch.device("cpu"))
+    cpu = torch.device("cpu")
+    trace = Trace(cpu, Seconds(cpu))
     trace.reads, seconds = READS[name]
     assert trace.per_batch() == seconds
 
@@ -97,7 +100,7 @@ DONE = {
 def test_streams_and_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method, streams, passes, of_an_epoch = DONE[name]
     ticks = count()  # a clock that goes on by one whenever it is read: with every batch
-    monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     found = measured(method)
     block = found.blocks[0]
     assert list(found.blocks) == [0] and block.most_streams == streams

@@ -61,6 +61,7 @@ def test_the_keywords_of_a_function_are_the_fields(
     keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     # Objects, which no configuration holds, and what belongs to one process of a run.
     others = {"tokenizer", "on_event", "on_progress", "worker"}
+    others |= {"device_memory", "without_weights"}  # of plan alone
     fields = {name: field.default for name, field in config.model_fields.items()}
     options = {name: value for name, value in keywords.items() if name not in others}
     assert options == fields and list(options) == list(fields)

@@ -1,13 +1,18 @@
-"""lowbit plan: estimates the cost of `lowbit quantize` with a dry run of one block."""
+"""lowbit plan: estimates the cost of `lowbit quantize`."""
+
+from typing import Annotated
 
 from rich.table import Table
+from typer import Option
 
 from lowbit.checkpoint.output import size_of
 from lowbit.checkpoint.writer import write_json
 from lowbit.cli.options import JobOptions, with_job
 from lowbit.cli.parameters import JsonFile, Model, check_writable
 from lowbit.cli.screen import console, duration, shortened, size
-from lowbit.models.locate import locate
+from lowbit.device import choose_device, free_memory
+from lowbit.models.shapes_only import planned_folder
+from lowbit.pipeline.fitting import bytes_of, refusal
 from lowbit.pipeline.job import physical_memory
 from lowbit.pipeline.plan import Estimate
 from lowbit.pipeline.plan import plan as estimate
@@ -17,23 +22,59 @@ from lowbit.pipeline.plan import plan as estimate
 def plan(
     model: Model,
     job: JobOptions,
+    dry_run_block: Annotated[
+        bool,
+        Option(
+            "--dry-run-block",
+            help="Quantize one whole block to measure what it takes, which may take minutes, "
+            "instead of computing that from narrow blocks. Default: only where it takes seconds.",
+        ),
+    ] = False,
+    device_memory: Annotated[
+        str | None,
+        Option(
+            metavar="SIZE",
+            help="Plan for a GPU with so much memory in another machine (80GB). Default: the "
+            "memory of --device.",
+        ),
+    ] = None,
+    without_weights: Annotated[
+        bool,
+        Option(
+            "--without-weights",
+            help="Plan from config.json alone, and download no weights. Default: only if the "
+            "folder has no weights.",
+        ),
+    ] = False,
     json: JsonFile = None,
 ) -> None:
-    """Estimate size, memory and time of quantizing MODEL.
+    """Estimate size, memory and time of quantizing MODEL, and say whether it fits.
 
-    One block is quantized as a dry run, and nothing is written. The options are those of lowbit
-    quantize.
+    It takes seconds and writes no model. The options are those of lowbit quantize. A folder may
+    hold config.json alone.
     """
     check_writable("--json", json)
-    source = locate(model, job.trust_remote_code)
-    chosen = job.chosen(source)
+    gpu = None if device_memory is None else bytes_of(device_memory, "--device-memory")
     screen = console()
-    chosen.warn(screen)
-    with screen.status("dry run of one block"):
-        found = estimate(model, chosen.method, chosen.calibration, **dict(chosen.options))
-    screen.print(_table(f"{model}: {chosen.label}", found, size_of(source).bytes))
+    with planned_folder(model, job.trust_remote_code, without_weights) as (source, shapes_alone):
+        chosen = job.chosen(source, dry_run_block=dry_run_block or None)
+        chosen.warn(screen)
+        with screen.status("dry run"):
+            found = estimate(
+                source if shapes_alone else model,
+                chosen.method,
+                chosen.calibration,
+                **dict(chosen.options),
+                device_memory=gpu,
+            )
+        screen.print(_table(f"{model}: {chosen.label}", found, size_of(source).bytes))
     if json is not None:
         write_json(json, found.to_json())
+    if gpu is None and found.device_memory is not None:
+        gpu = free_memory(choose_device(job.device))
+    problem = refusal(found, gpu)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def _table(title: str, found: Estimate, before: int) -> Table:
@@ -75,6 +116,11 @@ def _choosing(found: Estimate) -> str:
 
 def _derived(found: Estimate) -> str:
     basis = found.basis
+    if "divisor" in basis:
+        text = f"blocks {basis['divisor']} and {2 * basis['divisor']} times narrower"
+        text += f", computed for {basis['of']} blocks in {duration(basis['seconds'])}"
+        weights = "" if basis["weights"] else "; from config.json alone, no weights are there"
+        return text + weights
     text = f"{shortened(basis['blocks'])} of {basis['of']} blocks"
     if basis["batches_of"]:
         text += f", {basis['batches']} of {basis['batches_of']} batches"

@@ -11,11 +11,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lowbit.parsing import shorten
 
+SAFETENSORS = "*.safetensors"
 # All files that a causal LM and its tokenizer need; no pickles and no code. README.md states the
 # licence, which cards take over.
 FILES = [
     "*.json",
-    "*.safetensors",
+    SAFETENSORS,
     "*.model",
     "*.txt",
     "*.jinja",
@@ -32,7 +33,7 @@ CONVERTER = "SFconvertbot"
 CONVERSION = "Adding `safetensors` variant of this model"
 
 
-def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
+def locate(model: str | Path, trust_remote_code: bool = False, weights: bool = True) -> Path:
     """Returns the folder of a model, downloaded from the hub if necessary.
 
     For a repository that has its weights only as pickles, it is the revision in which the hub has
@@ -40,6 +41,7 @@ def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
 
     model: a folder, or a hub id.
     trust_remote_code: whether Python files are downloaded too.
+    weights: whether weights are downloaded too.
 
     Raises ValueError if `model` is neither a folder nor on the hub, or has no safetensors.
     """
@@ -55,9 +57,10 @@ def locate(model: str | Path, trust_remote_code: bool = False) -> Path:
     if folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~")):
         raise ValueError(f"{shorten(name)}: there is no such folder{_meant(name)}")
     patterns = FILES + CODE if trust_remote_code else FILES
+    patterns = [p for p in patterns if weights or p != SAFETENSORS]
     with hub_answers(name):
         snapshot = Path(snapshot_download(name, allow_patterns=patterns))
-        if any(snapshot.glob("*.safetensors")):
+        if not weights or any(snapshot.glob("*.safetensors")):
             return snapshot
         revision = converted_revision(name, snapshot.name)
         if revision is not None:

@@ -125,6 +125,19 @@ def _windows(model: StreamedModel, length: int) -> list[Tensor]:
     return list(torch.tensor(allowed)[chosen])
 
 
+def weights_at_once(model: StreamedModel) -> tuple[int, int]:
+    """Returns how many weights `check_streaming` reads, and how many of them it holds at once."""
+    weights = sum(parameter.numel() for parameter in model.skeleton.parameters())
+    blocks = [model.skeleton.get_submodule(name) for name in model.block_names]
+    each = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    outside = weights - sum(each)
+    if _fits(model):  # the whole model stays while a block and the rest are read once more
+        return weights, weights + outside + max(each)
+    if not model.family.handed:
+        weights = outside + sum(each[index] for index in one_of_each_kind(model))
+    return weights, outside + max(each)
+
+
 def _fits(model: StreamedModel) -> bool:
     weights = sum(parameter.numel() for parameter in model.skeleton.parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -18,6 +18,7 @@ from lowbit.blocks.stream import Batch, Stream
 from lowbit.blocks.walk import Step
 from lowbit.checkpoint import CheckpointReader, open_checkpoint
 from lowbit.checkpoint.views import ViewingReader
+from lowbit.kernels.at_once import at_once
 from lowbit.models import family_of
 from lowbit.models.config import build_model
 from lowbit.models.fitting import missing_tensors, wrong_shape
@@ -306,10 +307,11 @@ class ModelWithoutBlocks:
         weight: by which the gradient is multiplied.
         """
         total = 0.0
-        length, at_once = tokens.shape[1], max(1, LOGITS // vocabulary_of(self.model.config))
+        length = tokens.shape[1]
+        together = max(1, at_once(LOGITS) // vocabulary_of(self.model.config))
         for row in range(len(tokens)):
-            for start in range(0, length, at_once):
-                part = slice(start, min(start + at_once, length))
+            for start in range(0, length, together):
+                part = slice(start, min(start + together, length))
                 place = (..., slice(row, row + 1), part, slice(None))
                 piece = hidden[place].to(self._device).requires_grad_(gradient is not None)
                 logits = self.logits(tokens[row : row + 1, part], piece, gradient is not None)

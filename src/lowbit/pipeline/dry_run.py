@@ -7,31 +7,31 @@ which `plan` estimates the whole run.
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from weakref import finalize
 
+import numpy
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lowbit.blocks import Batch, Stream
+from lowbit.blocks import Stream
 from lowbit.blocks.walk import Step
 from lowbit.calibration import TokenWindows
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
 from lowbit.checkpoint.reader import TensorInfo
-from lowbit.device import synchronize
 from lowbit.events import Event
 from lowbit.methods.result import BlockResult
 from lowbit.models.streamed import Inputs
 from lowbit.pipeline.job import Job
-from lowbit.pipeline.memory import PeakMemory
+from lowbit.pipeline.meters import Meter, Seconds
 from lowbit.pipeline.output_side import label_gradients
 from lowbit.pipeline.output_side_cost import try_gradients
 from lowbit.pipeline.results import result_of
+from lowbit.pipeline.traced_stream import Trace, TracedStream
 
 # Batches of each stream. The first batch is the slowest; with fewer than 4 it dominates the mean.
 BATCHES = 4
@@ -51,16 +51,20 @@ Kinds = Mapping[str, LinearKind]  # the quantized linears of one block, by name 
 class Stage:
     """Time and memory of one part of the run.
 
-    seconds: wall-clock time.
-    memory: peak bytes of the process.
+    seconds: wall-clock time, or counts; see `lowbit.pipeline.meters`.
+    memory: peak bytes of the process, or of all tensors.
     device_memory: peak bytes of the device; None on the CPU.
-    per_batch: seconds that one more batch would have taken.
+    per_batch: seconds, or counts, that one more batch would have taken.
+    sums: of these, the float64 sums of Hessians; 0: not counted.
+    lengths: bytes beside `memory` that grow only as lengths do; 0: not told apart.
     """
 
-    seconds: float
+    seconds: Any
     memory: int
     device_memory: int | None = None
-    per_batch: float = 0.0
+    per_batch: Any = 0.0
+    sums: int = 0
+    lengths: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +78,20 @@ class DryRunBlock:
     gradients: the way forward and back for the gradients of its outputs; None: not needed.
     record: the record of the block's shard.
     learned: bytes of the learned parameters.
+    sums, lengths: as in `Stage`.
     """
 
-    fixed: float
-    per_batch: float
-    per_epoch: float
+    fixed: Any
+    per_batch: Any
+    per_epoch: Any
     memory: int
     device_memory: int | None
     most_streams: int
     record: dict[str, Any]
     learned: int
     gradients: Stage | None = None
+    sums: int = 0
+    lengths: int = 0
 
     def seconds(self, batches: int, epochs: int) -> float:
         """Returns the estimated seconds of this block for another number of batches and epochs."""
@@ -105,6 +112,8 @@ class DryRun:
     labels: drawing labels, and the gradients by the outputs of the last block; None: not needed.
     kinds: the kinds of linears of every block of the model, in order.
     blocks: the measured blocks, by index.
+    divisor: by how much narrower the miniatures are from which this was computed; None: it was
+        measured.
     """
 
     batches: int
@@ -116,27 +125,30 @@ class DryRun:
     kinds: list[Kinds]
     blocks: dict[int, DryRunBlock]
     labels: Stage | None = None
+    divisor: int | None = None
 
 
-def dry_run(job: Job, windows: TokenWindows | None) -> DryRun:
+def dry_run(job: Job, windows: TokenWindows | None, meter: Meter | None = None) -> DryRun:
     """Does everything that the run will do, on the blocks of `chosen_blocks` and BATCHES batches.
+
+    meter: what the parts are measured with; None: seconds and the memory of the process.
 
     Raises whatever the run would raise, and ValueError for a block that computes other values after
     it has been written and read back.
     """
-    kinds = linear_kinds(job)
+    kinds, meter = linear_kinds(job), meter or Seconds(job.device)
     with (
         TemporaryDirectory(prefix="lowbit-dry-run-") as folder,
         CheckpointWriter(Path(folder) / "out", {}, job.shards) as writer,
     ):
-        hashing = _seconds_per_hashed_byte(job.source.folder / job.source.reader.files[0])
-        with _measured(job) as outside:
+        hashing = seconds_per_hashed_byte(job.source.folder / job.source.reader.files[0])
+        with _measured(meter) as outside:
             job.write_outside(writer)
-        stream, capture = _capture(job, windows)
+        stream, capture = _capture(job, windows, meter)
         labels = None
         if windows and stream and job.method.needs_output_hessians():
             batches = windows.batches(job.method.windows_per_batch())
-            with _measured(job) as drawing:
+            with _measured(meter) as drawing:
                 label_gradients(job, batches[:BATCHES], stream)
             memory = drawing[0].memory - 2 * stream.bytes  # outputs and gradients
             each = drawing[0].seconds / len(stream)
@@ -144,7 +156,7 @@ def dry_run(job: Job, windows: TokenWindows | None) -> DryRun:
         blocks = {}
         for index in chosen_blocks(kinds):
             own = stream and job.source.moved(stream, index, job.device)
-            blocks[index] = _measure_block(job, writer, index, own)
+            blocks[index] = _measure_block(job, writer, index, own, meter)
         record = writer.record(0)
         assert record is not None
         written = CheckpointReader.of_file(writer.folder / record["file"]).tensors
@@ -195,7 +207,8 @@ def chosen_blocks(kinds: Sequence[Kinds]) -> list[int]:
     return chosen
 
 
-def _seconds_per_hashed_byte(path: Path) -> float:
+def seconds_per_hashed_byte(path: Path) -> float:
+    """Returns the seconds of hashing one byte of a file."""
     started = time.perf_counter()
     with path.open("rb") as file:
         data = file.read(HASHED)
@@ -204,37 +217,41 @@ def _seconds_per_hashed_byte(path: Path) -> float:
 
 
 @contextmanager
-def _measured(job: Job) -> Iterator[list[Stage]]:
+def _measured(meter: Meter) -> Iterator[list[Stage]]:
     """Measures the block of code inside; the list that it gives has one member afterwards."""
     stages: list[Stage] = []
-    started = time.perf_counter()
-    with PeakMemory(job.device) as peak:
+    started = meter.now()
+    with meter.peak() as peak:
         yield stages
-    seconds = time.perf_counter() - started
-    stages.append(Stage(seconds, peak.bytes["memory"], peak.bytes.get("device_memory")))
+    seconds, found = meter.now() - started, peak.bytes
+    device = found.get("device_memory")
+    more = {name: found.get(name, 0) for name in ("sums", "lengths")}
+    stages.append(Stage(seconds, found["memory"], device, **more))
 
 
-def _capture(job: Job, windows: TokenWindows | None) -> tuple[Stream | None, Stage | None]:
+def _capture(
+    job: Job, windows: TokenWindows | None, meter: Meter
+) -> tuple[Stream | None, Stage | None]:
     """Computes the inputs of the first block, and measures that; (None, None) without text."""
     if windows is None:
         return None, None
-    moments: list[float] = []
+    moments: list[Any] = []
 
     def batches() -> Iterator[Inputs]:
         for batch in windows.batches(job.method.windows_per_batch())[:BATCHES]:
-            moments.append(time.perf_counter())
+            moments.append(meter.now())
             yield batch
 
-    with _measured(job) as whole:
+    with _measured(meter) as whole:
         stream = job.first_stream(batches(), bool(windows.rows))
-        moments.append(time.perf_counter())
+        moments.append(meter.now())
     per_batch = (moments[-1] - moments[0]) / len(stream)
     memory = whole[0].memory - stream.bytes
     return stream, Stage(whole[0].seconds, memory, None, per_batch)
 
 
 def _measure_block(
-    job: Job, writer: CheckpointWriter, index: int, stream: Stream | None
+    job: Job, writer: CheckpointWriter, index: int, stream: Stream | None, meter: Meter
 ) -> DryRunBlock:
     """Quantizes one block and measures that.
 
@@ -244,15 +261,15 @@ def _measure_block(
     counts = sorted({0, min(epochs, 1)})
     attempts, gradients = [], None
     if stream is not None and job.method.needs_output_hessians():
-        with _measured(job) as passing:
-            each = try_gradients(job, index, stream)
+        with _measured(meter) as passing:
+            each = try_gradients(job, index, stream, meter)
         held = passing[0].memory - 3 * stream.bytes  # without inputs, outputs and gradients
         gradients = replace(passing[0], memory=held, per_batch=each)
     for count in counts:
         short_job = job.with_epochs(count) if epochs else job
-        attempt = _attempt(short_job, writer, index, stream)
-        if attempt.stage.seconds < SHORT:
-            again = _attempt(short_job, writer, index, stream)
+        attempt = _attempt(short_job, writer, index, stream, meter)
+        if meter.twice and attempt.stage.seconds < SHORT:
+            again = _attempt(short_job, writer, index, stream, meter)
             attempt = min(attempt, again, key=lambda each: each.stage.seconds)
         attempts.append(attempt)
     least, most = attempts[0].stage, attempts[-1].stage
@@ -262,19 +279,27 @@ def _measure_block(
     learned = writer.folder / "learned" / record["file"]
     batches = len(stream) if stream else 0
     # One more than the streams of the method: the captured hidden states are in memory as well.
-    hidden_states = stream.bytes * (attempts[-1].most_streams + 1) if stream else 0
+    left_out = stream is not None and meter.leave_out(stream.hidden())
+    hidden_states = stream.bytes * (attempts[-1].most_streams + 1) if stream and not left_out else 0
     device = [a.stage.device_memory for a in attempts if a.stage.device_memory is not None]
     return DryRunBlock(
-        fixed=max(0.0, most.seconds - batches * most.per_batch),
+        fixed=_positive(most.seconds - batches * most.per_batch),
         per_batch=least.per_batch,
-        per_epoch=max(0.0, most.per_batch - least.per_batch),
+        per_epoch=_positive(most.per_batch - least.per_batch),
         memory=max(a.stage.memory for a in attempts) - hidden_states,
         device_memory=max(device) if device else None,
         most_streams=attempts[-1].most_streams,
         record=record,
         learned=learned.stat().st_size if learned.exists() else 0,
         gradients=gradients,
+        sums=max(a.stage.sums for a in attempts),
+        lengths=max(a.stage.lengths for a in attempts),
     )
+
+
+def _positive(amount: Any) -> Any:
+    """Returns seconds, or counts, with 0 in the place of what is below."""
+    return max(0.0, amount) if isinstance(amount, float | int) else numpy.maximum(amount, 0.0)
 
 
 @dataclass(frozen=True)
@@ -284,85 +309,29 @@ class _Attempt:
     result: BlockResult
 
 
-def _attempt(job: Job, writer: CheckpointWriter, index: int, stream: Stream | None) -> _Attempt:
+def _attempt(
+    job: Job, writer: CheckpointWriter, index: int, stream: Stream | None, meter: Meter
+) -> _Attempt:
     """Quantizes a block once. Every block gets the inputs of the first: only cost is measured."""
-    trace = _Trace(job.device)
+    trace = Trace(job.device, meter)
     streams: dict[str, Stream] = {}
     if stream is not None:
-        streams = {name: _TracedStream(stream, index, trace) for name in job.method.streams()}
+        streams = {name: TracedStream(stream, index, trace) for name in job.method.streams()}
     results: list[BlockResult] = []
 
     def visit(step: Step) -> None:
         results.append(job.quantize_block(writer, step, _ignore))
         job.advance(step, results[0])
 
-    with _measured(job) as stages:
+    with _measured(meter) as stages:
         job.source.walk(streams, visit, job.device, [index])
     whole = stages[0]
-    stage = Stage(whole.seconds, whole.memory, whole.device_memory, trace.per_batch())
+    stage = replace(whole, per_batch=trace.per_batch())
     return _Attempt(stage, trace.most_streams, results[0])
 
 
 def _ignore(event: Event) -> None:
     """Drops an event: the run itself will report the same."""
-
-
-class _Trace:
-    """Records when batches were read, and how many streams existed at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.reads: list[tuple[int, float]] = []
-        self.streams = 0
-        self.most_streams = 0
-
-    def read(self, index: int) -> None:
-        synchronize(self.device)  # kernels run asynchronously: wait for the last batch's
-        self.reads.append((index, time.perf_counter()))
-
-    def made(self, stream: Stream) -> None:
-        self.streams += 1
-        self.most_streams = max(self.most_streams, self.streams)
-        finalize(stream, self._freed)
-
-    def _freed(self) -> None:
-        self.streams -= 1
-
-    def per_batch(self) -> float:
-        """Returns the seconds that one more batch would take, summed over all passes.
-
-        Each pass over the batches counts from the read of its first batch to that of its last. So
-        work that follows a pass, such as factoring a Hessian, does not count as time per batch.
-        """
-        total = 0.0
-        passes: list[dict[int, float]] = []
-        for index, moment in self.reads:
-            if not passes or index < max(passes[-1]):
-                passes.append({})
-            passes[-1].setdefault(index, moment)
-        for times in passes:
-            steps = max(times) - min(times)
-            total += (times[max(times)] - times[min(times)]) / steps if steps else 0.0
-        return total
-
-
-class _TracedStream(Stream):
-    """A stream in memory that reports its reads, and the streams made from it, to a `_Trace`."""
-
-    def __init__(self, stream: Stream, block: int, trace: _Trace) -> None:
-        own = stream.copy()
-        super().__init__(own.hidden(), own.arguments, own.device, block=block)
-        self.trace = trace
-        trace.made(self)
-
-    def __getitem__(self, index: int) -> Batch:
-        self.trace.read(index)
-        return super().__getitem__(index)
-
-    def map(self, function: Callable[[Batch], Tensor]) -> Stream:
-        mapped = super().map(function)
-        self.trace.made(mapped)
-        return mapped
 
 
 def _check_read_back(job: Job, writer: CheckpointWriter, index: int, result: BlockResult) -> None:

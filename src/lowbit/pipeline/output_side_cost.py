@@ -1,6 +1,6 @@
 """Does, in a dry run, what the Hessians of outputs take; see `lowbit.pipeline.output_side`."""
 
-import time
+from typing import Any
 
 import torch
 
@@ -9,27 +9,29 @@ from lowbit.blocks.backward import Tape
 from lowbit.blocks.output_hessian import output_hessians
 from lowbit.blocks.walk import Step
 from lowbit.pipeline.job import Job
+from lowbit.pipeline.meters import Meter
 
 
-def try_gradients(job: Job, index: int, stream: Stream) -> float:
+def try_gradients(job: Job, index: int, stream: Stream, meter: Meter) -> Any:
     """Passes through one block and back, with random gradients. The job then has its Hessians.
 
     index: the index of the block.
     stream: at the block.
+    meter: what the work is measured with.
 
-    Returns the seconds that one more batch would have taken.
+    Returns the seconds, or counts, that one more batch would have taken.
     """
-    draw, seconds = torch.Generator().manual_seed(0), list[float]()
+    draw, amounts = torch.Generator().manual_seed(0), list[Any]()
 
     def visit(step: Step) -> None:
-        started = time.perf_counter()
+        started = meter.now()
         tape = Tape(stream.copy())
         tape.forward(step.block)
         gradients = [torch.randn(hidden.shape, generator=draw) for hidden in stream.hidden()]
         linears = [n for group in job.selection.groups(step.name) for n in group.linears]
         found = output_hessians(step.block, linears, tape, gradients)
         job.output_hessians = lambda index: found
-        seconds.append((time.perf_counter() - started) / len(stream))
+        amounts.append((meter.now() - started) / len(stream))
 
     job.source.walk({}, visit, job.device, [index])
-    return seconds[0]
+    return amounts[0]

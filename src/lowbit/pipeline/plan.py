@@ -1,8 +1,6 @@
 """`plan`: estimates size, memory and time of a run before it starts."""
 
-import math
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,26 +11,33 @@ from torch import nn
 
 from lowbit.calibration import Calibration, TokenIds, TokenWindows
 from lowbit.calibration.token_ids import Rows
-from lowbit.device import choose_device, deterministic
+from lowbit.device import choose_device, deterministic, free_memory
 from lowbit.formats import use_backend
-from lowbit.formats.embedding import tables_of
 from lowbit.kernels.products import reproducible
 from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
 from lowbit.models.self_check import check_streaming
+from lowbit.models.shapes_only import is_shapes_only, planned_folder
+from lowbit.parsing import reason_of
 from lowbit.pipeline.allocation import Choice, with_widths
 from lowbit.pipeline.dry_run import (
     DryRun,
     DryRunBlock,
-    LinearKind,
     Stage,
     dry_run,
     linear_kinds,
     weights_in,
 )
+from lowbit.pipeline.fitting import (
+    bytes_of,
+    in_memory,
+    on_device,
+    sums_on_disk,
+)
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.options import Effort, Place, RunOptions
-from lowbit.pipeline.results import packed_tensors
+from lowbit.pipeline.planned_sizes import planned_sizes
+from lowbit.pipeline.scaled import as_long, computed_seconds, is_small, scaled_dry_run
 
 LONG = 3600.0  # seconds: a run that may take longer begins with a dry run
 # A machine slower than nearly every real one: floating-point operations per second of matrix
@@ -104,40 +109,95 @@ def plan(  # noqa: PLR0913 (the options of a run)
     trust_remote_code: bool = False,
     cache: str | Path | None = None,
     recipe: str | None = None,
+    device_memory: float | str | None = None,
+    without_weights: bool = False,
 ) -> Estimate:
-    """Estimates size, memory and time of `quantize` from a dry run of one block; writes no model.
+    """Estimates size, memory and time of `quantize`; writes no model.
 
-    The arguments are those of `lowbit.quantize`, except `out` and `on_event`. `restart` and
-    `dry_run_block` have no effect here: there is no OUT, and the dry run is always made. With a
-    `budget`, no losses are measured: the size is that of the budget, and the time that this would
-    take is estimated from one block.
+    It takes seconds: large blocks are not quantized, but those of miniatures of the model, from
+    which the costs are computed (`lowbit.pipeline.scaled`). If `config.json` is there alone, the
+    run is planned from it.
+
+    The arguments are those of `lowbit.quantize`, except `out` and `on_event`. `restart` has no
+    effect here. With `dry_run_block=True` one whole block is quantized, whatever that takes; small
+    blocks always are. With a `budget`, no losses are measured: the size is that of the budget, and
+    the time that this would take is estimated from one block.
+
+    device_memory: the memory of the GPU of another machine for which to plan, in bytes or as a size
+        ("80GB"); None: that of `device`.
+    without_weights: whether the run is planned from config.json even if weights are there.
 
     Raises the errors that `quantize` would raise up to the end of its dry run. If the memory does
-    not suffice, that is torch.OutOfMemoryError.
+    not suffice, that is torch.OutOfMemoryError where a block was tried; see `refusal` otherwise.
     """
     options = RunOptions.of(locals())
     if isinstance(model, nn.Module) and tokenizer is None:
         options = options.model_copy(update={"without_tokenizer": True})
+    gpu = None if device_memory is None else bytes_of(device_memory, "device_memory")
     started = time.perf_counter()
-    alike = deterministic(choose_device(options.device))
-    with alike, as_folder(model, tokenizer, Path(gettempdir()) / "lowbit-plan") as folder:
-        job = Job(folder, method, calibration, options)
+    with (
+        deterministic(choose_device(options.device)),
+        as_folder(model, tokenizer, Path(gettempdir()) / "lowbit-plan") as folder,
+        planned_folder(folder, trust_remote_code, without_weights) as (source, shapes_alone),
+    ):
+        if shapes_alone:
+            options = options.model_copy(update={"without_tokenizer": True})
+            calibration = as_long(source, calibration)
+        job = Job(source, method, calibration, options)
         choice = None if options.budget is None else Choice(job, options.budget)
         job = with_widths(job) if choice is None else choice.with_one_width()
         windows = job.windows()
-        if options.self_check:
-            check_streaming(job.source, quick=True)
-        found = estimate(job, windows, time.perf_counter() - started)
-        return found if choice is None else _with_budget(found, choice)
+        prepared = time.perf_counter() - started
+        tried = options.dry_run_block or (is_small(job) and not shapes_alone and gpu is None)
+        if tried:
+            if options.self_check:
+                check_streaming(job.source, quick=True)
+                prepared = time.perf_counter() - started
+            found = estimate(job, windows, prepared)
+        else:
+            found = _computed(job, windows, prepared, gpu)
+        if choice is None:
+            return found
+        measuring = choice.measuring_seconds() if tried else computed_seconds(job, choice)
+        return _with_budget(found, choice, measuring)
 
 
-def _with_budget(found: Estimate, choice: Choice) -> Estimate:
+def _computed(
+    job: Job, windows: TokenWindows | None, preparation: float, gpu: int | None
+) -> Estimate:
+    """Returns the estimate from miniatures, or from a block if the model has no miniatures.
+
+    gpu: the memory of the GPU of another machine; None: that of the job's device counts.
+    """
+    on_gpu = gpu is not None or job.device.type != "cpu"
+    started = time.perf_counter()
+    try:
+        measured = scaled_dry_run(job, windows, on_gpu)
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        if is_shapes_only(job.source.folder):
+            raise ValueError(
+                f"the run cannot be planned from config.json alone, since {job.name} has no "
+                f"miniature ({reason_of(error)}): plan it with its weights"
+            ) from error
+        return estimate(job, windows, preparation)
+    seconds = time.perf_counter() - started
+    if gpu is None and on_gpu:
+        gpu = free_memory(job.device)
+    return _estimate(job, windows, measured, preparation, seconds, gpu)
+
+
+def _computed_from(job: Job, measured: DryRun) -> dict[str, Any]:
+    """Returns the part of the basis that is about miniatures, and whether there are weights."""
+    return {"divisor": measured.divisor, "weights": not is_shapes_only(job.source.folder)}
+
+
+def _with_budget(found: Estimate, choice: Choice, seconds: float) -> Estimate:
     """Returns the estimate of a run that chooses a width for each linear first.
 
     found: the estimate with one width for all linears, the widest within the budget.
+    seconds: of measuring what widths cost.
     """
     more = choice.left
-    seconds = choice.measuring_seconds()
     whole = found.bytes + more
     return replace(
         found,
@@ -157,7 +217,22 @@ def estimate(job: Job, windows: TokenWindows | None, preparation: float = 0.0) -
     """
     started = time.perf_counter()
     measured = dry_run(job, windows)
-    dry_run_seconds = time.perf_counter() - started
+    return _estimate(job, windows, measured, preparation, time.perf_counter() - started)
+
+
+def _estimate(  # noqa: PLR0913 (what was measured, and how)
+    job: Job,
+    windows: TokenWindows | None,
+    measured: DryRun,
+    preparation: float,
+    dry_run_seconds: float,
+    gpu: int | None = None,
+) -> Estimate:
+    """Returns the estimate from a dry run, measured or computed.
+
+    dry_run_seconds: what the dry run took.
+    gpu: the memory of the GPU, of a computed dry run.
+    """
     similar = [_most_similar(measured, index) for index in range(len(job.blocks))]
     batches = len(windows.batches(job.method.windows_per_batch())) if windows else 0
     epochs = job.method.epochs_in_all()
@@ -167,9 +242,9 @@ def estimate(job: Job, windows: TokenWindows | None, preparation: float = 0.0) -
         for block, ratio in similar
     )
     streams = _streams(job, measured, windows)
-    device = [b.device_memory for b in measured.blocks.values() if b.device_memory is not None]
+    device = [d for b in measured.blocks.values() if (d := on_device(b, gpu)) is not None]
     return Estimate(
-        **_sizes(job, measured, similar),
+        **planned_sizes(job, measured, similar),
         memory=_memory(measured, streams, _tape(job, windows, "memory")),
         disk=_disk(job, measured, windows),
         device_memory=max(device) if device else None,
@@ -183,6 +258,7 @@ def estimate(job: Job, windows: TokenWindows | None, preparation: float = 0.0) -
             "device": str(job.device),
             "seconds": dry_run_seconds,
             "streams": streams,
+            **(_computed_from(job, measured) if measured.divisor else {}),
         },
         warning=next(iter(job.source.float_warnings()), None),
     )
@@ -251,7 +327,7 @@ def _disk(job: Job, measured: DryRun, windows: TokenWindows | None) -> int:
         found = max(found, _tape(job, windows, "disk"))
         rows = (shape[0] for kinds in measured.kinds for shape, *_ in kinds.values())
         found += sum(4 * n * n for n in rows)
-    return found
+    return found + max(map(sums_on_disk, measured.blocks.values()), default=0)
 
 
 def _tape(job: Job, windows: TokenWindows | None, place: str) -> int:
@@ -270,63 +346,10 @@ def _memory(measured: DryRun, streams: Mapping[str, Any] | None, tape: int = 0) 
     stream_bytes = streams["bytes"] if streams and streams["place"] == "memory" else 0
     parts = [measured.outside.memory]
     parts += [
-        block.memory + block.most_streams * stream_bytes for block in measured.blocks.values()
+        in_memory(block) + block.most_streams * stream_bytes for block in measured.blocks.values()
     ]
     if measured.capture:
         parts.append(measured.capture.memory + stream_bytes)
     back = [measured.labels, *(block.gradients for block in measured.blocks.values())]
     parts += [stage.memory + tape for stage in back if stage]
     return max(parts)
-
-
-def _sizes(job: Job, measured: DryRun, similar: list[tuple[DryRunBlock, float]]) -> dict[str, Any]:
-    """The fields linears, model, bytes and learned of the Estimate.
-
-    similar: what `_most_similar` returns, for every block.
-    """
-    reader, outside = job.source.reader, measured.outside_tensors
-    entries = measured.outside_record.get("modules", {})
-    tables = tables_of(entries)
-    head_entries = {disk: entry for disk, entry in entries.items() if disk not in tables}
-    stored = _stored_by_kind(measured)
-    head = {name for disk in head_entries for name in packed_tensors(disk, outside)}
-    packed = float(sum(outside[name].bytes for name in head))
-    weights = sum(math.prod(entry["shape"]) for entry in head_entries.values())
-    table_parts = {name for disk in tables for name in packed_tensors(disk, outside)}
-    table_bytes = sum(outside[name].bytes for name in table_parts)
-    rest = [info for name, info in outside.items() if name not in head | table_parts]
-    headers = measured.outside_record["size"] - sum(info.bytes for info in outside.values())
-    learned = 0.0
-    for name, kinds, (block, ratio) in zip(job.blocks, measured.kinds, similar, strict=True):
-        each = [stored[kind] for kind in kinds.values()]
-        packed += sum(size for size, _ in each)
-        weights += weights_in(kinds)
-        replaced = {f"{disk}.weight" for disk in kinds}
-        kept = [reader.tensors[n] for n in job.source.block_tensors(name) if n not in replaced]
-        rest += kept
-        count = len(kept) + sum(count for _, count in each)
-        tensors = block.record["tensors"]
-        headers += count * (block.record["size"] - sum(tensors.values())) / len(tensors)
-        learned += ratio * block.learned
-    whole = packed + table_bytes + sum(info.bytes for info in rest)
-    outside_linears = sum(math.prod(entries[disk]["shape"]) for disk in tables)
-    outside_linears += sum(math.prod(info.shape) for info in rest)
-    return {
-        "linears": 8 * packed / weights,
-        "model": 8 * whole / (weights + outside_linears),
-        "bytes": round(whole + headers),
-        "learned": round(learned),
-    }
-
-
-def _stored_by_kind(measured: DryRun) -> dict[LinearKind, tuple[float, float]]:
-    """For each kind of linear the mean bytes and the mean number of its tensors, without bias."""
-    sizes: dict[LinearKind, list[list[int]]] = defaultdict(list)
-    for index, block in measured.blocks.items():
-        tensors = block.record["tensors"]
-        for disk, kind in measured.kinds[index].items():
-            sizes[kind].append([tensors[name] for name in packed_tensors(disk, tensors)])
-    return {
-        kind: (sum(map(sum, each)) / len(each), sum(map(len, each)) / len(each))
-        for kind, each in sizes.items()
-    }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowbit.kernels.at_once import at_once
 from lowbit.solvers.feedback import (
     Place,
     Quantize,
@@ -250,7 +251,8 @@ def _in_parts(
     weight: Tensor, scales: Tensor, rounder: Rounder, nearest: Nearest, how: Spread
 ) -> Words:
     """Rounds each strip at the scale with the lowest loss, of several scales (tries, rows)."""
-    rows = max(1, MOST_VALUES // (len(scales) * weight.shape[1] * how.strip)) * how.strip
+    most = at_once(MOST_VALUES)
+    rows = max(1, most // (len(scales) * weight.shape[1] * how.strip)) * how.strip
     parts = [
         _round_part(part, tried, rounder, nearest, how)
         for part, tried in zip(weight.split(rows), scales.split(rows, 1), strict=True)

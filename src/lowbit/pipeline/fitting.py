@@ -1,0 +1,74 @@
+"""What of a planned run is in memory, on the device and on disk, and whether that fits."""
+
+import re
+from typing import TYPE_CHECKING
+
+from lowbit.blocks.hessian import MOST_OF_MEMORY
+from lowbit.parsing import shorten
+from lowbit.pipeline.dry_run import DryRunBlock
+from lowbit.pipeline.job import physical_memory
+from lowbit.quantities import size
+
+if TYPE_CHECKING:
+    from lowbit.pipeline.plan import Estimate
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # as in `quantities.size`
+AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?\s*", re.IGNORECASE)
+
+
+def bytes_of(amount: float | str, name: str) -> int:
+    """Returns the bytes of a size such as "80GB".
+
+    name: the option, for the message.
+
+    Raises ValueError for anything else.
+    """
+    found = AMOUNT.fullmatch(str(amount))
+    count = float(found[1]) * UNITS[f"{found[2].upper()}B" if found[2] else ""] if found else 0
+    if count < 1:
+        raise ValueError(
+            f"{name} is {shorten(repr(amount))}: allowed are a number of bytes and a size above 0, "
+            'such as "80GB"'
+        )
+    return round(count)
+
+
+def in_memory(block: DryRunBlock) -> int:
+    """Returns the peak bytes of the process in a block, without sums that are kept on disk."""
+    return block.memory - sums_on_disk(block)
+
+
+def sums_on_disk(block: DryRunBlock) -> int:
+    """Returns the bytes of the sums of Hessians, if a run keeps them on disk."""
+    return block.sums if block.sums > MOST_OF_MEMORY * physical_memory() else 0
+
+
+def on_device(block: DryRunBlock, gpu: int | None) -> int | None:
+    """Returns the peak bytes on the device; None on the CPU.
+
+    gpu: the memory of the GPU, for a block that was computed: sums of Hessians that need more than
+        a quarter of it are kept in memory.
+    """
+    if block.device_memory is None or gpu is None or block.sums <= MOST_OF_MEMORY * gpu:
+        return block.device_memory
+    return block.device_memory - block.sums
+
+
+def refusal(found: "Estimate", gpu: int | None = None) -> str | None:
+    """Returns why a planned run does not fit, and what to do; None: it fits.
+
+    gpu: the memory of the device in bytes; None: not known, or there is none.
+    """
+    if gpu is not None and found.device_memory is not None and found.device_memory > gpu:
+        return (
+            f"the run needs {size(found.device_memory)} on the GPU, which has {size(gpu)}: plan it "
+            "with --device cpu, with shorter or fewer windows in a batch (--seqlen, --set batch=1) "
+            "or with a method that needs less (rtn, gptq)"
+        )
+    if found.memory > physical_memory():
+        return (
+            f"the run needs {size(found.memory)} of memory, and this machine has "
+            f"{size(physical_memory())}: keep hidden states on disk (--streams disk), leave out "
+            "the self-check (--no-self-check), or run it on a machine that has as much"
+        )
+    return None

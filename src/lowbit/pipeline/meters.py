@@ -1,0 +1,219 @@
+"""What a dry run measures its parts with: a clock and the peak of memory, or counts of operations.
+
+`Seconds` measures. `Counts` counts what torch is asked to do, and the bytes of all tensors. Counts
+depend on shapes alone, so they can be carried over to other widths without noise.
+"""
+
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from operator import add, sub
+from typing import Any, NamedTuple, Protocol
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowbit.pipeline.memory import PeakMemory
+
+# Operations that make another view of a tensor and touch no element.
+VIEWS = frozenset(
+    {
+        *("alias", "as_strided", "detach", "diagonal", "expand", "lift_fresh", "permute", "select"),
+        *("slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold"),
+        *("unsqueeze", "view", "_unsafe_view", "_reshape_alias", "empty", "empty_like"),
+        *("new_empty", "empty_strided", "set_", "_local_scalar_dense"),
+    }
+)
+FACTORINGS = ("linalg_cholesky_ex", "cholesky", "linalg_inv_ex", "linalg_solve_triangular")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+WHOLE = 0.5  # an operation on so many values of the largest matrix counts as one on a whole matrix
+
+
+class Peak(Protocol):
+    """The result of `Meter.peak`: `bytes` is complete when its context exits."""
+
+    bytes: dict[str, int]
+
+
+class Meter(Protocol):
+    """Measures parts of a dry run.
+
+    twice: whether what was short is measured twice.
+    """
+
+    twice: bool
+
+    def now(self) -> Any:
+        """Returns what has been spent so far: seconds, or a vector of counts."""
+
+    def peak(self) -> AbstractContextManager[Peak]:
+        """Returns a context in which the peak of memory is measured."""
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> bool:
+        """Leaves tensors out of the peak from now on; returns whether that is possible."""
+
+
+class Seconds:
+    """Wall-clock time, and the peak memory of the process and of the device.
+
+    twice: whether a short block is measured twice, of which the faster counts.
+    """
+
+    def __init__(self, device: torch.device, twice: bool = True) -> None:
+        self.device, self.twice = device, twice
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def peak(self) -> AbstractContextManager[Peak]:
+        return PeakMemory(self.device)
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> bool:
+        return False
+
+
+# The entries of a vector of counts.
+LAUNCHES, VALUES, WHOLE_VALUES, OPERATIONS, CUBES = range(5)
+KINDS = 5
+
+
+class Held(NamedTuple):
+    """The bytes of all tensors at one time.
+
+    areas, lengths: of tensors that grow as an area, and of others.
+    sums: of the areas, those in float64: the sums of Hessians.
+    """
+
+    areas: int = 0
+    lengths: int = 0
+    sums: int = 0
+
+    def plus(self, other: "Held") -> "Held":
+        return Held(*map(add, self, other))
+
+    def less(self, other: "Held") -> "Held":
+        return Held(*map(sub, self, other))
+
+    def size(self, divisor: int) -> int:
+        """Returns the bytes where lengths are larger by a divisor, in units of it."""
+        return self.areas * divisor + self.lengths
+
+
+@dataclass
+class _Peak:
+    bytes: dict[str, int] = field(default_factory=dict)
+
+
+class Counts(TorchDispatchMode):
+    """Counts operations and the bytes of tensors while it is active.
+
+    A vector of counts has: calls of torch; values that elementwise operations write or read, in
+    matrices of common size and in whole weight matrices, which are too large for any cache;
+    operations of matrix products; and n^3 of each factored matrix.
+
+    Tensors are told apart by whether they grow as an area or as a length. The peak is that of the
+    model, whose areas are larger still: where areas times `divisor`, and lengths, take most.
+
+    largest: the number of weights of the largest matrix.
+    area: the number of values from which on a tensor counts as an area.
+    divisor: by how much the model's lengths are larger.
+    """
+
+    twice = False
+
+    def __init__(self, largest: int, area: float = 0, divisor: int = 1) -> None:
+        super().__init__()
+        self.whole, self.area, self.divisor = WHOLE * largest, area, divisor
+        self.counts = [0.0] * KINDS
+        self.held = Held()
+        self.most = Held()
+        self._storages: dict[int, tuple[Any, Held]] = {}
+
+    def now(self) -> Any:
+        return numpy.array(self.counts)
+
+    @contextmanager
+    def peak(self) -> Iterator[Peak]:
+        """Measures the bytes of tensors: areas ("memory"), lengths, and sums in float64."""
+        found = _Peak()
+        self.most = self.held
+        yield found
+        most = self.most
+        found.bytes = {"memory": most.areas, "lengths": most.lengths, "sums": most.sums}
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> bool:
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._storages:
+                reference, held = self._storages[key]
+                self._storages[key] = reference, Held()
+                self.held = self.held.less(held)
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        for tensor in _tensors(args):  # a mapped file, or made before
+            self._hold(tensor, counted=False)
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.counts[LAUNCHES] += 1
+        if name not in VIEWS:
+            self._count(name, args, out)
+        for tensor in _tensors((out,)):
+            self._hold(tensor)
+        return out
+
+    def _count(self, name: str, args: tuple[Any, ...], out: Any) -> None:
+        tensors = [each for each in args if isinstance(each, Tensor)]
+        if name.rstrip("_") in PRODUCTS:
+            left, right = tensors[-2:]
+            self.counts[OPERATIONS] += 2 * left.numel() * right.shape[-1]
+        elif "scaled_dot_product" in name:
+            back = "backward" in name  # five products instead of two, of later arguments
+            query, key = tensors[1:3] if back else tensors[:2]
+            factor = 10 if back else 4
+            self.counts[OPERATIONS] += factor * query.numel() * key.shape[-2]
+        elif name in FACTORINGS:
+            n = tensors[0].shape[-1]
+            self.counts[CUBES] += tensors[0].numel() * n
+        else:
+            made = out[0] if isinstance(out, tuple | list) and out else out
+            sizes = [each.numel() for each in tensors]
+            sizes += [made.numel()] if isinstance(made, Tensor) else []
+            most = max(sizes, default=0)
+            self.counts[WHOLE_VALUES if most >= self.whole else VALUES] += most
+
+    def _hold(self, tensor: Tensor, counted: bool = True) -> None:
+        if tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return
+        size = storage.nbytes() * counted
+        own = Held(lengths=size)
+        if size >= self.area * tensor.itemsize:
+            own = Held(areas=size, sums=size * (tensor.dtype == torch.float64))
+        self._storages[key] = weakref.ref(storage, lambda _: self._free(key)), own
+        if size:
+            self.held = self.held.plus(own)
+            if self.held.size(self.divisor) > self.most.size(self.divisor):
+                self.most = self.held
+
+    def _free(self, key: int) -> None:
+        _, own = self._storages.pop(key, (None, Held()))
+        self.held = self.held.less(own)
+
+
+def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
+    """Yields the tensors among the arguments or results of an operation, also those in lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from (each for each in value if isinstance(each, Tensor))

@@ -1,0 +1,65 @@
+"""How counts and bytes grow from miniatures: exact for what grows as it is assumed to."""
+
+from typing import Any
+
+import numpy
+import pytest
+
+from lowbit.pipeline.growth import POWERS, Growth
+from lowbit.pipeline.meters import KINDS, LAUNCHES, OPERATIONS, VALUES
+
+RATES = numpy.array([1e-6, 1e-9, 2e-9, 1e-11, 1e-12])
+
+
+def growth(**fields: Any) -> Growth:
+    """Dry runs are here the parts that are taken out of them."""
+    defaults: dict[str, Any] = {"divisor": 8, "more_experts": 0.0, "rates": RATES, "more": None}
+    return Growth(**defaults | fields)
+
+
+def at(length: float, first: float = 3.0, second: float = 5.0) -> Any:
+    """Counts of a length, each a sum of its two powers."""
+    return numpy.array([first * length**p + second * length ** (p + 1) for p in POWERS.values()])
+
+
+def test_counts_are_those_of_the_model() -> None:
+    made = growth(short=at(1), long=at(2), measured=0.0)
+    assert numpy.allclose(made.counts(lambda run: run), at(16))
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.0, 5.0), (3.0, 0.0)], ids=["high", "low"])
+def test_one_power_alone(first: float, second: float) -> None:
+    made = growth(short=at(1, first, second), long=at(2, first, second), measured=0.0)
+    assert numpy.allclose(made.counts(lambda run: run), at(16, first, second))
+
+
+def test_amounts_grow_as_lengths_and_areas() -> None:
+    made = growth(short=3.0 + 5, long=6.0 + 20, measured=0.0)
+    assert made.amount(lambda run: run) == pytest.approx(3 * 16 + 5 * 16**2)
+
+
+def test_experts_are_added() -> None:
+    made = growth(short=at(1), long=at(2), more=1.5 * at(2), more_experts=30.0, measured=0.0)
+    assert numpy.allclose(made.counts(lambda run: run), at(16) * (1 + 30 * 0.5))
+
+
+def test_what_counts_do_not_say_grows_with_the_values() -> None:
+    expected = float(RATES @ at(2))
+    made = growth(short=at(1), long=at(2), measured=expected + 1.0)
+    values = at(16)[1:3].sum() / at(2)[1:3].sum()
+    assert made.seconds(lambda run: run) == pytest.approx(float(RATES @ at(16)) + values)
+
+
+def test_a_faster_miniature_is_faster_in_proportion() -> None:
+    made = growth(short=at(1), long=at(2), measured=0.5 * float(RATES @ at(2)))
+    assert made.seconds(lambda run: run) == pytest.approx(0.5 * float(RATES @ at(16)))
+
+
+def test_a_part_that_is_missing_takes_nothing() -> None:
+    made = growth(short=0.0, long=0.0, measured=0.0)
+    assert made.seconds(lambda run: run) == 0 and not made.counts(lambda run: run).any()
+
+
+def test_every_kind_of_count_has_a_power() -> None:
+    assert sorted(POWERS) == list(range(KINDS))
+    assert POWERS[LAUNCHES] < POWERS[VALUES] < POWERS[OPERATIONS]
