@@ -245,7 +245,7 @@ class _Scaled:
             embedding: Any = self.job.source.skeleton.get_input_embeddings()
             shape = tuple(embedding.weight.shape) if own is None else own.shape
             size = tensor_bytes(
-                shape,
+                list(shape),
                 entry["bits"],
                 entry["group_size"],
                 entry.get("symmetric", True),
