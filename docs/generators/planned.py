@@ -27,11 +27,12 @@ def plan_table(metric: str) -> str:
             machines.add(row["machine"])
     if not found:
         return "The benchmark `plans` has no rows yet."
+    recipes = [recipe for recipe in RECIPES if any(recipe in each for each in found.values())]
     lines = [
-        f"| model | {' | '.join(RECIPES.values())} |",
-        f"| --- |{' --- |' * len(RECIPES)}",
+        f"| model | {' | '.join(RECIPES[recipe] for recipe in recipes)} |",
+        f"| --- |{' --- |' * len(recipes)}",
         *(
-            f"| {shape} | {' | '.join(each.get(recipe, '') for recipe in RECIPES)} |"
+            f"| {shape} | {' | '.join(each.get(recipe, '') for recipe in recipes)} |"
             for shape, each in found.items()
         ),
     ]

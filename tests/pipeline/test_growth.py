@@ -13,7 +13,13 @@ RATES = numpy.array([1e-6, 1e-9, 2e-9, 1e-11, 1e-12])
 
 def growth(**fields: Any) -> Growth:
     """Dry runs are here the parts that are taken out of them."""
-    defaults: dict[str, Any] = {"divisor": 8, "more_experts": 0.0, "rates": RATES, "more": None}
+    defaults: dict[str, Any] = {
+        "divisor": 8,
+        "more_experts": 0.0,
+        "rates": RATES,
+        "more": None,
+        "measured_short": 0.0,
+    }
     return Growth(**defaults | fields)
 
 
@@ -43,11 +49,23 @@ def test_experts_are_added() -> None:
     assert numpy.allclose(made.counts(lambda run: run), at(16) * (1 + 30 * 0.5))
 
 
-def test_what_counts_do_not_say_grows_with_the_values() -> None:
-    expected = float(RATES @ at(2))
-    made = growth(short=at(1), long=at(2), measured=expected + 1.0)
-    values = at(16)[1:3].sum() / at(2)[1:3].sum()
-    assert made.seconds(lambda run: run) == pytest.approx(float(RATES @ at(16)) + values)
+# What the shorter and the longer miniature took beyond their counts, and what that is of the model.
+CALLS = [each[LAUNCHES] for each in (at(1), at(2), at(16))]
+AREAS = [each[VALUES] + each[2] for each in (at(1), at(2), at(16))]
+BEYOND = {
+    "calls": (CALLS, 1e-3),
+    "values": (AREAS, 1e-6),
+    "both": ([1e-3 * c + 1e-5 * a for c, a in zip(CALLS, AREAS, strict=True)], 1.0),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_counts_do_not_say_grows_with_calls_and_values(name: str) -> None:
+    grows, times = BEYOND[name]
+    rest = [times * amount for amount in grows]
+    taken = [float(RATES @ at(s)) + more for s, more in zip((1, 2), rest, strict=False)]
+    made = growth(short=at(1), long=at(2), measured=taken[1], measured_short=taken[0])
+    assert made.seconds(lambda run: run) == pytest.approx(float(RATES @ at(16)) + rest[2])
 
 
 def test_a_faster_miniature_is_faster_in_proportion() -> None:

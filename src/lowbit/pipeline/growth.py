@@ -28,7 +28,7 @@ class Growth:
     rates: the seconds of one of each kind of count.
     short, long, more: what was counted: of the shorter and of the longer miniature, and of a longer
         one with twice as many experts; None: the miniatures have all experts.
-    measured: what was measured of the longer miniature.
+    measured, measured_short: what was measured of the longer and of the shorter miniature.
     """
 
     divisor: int
@@ -38,6 +38,7 @@ class Growth:
     long: DryRun
     more: DryRun | None
     measured: DryRun
+    measured_short: DryRun
 
     def counts(self, part: Part) -> Any:
         """Returns the counts of a part of the model's dry run."""
@@ -62,24 +63,30 @@ class Growth:
         grown = self._grown(part(self.short), part(self.long), 1)
         return float(grown * self._with_experts(part))
 
-    def seconds(self, part: Part, counts: Any = None) -> float:
+    def seconds(self, part: Part) -> float:
         """Returns the seconds of a part of the model's dry run.
 
-        If the longer miniature took longer than its counts say, the rest grows with the values; if
-        it took less, all is faster in proportion.
-
-        counts: of the part; None: as they grow.
+        What the longer miniature took beyond what its counts say belongs to calls and to values, in
+        shares that follow from what the shorter one took. If it took less, all is faster in
+        proportion.
         """
-        long, taken = part(self.long), float(part(self.measured))
-        counts = self.counts(part) if counts is None else counts
+        short, long = part(self.short), part(self.long)
         if not numpy.ndim(long):
             return 0.0
+        counts, taken = self.counts(part), float(part(self.measured))
         expected, found = float(self.rates @ long), float(self.rates @ counts)
-        if taken <= expected:
+        rest = taken - expected
+        if rest <= 0:
             return found * taken / expected if expected else 0.0
-        values = long[VALUES] + long[WHOLE_VALUES]
-        more = (counts[VALUES] + counts[WHOLE_VALUES]) / values if values else 1.0
-        return found + (taken - expected) * float(more)
+        earlier = max(0.0, float(part(self.measured_short)) - float(self.rates @ short))
+        calls = long[LAUNCHES] / max(1.0, short[LAUNCHES])
+        values = [each[VALUES] + each[WHOLE_VALUES] for each in (short, long, counts)]
+        more_values = values[1] - calls * values[0]
+        of_values = 0.0
+        if more_values > 0:  # in seconds for one value
+            of_values = min(max(0.0, rest - calls * earlier) / more_values, rest / values[1])
+        of_calls = (rest - of_values * values[1]) / max(1.0, long[LAUNCHES])
+        return float(found + of_values * values[2] + of_calls * counts[LAUNCHES])
 
     def _grown(self, short: float, long: float, power: int) -> float:
         """Returns a s^power + b s^(power + 1) for the model, from its values for s = 1 and 2."""

@@ -157,15 +157,22 @@ class Counts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        for tensor in _tensors(args):  # a mapped file, or made before
-            self._hold(tensor, counted=False)
+        for value in args:  # a mapped file, or made before
+            if isinstance(value, Tensor):
+                self._hold(value, counted=False)
+            elif isinstance(value, list | tuple):
+                for tensor in _tensors(value):
+                    self._hold(tensor, counted=False)
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         self.counts[LAUNCHES] += 1
         if name not in VIEWS:
             self._count(name, args, out)
-        for tensor in _tensors((out,)):
-            self._hold(tensor)
+        if isinstance(out, Tensor):
+            self._hold(out)
+        elif isinstance(out, list | tuple):
+            for tensor in _tensors(out):
+                self._hold(tensor)
         return out
 
     def _count(self, name: str, args: tuple[Any, ...], out: Any) -> None:
@@ -210,10 +217,6 @@ class Counts(TorchDispatchMode):
         self.held = self.held.less(own)
 
 
-def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
-    """Yields the tensors among the arguments or results of an operation, also those in lists."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from (each for each in value if isinstance(each, Tensor))
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yields the tensors among several arguments or results of an operation."""
+    return (value for value in values if isinstance(value, Tensor))

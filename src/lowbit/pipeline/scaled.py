@@ -8,6 +8,7 @@ length as the other, and so is the text. `lowbit.pipeline.growth` says what the 
 
 import math
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,6 +51,7 @@ from lowbit.pipeline.options import RunOptions
 from lowbit.pipeline.speeds import speeds
 from lowbit.pipeline.unit_losses import branch_batches
 
+SLOW = 4.0  # seconds of counting the shorter miniature, from which on an even shorter one is made
 SMALL_BLOCK = 2**20  # weights: a block of so many is tried whole, which takes seconds
 MINIATURE = 2**18  # weights of the largest block of the longer miniature, at most
 FEWEST_TOKENS = 16  # in a window of the shorter miniature
@@ -84,12 +86,20 @@ def scaled_dry_run(job: Job, windows: TokenWindows | None, on_gpu: bool = False)
     divisor, heads = largest_divisor(job.source.config, wanted)
     with TemporaryDirectory(prefix="lowbit-miniatures-") as folder:
         make = partial(_miniature, job, windows, Path(folder), kinds, heads)
-        short, long = make(2 * divisor, 1, few), make(divisor, 2, few)
+        started = time.perf_counter()
+        short = make(2 * divisor, 1, few)
+        slow = time.perf_counter() - started > SLOW
+        if slow and _can_be_halved(job, windows, 2 * divisor, heads):  # it is the longer one then
+            divisor, long = 2 * divisor, short
+            short = make(2 * divisor, 1, few)
+        else:
+            long = make(divisor, 2, few)
         more = None if few is None else make(divisor, 2, 2 * few)
         if job.options.self_check:
             check_streaming(long.job.source, quick=True)
-        with less_at_once(divisor**2):
-            measured = dry_run(long.job, long.windows, Seconds(job.device, twice=False))
+        measured, measured_short = (
+            _measured(each, times * divisor) for each, times in ((long, 1), (short, 2))
+        )
     growth = Growth(
         divisor=divisor,
         more_experts=0.0 if few is None else (experts - few) / few,
@@ -98,6 +108,7 @@ def scaled_dry_run(job: Job, windows: TokenWindows | None, on_gpu: bool = False)
         long=long.counted,
         more=None if more is None else more.counted,
         measured=measured,
+        measured_short=measured_short,
     )
     return _Scaled(job, kinds, growth, baseline, on_gpu).dry_run()
 
@@ -111,6 +122,20 @@ def _divisor(kinds: list[Kinds], share: float) -> int:
     while largest > MINIATURE * divisor**2:
         divisor *= 2
     return divisor
+
+
+def _measured(miniature: "_Miniature", divisor: int) -> DryRun:
+    """Returns what a dry run of a miniature takes."""
+    with less_at_once(divisor**2):
+        meter = Seconds(miniature.job.device, twice=False)
+        return dry_run(miniature.job, miniature.windows, meter)
+
+
+def _can_be_halved(job: Job, windows: TokenWindows | None, divisor: int, heads: int) -> bool:
+    """Returns whether the shorter miniature, with this divisor, can be the longer one of two."""
+    if largest_divisor(job.source.config, divisor) != (divisor, heads):
+        return False
+    return windows is None or windows.seqlen % (2 * divisor * FEWEST_TOKENS) == 0
 
 
 @dataclass(frozen=True)
