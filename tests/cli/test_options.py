@@ -7,7 +7,14 @@ import pytest
 from zoo import MODELS
 
 from lowbit.cli import app
-from lowbit.cli.options import JobOptions, cache_folder, choose_method, parse_settings, with_job
+from lowbit.cli.options import (
+    JobOptions,
+    cache_folder,
+    choose_method,
+    parse_settings,
+    table_bits,
+    with_job,
+)
 from lowbit.methods import MixedQuant, OmniQuant
 
 pytestmark = pytest.mark.slow
@@ -50,6 +57,28 @@ def test_a_recipe_knows_families():
     assert method == OmniQuant(bits=2, let=True, alpha=0.7)
     assert text == {"sources": ("wikitext2",), "samples": 128}
     assert label == "omniquant-w2a16 with alpha=0.7"
+
+
+TABLES = {
+    "without options": ("", (None, None), (None, None)),
+    "given alone": ("", (8, 6), (8, 6)),
+    "those of the recipe": ("{embedding_bits: 8}", (None, None), (None, 8)),
+    "given instead": ("{embedding_bits: 8, lm_head_bits: 6}", (5, 4), (5, 4)),
+    "in float instead": ("{embedding_bits: 8, lm_head_bits: 6}", (16, 16), (None, None)),
+}
+
+
+@pytest.mark.parametrize(("options", "given", "wanted"), TABLES.values(), ids=TABLES)
+def test_bits_of_tables_are_those_given_or_else_those_of_the_recipe(
+    options, given, wanted, tmp_path
+):
+    recipe = tmp_path / "mine.yaml"
+    line = f"options: {options}" if options else ""
+    recipe.write_text(f"description: mine\nmethod: rtn\n{line}\n")
+    assert tuple(table_bits(str(recipe), *given).values()) == wanted
+    job = JobOptions(recipe=str(recipe), lm_head_bits=given[0], embedding_bits=given[1])
+    found = job.chosen(MODELS / "llama-mini").options
+    assert (found.lm_head_bits, found.embedding_bits) == wanted
 
 
 @pytest.mark.parametrize(

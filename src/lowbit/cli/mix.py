@@ -23,6 +23,7 @@ from lowbit.cli.options import (
     cache_folder,
     choose_method,
     parse_settings,
+    table_bits,
     warn_of_unused,
 )
 from lowbit.cli.parameters import (
@@ -117,8 +118,7 @@ def mix(  # noqa: PLR0913 (a command's options)
             "skip": tuple(skip or ()),
             "only": tuple(only or ()),
             "allow_float": tuple(allow_float or ()),
-            "lm_head_bits": lm_head_bits,
-            "embedding_bits": embedding_bits,
+            **table_bits(recipe, lm_head_bits, embedding_bits),
             "cache": cache_folder(),
             "recipe": label,
         }

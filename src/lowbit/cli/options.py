@@ -59,9 +59,15 @@ Only = Annotated[
         help="Patterns of the only linears that are quantized; repeatable. Default: all.",
     ),
 ]
-HeadBits = Annotated[int | None, Option(metavar="2..8", help=meaning(RunOptions, "lm_head_bits"))]
+FLOAT = 16  # given as bits of a table, it keeps the table in float whatever the recipe says
+IN_FLOAT = f" {FLOAT}: it stays in float, whatever a recipe says."
+HeadBits = Annotated[
+    int | None,
+    Option(metavar=f"2..8|{FLOAT}", help=meaning(RunOptions, "lm_head_bits") + IN_FLOAT),
+]
 EmbeddingBits = Annotated[
-    int | None, Option(metavar="4|6|8", help=meaning(RunOptions, "embedding_bits"))
+    int | None,
+    Option(metavar=f"4|6|8|{FLOAT}", help=meaning(RunOptions, "embedding_bits") + IN_FLOAT),
 ]
 AllowFloat = Annotated[
     list[str] | None,
@@ -157,6 +163,7 @@ class JobOptions:
         text |= {key: value for key, value in overrides.items() if value is not None}
         patterns = {name: tuple(getattr(self, name) or ()) for name in PATTERNS}
         others = {name: getattr(self, name) for name in OTHERS}
+        others |= table_bits(self.recipe, self.lm_head_bits, self.embedding_bits)
         options = RunOptions(**patterns, **others, cache=cache_folder(), recipe=label, **more)
         given = {name: getattr(self, name) for name in ("calibration", "samples", "seqlen")}
         unused = (
@@ -193,7 +200,7 @@ class JobOptions:
 
 PATTERNS = ("skip", "only", "allow_float")
 OTHERS = (
-    *("device", "streams", "lm_head_bits", "embedding_bits", "start_from", "plan", "budget"),
+    *("device", "streams", "start_from", "plan", "budget"),
     *("self_check", "without_tokenizer", "trust_remote_code"),
 )
 
@@ -291,6 +298,20 @@ def choose_method(
     name = Path(recipe).name  # config.json keeps it, and the folder of a recipe is private
     label = f"{name} with {changed}" if changed else name
     return chosen, loaded.calibration.model_dump(exclude_none=True), label
+
+
+def table_bits(
+    recipe: str | None, lm_head_bits: int | None, embedding_bits: int | None
+) -> dict[str, int | None]:
+    """Returns the options of a run for the output layer and the table of token embeddings.
+
+    recipe: the recipe, which decides where a command does not.
+    lm_head_bits, embedding_bits: as given to the command; FLOAT keeps the table in float.
+    """
+    given = {"lm_head_bits": lm_head_bits, "embedding_bits": embedding_bits}
+    found = load_recipe(recipe).options.model_dump() if recipe else {}
+    found |= {name: bits for name, bits in given.items() if bits is not None}
+    return {name: None if bits == FLOAT else bits for name, bits in found.items()}
 
 
 def _with_effort(

@@ -132,6 +132,9 @@ def _explain(name: str, recipe: Recipe) -> None:
         screen.print("Fields of the training, as --set lora.FIELD=VALUE:\n")
         _print_values(screen, lora, recipe.lora)
     print_paragraphs(screen, f"Calibration: {_calibration(recipe, method)}")
+    tables = recipe.options.model_dump(exclude_none=True)
+    for option, bits in tables.items():
+        print_paragraphs(screen, f"Option that it sets: --{option.replace('_', '-')} {bits}")
     for family, fields in recipe.families.items():
         print_paragraphs(screen, f"For models of family {family}: {_settings(fields)}")
     command = "preprocess" if recipe.lora is not None else "quantize"

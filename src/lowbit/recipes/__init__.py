@@ -1,14 +1,14 @@
 """Recipes: named settings for `--recipe`, one YAML file each.
 
-A recipe holds a method with its fields, the calibration text, and fields that differ for some model
-families.
+A recipe holds a method with its fields, the calibration text, fields that differ for some model
+families, and the bits of the tables outside the blocks.
 """
 
 import os
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -32,6 +32,17 @@ class RecipeCalibration(Config):
     )
 
 
+class RecipeOptions(Config):
+    """Options of the run that a recipe sets; the same options of a command replace them."""
+
+    lm_head_bits: int | None = Field(
+        None, ge=2, le=8, description="Bits of the output layer; None: it stays in float."
+    )
+    embedding_bits: Literal[4, 6, 8] | None = Field(
+        None, description="Bits of the table of token embeddings; None: it stays in float."
+    )
+
+
 class Recipe(Config):
     """A method with its fields, and the calibration text that goes with them."""
 
@@ -47,6 +58,9 @@ class Recipe(Config):
     )
     families: dict[str, dict[str, Any]] = Field(
         {}, description="Fields that differ for a family of models, by the family's name."
+    )
+    options: RecipeOptions = Field(
+        RecipeOptions(), description="Options of the run that go with the method."
     )
     lora: dict[str, Any] | None = Field(
         None,
