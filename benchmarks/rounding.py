@@ -3,10 +3,11 @@
     python benchmarks/rounding.py [--models DIR ...] [--limit N] [--only NAME] [--peer]
 
 GPTQ and learned rounding quantize each model at 2 bits in groups of 64, and at 3 and 4 bits in
-groups of 128, with integer zero points. With --peer, AutoRound does so too: 200 iterations,
-asymmetric, on the same windows of calibration text. It is installed into build/engines, and writes
-GPTQ's layout, which is converted exactly, so that one program measures all of them on held-back
-stories.
+groups of 128, with integer zero points. "learned" is what the recipes learned-* do; other rows
+start from other codes, or learn for other numbers of epochs. With --peer, AutoRound quantizes too:
+200 iterations, asymmetric, on the same windows of calibration text. It is installed into
+build/engines, and writes GPTQ's layout, which is converted exactly, so that one program measures
+all of them on held-back stories.
 Seconds are those of processor time, without loading programs and models.
 """
 
@@ -28,7 +29,6 @@ from lowbit.models.tokenizer import load_tokenizer
 SEQLEN = 512
 WINDOWS = 32
 ITERATIONS = 200  # AutoRound's default
-EPOCHS = 25  # of 28 windows that are not held out, 4 in a step: 175 steps
 GRIDS = {"W2 g64": (2, 64), "W3 g128": (3, 128), "W4 g128": (4, 128)}
 PEER = Engine(("torch", "auto-round"), ())
 AUTO_ROUND = """
@@ -57,12 +57,13 @@ def calibration() -> lowbit.Calibration:
 
 def methods(bits: int, group_size: int) -> dict[str, Method]:
     grid = {"bits": bits, "group_size": group_size, "fine_zeros": False}
-    learned = OmniQuant(**grid, epochs=0, rounding="learned", rounding_epochs=EPOCHS)
-    nearest = {"rounding_start": "nearest"}
+    learned = OmniQuant(**grid, epochs=0, rounding="learned")
     return {
         "gptq": GPTQ(**grid),
+        "learned": learned,
         "learned, from feedback": learned.model_copy(update={"rounding_start": "feedback"}),
-        "learned, from nearest": learned.model_copy(update=nearest),
+        "learned, effort fast": learned.with_effort("fast"),
+        "learned, effort best": learned.with_effort("best"),
     }
 
 

@@ -568,7 +568,7 @@ def test_learned_codes_start_from_the_nearest_ones(name: str) -> None:
 @pytest.mark.parametrize("match", ["self", "float"])
 def test_learned_codes_start_from_those_of_gptq(match: str) -> None:
     task = zoo.task("llama")
-    options = W3 | LEARNED | {"match": match}
+    options = W3 | LEARNED | {"match": match, "rounding_start": "feedback"}
     fed = OmniQuant(**options | {"rounding": "gptq"}).quantize(task)
     found = OmniQuant(**options, rounding_epochs=0).quantize(task)
     for linear, layer in fed.linears.items():

@@ -15,7 +15,7 @@ from lowbit.events import BlockLog, Event, Warned
 from lowbit.solvers.learned_rounding import RoundedWeight, Steps, learn_rounding, split
 from lowbit.solvers.rounding import Grid, GridShape, fake_quantize, minmax_grid
 
-STEPS = Steps(epochs=20, batches=2, reach=0.5, scale_rate=2e-3)
+STEPS = Steps(epochs=20, batches=2, reach=0.5, range_reach=0.1)
 SHAPES = {
     "2 bits": GridShape(2, 16, False),
     "2 bits, fine zeros": GridShape(2, 16, False, 6),
@@ -87,14 +87,39 @@ def test_it_starts_from_the_nearest_codes(shape: GridShape) -> None:
 
 
 @every_shape
-def test_a_weight_outside_the_grid_starts_at_its_edge_and_can_move(shape: GridShape) -> None:
-    weight = 5 * weight_of(1)
-    rounded = RoundedWeight(weight, stored_grid(weight_of(), shape))
-    torch.testing.assert_close(
-        rounded.value(), fake_quantize(weight, stored_grid(weight_of(), shape)), rtol=0, atol=0
-    )
-    rounded.value().sum().backward()
-    assert bool((rounded.weight.grad != 0).all())
+def test_a_weight_outside_the_grid_pulls_at_the_range_alone(shape: GridShape) -> None:
+    rounded = RoundedWeight(9 * weight_of(1).sign(), stored_grid(weight_of(), shape))
+    rounded.value().square().sum().backward()
+    weight, change = rounded.weight.grad, rounded.change.grad
+    assert weight is not None and change is not None and not weight.any()
+    lower, upper = change
+    assert bool((upper >= 0).all()) and bool(upper.any(1).all())  # larger values, larger squares
+    assert bool((lower <= 0).all()) and bool(lower.any()) != shape.symmetric
+    rounded.move(0.1, 0.1)
+    assert bool((rounded.grid.scale <= rounded.start.scale).all())
+
+
+@every_shape
+@pytest.mark.parametrize("ends", [(-0.3, 0.2), (0.25, -0.1), (0.5, 0.5), (1.0, -1.0)])
+def test_a_moved_range_is_one_that_can_be_stored(
+    shape: GridShape, ends: tuple[float, float]
+) -> None:
+    rounded = start(shape)
+    with torch.no_grad():
+        for end, by in zip(rounded.change, ends, strict=True):
+            end += by
+    grid, first = rounded.grid, rounded.start
+    lower, upper = ends
+    wider = max(1 + upper if shape.symmetric else 1 + (upper - lower) / 2, 0.1)
+    assert torch.equal(grid.scale, (first.scale * wider).half().float())
+    if first.zero is None:
+        assert grid.zero is None
+        return
+    assert grid.zero is not None
+    steps = grid.zero * 2**shape.zero_shift
+    assert torch.equal(steps, steps.round()) and 0 <= grid.zero.min() <= grid.zero.max() <= grid.top
+    wanted = ((first.zero - grid.top / 2 * lower) / wider).clamp(0, grid.top)
+    assert float((grid.zero.detach() - wanted).abs().max()) <= 0.5 / 2**shape.zero_shift + 1e-4
 
 
 @every_shape
@@ -118,7 +143,7 @@ def test_it_is_better_than_nearest_on_batches_that_it_did_not_see(shape: GridSha
 
 def test_the_best_values_on_held_out_batches_are_kept() -> None:
     toy, rounded = Toy(), start(SHAPES["3 bits, ragged"])
-    fitted = toy.learn(rounded, Steps(epochs=4, batches=1, reach=40.0, scale_rate=0.3))
+    fitted = toy.learn(rounded, Steps(epochs=4, batches=1, reach=40.0, range_reach=0.3))
     _, held = split(16)
     value = {"weight": rounded.value().detach()}
     found = mean_loss(lambda i: toy.loss(held[i], value), len(held))
@@ -138,14 +163,14 @@ def test_a_seed_gives_the_same_codes_and_another_one_others() -> None:
 
 def test_without_epochs_nothing_moves() -> None:
     rounded = start(SHAPES["2 bits"])
-    fitted = Toy().learn(rounded, Steps(epochs=0, batches=1, reach=0.5, scale_rate=1.0))
+    fitted = Toy().learn(rounded, Steps(epochs=0, batches=1, reach=0.5, range_reach=1.0))
     assert torch.equal(rounded.codes(), start(SHAPES["2 bits"]).codes())
     assert fitted.before == fitted.after and fitted.curve == []
 
 
-def test_scales_stay_at_a_rate_of_0() -> None:
+def test_ranges_stay_if_they_have_no_reach() -> None:
     rounded = start(SHAPES["2 bits"])
-    Toy().learn(rounded, replace(STEPS, scale_rate=0.0))
+    Toy().learn(rounded, replace(STEPS, range_reach=0.0))
     moved = start(SHAPES["2 bits"])
     Toy().learn(moved)
     assert bool(moved.change.any()) and not rounded.change.any()

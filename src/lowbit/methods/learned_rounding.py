@@ -12,6 +12,17 @@ from lowbit.blocks.training import Fit
 from lowbit.methods.method import Method
 from lowbit.solvers.learned_rounding import RoundedWeight, Steps, learn_rounding
 
+RoundingStart = Literal["nearest", "feedback"]
+
+
+def rounding_start_field(default: RoundingStart) -> Any:
+    """Returns the field `rounding_start`."""
+    return Field(
+        default,
+        description='The codes that learned rounding starts from: "nearest", or "feedback", those '
+        "that are chosen column by column with the error fed into the columns left.",
+    )
+
 
 class LearnedRounding(Method):
     """A method that can learn which codes weights are rounded to; see the field `rounding`."""
@@ -21,16 +32,12 @@ class LearnedRounding(Method):
         "best": {"rounding_epochs": 60},
     }
 
-    rounding_start: Literal["nearest", "feedback"] = Field(
-        "feedback",
-        description='The codes that learned rounding starts from: "nearest", or "feedback", those '
-        "that are chosen column by column with the error fed into the columns left.",
-    )
+    rounding_start: RoundingStart = rounding_start_field("feedback")
     rounding_epochs: int = Field(
         10,
         ge=0,
         description="Passes over the calibration windows in which learned rounding learns codes "
-        "and scales; 0: it keeps those that it starts from.",
+        "and ranges; 0: it keeps those that it starts from.",
     )
     rounding_batch: int = Field(
         4, ge=1, description="Batches of calibration windows in one step of learned rounding."
@@ -41,11 +48,11 @@ class LearnedRounding(Method):
         description="Steps of the grid that learned rounding can move a weight in all, before it "
         "is rounded.",
     )
-    rounding_scale_lr: float = Field(
-        1e-3,
+    rounding_range_reach: float = Field(
+        0.1,
         ge=0,
-        description="Adam's learning rate for the relative change of scales in learned rounding; "
-        "0: scales stay.",
+        description="Halves of its range that learned rounding can move each end of a group's "
+        "range in all; 0: scales and zero points stay.",
     )
 
     def has_efforts(self) -> bool:
@@ -86,6 +93,6 @@ class LearnedRounding(Method):
             epochs=self.rounding_epochs,
             batches=self.rounding_batch,
             reach=unit * self.rounding_reach,
-            scale_rate=self.rounding_scale_lr,
+            range_reach=self.rounding_range_reach,
         )
         return learn_rounding(task, weights, tensors, loss, batches, steps)

@@ -3,8 +3,8 @@
 A weight is rounded to the nearest code of its grid, and gradients pass straight through the
 rounding. So to learn an offset that is added before rounding is to move the weight itself. Weights
 move by signed gradient descent: in each step by the same share of a step of the grid, which falls
-linearly to zero. The scales of the grid move by Adam. What is kept is what has the lowest loss on
-windows that nothing was learned from.
+linearly to zero. So do the two ends of the range that a grid spans, and with them its scale and its
+zero point. What is kept is what has the lowest loss on windows that nothing was learned from.
 
 Source: signed gradient descent is that of SignRound (Cheng et al., arXiv 2309.05516, section 3).
 There all weights start from themselves; here they may also start from the codes of GPTQ.
@@ -20,6 +20,7 @@ from torch import Tensor
 from lowbit.blocks import BlockTask
 from lowbit.blocks.folding import Tensors
 from lowbit.blocks.training import Fit, all_finite, mean_loss, share_gradients
+from lowbit.kernels.straight_through import round_ste
 from lowbit.ranks import ALONE, Ranks
 from lowbit.solvers.rounding import (
     Grid,
@@ -32,14 +33,15 @@ from lowbit.solvers.rounding import (
 )
 
 HELD_OUT = 8  # one of so many batches is held out, at least one if there are two
-EDGE = 0.499  # steps beyond the outermost codes where a weight stops; half a step is a tie
+NARROWEST = 0.1  # the least share of its first range that a grid keeps
 
 
 class RoundedWeight:
     """One weight whose codes are learned, and the grid that they belong to.
 
     weight: (out, in) float32, the learned weight; its nearest codes on `grid` are what is stored.
-    change: (out, groups) float32, the learned relative change of the scales.
+    change: (2, out, groups) float32, how far the lower and the upper end of each range have moved
+        up, in halves of the first range. Of a symmetric grid, only the upper one moves.
     """
 
     def __init__(self, weight: Tensor, grid: Grid, stored: torch.dtype = torch.float16) -> None:
@@ -52,18 +54,25 @@ class RoundedWeight:
         self.start = grid
         self.stored = stored
         self.weight = weight.detach().clone().requires_grad_()
-        self.change = torch.zeros_like(grid.scale).requires_grad_()
-        self.keep_on_grid()
+        self.change = grid.scale.new_zeros(2, *grid.scale.shape).requires_grad_()
 
     @property
     def grid(self) -> Grid:
-        """The grid with the learned scales as they will be stored, differentiable in `change`."""
-        scale = self.start.scale * (1 + self.change)
+        """The grid with the learned range as it will be stored, differentiable in `change`."""
+        start, half = self.start, self.start.top / 2
+        lower, upper = self.change
+        wider = 1 + (upper if start.zero is None else (upper - lower) / 2)
+        wider, zero = wider.clamp(min=NARROWEST), None
+        if start.zero is not None:
+            unit = 2.0**-start.zero_shift
+            zero = (start.zero - half * lower) / wider  # codes between the lower end and 0
+            zero = (round_ste(zero / unit) * unit).clamp(0, start.top)
+        scale = start.scale * wider
         if self.stored != torch.float32:
             limits = torch.finfo(self.stored)
             scale = scale.clamp(limits.tiny, limits.max)
             scale = scale + (scale.to(self.stored).float() - scale).detach()
-        return replace(self.start, scale=scale)
+        return replace(start, scale=scale, zero=zero)
 
     def value(self) -> Tensor:
         """Returns the rounded weight (out, in), differentiable in `weight` and `change`."""
@@ -80,7 +89,7 @@ class RoundedWeight:
 
     @torch.no_grad()
     def restore(self, codes: Tensor, change: Tensor) -> None:
-        """Sets the weight to the values of codes, and the change of the scales."""
+        """Sets the weight to the values of codes, and the change of the ranges."""
         self.change.copy_(change)
         self.weight.copy_(code_values(codes, self.grid))
 
@@ -90,19 +99,17 @@ class RoundedWeight:
         return 2.0 ** (self.start.bits - 1)
 
     @torch.no_grad()
-    def move(self, rate: float) -> None:
-        """Moves each weight against the sign of its gradient, by `rate` steps of the grid."""
+    def move(self, rate: float, range_rate: float) -> None:
+        """Moves all that is learned against the sign of its gradient.
+
+        rate: steps of the grid that a weight moves.
+        range_rate: halves of the first range that an end of a range moves.
+        """
         if self.weight.grad is not None:
             self.weight -= self.weight.grad.sign_().mul_(self._each(self.grid.scale)).mul_(rate)
-            self.weight.grad = None
-
-    @torch.no_grad()
-    def keep_on_grid(self) -> None:
-        """Moves weights outside the grid to its edge, where they still get a gradient."""
-        scale = self.grid.scale
-        zero = self._zero if self.start.zero is None else self.start.zero
-        low, high = (-EDGE - zero) * scale, (self.start.top + EDGE - zero) * scale
-        torch.clamp(self.weight, self._each(low), self._each(high), out=self.weight)
+        if self.change.grad is not None:
+            self.change -= self.change.grad.sign_().mul_(range_rate)
+        self.weight.grad = self.change.grad = None
 
     def _each(self, of_group: Tensor) -> Tensor:
         return of_each(of_group, self.start, self.weight.shape[1])
@@ -110,7 +117,7 @@ class RoundedWeight:
     def learned(self) -> Tensors:
         """Returns what a later run can start from."""
         grid = self.grid
-        zero = {} if grid.zero is None else {"zero": grid.zero}
+        zero = {} if grid.zero is None else {"zero": grid.zero.detach()}
         return {"codes": self.codes(), "scale": grid.scale.detach(), **zero}
 
 
@@ -121,13 +128,13 @@ class Steps:
     epochs: passes over the batches that are learned from.
     batches: batches in one step.
     reach: steps of the grid that a weight can move in all.
-    scale_rate: Adam's first learning rate for the relative change of scales; 0: they stay.
+    range_reach: halves of its first range that an end of a range can move in all; 0: grids stay.
     """
 
     epochs: int
     batches: int
     reach: float
-    scale_rate: float
+    range_reach: float
 
 
 def learn_rounding(
@@ -185,8 +192,6 @@ class _Run:
         self.learned, self.held = split(batches)
         self.count = steps.epochs * -(-len(self.learned) // steps.batches)
         self.done = 0
-        changes = [weight.change for weight in weights.values()]
-        self.adam = torch.optim.Adam(changes, betas=(0.9, 0.99)) if changes else None
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
@@ -206,14 +211,9 @@ class _Run:
             return False
         left = 1 - self.done / self.count
         self.done += 1
+        share = 2 / (self.count + 1) * left
         for weight in self.weights.values():
-            weight.move(2 * self.steps.reach / (self.count + 1) * left)
-        if self.adam is not None:
-            self.adam.param_groups[0]["lr"] = self.steps.scale_rate * left
-            self.adam.step()
-            self.adam.zero_grad(set_to_none=True)
-        for weight in self.weights.values():
-            weight.keep_on_grid()
+            weight.move(self.steps.reach * share, self.steps.range_reach * share)
         return True
 
 

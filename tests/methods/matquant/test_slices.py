@@ -75,11 +75,11 @@ def surrogate(
     free = (codes == rounded) & (kept == whole)
     constant = kept * step(bits) - weight.double() / scale
 
-    def function(moved: Tensor, scale: Tensor) -> Tensor:
-        scale = spread(scale, columns)
-        return torch.where(
-            free, scale * (moved / scale + constant - zero), scale * (kept * step(bits) - zero)
-        )
+    def function(moved: Tensor, scale: Tensor, moved_zero: Tensor) -> Tensor:
+        """A free code moves with the zero point, so that its value stays."""
+        scale, moved_zero = spread(scale, columns), spread(moved_zero, columns)
+        clamped = scale * (kept * step(bits) - moved_zero)
+        return torch.where(free, scale * (moved / scale + constant - zero), clamped)
 
     return function
 
@@ -93,22 +93,28 @@ def test_gradients_are_those_of_the_surrogate(
     weight, toward = random(3, 24), random(3, 24, seed=1).double()
     grid = grid_of(weight, symmetric, clip=0.7)
     leaf, scale = weight.clone().requires_grad_(), grid.scale.clone().requires_grad_()
-    codes = master_codes(weight, grid)
-    sliced = fake_slice(leaf, replace(grid, scale=scale), codes, bits, extra_precision)
+    zero = torch.full_like(scale, 128.0) if grid.zero is None else grid.zero.clone()
+    zero.requires_grad_(not symmetric)
+    codes, moved = master_codes(weight, grid), replace(grid, scale=scale)
+    if not symmetric:
+        moved = replace(moved, zero=zero)
+    sliced = fake_slice(leaf, moved, codes, bits, extra_precision)
     (sliced * toward.float()).sum().backward()
     function = surrogate(weight, grid, bits, extra_precision)
 
-    def loss(weight: Tensor, scale: Tensor) -> float:
-        return float((function(weight, scale) * toward).sum())
+    def loss(weight: Tensor, scale: Tensor, zero: Tensor) -> float:
+        return float((function(weight, scale, zero) * toward).sum())
 
     size = 1e-6
-    for parameter, found in ((leaf, leaf.grad), (scale, scale.grad)):
+    every = (leaf, scale) if symmetric else (leaf, scale, zero)
+    for index, parameter in enumerate(every):
+        found = parameter.grad
         assert found is not None
         for place in range(parameter.numel()):
             moves = []
             for sign in (1, -1):
-                at = [leaf.detach().double(), scale.detach().double()]
-                at[0 if parameter is leaf else 1].view(-1)[place] += sign * size
+                at = [each.detach().double() for each in (leaf, scale, zero)]
+                at[index].view(-1)[place] += sign * size
                 moves.append(loss(*at))
             by_difference = (moves[0] - moves[1]) / (2 * size)
             assert float(found.view(-1)[place]) == pytest.approx(by_difference, rel=1e-3, abs=1e-4)

@@ -28,7 +28,9 @@ class Master:
 
     def parts(self) -> Tensors:
         """Returns all tensors that gradients flow through, by name."""
-        return self.tensors | {f"{name} scale": grid.scale for name, grid in self.grids.items()}
+        scales = {f"{name} scale": grid.scale for name, grid in self.grids.items()}
+        zeros = {f"{name} zero": grid.zero for name, grid in self.grids.items()}
+        return self.tensors | scales | {n: zero for n, zero in zeros.items() if zero is not None}
 
     def at(self, width: int, parts: Mapping[str, Tensor]) -> Tensors:
         """Returns the tensors of the block at one width.
@@ -37,7 +39,9 @@ class Master:
         """
         tensors = {name: parts[name] for name in self.tensors}
         for name, grid in self.grids.items():
-            weight, grid = parts[f"{name}.weight"], replace(grid, scale=parts[f"{name} scale"])
+            zero = None if grid.zero is None else parts[f"{name} zero"]
+            grid = replace(grid, scale=parts[f"{name} scale"], zero=zero)
+            weight = parts[f"{name}.weight"]
             if name in self.codes:
                 extra = self.extra_precision[name]
                 rounded = fake_slice(weight, grid, self.codes[name], width, extra)

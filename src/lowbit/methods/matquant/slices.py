@@ -40,8 +40,8 @@ def fake_slice(
     """Returns the weight (out, in) sliced to `bits` bits, with straight-through gradients.
 
     Rounding and slicing together have the gradient of the identity. A weight that is clamped, by
-    the 8-bit codes or by the slice, gets none; it contributes only to the gradient of the scale, as
-    in LSQ.
+    the 8-bit codes or by the slice, gets none; it contributes only to the gradients of the scale,
+    as in LSQ, and of the zero point.
 
     weight: (out, in).
     codes: the codes that `master_codes` returns.
@@ -51,32 +51,37 @@ def fake_slice(
     kept = slice_codes(clamped.to(torch.uint8), bits, extra_precision)
     passes = (clamped == codes) & (whole == kept)
     values = grouped(weight, grid.group_size)
-    offset = kept.float() * step(bits) - _zero(grid)
-    sliced: Tensor = _StraightThrough.apply(values, grid.scale.unsqueeze(-1), offset, passes)
+    levels, scale = kept.float() * step(bits), grid.scale.unsqueeze(-1)
+    sliced: Tensor = _StraightThrough.apply(values, scale, levels, _zero(grid), passes)
     return ungrouped(sliced, weight.shape[1])
 
 
 class _StraightThrough(torch.autograd.Function):
-    """scale * offset, differentiated as scale * (values / scale + constant) where it passes."""
+    """scale * (levels - zero), differentiated as scale * (values / scale) where it passes."""
 
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
         values: Tensor,
         scale: Tensor,
-        offset: Tensor,
+        levels: Tensor,
+        zero: Tensor | float,
         passes: Tensor,
     ) -> Tensor:
+        offset = levels - zero
         ctx.save_for_backward(values, scale, offset, passes)
         return scale * offset
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor, None, Tensor | None, None]:
         values, scale, offset, passes = ctx.saved_tensors  # type: ignore[attr-defined]
-        by_scale = gradient * (offset - passes * (values / scale))
-        return gradient * passes, by_scale.sum(-1, keepdim=True), None, None
+        by_scale = (gradient * (offset - passes * (values / scale))).sum(-1, keepdim=True)
+        by_zero = None
+        if ctx.needs_input_grad[3]:  # type: ignore[attr-defined]
+            by_zero = (-scale * gradient * ~passes).sum(-1, keepdim=True)
+        return gradient * passes, by_scale, None, by_zero, None
 
 
 def joint_codes(

@@ -30,7 +30,11 @@ from lowbit.blocks.statistics import input_statistics, no_statistics, tokens_by_
 from lowbit.blocks.training import Fit, fit, mean_loss
 from lowbit.methods.activations import ActivationMethod
 from lowbit.methods.learned import NEAREST_BETTER, LearningMethod, keep_if_better
-from lowbit.methods.learned_rounding import LearnedRounding
+from lowbit.methods.learned_rounding import (
+    LearnedRounding,
+    RoundingStart,
+    rounding_start_field,
+)
 from lowbit.methods.matching import Match, match_field
 from lowbit.methods.omniquant.learner import Learner
 from lowbit.methods.result import (
@@ -67,6 +71,8 @@ class OmniQuant(LearningMethod, LearnedRounding, ActivationMethod):
         "on the error of the block's output.",
     )
 
+    # From those of GPTQ, tinystories-656k lost 9 % more at 2 bits.
+    rounding_start: RoundingStart = rounding_start_field("nearest")
     match: Match = match_field()
 
     def starts_from(self) -> Literal["minmax", "awq"]:
