@@ -13,7 +13,8 @@ import lowbit
 from lowbit.methods import PTQ161, MixedQuant, Trellis
 
 pytestmark = [pytest.mark.docs, pytest.mark.kernels]  # the encoder of trellis is slow without
-GENERATORS = Path(__file__).parents[2] / "docs" / "generators"
+ROOT = Path(__file__).parents[2]
+GENERATORS = ROOT / "docs" / "generators"
 MORE = {
     "ptq161": PTQ161(epochs=1, min_tokens=1),
     "mixedquant": MixedQuant(group_size=16, min_tokens=1),
@@ -69,5 +70,7 @@ def test_plans_recipes_exports_and_estimates(check: Any, tmp_path: Path) -> None
     dest = tmp_path / "dest"
     lowbit.export(quantized.folder(), dest, "ct")
     check("export", json.loads((dest / "export.json").read_text()))
+    for path in (ROOT / "zoo").glob("*.json"):
+        check("zoo", json.loads(path.read_text()))
     estimate = lowbit.plan(quantized.source(), quantized.METHODS["rtn"], self_check=False)
     check("estimate", json.loads(json.dumps(estimate.to_json())))
