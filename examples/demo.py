@@ -136,17 +136,17 @@ def measured(
 
 
 def table(rows: list[Row]) -> Table:
-    shown = Table("model", "bits", "whole model", "on disk", "perplexity", "", title="\nIn numbers")
-    shown.add_column("tokens/s", justify="right")
-    shown.add_column("× float", justify="right")
-    shown.add_column("seconds", justify="right")
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    shown.add_column("model")
+    for heading in ("bits", "whole", "MB", "perplexity", "", "tok/s", "× float", "seconds"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     base = rows[0].perplexity
     for row in rows:
         shown.add_row(
             row.name,
             f"{row.linears:.2f}",
             f"{row.model:.2f}",
-            f"{row.bytes / 1e6:.2f} MB",
+            f"{row.bytes / 1e6:.2f}",
             f"{row.perplexity:.2f}",
             "" if row is rows[0] else f"{100 * (row.perplexity / base - 1):+.1f} %",
             f"{row.speed:.0f}",
@@ -216,12 +216,15 @@ def main() -> None:
             rows.append(measured(recipe, folder, model, seconds, args))
     for row in rows:
         console.print(f"\n[bold]{row.name}[/bold]\n{row.story}", highlight=False)
+    console.print()
     console.print(table(rows))
     console.print(
-        "bits: per weight of the quantized linears, scales included; whole model: per parameter; "
-        f"both from the bytes on disk. Perplexity: {args.windows} windows of {SEQLEN} tokens of "
-        f"{Path(args.text).name}. tokens/s: the best of {ROUNDS * TOKENS}, on the CPU. The small "
-        "model fits a processor's cache, so that fewer bits gain it less time than a large one.",
+        "\nbits: per weight of the quantized linears, scales included. whole: per parameter of the "
+        "whole model. MB: of all weights on disk, from which both are counted. perplexity: of "
+        f"{args.windows} windows of {SEQLEN} tokens of {Path(args.text).name}. tok/s: tokens a "
+        f"second on the CPU, the best of {ROUNDS * TOKENS}; × float: in relation to the float "
+        "model, in turns with it. The small model fits a processor's cache, so that fewer bits "
+        "gain it less than a large one. seconds: of quantizing.",
         highlight=False,
     )
     export(console, folders[0], args)

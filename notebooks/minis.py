@@ -53,7 +53,7 @@ def setting(name: str, samples: int = 128) -> Setting:
     text = lowbit.Calibration(
         sources=(str(stories / "calibration_stories.txt"),), samples=8, seqlen=128
     )
-    held_back = {"texts": [stories / "held_back_stories.txt"], "seqlen": 128, "limit": 16}
+    held_back = {"texts": [stories / "held_back_stories.txt"], "seqlen": 128, "limit": 8}
     return Setting(str(model), text, held_back, work, small=True)
 
 

@@ -1,4 +1,4 @@
-"""The notebooks run on small models, and the outputs that they carry are those of such a run.
+"""The notebooks run on small models.
 
 Cells with the tag `skip-execution` need an engine or a large model; their first line says what.
 """
@@ -29,15 +29,16 @@ def is_skipped(cell: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_was_run_and_names_its_models_once(path: Path) -> None:
+def test_a_notebook_was_run_whole_and_names_its_models_once(path: Path) -> None:
     assert path.stat().st_size < MOST
     cells = code_cells(path)
     for cell in cells:
         source = "".join(cell["source"])
         assert not is_skipped(cell) or source.startswith("# needs "), source
-        assert is_skipped(cell) == (cell["execution_count"] is None), source
+        assert not is_skipped(cell) or cell["execution_count"] is None, source
         assert not any(output["output_type"] == "error" for output in cell["outputs"])
-    assert any(cell["outputs"] for cell in cells)
+    ran = [cell["execution_count"] is not None for cell in cells if not is_skipped(cell)]
+    assert all(ran) or not any(ran)
     code = "\n".join("".join(cell["source"]) for cell in cells)
     assert len(NAMED.findall(code)) == 1 and "-mini" not in NAMED.sub("", code)
     assert str(ROOT) not in path.read_text() and "/tmp/" not in path.read_text()
