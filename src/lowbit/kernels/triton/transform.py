@@ -14,14 +14,15 @@ from lowbit.kernels.triton.launch import ceil_div
 
 ORDERS = 16  # rows and columns of M in a step
 LARGEST_ORDER = 256  # of M; with more, torch's products are faster
-MOST = 2**15  # values of a program, 128 KiB
+SHARED = 2**16  # bytes of shared memory that a program may take; every GPU has so many
 
 
 def fits(n: int, power: int) -> bool:
     """Whether the kernel computes a transform. n: width, power: p."""
     order = n // power
     values = power if order == 1 else ORDERS * max(power, ORDERS)
-    return order <= LARGEST_ORDER and values <= MOST
+    shared = 4 * values if order == 1 else 8 * values  # as the compiler states them
+    return order <= LARGEST_ORDER and shared <= SHARED
 
 
 def transform(
