@@ -23,6 +23,7 @@ def test_every_kernel_compiles_for_a_gpu() -> None:
     """For NVIDIA's compute capability 9.0 (H100, H200), without one, and no register is spilled."""
     program = Path(__file__).with_name("compiled.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, program, "90"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
