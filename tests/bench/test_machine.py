@@ -12,7 +12,7 @@ REASONS = {
     "off": ("off", "LOWBIT_KERNELS is off; torch computes everything"),
     "wrong": (
         "sse",
-        "LOWBIT_KERNELS is 'sse': allowed are off, portable, avx2, avx512, neon, vbmi",
+        "LOWBIT_KERNELS is 'sse': allowed are off, portable, avx2, avx512, neon, vbmi, amx",
     ),
 }
 

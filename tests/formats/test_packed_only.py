@@ -32,7 +32,7 @@ FREED = {
     "signs alone": ("binary:salient=0", SHAPE, ["sign"]),
     "sorted_group": ("sorted_group:group_size=32,activation=null", SHAPE, ["packed"]),
 }
-if available() and chosen() == "vbmi":
+if available() and chosen() in ("vbmi", "amx"):
     FREED["lattice"] = ("lattice", SHAPE, ["packed"])
 KEPT = {
     "nested master": "nested:resident=master",

@@ -116,11 +116,11 @@ def test_portable_is_exact(bits: int, inputs: int, size: int, input_bits: int) -
 def test_equal_bits(bits: int, inputs: int, size: int, input_bits: int) -> None:
     """For every instruction set, and for tokens alone and together."""
     of = part(bits, inputs, size, input_bits)
-    x = torch.randn(67, inputs)
+    x = torch.randn(131, inputs)
     wanted = run(of, x)
     for name in SETS:
         assert torch.equal(run(of, x, name), wanted)
-        for tokens in (1, 2, 3, 5, 8, 13):
+        for tokens in (1, 2, 3, 5, 8, 13, 16, 39):
             assert torch.equal(run(of, x[:tokens], name), wanted[:tokens])
 
 
@@ -292,7 +292,8 @@ def test_a_wheel_has_no_sources(tmp_path: Path) -> None:
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[2] / "src" / "lowbit" / "kernels" / "native"
 SOURCES = (
-    "dispatch", "layout", "words", "portable", "avx2", "avx512", "words_vbmi", "neon"
+    "dispatch", "layout", "words", "portable", "avx2", "avx512", "tokens_avx512", "words_vbmi",
+    "amx", "neon",
 )  # fmt: skip
 STRICT = ["-std=gnu11", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
 FLAGS = {
@@ -300,10 +301,12 @@ FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
     "neon": ["-march=armv8.2-a+dotprod"],
 }
+FLAGS["tokens_avx512"] = FLAGS["avx512"]
+FLAGS["amx"] = [*FLAGS["avx512"], "-mamx-tile", "-mamx-int8"]
 FLAGS["words_vbmi"] = [*FLAGS["avx512"], "-mavx512vbmi", "-mgfni"]
 LAYERS = 8 * 5 * 12  # widths, shapes and variants in sets.c
 # Instruction sets, compiler, and emulator.
-X86, ARM = ("portable", "avx2", "avx512", "vbmi"), ("portable", "neon")
+X86, ARM = ("portable", "avx2", "avx512", "vbmi", "amx"), ("portable", "neon")
 OWN = ARM if platform.machine() in ("aarch64", "arm64") else X86
 MACHINES = {"here": (OWN, "cc", ""), "aarch64": (ARM, "aarch64-linux-gnu-gcc", "qemu-aarch64")}
 PRESENT = {

@@ -11,7 +11,7 @@ from lowbit.kernels.native import Part, Rounding, available, multiply, pack_laye
 
 pytestmark = pytest.mark.kernels
 
-SETS = [name for name in available() if name in ("portable", "vbmi")]  # the sets with words
+SETS = [name for name in available() if name in ("portable", "vbmi", "amx")]  # the sets with words
 INPUTS = (8, 24, 600, 2048)
 ROWS = 37
 LARGE, TINY = 1e33, 1e-30
@@ -46,12 +46,12 @@ def part(codes: Tensor, inputs: int, rounding: Rounding, *, as_words: bool) -> P
 @pytest.mark.parametrize("name", SETS)
 def test_as_the_codes_that_they_mean(name: str, inputs: int, bits: int) -> None:
     codes, rounding = words(inputs), Rounding.bits(bits)
-    x = torch.randn(9, inputs)
+    x = torch.randn(19, inputs)
     x[1], x[2], x[3] = LARGE * x[0], TINY * x[0], 0
     packed = pack_layer([part(codes, inputs, rounding, as_words=True)], ROWS, name)
     wanted = pack_layer([part(codes, inputs, rounding, as_words=False)], ROWS, "portable")
     (expected,) = multiply(x, [wanted], [ROWS], "portable")
-    for tokens in (1, 2, 9):
+    for tokens in (1, 2, 9, 19):
         (found,) = multiply(x[:tokens], [packed], [ROWS], name)
         assert torch.equal(found, expected[:tokens])
     (found,) = multiply(x[1:2], [packed], [ROWS], name)

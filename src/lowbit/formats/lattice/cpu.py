@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lowbit.formats.lattice import LatticeLinear
 
 ZERO_OF_WORDS = 15  # the kernels read a word of E8P12 as codes from 2 to 13; see words.c
+HAVE_WORDS = ("vbmi", "amx")  # instruction sets that multiply words as they are stored
 WORDS_AT_ONCE = 2**18  # while they are packed
 
 
@@ -67,7 +68,7 @@ class Cpu(RotatedNative["LatticeLinear"]):
 
 
 def _as_words(book: Codebook) -> bool:
-    return book.name == E8P12.name and chosen() == "vbmi"
+    return book.name == E8P12.name and chosen() in HAVE_WORDS
 
 
 def _part(layer: "LatticeLinear", book: Codebook, first_bit: int, factor: float) -> Part:

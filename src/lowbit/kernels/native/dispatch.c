@@ -13,6 +13,11 @@
 #endif
 #endif
 
+#if defined(__linux__) && defined(X86)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if defined(__linux__) && defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -83,6 +88,22 @@ static int has_vbmi(void) {
 }
 #endif
 
+#ifdef X86
+/* Linux asks to be told before a process uses the registers of AMX, which are large. */
+static int has_amx(void) {
+#if defined(__linux__)
+    enum { PERMISSION = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    unsigned a, b, c, d;
+    if (!has_vbmi() || (saved_registers() & 0x60000) != 0x60000) return 0;
+    cpuid(7, &a, &b, &c, &d);
+    int tiles = d >> 24 & 1, bytes = d >> 25 & 1;
+    return tiles && bytes && !syscall(SYS_arch_prctl, PERMISSION, TILE_DATA);
+#else
+    return 0;
+#endif
+}
+#endif
+
 static int has_dot_products(void) {
 #if defined(__APPLE__) && defined(__aarch64__)
     return 1; /* every processor of Apple's for macOS */
@@ -99,6 +120,7 @@ static const lowbit_set *set_of(int32_t number) {
     case LOWBIT_AVX512: return &lowbit_avx512;
     case LOWBIT_VBMI: return &lowbit_avx512; /* which reads words too */
     case LOWBIT_NEON: return &lowbit_neon;
+    case LOWBIT_AMX: return &lowbit_amx;
     default: return &lowbit_portable;
     }
 }
@@ -111,6 +133,7 @@ LOWBIT_EXPORT int32_t lowbit_has(int32_t set) {
     if (set == LOWBIT_AVX2) return has_avx2();
     if (set == LOWBIT_AVX512) return has_avx512();
     if (set == LOWBIT_VBMI) return has_vbmi();
+    if (set == LOWBIT_AMX) return has_amx();
 #endif
     return set == LOWBIT_PORTABLE;
 }
@@ -210,7 +233,7 @@ static void add_part(const work *w, int32_t number, int index, const int64_t *ti
     const lowbit_part *part = &layer->part[index];
     const lowbit_inputs *in = &w->of_layer[number]->part[index];
     int rows = layer->rows;
-    float own[LOWBIT_BLOCK * 2 * LOWBIT_MOST_ROWS];
+    _Alignas(64) float own[LOWBIT_BLOCK * LOWBIT_STREAMS * LOWBIT_MOST_ROWS];
     if (part->spec.kind != LOWBIT_FLOATS)
         w->set->multiply(layer, part, in, tile, tiles, token, tokens, own);
     const float *means = part->means ? lowbit_at(layer, part->means) : NULL;
@@ -236,51 +259,62 @@ static void add_part(const work *w, int32_t number, int index, const int64_t *ti
 static void write_outputs(const lowbit_layer *layer, const int64_t *tile, int tiles, int64_t token,
                           int tokens, const float *y, float *output) {
     for (int m = 0; m < tokens; m++) {
-        for (int t = 0; t < tiles; t++) {
-            int64_t first = tile[t] * layer->rows, count = layer->outputs - first;
-            if (count > layer->rows) count = layer->rows;
-            memcpy(output + (token + m) * layer->outputs + first, y + (m * tiles + t) * layer->rows,
-                   (size_t)count * sizeof(float));
+        float *to = output + (token + m) * layer->outputs;
+        for (int t = 0; t < tiles;) {
+            const float *from = y + (m * tiles + t) * layer->rows;
+            int64_t first = tile[t] * layer->rows, count = layer->outputs - first, next = 1;
+            while (t + next < tiles && tile[t + next] == tile[t] + next) next++;
+            t += (int)next;
+            if (count > next * layer->rows) count = next * layer->rows;
+            memcpy(to + first, from, (size_t)count * sizeof(float));
         }
     }
 }
 
-/* Multiplies by tiles that lie `apart` from each other. */
-static void multiply_some(const work *w, int32_t number, int64_t first, int64_t apart, int tiles) {
+/* Multiplies some tokens by tiles that lie `apart` from each other. */
+static void multiply_some(const work *w, int32_t number, int64_t first, int64_t apart, int tiles,
+                          int64_t token, int tokens) {
     const lowbit_layer *layer = w->call->layers[number];
-    int64_t all = w->call->tokens, tile[LOWBIT_STREAMS];
-    float y[LOWBIT_BLOCK * 2 * LOWBIT_MOST_ROWS];
+    int64_t tile[LOWBIT_STREAMS];
+    float y[LOWBIT_BLOCK * LOWBIT_STREAMS * LOWBIT_MOST_ROWS];
     for (int t = 0; t < tiles; t++) tile[t] = first + t * apart;
-    for (int64_t token = 0; token < all; token += LOWBIT_BLOCK) {
-        int tokens = all - token < LOWBIT_BLOCK ? (int)(all - token) : LOWBIT_BLOCK;
-        memset(y, 0, (size_t)(tokens * tiles * layer->rows) * sizeof(float));
-        for (int32_t i = 0; i < layer->parts; i++)
-            add_part(w, number, i, tile, tiles, token, tokens, y);
-        write_outputs(layer, tile, tiles, token, tokens, y, w->call->outputs[number]);
+    memset(y, 0, (size_t)(tokens * tiles * layer->rows) * sizeof(float));
+    for (int32_t i = 0; i < layer->parts; i++)
+        add_part(w, number, i, tile, tiles, token, tokens, y);
+    write_outputs(layer, tile, tiles, token, tokens, y, w->call->outputs[number]);
+}
+
+/* With one token, the tiles are cut into runs that are read side by side, each from its beginning to
+ * its end. With several tokens, neighbours are multiplied at once. */
+static void multiply_range(const work *w, int32_t number, int64_t begin, int64_t end, int64_t token,
+                           int tokens) {
+    int several = w->call->tokens > 1, most = several ? w->set->together : w->set->streams;
+    for (int count = most; count; count /= 2) {
+        int64_t run = (end - begin) / count;
+        for (int64_t i = 0; i < run; i++) {
+            if (several)
+                multiply_some(w, number, begin + i * count, 1, count, token, tokens);
+            else
+                multiply_some(w, number, begin + i, run, count, token, tokens);
+        }
+        begin += run * count;
     }
 }
 
-/* The tiles are cut into runs that are read side by side, each from its beginning to its end. */
-static void multiply_range(const work *w, int32_t number, int64_t begin, int64_t end) {
-    int most = w->call->tokens > 1 ? w->set->pair : w->set->streams;
-    for (int streams = most; streams; streams /= 2) {
-        int64_t run = (end - begin) / streams;
-        for (int64_t i = 0; i < run; i++)
-            multiply_some(w, number, begin + i, run, streams);
-        begin += run * streams;
-    }
-}
-
-/* Tiles are numbered through all layers. */
+/* Tiles are numbered through all layers. The inputs of a block of tokens stay in the cache. */
 static void multiply_tiles(int64_t begin, int64_t end, void *context) {
     const work *w = context;
-    int64_t first = 0;
-    for (int32_t i = 0; i < w->call->count; i++) {
-        const lowbit_layer *layer = w->call->layers[i];
-        int64_t from = begin > first ? begin - first : 0, to = end - first;
-        if (to > layer->tiles) to = layer->tiles;
-        if (from < to) multiply_range(w, i, from, to);
-        first += layer->tiles;
+    int64_t all = w->call->tokens;
+    for (int64_t token = 0; token < all; token += LOWBIT_BLOCK) {
+        int tokens = all - token < LOWBIT_BLOCK ? (int)(all - token) : LOWBIT_BLOCK;
+        int64_t first = 0;
+        for (int32_t i = 0; i < w->call->count; i++) {
+            const lowbit_layer *layer = w->call->layers[i];
+            int64_t from = begin > first ? begin - first : 0, to = end - first;
+            if (to > layer->tiles) to = layer->tiles;
+            if (from < to) multiply_range(w, i, from, to, token, tokens);
+            first += layer->tiles;
+        }
     }
 }
 
@@ -290,17 +324,20 @@ static void *take(char **memory, int64_t bytes) {
     return taken;
 }
 
+/* An odd multiple of 64; see lowbit_inputs. */
+static int64_t token_bytes(const lowbit_part *part) { return ((part->padded + 63) / 64 | 1) * 64; }
+
 static int64_t input_bytes(const lowbit_part *part, int64_t tokens) {
-    return tokens * (4 * part->padded + 8 * part->pieces + 5) + 64 * 8;
+    return tokens * (4 * token_bytes(part) + 8 * part->pieces + 5) + 64 * 8;
 }
 
 static void place_inputs(const lowbit_part *part, const lowbit_set *set, int64_t tokens,
                          lowbit_inputs *in, char **memory) {
-    in->padded = part->padded;
+    in->padded = token_bytes(part);
     in->pieces = part->pieces;
-    in->low = take(memory, tokens * part->padded);
-    in->high = part->spec.halves == 2 ? take(memory, tokens * part->padded) : NULL;
-    in->wide = set->wide ? take(memory, 2 * tokens * part->padded) : NULL;
+    in->low = take(memory, tokens * in->padded);
+    in->high = part->spec.halves == 2 ? take(memory, tokens * in->padded) : NULL;
+    in->wide = set->wide ? take(memory, 2 * tokens * in->padded) : NULL;
     in->step = take(memory, 4 * tokens * part->pieces);
     in->sum = take(memory, 4 * tokens * part->pieces);
     in->total = take(memory, 4 * tokens);

@@ -1,7 +1,8 @@
 """Finds and loads the compiled library, and chooses its instruction set.
 
 The environment variable LOWBIT_KERNELS forces one: off (torch computes everything, on GPUs too),
-portable, avx2, avx512, vbmi (AVX-512 with VBMI and GFNI) or neon. It is read once.
+portable, avx2, avx512, vbmi (AVX-512 with VBMI and GFNI), amx (vbmi with AMX int8) or neon. It is
+read once.
 """
 
 import ctypes
@@ -13,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-ABI = 5  # LOWBIT_ABI in lowbit_kernels.h
+ABI = 6  # LOWBIT_ABI in lowbit_kernels.h
 VARIABLE = "LOWBIT_KERNELS"
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon", "vbmi")  # as in lowbit_kernels.h
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon", "vbmi", "amx")  # as in lowbit_kernels.h
 NAMES = ("lowbit_kernels.so", "lowbit_kernels.dll", "lowbit_kernels.dylib")
 
 

@@ -24,7 +24,7 @@
 
 #include <stdint.h>
 
-#define LOWBIT_ABI 5
+#define LOWBIT_ABI 6
 #define LOWBIT_PARTS 2
 #define LOWBIT_MOST_PLANES 3
 #define LOWBIT_MOST_ROWS 16 /* rows of the largest tile */
@@ -32,7 +32,9 @@
 #define LOWBIT_PATTERNS 256 /* of a table of words */
 #define LOWBIT_PIECE 512    /* most inputs that are summed as integers at once; see rounding.h */
 #define LOWBIT_STREAMS 4    /* most tiles that are multiplied at once */
-#define LOWBIT_BLOCK 64     /* tokens that are multiplied by a tile before the next tile */
+#define LOWBIT_BLOCK 128    /* tokens that are multiplied by a tile before the next tile */
+/* Bytes from the unpacked codes of a piece of a tile to those of the next. */
+#define LOWBIT_APART(rows) ((LOWBIT_PIECE + LOWBIT_PADDING) * (rows))
 
 #if defined(_WIN32)
 #define LOWBIT_EXPORT __declspec(dllexport)
@@ -41,13 +43,15 @@
 #endif
 
 /* Instruction sets, numbered as in library.py. VBMI: AVX-512 with VBMI and GFNI, which permutes bytes
- * and maps bits, and multiplies words faster than the codes that they mean. */
+ * and maps bits, and multiplies words faster than the codes that they mean. AMX: VBMI with tiles of
+ * bytes, for several tokens. */
 enum {
     LOWBIT_PORTABLE = 0,
     LOWBIT_AVX2 = 1,
     LOWBIT_AVX512 = 2,
     LOWBIT_NEON = 3,
-    LOWBIT_VBMI = 4
+    LOWBIT_VBMI = 4,
+    LOWBIT_AMX = 5
 };
 
 enum { LOWBIT_PLANES = 0, LOWBIT_FLOATS = 1, LOWBIT_WORDS = 2 };
@@ -123,7 +127,9 @@ typedef struct {
 
 /* The rounded inputs of one part, for all tokens. */
 typedef struct {
-    int64_t padded, pieces;
+    int64_t pieces;
+    int64_t padded; /* from one token to the next: an odd multiple of 64, so that tokens do not
+                     * push each other out of caches */
     int8_t *low;   /* [token][padded], or all of q */
     int8_t *high;  /* [token][padded]; NULL with one half */
     int16_t *wide; /* [token][padded], all of q, in the order 0, 2, 1, 3 of every four; NULL where
@@ -141,7 +147,7 @@ enum { LOWBIT_FINE = 0, LOWBIT_LARGE = 1, LOWBIT_BROKEN = 2 };
 typedef struct {
     int32_t rows; /* of a tile */
     int32_t streams; /* tiles that `multiply` takes at once with one token, at most LOWBIT_STREAMS */
-    int32_t pair;    /* the same with several tokens: 1 or 2 */
+    int32_t together; /* the same with several tokens */
     int32_t wide; /* whether it reads lowbit_inputs.wide */
     /* Rounds the inputs of tokens [begin, end); x is the first token, tokens lie `stride` apart. */
     void (*round)(const lowbit_layer *, const lowbit_part *, const float *x, int64_t stride,
@@ -155,6 +161,7 @@ extern const lowbit_set lowbit_portable;
 extern const lowbit_set lowbit_avx2;
 extern const lowbit_set lowbit_avx512;
 extern const lowbit_set lowbit_neon;
+extern const lowbit_set lowbit_amx;
 
 /* Writes the codes of a piece of one tile as bytes: out[place / 4][4 * row + place % 4]. */
 void lowbit_unpack_piece(const lowbit_layer *, const lowbit_part *, int64_t tile,

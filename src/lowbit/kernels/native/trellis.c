@@ -173,7 +173,7 @@ LOWBIT_EXPORT int32_t lowbit_trellis_multiply(const lowbit_trellis_call *call) {
     }
     char *left = (char *)(((uintptr_t)memory + 63) / 64 * 64);
     work w = {call, about, lowbit_trellis_portable, 0, {0}, NULL, NULL};
-    if (call->set == LOWBIT_VBMI)
+    if (call->set == LOWBIT_VBMI || call->set == LOWBIT_AMX)
         w.add = lowbit_trellis_vbmi, w.pairs = 1;
     else if (call->set == LOWBIT_AVX512)
         w.add = lowbit_trellis_avx512;

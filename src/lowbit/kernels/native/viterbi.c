@@ -100,7 +100,7 @@ static void encode_range(int64_t begin, int64_t end, void *context) {
     static const lowbit_viterbi_step STEPS[] = {
         [LOWBIT_PORTABLE] = lowbit_viterbi_portable, [LOWBIT_AVX2] = lowbit_viterbi_avx2,
         [LOWBIT_AVX512] = lowbit_viterbi_avx512,     [LOWBIT_NEON] = lowbit_viterbi_portable,
-        [LOWBIT_VBMI] = lowbit_viterbi_avx512,
+        [LOWBIT_VBMI] = lowbit_viterbi_avx512,       [LOWBIT_AMX] = lowbit_viterbi_avx512,
     };
     encoder e;
     lowbit_trellis code = {call->state_bits, call->shift, call->values,
