@@ -19,7 +19,7 @@ void lowbit_scales(void *, int32_t, const uint8_t *, const uint8_t *);
 int32_t lowbit_multiply(const float *, int64_t, int64_t, int32_t, int32_t,
                         const lowbit_layer *const *, float *const *, parallel_for);
 
-enum { OUTPUTS = 37, TOKENS = 9, MOST_INPUTS = 1100 };
+enum { OUTPUTS = 37, TOKENS = 21, MOST_INPUTS = 1100 };
 
 static uint64_t state = 88172645463325252u;
 
@@ -60,7 +60,7 @@ static int equal(const lowbit_spec *spec, int32_t set, int top) {
     float *to = wanted;
     lowbit_multiply(x, TOKENS, spec->inputs, 0, 1, &a, &to, NULL);
     int same = 1;
-    for (int64_t tokens = 1; tokens <= TOKENS; tokens += 4) {
+    for (int64_t tokens = 1; tokens <= TOKENS; tokens = 4 * tokens + 1) {
         to = found;
         lowbit_multiply(x, tokens, spec->inputs, set, 1, &b, &to, NULL);
         same &= !memcmp(wanted, found, (size_t)tokens * OUTPUTS * sizeof(float));

@@ -124,6 +124,25 @@ def test_equal_bits(bits: int, inputs: int, size: int, input_bits: int) -> None:
             assert torch.equal(run(of, x[:tokens], name), wanted[:tokens])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_equal_bits_with_float_weights(dtype: torch.dtype) -> None:
+    """Of a second part, which is multiplied in float, one input after the other."""
+    codes, salient = part(4, 256, 128), 19
+    weights = torch.randn(ROWS, salient, generator=torch.Generator().manual_seed(0)).to(dtype)
+    floats = replace(
+        codes, first=256, inputs=salient, group_size=salient, codes=None, scale=weights
+    )
+    x = torch.randn(21, 256 + salient)
+    wanted = run(codes, x[:, :256])
+    for column in range(salient):
+        wanted += x[:, 256 + column, None] * weights[:, column].float()
+    for name in SETS:
+        blob = pack_layer([codes, floats], ROWS, name)
+        for tokens in (1, 2, 21):
+            (found,) = multiply(x[:tokens], [blob], [ROWS], name)
+            assert torch.equal(found, wanted[:tokens])
+
+
 @every_width
 @every_input
 @pytest.mark.parametrize("sign", [1, -1])

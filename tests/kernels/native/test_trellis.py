@@ -46,7 +46,7 @@ def test_every_set_and_number_of_tokens(size: str, rate: float, top: int) -> Non
     rows, columns = SIZES[size]
     for state_bits in (9, 16):
         packed, scale = layer(rate, state_bits, rows, columns)
-        how, x = product(rate, state_bits, top), inputs(7, columns)
+        how, x = product(rate, state_bits, top), inputs(21, columns)
         grid = TrellisCode(rate, state_bits).decode(packed).double()
         weight = grid.permute(0, 3, 1, 2).reshape(16 * len(grid), -1)[:rows, :columns]
         wanted = rounded(x, top) @ weight.T * scale.double()
@@ -54,8 +54,10 @@ def test_every_set_and_number_of_tokens(size: str, rate: float, top: int) -> Non
         assert (found[0] - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp_min(1)
         for other in found[1:]:
             assert torch.equal(other, found[0])
-        for tokens in (1, 4):
-            assert torch.equal(multiply(x[:tokens], packed, scale, how), found[0][:tokens])
+        for name in available():
+            for tokens in (1, 4):
+                some = multiply(x[:tokens], packed, scale, how, name)
+                assert torch.equal(some, found[0][:tokens])
 
 
 def test_inputs_that_cannot_be_rounded() -> None:

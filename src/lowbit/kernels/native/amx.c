@@ -10,7 +10,6 @@
 #define FEWEST 2 /* tokens; fewer are multiplied one by one */
 #define TOGETHER 64 /* inputs of an instruction */
 #define TILE_BYTES 1024
-#define UPPER (STEP * LOWBIT_STREAMS * ROWS) /* where sums of upper halves begin */
 
 /* The shape of the registers: palette 1, then bytes of a row and rows of each of eight. */
 typedef struct {
@@ -141,15 +140,25 @@ static void multiply(const lowbit_layer *layer, const lowbit_part *part, const l
     _tile_release();
 }
 
+static void bytes(const uint8_t *codes, int tiles, const lowbit_inputs *in,
+                  const lowbit_piece *piece, int64_t token, int tokens, int32_t *sums) {
+    _Alignas(64) int32_t found[2 * UPPER];
+    begin(tokens);
+    any_product(codes, tiles, 0, in, piece, token, tokens, found);
+    _tile_release();
+    lowbit_sum_halves(found, (int64_t)tokens * tiles * ROWS, in->high ? 2 : 1, sums);
+}
+
 static void round_inputs(const lowbit_layer *layer, const lowbit_part *part, const float *x,
                          int64_t stride, const lowbit_inputs *in, int64_t begin, int64_t end) {
     lowbit_avx512.round(layer, part, x, stride, in, begin, end);
 }
 
-const lowbit_set lowbit_amx = {ROWS, LOWBIT_STREAMS, LOWBIT_STREAMS, 0, round_inputs, multiply};
+const lowbit_set lowbit_amx = {
+    ROWS, LOWBIT_STREAMS, LOWBIT_STREAMS, 0, round_inputs, multiply, bytes, lowbit_avx512_floats};
 
 #else
 
-const lowbit_set lowbit_amx = {0, 0, 0, 0, 0, 0}; /* not compiled for this processor */
+const lowbit_set lowbit_amx = {0}; /* not compiled for this processor */
 
 #endif

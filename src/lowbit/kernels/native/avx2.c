@@ -317,10 +317,54 @@ static void multiply(const lowbit_layer *layer, const lowbit_part *part, const l
     for (int m = 0; m < tokens; m++) _mm256_storeu_ps(y + m * ROWS, sums[m].y);
 }
 
-const lowbit_set lowbit_avx2 = {ROWS, LOWBIT_STREAMS, 1, 1, round_inputs, multiply};
+static void bytes(const uint8_t *codes, int tiles, const lowbit_inputs *in,
+                  const lowbit_piece *piece, int64_t token, int tokens, int32_t *sums) {
+    for (int t = 0; t < tiles; t++, codes += LOWBIT_APART(ROWS)) {
+        for (int m = 0; m < tokens;) {
+            __m256i products[2 * TOKENS];
+            int count = some_products(codes, in, piece, token + m, tokens - m, 8, products);
+            for (int i = 0; i < count; i++, m++)
+                _mm256_storeu_si256((__m256i *)(sums + (m * tiles + t) * ROWS), products[i]);
+        }
+    }
+}
+
+/* Float weights, for `count` tokens whose sums are held in registers. */
+INLINE void some_floats(const uint8_t *weights, int size, int64_t inputs, const float *x,
+                        int64_t stride, int count, float *y, int64_t apart) {
+    __m256 sums[8];
+    UNROLL(8)
+    for (int m = 0; m < count; m++) sums[m] = _mm256_loadu_ps(y + m * apart);
+    for (int64_t i = 0; i < inputs; i++, weights += ROWS * size) {
+        __m256 weight = row_scales(weights, size);
+        UNROLL(8)
+        for (int m = 0; m < count; m++) {
+            __m256 product = _mm256_mul_ps(_mm256_set1_ps(x[m * stride + i]), weight);
+            sums[m] = _mm256_add_ps(sums[m], product);
+        }
+    }
+    UNROLL(8)
+    for (int m = 0; m < count; m++) _mm256_storeu_ps(y + m * apart, sums[m]);
+}
+
+static void floats(const lowbit_layer *layer, const lowbit_part *part, int64_t tile, const float *x,
+                   int64_t stride, int tokens, float *y, int64_t apart) {
+    const int64_t inputs = part->spec.inputs;
+    const int size = part->spec.scale_bytes;
+    const uint8_t *weights = (const uint8_t *)lowbit_at(layer, part->scales) +
+                             tile * inputs * ROWS * size;
+    int m = 0;
+    for (; m + 8 <= tokens; m += 8)
+        some_floats(weights, size, inputs, x + m * stride, stride, 8, y + m * apart, apart);
+    for (; m < tokens; m++)
+        some_floats(weights, size, inputs, x + m * stride, stride, 1, y + m * apart, apart);
+}
+
+const lowbit_set lowbit_avx2 = {ROWS,         LOWBIT_STREAMS, 1,     1,
+                                round_inputs, multiply,       bytes, floats};
 
 #else
 
-const lowbit_set lowbit_avx2 = {0, 0, 0, 0, 0, 0}; /* not compiled for this processor */
+const lowbit_set lowbit_avx2 = {0}; /* not compiled for this processor */
 
 #endif

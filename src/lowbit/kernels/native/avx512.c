@@ -143,10 +143,11 @@ static void multiply(const lowbit_layer *layer, const lowbit_part *part, const l
         multiply_one(layer, part, in, tile, tiles, token, 1, y);
 }
 
-const lowbit_set lowbit_avx512 = {ROWS, LOWBIT_STREAMS, 2, 0, round_inputs, multiply};
+const lowbit_set lowbit_avx512 = {
+    ROWS, LOWBIT_STREAMS, 2, 0, round_inputs, multiply, lowbit_vnni_bytes, lowbit_avx512_floats};
 
 #else
 
-const lowbit_set lowbit_avx512 = {0, 0, 0, 0, 0, 0}; /* not compiled for this processor */
+const lowbit_set lowbit_avx512 = {0}; /* not compiled for this processor */
 
 #endif

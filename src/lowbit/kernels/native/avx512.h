@@ -10,7 +10,8 @@
 #define ROWS 16
 #define VECTOR 64
 #define AHEAD 2048 /* bytes that are prefetched ahead of a plane */
-#define STEP 16    /* tokens that are multiplied by a piece of some tiles at once */
+#define STEP LOWBIT_AT_ONCE
+#define UPPER (STEP * LOWBIT_STREAMS * ROWS) /* where sums of upper halves begin */
 
 INLINE __m512i four_inputs(const int8_t *q) {
     int32_t word;
@@ -31,7 +32,7 @@ INLINE __m512i row_zeros(const lowbit_spec *spec, const uint8_t *scales) {
 }
 
 /* Writes the products of a piece of `tiles` tiles and `count` tokens, at most STEP:
- * found[m][tile][row] for q or its lower half, and behind STEP tokens the same for the upper half.
+ * found[m][tile][row] for q or its lower half, and from UPPER on the same for the upper half.
  * codes: [tile][LOWBIT_APART(ROWS)], bytes, which are signed if is_signed. */
 typedef void (*lowbit_bytes_product)(const uint8_t *codes, int tiles, int is_signed,
                                      const lowbit_inputs *, const lowbit_piece *, int64_t token,
@@ -48,6 +49,15 @@ typedef struct {
 void lowbit_multiply_tokens(const lowbit_layer *, const lowbit_part *, const lowbit_inputs *,
                             const int64_t *tile, int tiles, int64_t token, int tokens,
                             const lowbit_way *, float *y);
+
+/* `bytes` and `floats` of lowbit_set. */
+void lowbit_vnni_bytes(const uint8_t *codes, int tiles, const lowbit_inputs *, const lowbit_piece *,
+                       int64_t token, int tokens, int32_t *sums);
+void lowbit_avx512_floats(const lowbit_layer *, const lowbit_part *, int64_t tile, const float *x,
+                          int64_t stride, int tokens, float *y, int64_t apart);
+
+/* Writes 128 times the upper sums plus the lower ones, which a lowbit_bytes_product found. */
+void lowbit_sum_halves(const int32_t *found, int64_t count, int halves, int32_t *sums);
 
 /* The product of bytes with VNNI. */
 void lowbit_vnni_product(const uint8_t *codes, int tiles, int is_signed, const lowbit_inputs *,

@@ -114,7 +114,7 @@ static int has_dot_products(void) {
 #endif
 }
 
-static const lowbit_set *set_of(int32_t number) {
+const lowbit_set *lowbit_set_of(int32_t number) {
     switch (number) {
     case LOWBIT_AVX2: return &lowbit_avx2;
     case LOWBIT_AVX512: return &lowbit_avx512;
@@ -127,7 +127,7 @@ static const lowbit_set *set_of(int32_t number) {
 
 /* Whether the processor, the system and this library have an instruction set. */
 LOWBIT_EXPORT int32_t lowbit_has(int32_t set) {
-    if (!set_of(set)->rows) return 0;
+    if (!lowbit_set_of(set)->rows) return 0;
     if (set == LOWBIT_NEON) return has_dot_products();
 #ifdef X86
     if (set == LOWBIT_AVX2) return has_avx2();
@@ -138,7 +138,7 @@ LOWBIT_EXPORT int32_t lowbit_has(int32_t set) {
     return set == LOWBIT_PORTABLE;
 }
 
-LOWBIT_EXPORT int32_t lowbit_rows(int32_t set) { return set_of(set)->rows; }
+LOWBIT_EXPORT int32_t lowbit_rows(int32_t set) { return lowbit_set_of(set)->rows; }
 
 typedef void (*range_function)(int64_t begin, int64_t end, void *context);
 typedef int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, range_function, void *);
@@ -182,17 +182,6 @@ static void round_range(int64_t begin, int64_t end, void *context) {
                               &r->part[i], begin, end);
 }
 
-/* Adds the product with float weights: one input after the other, without fused operations. */
-static void add_floats(const work *w, const lowbit_layer *layer, const lowbit_part *part,
-                       int64_t tile, int64_t token, float *y) {
-    const float *x = w->call->x + token * w->call->stride + part->spec.first;
-    int32_t bytes = part->spec.scale_bytes;
-    const uint8_t *weights = (const uint8_t *)lowbit_at(layer, part->scales) +
-                             tile * part->spec.inputs * layer->rows * bytes;
-    for (int64_t i = 0; i < part->spec.inputs; i++, weights += layer->rows * bytes)
-        for (int row = 0; row < layer->rows; row++) y[row] += x[i] * scale_of(weights, bytes, row);
-}
-
 /* The product for a token whose inputs cannot be summed as integers, row by row in float. */
 static void add_unusual(const work *w, const lowbit_layer *layer, const lowbit_part *part,
                         const lowbit_inputs *in, int64_t tile, int64_t token, float *y) {
@@ -234,15 +223,19 @@ static void add_part(const work *w, int32_t number, int index, const int64_t *ti
     const lowbit_inputs *in = &w->of_layer[number]->part[index];
     int rows = layer->rows;
     _Alignas(64) float own[LOWBIT_BLOCK * LOWBIT_STREAMS * LOWBIT_MOST_ROWS];
-    if (part->spec.kind != LOWBIT_FLOATS)
-        w->set->multiply(layer, part, in, tile, tiles, token, tokens, own);
+    if (part->spec.kind == LOWBIT_FLOATS) {
+        const float *x = w->call->x + token * w->call->stride + part->spec.first;
+        for (int t = 0; t < tiles; t++)
+            w->set->floats(layer, part, tile[t], x, w->call->stride, tokens, y + t * rows,
+                           tiles * rows);
+        return;
+    }
+    w->set->multiply(layer, part, in, tile, tiles, token, tokens, own);
     const float *means = part->means ? lowbit_at(layer, part->means) : NULL;
     for (int m = 0; m < tokens; m++) {
         for (int t = 0; t < tiles; t++) {
             float *to = y + (m * tiles + t) * rows, *from = own + (m * tiles + t) * rows;
-            if (part->spec.kind == LOWBIT_FLOATS) {
-                add_floats(w, layer, part, tile[t], token + m, to);
-            } else if (in->state[token + m] != LOWBIT_FINE) {
+            if (in->state[token + m] != LOWBIT_FINE) {
                 add_unusual(w, layer, part, in, tile[t], token + m, to);
             } else {
                 for (int row = 0; row < rows; row++) {
@@ -324,16 +317,13 @@ static void *take(char **memory, int64_t bytes) {
     return taken;
 }
 
-/* An odd multiple of 64; see lowbit_inputs. */
-static int64_t token_bytes(const lowbit_part *part) { return ((part->padded + 63) / 64 | 1) * 64; }
-
 static int64_t input_bytes(const lowbit_part *part, int64_t tokens) {
-    return tokens * (4 * token_bytes(part) + 8 * part->pieces + 5) + 64 * 8;
+    return tokens * (4 * lowbit_token_bytes(part) + 8 * part->pieces + 5) + 64 * 8;
 }
 
 static void place_inputs(const lowbit_part *part, const lowbit_set *set, int64_t tokens,
                          lowbit_inputs *in, char **memory) {
-    in->padded = token_bytes(part);
+    in->padded = lowbit_token_bytes(part);
     in->pieces = part->pieces;
     in->low = take(memory, tokens * in->padded);
     in->high = part->spec.halves == 2 ? take(memory, tokens * in->padded) : NULL;
@@ -388,7 +378,7 @@ LOWBIT_EXPORT int32_t lowbit_multiply(const float *x, int64_t tokens, int64_t st
     int64_t tiles = 0, lists = (count + 1) * (int64_t)sizeof(rounded) + count * sizeof(void *);
     char *list = calloc((size_t)lists, 1);
     if (list == NULL) return 1;
-    work w = {&call, set_of(set), (rounded *)list,
+    work w = {&call, lowbit_set_of(set), (rounded *)list,
               (const rounded **)(list + (count + 1) * sizeof(rounded))};
     char *memory = malloc((size_t)plan(&w) + 64);
     if (memory == NULL) {

@@ -32,6 +32,7 @@
 #define LOWBIT_PATTERNS 256 /* of a table of words */
 #define LOWBIT_PIECE 512    /* most inputs that are summed as integers at once; see rounding.h */
 #define LOWBIT_STREAMS 4    /* most tiles that are multiplied at once */
+#define LOWBIT_AT_ONCE 16      /* tokens that are multiplied by a piece of a tile at once */
 #define LOWBIT_BLOCK 128    /* tokens that are multiplied by a tile before the next tile */
 /* Bytes from the unpacked codes of a piece of a tile to those of the next. */
 #define LOWBIT_APART(rows) ((LOWBIT_PIECE + LOWBIT_PADDING) * (rows))
@@ -155,6 +156,14 @@ typedef struct {
     /* Writes y[token][i][row] for tiles tile[i] and `tokens` tokens. */
     void (*multiply)(const lowbit_layer *, const lowbit_part *, const lowbit_inputs *,
                      const int64_t *tile, int tiles, int64_t token, int tokens, float *y);
+    /* Writes sums[token][i][row] of the products of unpacked codes, bytes [i][LOWBIT_APART(rows)] of a
+     * piece, with at most LOWBIT_AT_ONCE tokens. */
+    void (*bytes)(const uint8_t *codes, int tiles, const lowbit_inputs *, const lowbit_piece *,
+                  int64_t token, int tokens, int32_t *sums);
+    /* Adds the product of float weights to y[m * apart + row] for `tokens` tokens and a tile: one
+     * input after the other, without fused operations. x: their inputs, `stride` floats apart. */
+    void (*floats)(const lowbit_layer *, const lowbit_part *, int64_t tile, const float *x,
+                   int64_t stride, int tokens, float *y, int64_t apart);
 } lowbit_set;
 
 extern const lowbit_set lowbit_portable;
@@ -162,6 +171,19 @@ extern const lowbit_set lowbit_avx2;
 extern const lowbit_set lowbit_avx512;
 extern const lowbit_set lowbit_neon;
 extern const lowbit_set lowbit_amx;
+
+const lowbit_set *lowbit_set_of(int32_t number);
+
+/* lowbit_inputs.padded. */
+static inline int64_t lowbit_token_bytes(const lowbit_part *part) {
+    return ((part->padded + 63) / 64 | 1) * 64;
+}
+
+/* The functions of lowbit_set in plain C, for tiles of any number of rows. */
+void lowbit_plain_bytes(const uint8_t *codes, int rows, int tiles, const lowbit_inputs *,
+                        const lowbit_piece *, int64_t token, int tokens, int32_t *sums);
+void lowbit_plain_floats(const lowbit_layer *, const lowbit_part *, int64_t tile, const float *x,
+                         int64_t stride, int tokens, float *y, int64_t apart);
 
 /* Writes the codes of a piece of one tile as bytes: out[place / 4][4 * row + place % 4]. */
 void lowbit_unpack_piece(const lowbit_layer *, const lowbit_part *, int64_t tile,

@@ -179,10 +179,16 @@ static void multiply(const lowbit_layer *layer, const lowbit_part *part, const l
     }
 }
 
-const lowbit_set lowbit_neon = {ROWS, 1, 1, 0, round_inputs, multiply};
+static void bytes(const uint8_t *codes, int tiles, const lowbit_inputs *in,
+                  const lowbit_piece *piece, int64_t token, int tokens, int32_t *sums) {
+    lowbit_plain_bytes(codes, ROWS, tiles, in, piece, token, tokens, sums);
+}
+
+const lowbit_set lowbit_neon = {ROWS,         1,        1,     0,
+                                round_inputs, multiply, bytes, lowbit_plain_floats};
 
 #else
 
-const lowbit_set lowbit_neon = {0, 0, 0, 0, 0, 0}; /* not compiled for this processor */
+const lowbit_set lowbit_neon = {0}; /* not compiled for this processor */
 
 #endif

@@ -105,7 +105,7 @@ INLINE void some_products(const uint8_t *codes, int tiles, const int8_t *low, co
             }
         }
     }
-    int32_t *upper = found + STEP * TILES * ROWS;
+    int32_t *upper = found + UPPER;
     UNROLL(8)
     for (int m = 0; m < count; m++) {
         for (int t = 0; t < tiles; t++) {
@@ -148,6 +148,53 @@ void lowbit_vnni_product(const uint8_t *codes, int tiles, int is_signed, const l
     }
 }
 
+void lowbit_sum_halves(const int32_t *found, int64_t count, int halves, int32_t *sums) {
+    for (int64_t i = 0; i < count; i += ROWS) {
+        __m512i sum = _mm512_load_si512(found + i);
+        if (halves == 2)
+            sum = _mm512_add_epi32(sum, _mm512_slli_epi32(_mm512_load_si512(found + UPPER + i), 7));
+        _mm512_storeu_si512(sums + i, sum);
+    }
+}
+
+void lowbit_vnni_bytes(const uint8_t *codes, int tiles, const lowbit_inputs *in,
+                       const lowbit_piece *piece, int64_t token, int tokens, int32_t *sums) {
+    _Alignas(64) int32_t found[2 * UPPER];
+    lowbit_vnni_product(codes, tiles, 0, in, piece, token, tokens, found);
+    lowbit_sum_halves(found, (int64_t)tokens * tiles * ROWS, in->high ? 2 : 1, sums);
+}
+
+/* Float weights, for `count` tokens whose sums are held in registers. */
+INLINE void some_floats(const uint8_t *weights, int size, int64_t inputs, const float *x,
+                        int64_t stride, int count, float *y, int64_t apart) {
+    __m512 sums[8];
+    UNROLL(8)
+    for (int m = 0; m < count; m++) sums[m] = _mm512_loadu_ps(y + m * apart);
+    for (int64_t i = 0; i < inputs; i++, weights += ROWS * size) {
+        __m512 weight = row_scales(weights, size);
+        UNROLL(8)
+        for (int m = 0; m < count; m++) {
+            __m512 product = _mm512_mul_ps(_mm512_set1_ps(x[m * stride + i]), weight);
+            sums[m] = _mm512_add_ps(sums[m], product);
+        }
+    }
+    UNROLL(8)
+    for (int m = 0; m < count; m++) _mm512_storeu_ps(y + m * apart, sums[m]);
+}
+
+void lowbit_avx512_floats(const lowbit_layer *layer, const lowbit_part *part, int64_t tile,
+                          const float *x, int64_t stride, int tokens, float *y, int64_t apart) {
+    const int64_t inputs = part->spec.inputs;
+    const int size = part->spec.scale_bytes;
+    const uint8_t *weights = (const uint8_t *)lowbit_at(layer, part->scales) +
+                             tile * inputs * ROWS * size;
+    int m = 0;
+    for (; m + 8 <= tokens; m += 8)
+        some_floats(weights, size, inputs, x + m * stride, stride, 8, y + m * apart, apart);
+    for (; m < tokens; m++)
+        some_floats(weights, size, inputs, x + m * stride, stride, 1, y + m * apart, apart);
+}
+
 /* What is known while the pieces pass, [token][tile][row]. sums, partial: they are zero before a
  * piece that begins a group. */
 typedef struct {
@@ -181,7 +228,7 @@ INLINE void finish(const found_piece *f, running to, int count, int halves, int 
             const int at = (m * f->tiles + t) * ROWS;
             __m512i product = _mm512_load_si512(f->found + at);
             if (halves == 2) {
-                __m512i upper = _mm512_load_si512(f->found + at + STEP * TILES * ROWS);
+                __m512i upper = _mm512_load_si512(f->found + at + UPPER);
                 product = _mm512_add_epi32(product, _mm512_slli_epi32(upper, 7));
             }
             if (!centered) {
@@ -245,7 +292,7 @@ void lowbit_multiply_tokens(const lowbit_layer *layer, const lowbit_part *part,
                             const lowbit_inputs *in, const int64_t *tile, int tiles, int64_t token,
                             int tokens, const lowbit_way *way, float *y) {
     _Alignas(64) uint8_t codes[TILES * LOWBIT_APART(ROWS)];
-    _Alignas(64) int32_t found[2 * STEP * TILES * ROWS];
+    _Alignas(64) int32_t found[2 * UPPER];
     _Alignas(64) int32_t sums[LOWBIT_BLOCK * TILES * ROWS];
     _Alignas(64) float partial[LOWBIT_BLOCK * TILES * ROWS];
     const lowbit_piece *piece = lowbit_at(layer, part->piece_table);

@@ -9,7 +9,6 @@
 #include "lowbit_kernels.h"
 
 #define LOWBIT_TILE 16
-#define LOWBIT_TILE_TOKENS 4 /* tokens that are multiplied by a strip at once */
 #define LOWBIT_SUM6_BITS 0x3f3f3f3fu
 #define LOWBIT_SUM6_MEAN 126
 
@@ -19,21 +18,29 @@ typedef struct {
     uint32_t multiplier[2];
 } lowbit_code;
 
-/* Adds the products of the tiles of a piece of the inputs to sums[token][row], for 1 or
- * LOWBIT_TILE_TOKENS tokens. The sums are of the values plus LOWBIT_SUM6_MEAN.
- * low, high: [token][inputs], q = 128 * high + low, each q repeated in the four bytes of a word;
- * high is NULL with one half. Where columns are multiplied in pairs, every second word holds two
- * bytes of its own q and two of the next. apart: words from one token to the next. */
+/* Adds the products of the tiles of a piece of the inputs of one token to sums[row]. The sums are of
+ * the values plus LOWBIT_SUM6_MEAN.
+ * low, high: q = 128 * high + low, each q repeated in the four bytes of a word; high is NULL with one
+ * half. Where columns are multiplied in pairs, every second word holds two bytes of its own q and two
+ * of the next. */
 typedef void (*lowbit_trellis_piece)(const lowbit_code *, const uint8_t *tile, int64_t tiles,
-                                     const uint32_t *low, const uint32_t *high, int64_t apart,
-                                     int tokens, int32_t *sums);
+                                     const uint32_t *low, const uint32_t *high, int32_t *sums);
 
-void lowbit_trellis_portable(const lowbit_code *, const uint8_t *, int64_t, const uint32_t *,
-                             const uint32_t *, int64_t, int, int32_t *);
-void lowbit_trellis_avx512(const lowbit_code *, const uint8_t *, int64_t, const uint32_t *,
-                           const uint32_t *, int64_t, int, int32_t *);
-void lowbit_trellis_vbmi(const lowbit_code *, const uint8_t *, int64_t, const uint32_t *,
-                         const uint32_t *, int64_t, int, int32_t *);
+/* Writes the values of some tiles plus LOWBIT_SUM6_MEAN: codes[column / 4][row][column % 4]. */
+typedef void (*lowbit_trellis_decode)(const lowbit_code *, const uint8_t *tile, int64_t tiles,
+                                      uint8_t *codes);
+
+typedef struct {
+    lowbit_trellis_decode decode;
+    lowbit_trellis_piece add; /* faster than decoding for one token; NULL: there is none */
+    int pairs;                /* whether `add` multiplies columns in pairs */
+} lowbit_trellis_set;
+
+extern const lowbit_trellis_set lowbit_trellis_portable;
+extern const lowbit_trellis_set lowbit_trellis_avx512;
+extern const lowbit_trellis_set lowbit_trellis_vbmi;
+
+void lowbit_decode_portable(const lowbit_code *, const uint8_t *, int64_t, uint8_t *);
 
 /* The number in the state_bits bits from bit `first` on, in a ring of `bytes` bytes. */
 static inline uint32_t lowbit_window(const lowbit_code *code, const uint8_t *tile, int first) {

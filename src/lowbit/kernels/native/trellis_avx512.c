@@ -47,57 +47,76 @@ INLINE __m512i states(const uint8_t *tile, int bytes, int shift, int group, cons
     return _mm512_and_si512(words, pick->mask);
 }
 
-INLINE void add_column(__m512i state, uint32_t multiplier, const uint32_t *low,
-                       const uint32_t *high, int64_t apart, int tokens, int halves, __m512i *sums) {
-    __m512i mixed = _mm512_mullo_epi32(state, _mm512_set1_epi32((int)multiplier));
-    mixed = _mm512_and_si512(mixed, _mm512_set1_epi32(LOWBIT_SUM6_BITS));
-    UNROLL(16)
-    for (int m = 0; m < tokens; m++) {
-        __m512i q = _mm512_set1_epi32((int)low[m * apart]);
-        sums[m * halves] = _mm512_dpbusd_epi32(sums[m * halves], mixed, q);
-        if (halves == 2) {
-            q = _mm512_set1_epi32((int)high[m * apart]);
-            sums[m * halves + 1] = _mm512_dpbusd_epi32(sums[m * halves + 1], mixed, q);
-        }
-    }
+/* The four bytes of mixed states whose sum is the value plus LOWBIT_SUM6_MEAN. */
+INLINE __m512i mixed(__m512i state, uint32_t multiplier) {
+    __m512i all = _mm512_mullo_epi32(state, _mm512_set1_epi32((int)multiplier));
+    return _mm512_and_si512(all, _mm512_set1_epi32(LOWBIT_SUM6_BITS));
+}
+
+INLINE void add_column(__m512i values, const uint32_t *low, const uint32_t *high, int halves,
+                       __m512i *sums) {
+    sums[0] = _mm512_dpbusd_epi32(sums[0], values, _mm512_set1_epi32((int)*low));
+    if (halves == 2)
+        sums[1] = _mm512_dpbusd_epi32(sums[1], values, _mm512_set1_epi32((int)*high));
 }
 
 INLINE void add_tiles(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
-                      const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
-                      int halves, int shift, int values, int32_t *results) {
+                      const uint32_t *low, const uint32_t *high, int halves, int shift, int values,
+                      int32_t *results) {
     const int bytes = 32 * shift / values, groups = LOWBIT_TILE / values;
     const picker pick = picker_of(code);
-    tile_sums sums;
-    clear_sums(sums, tokens, halves);
-    for (int64_t i = 0; i < tiles; i++, tile += bytes, low += LOWBIT_TILE) {
+    const __m512i zero = _mm512_setzero_si512();
+    tile_sums sums = {{zero, zero}, {zero, zero}};
+    for (int64_t i = 0; i < tiles; i++, tile += bytes, low += LOWBIT_TILE, high += LOWBIT_TILE) {
         _mm_prefetch((const char *)tile + 1024, _MM_HINT_T0);
         if (bytes > 64) _mm_prefetch((const char *)tile + 1088, _MM_HINT_T0);
         UNROLL(16)
         for (int g = 0; g < groups; g++) {
             __m512i state = states(tile, bytes, shift, g, &pick);
-            add_column(state, code->multiplier[0], low + g, high + g, apart, tokens, halves,
-                       sums[g % 2]);
-            if (values == 2)
-                add_column(state, code->multiplier[1], low + g + 8, high + g + 8, apart, tokens,
-                           halves, sums[(g + 1) % 2]);
+            for (int v = 0; v < values; v++)
+                add_column(mixed(state, code->multiplier[v]), low + g + 8 * v, high + g + 8 * v,
+                           halves, sums[(g + v) % 2]);
         }
-        if (halves == 2) high += LOWBIT_TILE;
     }
-    add_sums(sums, tokens, halves, results);
+    add_sums(sums, halves, results);
 }
 
-void lowbit_trellis_avx512(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
-                           const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
-                           int32_t *sums) {
-    function_of(code)(code, tile, tiles, low, high, apart, tokens, sums);
+INLINE void decode_tiles(const lowbit_code *code, const uint8_t *tile, int64_t tiles, int shift,
+                         int values, uint8_t *codes) {
+    const int bytes = 32 * shift / values, groups = LOWBIT_TILE / values;
+    const picker pick = picker_of(code);
+    const __m512i zero = _mm512_setzero_si512(), ones = _mm512_set1_epi32(0x01010101);
+    for (int64_t i = 0; i < tiles; i++, tile += bytes, codes += LOWBIT_TILE * LOWBIT_TILE) {
+        __m512i four[LOWBIT_TILE / 4];
+        UNROLL(16)
+        for (int g = 0; g < groups; g++) {
+            __m512i state = states(tile, bytes, shift, g, &pick);
+            for (int v = 0; v < values; v++) {
+                const int column = g + 8 * v;
+                __m512i value = _mm512_dpbusd_epi32(zero, mixed(state, code->multiplier[v]), ones);
+                value = _mm512_slli_epi32(value, (unsigned)(column % 4 * 8));
+                four[column / 4] =
+                    column % 4 ? _mm512_or_si512(four[column / 4], value) : value;
+            }
+        }
+        UNROLL(4)
+        for (int c = 0; c < LOWBIT_TILE / 4; c++) _mm512_storeu_si512(codes + 64 * c, four[c]);
+    }
 }
+
+static void add(const lowbit_code *code, const uint8_t *tile, int64_t tiles, const uint32_t *low,
+                const uint32_t *high, int32_t *sums) {
+    function_of(code)(code, tile, tiles, low, high, sums);
+}
+
+static void decode(const lowbit_code *code, const uint8_t *tile, int64_t tiles, uint8_t *codes) {
+    decoder_of(code)(code, tile, tiles, codes);
+}
+
+const lowbit_trellis_set lowbit_trellis_avx512 = {decode, add, 0};
 
 #else
 
-void lowbit_trellis_avx512(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
-                           const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
-                           int32_t *sums) {
-    lowbit_trellis_portable(code, tile, tiles, low, high, apart, tokens, sums);
-}
+const lowbit_trellis_set lowbit_trellis_avx512 = {lowbit_decode_portable, 0, 0};
 
 #endif

@@ -1,5 +1,6 @@
 /* What the two AVX-512 files for trellis codes share: the end of a product, and the choice of the
- * function for a rate. Each file defines `add_tiles`, in which shift and values are constants. */
+ * function for a rate. Each file defines `add_tiles` and `decode_tiles`, in which shift and values
+ * are constants. */
 #ifndef LOWBIT_TRELLIS_AVX512_H
 #define LOWBIT_TRELLIS_AVX512_H
 
@@ -8,45 +9,37 @@
 
 #include <immintrin.h>
 
-#define TOKENS LOWBIT_TILE_TOKENS
+/* Sums of even and of odd columns or pairs, so that sums do not wait: one of the lower half of the
+ * inputs and, with two halves, one of the upper. */
+typedef __m512i tile_sums[2][2];
 
-/* Sums of even and of odd columns or pairs, so that sums do not wait: for each token one of the
- * lower half of the inputs and, with two halves, one of the upper. */
-typedef __m512i tile_sums[2][2 * TOKENS];
-
-INLINE void clear_sums(tile_sums sums, int tokens, int halves) {
-    for (int i = 0; i < halves * tokens; i++) sums[0][i] = sums[1][i] = _mm512_setzero_si512();
-}
-
-/* Adds the sums to results[token][row]. */
-INLINE void add_sums(tile_sums sums, int tokens, int halves, int32_t *results) {
-    for (int m = 0; m < tokens; m++) {
-        __m512i sum = _mm512_add_epi32(sums[0][m * halves], sums[1][m * halves]);
-        if (halves == 2) {
-            __m512i upper = _mm512_add_epi32(sums[0][m * halves + 1], sums[1][m * halves + 1]);
-            sum = _mm512_add_epi32(sum, _mm512_slli_epi32(upper, 7));
-        }
-        int32_t *to = results + m * LOWBIT_TILE;
-        _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), sum));
+/* Adds the sums to results[row]. */
+INLINE void add_sums(tile_sums sums, int halves, int32_t *results) {
+    __m512i sum = _mm512_add_epi32(sums[0][0], sums[1][0]);
+    if (halves == 2) {
+        __m512i upper = _mm512_add_epi32(sums[0][1], sums[1][1]);
+        sum = _mm512_add_epi32(sum, _mm512_slli_epi32(upper, 7));
     }
+    _mm512_storeu_si512(results, _mm512_add_epi32(_mm512_loadu_si512(results), sum));
 }
 
 INLINE void add_tiles(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
-                      const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
-                      int halves, int shift, int values, int32_t *results);
+                      const uint32_t *low, const uint32_t *high, int halves, int shift, int values,
+                      int32_t *results);
+INLINE void decode_tiles(const lowbit_code *code, const uint8_t *tile, int64_t tiles, int shift,
+                         int values, uint8_t *codes);
 
 #define RATE(name, shift, values)                                                                  \
     static void name(const lowbit_code *code, const uint8_t *tile, int64_t tiles,                  \
-                     const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,         \
-                     int32_t *sums) {                                                              \
-        if (tokens == 1 && high)                                                                   \
-            add_tiles(code, tile, tiles, low, high, apart, 1, 2, shift, values, sums);             \
-        else if (tokens == 1)                                                                      \
-            add_tiles(code, tile, tiles, low, low, apart, 1, 1, shift, values, sums);              \
-        else if (high)                                                                             \
-            add_tiles(code, tile, tiles, low, high, apart, TOKENS, 2, shift, values, sums);        \
+                     const uint32_t *low, const uint32_t *high, int32_t *sums) {                   \
+        if (high)                                                                                  \
+            add_tiles(code, tile, tiles, low, high, 2, shift, values, sums);                       \
         else                                                                                       \
-            add_tiles(code, tile, tiles, low, low, apart, TOKENS, 1, shift, values, sums);         \
+            add_tiles(code, tile, tiles, low, low, 1, shift, values, sums);                        \
+    }                                                                                              \
+    static void decode_##name(const lowbit_code *code, const uint8_t *tile, int64_t tiles,         \
+                              uint8_t *codes) {                                                    \
+        decode_tiles(code, tile, tiles, shift, values, codes);                                     \
     }
 
 RATE(rate_1, 1, 1)
@@ -60,6 +53,13 @@ static inline lowbit_trellis_piece function_of(const lowbit_code *code) {
     static const lowbit_trellis_piece ONE[] = {rate_1, rate_2, rate_3, rate_4};
     if (code->values == 1) return ONE[code->shift - 1];
     return code->shift == 3 ? rate_1_5 : rate_2_5;
+}
+
+static inline lowbit_trellis_decode decoder_of(const lowbit_code *code) {
+    static const lowbit_trellis_decode ONE[] = {decode_rate_1, decode_rate_2, decode_rate_3,
+                                                decode_rate_4};
+    if (code->values == 1) return ONE[code->shift - 1];
+    return code->shift == 3 ? decode_rate_1_5 : decode_rate_2_5;
 }
 
 #endif

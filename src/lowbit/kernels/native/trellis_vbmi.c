@@ -81,27 +81,21 @@ INLINE __m512i values_of(__m512i state, uint32_t multiplier) {
     return _mm512_add_epi8(_mm512_and_si512(low, six_bits), _mm512_and_si512(high, six_bits));
 }
 
-INLINE void add_columns(__m512i values, const uint32_t *low, const uint32_t *high, int64_t apart,
-                        int tokens, int halves, __m512i *sums) {
-    UNROLL(8)
-    for (int m = 0; m < tokens; m++) {
-        __m512i q = _mm512_set1_epi32((int)low[m * apart]);
-        sums[m * halves] = _mm512_dpbusd_epi32(sums[m * halves], values, q);
-        if (halves == 2) {
-            q = _mm512_set1_epi32((int)high[m * apart]);
-            sums[m * halves + 1] = _mm512_dpbusd_epi32(sums[m * halves + 1], values, q);
-        }
-    }
+INLINE void add_columns(__m512i values, const uint32_t *low, const uint32_t *high, int halves,
+                        __m512i *sums) {
+    sums[0] = _mm512_dpbusd_epi32(sums[0], values, _mm512_set1_epi32((int)*low));
+    if (halves == 2)
+        sums[1] = _mm512_dpbusd_epi32(sums[1], values, _mm512_set1_epi32((int)*high));
 }
 
 INLINE void add_tiles(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
-                      const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
-                      int halves, int shift, int values, int32_t *results) {
+                      const uint32_t *low, const uint32_t *high, int halves, int shift, int values,
+                      int32_t *results) {
     const int bytes = 32 * shift / values, pairs = LOWBIT_TILE / 2 / values;
     const picker pick = picker_of(shift, code->state_bits);
-    tile_sums sums;
-    clear_sums(sums, tokens, halves);
-    for (int64_t i = 0; i < tiles; i++, tile += bytes, low += LOWBIT_TILE) {
+    const __m512i zero = _mm512_setzero_si512();
+    tile_sums sums = {{zero, zero}, {zero, zero}};
+    for (int64_t i = 0; i < tiles; i++, tile += bytes, low += LOWBIT_TILE, high += LOWBIT_TILE) {
         _mm_prefetch((const char *)tile + 1024, _MM_HINT_T0);
         if (bytes > 64) _mm_prefetch((const char *)tile + 1088, _MM_HINT_T0);
         const ring here = ring_of(tile, bytes);
@@ -110,25 +104,52 @@ INLINE void add_tiles(const lowbit_code *code, const uint8_t *tile, int64_t tile
             __m512i state = states(&here, bytes, shift, 4 * shift * p, &pick);
             for (int v = 0; v < values; v++)
                 add_columns(values_of(state, code->multiplier[v]), low + 2 * p + 8 * v,
-                            high + 2 * p + 8 * v, apart, tokens, halves, sums[(p + v) % 2]);
+                            high + 2 * p + 8 * v, halves, sums[(p + v) % 2]);
         }
-        if (halves == 2) high += LOWBIT_TILE;
     }
-    add_sums(sums, tokens, halves, results);
+    add_sums(sums, halves, results);
 }
 
-void lowbit_trellis_vbmi(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
-                         const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
-                         int32_t *sums) {
-    function_of(code)(code, tile, tiles, low, high, apart, tokens, sums);
+/* Moves the lower bytes of lanes of two pairs of columns side by side: four bytes of each row. */
+static const uint8_t BESIDE[4] = {0, 2, VECTOR, VECTOR + 2};
+
+INLINE void decode_tiles(const lowbit_code *code, const uint8_t *tile, int64_t tiles, int shift,
+                         int values, uint8_t *codes) {
+    const int bytes = 32 * shift / values, pairs = LOWBIT_TILE / 2 / values;
+    const picker pick = picker_of(shift, code->state_bits);
+    uint8_t order[VECTOR];
+    for (int i = 0; i < VECTOR; i++) order[i] = (uint8_t)(BESIDE[i % 4] + i / 4 * 4);
+    const __m512i beside = _mm512_loadu_si512(order);
+    for (int64_t i = 0; i < tiles; i++, tile += bytes, codes += LOWBIT_TILE * LOWBIT_TILE) {
+        const ring here = ring_of(tile, bytes);
+        __m512i pair[LOWBIT_TILE / 2];
+        UNROLL(8)
+        for (int p = 0; p < pairs; p++) {
+            __m512i state = states(&here, bytes, shift, 4 * shift * p, &pick);
+            for (int v = 0; v < values; v++) {
+                __m512i two = values_of(state, code->multiplier[v]);
+                pair[p + 4 * v] = _mm512_add_epi8(two, _mm512_srli_epi16(two, 8));
+            }
+        }
+        UNROLL(4)
+        for (int c = 0; c < LOWBIT_TILE / 4; c++)
+            _mm512_storeu_si512(codes + VECTOR * c, _mm512_permutex2var_epi8(pair[2 * c], beside, pair[2 * c + 1]));
+    }
 }
+
+static void add(const lowbit_code *code, const uint8_t *tile, int64_t tiles, const uint32_t *low,
+                const uint32_t *high, int32_t *sums) {
+    function_of(code)(code, tile, tiles, low, high, sums);
+}
+
+static void decode(const lowbit_code *code, const uint8_t *tile, int64_t tiles, uint8_t *codes) {
+    decoder_of(code)(code, tile, tiles, codes);
+}
+
+const lowbit_trellis_set lowbit_trellis_vbmi = {decode, add, 1};
 
 #else
 
-void lowbit_trellis_vbmi(const lowbit_code *code, const uint8_t *tile, int64_t tiles,
-                         const uint32_t *low, const uint32_t *high, int64_t apart, int tokens,
-                         int32_t *sums) {
-    lowbit_trellis_portable(code, tile, tiles, low, high, apart, tokens, sums);
-}
+const lowbit_trellis_set lowbit_trellis_vbmi = {lowbit_decode_portable, 0, 1};
 
 #endif
