@@ -28,7 +28,16 @@ def test_the_definition(n: int, kind: str, inverse: bool) -> None:
     )
 
 
-def test_equal_bits_for_any_number_of_tokens() -> None:
-    part, x = choose(88, "auto", 0), torch.randn(9, 88)
-    run = lambda rows: transform(rows, part.power, odd_matrix(part, False), part.scale)  # noqa: E731
-    assert torch.equal(run(x), torch.cat([run(row[None]) for row in x]))
+@pytest.mark.parametrize("n", [*WIDTHS.values(), 256, 11 * 64], ids=str)
+def test_equal_bits_for_any_number_of_tokens_and_set(n: int) -> None:
+    part, x = choose(n, "auto", 0), torch.randn(21, n)
+    before, after = torch.randn(2, n)
+
+    def run(rows: torch.Tensor, name: str = "portable") -> torch.Tensor:
+        matrix = odd_matrix(part, False)
+        return transform(rows, part.power, matrix, part.scale, before, after, name)
+
+    wanted = run(x)
+    for name in available():
+        assert torch.equal(run(x, name), wanted)
+        assert torch.equal(torch.cat([run(row[None], name) for row in x]), wanted)

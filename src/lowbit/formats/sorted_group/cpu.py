@@ -1,6 +1,6 @@
 """Multiplies integer codes of the sorted_group format with the compiled kernels."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -39,8 +39,18 @@ class Cpu(NativeBackend["SortedGroupLinear"]):
             return False
         return super().supports(layer, device, dtype, tokens, gradients)
 
+    def repack(self, layer: "SortedGroupLinear") -> dict[str, Tensor]:
+        packed = super().repack(layer)
+        if layer.permutation is not None:
+            packed["order"] = layer.permutation.int()
+        return packed
+
     def prepare(self, layer: "SortedGroupLinear", x: Tensor) -> Tensor:
-        return layer.reordered(x)  # the kernel rounds it
+        """Returns x in the layer's order; the kernel rounds it."""
+        owner = cast("SortedGroupLinear", layer.owner)
+        if owner.permutation is None or torch.compiler.is_compiling() or owner.is_offloaded():
+            return layer.reordered(x)
+        return x.index_select(-1, owner._repacked.of(owner, self)["order"])
 
     def restorable(self, layer: "SortedGroupLinear") -> dict[str, tuple[int, int, int]]:
         return {"packed": (0, layer.spec.bits, layer.spec.kept)}

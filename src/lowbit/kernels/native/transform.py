@@ -1,5 +1,6 @@
 """The orthogonal transforms of `lowbit.kernels.hadamard` in C: a fifth of torch's time at M = 1."""
 
+import ctypes
 from functools import lru_cache
 
 import torch
@@ -7,18 +8,35 @@ from torch import Tensor
 
 from lowbit.kernels.hadamard.factorization import Factorization
 from lowbit.kernels.hadamard.reference import factors
-from lowbit.kernels.native.library import functions
+from lowbit.kernels.native.library import INSTRUCTION_SETS, chosen, functions, threads
 
 LARGEST = 256  # order of the matrix of the odd part, above which torch is faster
 
 
-def transform(
+class Call(ctypes.Structure):
+    """lowbit_transform_call in transform.h."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("power", ctypes.c_int64),
+        ("matrix", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("before", ctypes.c_void_p),
+        ("after", ctypes.c_void_p),
+    ]
+
+
+def transform(  # noqa: PLR0913 (the fields of a call)
     x: Tensor,
     power: int,
     matrix: Tensor | None,
     scale: float,
     before: Tensor | None = None,
     after: Tensor | None = None,
+    instruction_set: str | None = None,
 ) -> Tensor:
     """Computes after * scale * (M (x) I)(I (x) H)(before * x) for each token.
 
@@ -26,16 +44,19 @@ def transform(
     power: rows of the Sylvester matrix H of 1 and -1; a power of two that divides n.
     matrix: M, (n / power, n / power) float32; None: 1, and n is the power.
     before, after: (n,) float32; None: 1.
+    instruction_set: None: that of `chosen`.
 
-    Returns (..., n) float32.
+    Returns (..., n) float32, the same to the last bit for every number of tokens and threads and
+    for every instruction set.
     """
     x, n = x.contiguous(), x.shape[-1]
-    y, spare = torch.empty_like(x), x if matrix is None else torch.empty(n)
+    y = torch.empty_like(x)
     kept = [None if t is None else t.float().contiguous() for t in (matrix, before, after)]
     m, b, a = [None if t is None else t.data_ptr() for t in kept]
-    functions().lowbit_transform(
-        x.data_ptr(), y.data_ptr(), x.numel() // n, n, power, m, scale, b, a, spare.data_ptr()
-    )
+    call = Call(x.data_ptr(), y.data_ptr(), x.numel() // n, n, power, m, scale, b, a)
+    number = INSTRUCTION_SETS.index(instruction_set or chosen())
+    if functions().lowbit_transform(ctypes.byref(call), number, threads.loop):
+        raise MemoryError(f"a transform of {n} values needs more memory than there is")
     return y
 
 
