@@ -46,7 +46,7 @@ def test_every_set_and_number_of_tokens(size: str, rate: float, top: int) -> Non
     rows, columns = SIZES[size]
     for state_bits in (9, 16):
         packed, scale = layer(rate, state_bits, rows, columns)
-        how, x = product(rate, state_bits, top), inputs(21, columns)
+        how, x = product(rate, state_bits, top), inputs(7, columns).repeat(3, 1)
         grid = TrellisCode(rate, state_bits).decode(packed).double()
         weight = grid.permute(0, 3, 1, 2).reshape(16 * len(grid), -1)[:rows, :columns]
         wanted = rounded(x, top) @ weight.T * scale.double()

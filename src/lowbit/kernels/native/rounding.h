@@ -97,15 +97,17 @@ static void order_for_words(int16_t *q, int32_t length) {
 static int32_t store_piece(const int16_t *q, const lowbit_piece *piece, const lowbit_inputs *in,
                            int64_t token) {
     int64_t at = token * in->padded + piece->begin;
-    int32_t sum = 0;
-    for (int32_t i = 0; i < piece->length; i++) sum += q[i];
+    int32_t sum = 0, length = piece->length;
+    int8_t *restrict low = in->low + at;
+    for (int32_t i = 0; i < length; i++) sum += q[i];
     if (in->high == NULL) {
-        for (int32_t i = 0; i < piece->length; i++) in->low[at + i] = (int8_t)q[i];
+        for (int32_t i = 0; i < length; i++) low[i] = (int8_t)q[i];
     } else {
-        for (int32_t i = 0; i < piece->length; i++) {
-            int16_t high = (int16_t)((q[i] + 64) >> 7);
-            in->high[at + i] = (int8_t)high;
-            in->low[at + i] = (int8_t)(q[i] - 128 * high);
+        int8_t *restrict high = in->high + at;
+        for (int32_t i = 0; i < length; i++) {
+            int16_t upper = (int16_t)((q[i] + 64) >> 7);
+            high[i] = (int8_t)upper;
+            low[i] = (int8_t)(q[i] - 128 * upper);
         }
     }
     if (in->wide != NULL) {

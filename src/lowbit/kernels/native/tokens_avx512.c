@@ -202,7 +202,7 @@ typedef struct {
     float *partial, *y;
 } running;
 
-/* A piece of STEP tokens at most, whose products were found. */
+/* A piece of some tokens, whose products were found. */
 typedef struct {
     const lowbit_layer *layer;
     const lowbit_part *part;
@@ -210,21 +210,22 @@ typedef struct {
     const int64_t *tile;
     const int32_t *found, *sum; /* sum: of the first token, as step */
     const float *step;
+    running to;
     int64_t apart; /* of tokens in sum and step */
-    int tiles;
+    int tiles, count;
+    int halves, alone, centered; /* alone: the piece is a group. centered: without zero points */
 } found_piece;
 
-/* The same steps as in portable.c, in the same order. alone: the piece is a group.
- * centered: zero points are subtracted. */
-INLINE void finish(const found_piece *f, running to, int count, int halves, int alone,
-                   int centered) {
+/* The same steps as in portable.c, in the same order. */
+INLINE void finish(const found_piece *f, int halves, int alone, int centered) {
     const lowbit_spec *spec = &f->part->spec;
+    const running to = f->to;
     const __m128i up = _mm_cvtsi32_si128(spec->shift);
     for (int t = 0; t < f->tiles; t++) {
         const uint8_t *scales = scales_of(f->layer, f->part, f->tile[t], f->piece->group);
         const __m512i zero = row_zeros(spec, scales);
         const __m512 scale = row_scales(scales, spec->scale_bytes);
-        for (int m = 0; m < count; m++) {
+        for (int m = 0; m < f->count; m++) {
             const int at = (m * f->tiles + t) * ROWS;
             __m512i product = _mm512_load_si512(f->found + at);
             if (halves == 2) {
@@ -256,18 +257,17 @@ INLINE void finish(const found_piece *f, running to, int count, int halves, int 
     }
 }
 
-static void finish_tokens(const found_piece *f, running to, int count, int halves, int alone,
-                          int centered) {
-    if (halves == 2 && alone && centered)
-        finish(f, to, count, 2, 1, 1);
-    else if (halves == 2 && alone)
-        finish(f, to, count, 2, 1, 0);
-    else if (halves == 2)
-        finish(f, to, count, 2, 0, centered);
-    else if (alone)
-        finish(f, to, count, 1, 1, centered);
+static void finish_tokens(const found_piece *f) {
+    if (f->halves == 2 && f->alone && f->centered)
+        finish(f, 2, 1, 1);
+    else if (f->halves == 2 && f->alone)
+        finish(f, 2, 1, 0);
+    else if (f->halves == 2)
+        finish(f, 2, 0, f->centered);
+    else if (f->alone)
+        finish(f, 1, 1, f->centered);
     else
-        finish(f, to, count, 1, 0, centered);
+        finish(f, 1, 0, f->centered);
 }
 
 /* Unpacks a piece of some tiles, with zeros behind it; returns whether codes are signed bytes, of
@@ -292,31 +292,37 @@ void lowbit_multiply_tokens(const lowbit_layer *layer, const lowbit_part *part,
                             const lowbit_inputs *in, const int64_t *tile, int tiles, int64_t token,
                             int tokens, const lowbit_way *way, float *y) {
     _Alignas(64) uint8_t codes[TILES * LOWBIT_APART(ROWS)];
-    _Alignas(64) int32_t found[2 * UPPER];
+    _Alignas(64) int32_t found[2][2 * UPPER];
     _Alignas(64) int32_t sums[LOWBIT_BLOCK * TILES * ROWS];
     _Alignas(64) float partial[LOWBIT_BLOCK * TILES * ROWS];
     const lowbit_piece *piece = lowbit_at(layer, part->piece_table);
-    const int halves = in->high ? 2 : 1;
     const size_t bytes = (size_t)(tokens * tiles) * VECTOR;
-    int begins = 1; /* whether the piece begins a group */
+    int begins = 1, turn = 0; /* begins: whether the piece begins a group */
+    found_piece last = {0};
     memset(y, 0, bytes);
     if (part->pieces > part->groups) memset(sums, 0, bytes), memset(partial, 0, bytes);
     for (int64_t p = 0; p < part->pieces; p++, piece++) {
-        found_piece f = {layer, part, piece, tile, found, NULL, NULL, in->pieces, tiles};
-        const int alone = begins && piece->ends_group;
-        const int centered = unpack_tiles(&f, way->takes_signed, codes);
+        found_piece f = {0};
+        f.layer = layer, f.part = part, f.piece = piece, f.tile = tile;
+        f.apart = in->pieces, f.tiles = tiles, f.halves = in->high ? 2 : 1;
+        f.alone = begins && piece->ends_group;
+        f.centered = unpack_tiles(&f, way->takes_signed, codes);
         begins = piece->ends_group;
-        for (int m = 0; m < tokens; m += STEP) {
-            const int count = tokens - m < STEP ? tokens - m : STEP;
+        for (int m = 0; m < tokens; m += STEP, turn = !turn) {
+            f.count = tokens - m < STEP ? tokens - m : STEP;
             /* The last tokens may be multiplied together with some before them. */
-            const int back = way->whole && m ? STEP - count : 0;
+            const int back = way->whole && m ? STEP - f.count : 0;
             const int64_t first = token + m, at = first * in->pieces + p, start = m * tiles * ROWS;
-            way->product(codes, tiles, centered, in, piece, first - back, count + back, found);
-            running to = {sums + start, partial + start, y + start};
-            f.found = found + back * tiles * ROWS, f.sum = in->sum + at, f.step = in->step + at;
-            finish_tokens(&f, to, count, halves, alone, centered);
+            way->product(codes, tiles, f.centered, in, piece, first - back, f.count + back,
+                         found[turn]);
+            /* Sums are finished after the next products have begun, so that both run at once. */
+            if (last.count) finish_tokens(&last);
+            f.found = found[turn] + back * tiles * ROWS, f.sum = in->sum + at, f.step = in->step + at;
+            f.to = (running){sums + start, partial + start, y + start};
+            last = f;
         }
     }
+    finish_tokens(&last);
 }
 
 #endif
