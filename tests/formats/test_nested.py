@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowbit.formats import build
-from lowbit.formats.nested import NestedLayout, NestedLinear, sliced_entry, to_uniform
+from lowbit.formats.nested import NestedLayout, NestedLinear, SliceGrid, sliced_entry, to_uniform
 
 WIDTHS = range(2, 9)
 every_width = pytest.mark.parametrize("bits", WIDTHS)
@@ -22,20 +22,22 @@ def master(
     symmetric: bool = False,
     extra_precision: bool = False,
     scale: float = 1.0,
+    own_grids: tuple[int, ...] = (3, 2),
     **more: Any,
 ) -> NestedLinear:
     """Random codes, all of them if there is room."""
     draw = torch.Generator().manual_seed(rows + columns)
     groups = 1 if group_size is None else -(-columns // group_size)
-    return NestedLinear.from_codes(
-        torch.randint(0, 256, (rows, columns), generator=draw, dtype=torch.uint8),
-        (torch.rand(rows, groups, generator=draw) + 0.1) * scale,
-        None
-        if symmetric
-        else torch.randint(0, 256, (rows, groups), generator=draw, dtype=torch.uint8),
-        NestedLayout(group_size, extra_precision),
-        **more,
-    )
+
+    def grid() -> SliceGrid:
+        scales = (torch.rand(rows, groups, generator=draw) + 0.1) * scale
+        zeros = torch.randint(0, 256, (rows, groups), generator=draw, dtype=torch.uint8)
+        return SliceGrid(scales, None if symmetric else zeros)
+
+    codes = torch.randint(0, 256, (rows, columns), generator=draw, dtype=torch.uint8)
+    whole, own = grid(), {width: grid() for width in own_grids}
+    layout = NestedLayout(group_size, extra_precision)
+    return NestedLinear.from_codes(codes, whole.scale, whole.zero, layout, own=own, **more)
 
 
 def by_numpy(layer: NestedLinear, bits: int) -> np.ndarray:
@@ -48,8 +50,12 @@ def by_numpy(layer: NestedLinear, bits: int) -> np.ndarray:
         codes = layer.master.numpy().astype(float)
     size = spec.group_size or layer.in_features
     group = np.arange(layer.in_features) // size
-    zero = np.full(layer.scale.shape, 128.0) if layer.zero is None else layer.zero.T.numpy()
-    return layer.scale.double().numpy()[:, group] * (codes * step - zero[:, group])
+    scale, zero = layer.scale, layer.zero
+    if bits in spec.own_grids:
+        at = spec.own_grids.index(bits)
+        scale, zero = layer.slice_scale[at], None if layer.zero is None else layer.slice_zero[at]
+    zeros = np.full(scale.shape, 128.0) if zero is None else zero.T.numpy()
+    return scale.double().numpy()[:, group] * (codes * step - zeros[:, group])
 
 
 @every_width

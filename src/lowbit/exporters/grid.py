@@ -136,7 +136,7 @@ def _grid_of_slice(layer: NestedLinear) -> Grid:
         pass
     spec, unit = layer.spec, step(bits)
     size = min(spec.group_size or layer.in_features, layer.in_features)
-    scale = layer.scale.detach().float() * unit
+    scale = layer.scales().detach().float() * unit
     half = scale.to(torch.float16)
     if spec.scale_dtype == "float16" and torch.equal(half.float(), scale):
         scale = half

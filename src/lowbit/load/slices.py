@@ -33,6 +33,22 @@ def slice_conversions() -> list[WeightTransform]:
     return [WeightConverter([rf"\.{CODES}$"], [target], [CutSlice()], force_cpu=True)]
 
 
+def entries_in_memory(
+    sliced: Mapping[str, dict[str, Any]], stored: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Returns the entries of slices that are cut while they are read, by name on disk.
+
+    All tensors but the codes are read as they are, so the slices keep every grid of the folder.
+
+    sliced: the entries of the slices if they were stored.
+    stored: the entries of all layers of the folder.
+    """
+    return {
+        name: {**entry, "own_grids": stored[name].get("own_grids", [])}
+        for name, entry in sliced.items()
+    }
+
+
 def cut_names(sliced: Collection[str], in_memory: Mapping[str, str]) -> set[str]:
     """Returns the names in memory of the tensors of slices, which are not in the folder.
 

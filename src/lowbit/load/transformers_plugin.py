@@ -38,7 +38,7 @@ from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.embedding import QuantizedEmbedding
 from lowbit.formats.widths import WidthPlan
 from lowbit.load.embeddings import place_embedding
-from lowbit.load.slices import cut_names, slice_conversions
+from lowbit.load.slices import cut_names, entries_in_memory, slice_conversions
 from lowbit.models.attention import round_attentions
 from lowbit.models.config import without_rescaling
 from lowbit.models.conv1d import TransposedLinear
@@ -128,7 +128,7 @@ class LowbitQuantizer(HfQuantizer):
             check_files(files, folder)
             entries, attention, placeholder = folder.entries, folder.attention, folder.placeholder
             self.sliced = slices_of(folder, getattr(section, "bits", None))
-            entries = entries | self.sliced
+            entries = entries | entries_in_memory(self.sliced, entries)
         else:
             entries = quantized_entries(section, "the model")
             placeholder = placeholder_of(section, entries, "the model")

@@ -82,6 +82,10 @@ def _nested_rows(layer: Any, part: slice) -> tuple[Tensors, Changes]:
     state = _by_row(layer, ("master", "packed", "scale"), part)
     if layer.zero is not None:
         state["zero"] = layer.zero[:, part]
+    if layer.slice_scale is not None:
+        state["slice_scale"] = layer.slice_scale[:, part]
+    if layer.slice_zero is not None:
+        state["slice_zero"] = layer.slice_zero[:, :, part]
     if layer.overflow is not None:
         raise ValueError("it is a slice with extra precision, whose codes cannot be cut by row")
     return state, {}
@@ -99,6 +103,10 @@ def _nested_inputs(layer: Any, part: slice) -> tuple[Tensors, Changes]:
     state["scale"] = layer.scale[:, groups]
     if layer.zero is not None:
         state["zero"] = layer.zero[groups]
+    if layer.slice_scale is not None:
+        state["slice_scale"] = layer.slice_scale[:, :, groups]
+    if layer.slice_zero is not None:
+        state["slice_zero"] = layer.slice_zero[:, groups]
     return state, {}
 
 

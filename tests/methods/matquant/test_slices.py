@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels.slicing import slice_codes, step
+from lowbit.methods.matquant.packing import Slices, pack_nested
 from lowbit.methods.matquant.slices import fake_slice, joint_codes, master_codes
 from lowbit.solvers.clipping import LearnedClipping
 from lowbit.solvers.gptq import OrderedFactor, gptq_codes, ordered_factor
@@ -237,3 +238,38 @@ def test_with_groups_each_column_is_rounded_to_the_grid_of_its_own_group() -> No
     grid = minmax_grid(weight, 8, SIZE, False)
     joint = joint_codes(weight, grid, hessian, {8: 1.0}, False)
     assert torch.equal(joint, gptq_codes(weight, grid, hessian)[0])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_each_width_is_rounded_to_the_grid_of_its_own(symmetric: bool) -> None:
+    """With independent inputs a code is the best of 256, by the values of its slices."""
+    weight = random(5, 32)
+    independent = ordered_factor(torch.eye(32), 0.01, False)
+    assert independent is not None
+    grid = grid_of(weight, symmetric)
+    zero = None if grid.zero is None else (grid.zero + 20).clamp(0, 255)
+    grids = {8: grid, 2: replace(grid, scale=0.6 * grid.scale, zero=zero)}
+    codes = joint_codes(weight, grid, independent, {8: 1.0, 2: 1.0}, False, own={2: grids[2]})
+    every, lost = torch.arange(256, dtype=torch.uint8), torch.zeros(5, 32, 256)
+    for bits, each in grids.items():
+        points = torch.full_like(each.scale, 128.0) if each.zero is None else each.zero
+        levels = slice_codes(every, bits, False).float() * step(bits)
+        values = spread(each.scale, 32)[..., None] * (levels - spread(points, 32)[..., None])
+        lost += (values - weight[..., None]).square()
+    assert torch.allclose(lost.gather(2, codes.long()[..., None])[..., 0], lost.amin(2), rtol=1e-3)
+
+
+def test_a_packed_slice_with_a_grid_of_its_own_has_less_error() -> None:
+    weight, grid, hessian = problem()
+    wide = {8: 1.0, 2: 1.0}
+    plain = pack_nested(weight, None, grid, hessian, Slices(wide, False), True)
+    own = pack_nested(weight, None, grid, hessian, Slices(wide, False, (3, 2)), True)
+    assert own.spec.own_grids == [3, 2]
+    lost = {}
+    for bits in WIDTHS:
+        errors = [
+            (weight - layer.at(bits).dequantize())[:, hessian.order] for layer in (plain, own)
+        ]
+        lost[bits] = [float(((e @ hessian.damped) * e).sum()) for e in errors]
+    assert lost[2][1] < 0.95 * lost[2][0] and lost[3][1] < 0.95 * lost[3][0]
+    assert lost[8][1] < 1.1 * lost[8][0]

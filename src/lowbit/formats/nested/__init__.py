@@ -3,19 +3,22 @@
     weight = scale * (slice(code, bits) - zero),   slice(code, bits) = step * sliced,
     step = 2**(8 - bits),   sliced = floor(code / step + 1/2), at most 2**bits - 1
 
-The method is MatQuant (arXiv 2502.06786). `scale` and `zero` are the same at every width: a slice
-keeps those of the 8-bit codes. With `extra_precision`, `sliced` is at most 2**bits, so that there
-is one code more. A row of the weight is cut into groups as in the uniform format:
-groups = ceil(in / group_size), or 1 if `group_size` is null. The tensors are stored row-major:
+The method is MatQuant (arXiv 2502.06786). With `extra_precision`, `sliced` is at most 2**bits, so
+that there is one code more. A row of the weight is cut into groups as in the uniform format:
+groups = ceil(in / group_size), or 1 if `group_size` is null. A slice has the `scale` and `zero` of
+the 8-bit codes, except at the widths in `own_grids`: these have their own in `slice_scale` and
+`slice_zero`, in the order of the list. The tensors are stored row-major:
 
-| name       | dtype              | shape                      | holds                             |
-| ---------- | ------------------ | -------------------------- | --------------------------------- |
-| `master`   | uint8              | (out, in)                  | the codes; resident "master"      |
-| `packed`   | uint8              | (out, ceil(in * bits / 8)) | `sliced`; resident "slice"        |
-| `overflow` | uint8              | (ceil(top_codes / 8),)     | see below; absent: top_codes null |
-| `scale`    | float16 or float32 | (out, groups)              | as `scale_dtype` says             |
-| `zero`     | uint8              | (groups, out)              | absent where symmetric: all 128   |
-| `bias`     | as `bias` says     | (out,)                     | absent where `bias` is null       |
+| name          | dtype              | shape                      | holds                          |
+| ------------- | ------------------ | -------------------------- | ------------------------------ |
+| `master`      | uint8              | (out, in)                  | the codes; resident "master"   |
+| `packed`      | uint8              | (out, ceil(in * bits / 8)) | `sliced`; resident "slice"     |
+| `overflow`    | uint8              | (ceil(top_codes / 8),)     | absent if `top_codes` is null  |
+| `scale`       | float16 or float32 | (out, groups)              | as `scale_dtype` says          |
+| `zero`        | uint8              | (groups, out)              | absent if symmetric: all 128   |
+| `slice_scale` | like `scale`       | (own_grids, out, groups)   | absent if `own_grids` is []    |
+| `slice_zero`  | uint8              | (own_grids, groups, out)   | absent like both others        |
+| `bias`        | as `bias` says     | (out,)                     | absent if `bias` is null       |
 
 A layer stores either the 8-bit codes (the master), which can run at every width, or one slice with
 `bits` bits per code. `packed` holds min(sliced, 2**bits - 1), in a little-endian bit stream for
@@ -24,72 +27,48 @@ has one bit for each code of 2**bits - 1, in row-major order, low bits first; th
 `sliced` is 2**bits. There are `top_codes` such codes.
 
 The scales of a layer are float16. They are all float32 if one of them would lose range in float16.
-In the entry in config.json, `bits` is the width at which the layer runs, and `trained` lists the
-widths for which it was trained:
+In the entry in config.json, `bits` is the width at which the layer runs, `trained` lists the
+widths for which it was trained, and `own_grids` those with scales and zero points of their own:
 
     {"format": "nested", "shape": [out, in], "bias": "float32" | "float16" | "bfloat16" | null,
      "bits": 2..8, "group_size": int | null, "symmetric": bool, "extra_precision": bool,
      "trained": [2..8, ...], "resident": "master" | "slice", "top_codes": int | null,
-     "scale_dtype": "float16" | "float32"}
+     "scale_dtype": "float16" | "float32", "own_grids": [2..7, ...]}
 
-An entry may also have the key `dtype`, which `formats/entry.py` describes.
+`own_grids` may be left out if it is []. An entry may also have the key `dtype`, which
+`formats/entry.py` describes.
 """
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.checks import check_shape, dtype_name, finite, storable
-from lowbit.formats.entry import LayerEntry, ScaleName, Size
 from lowbit.formats.nested import reference
 from lowbit.formats.nested.cpu import Cpu
+from lowbit.formats.nested.entry import SYMMETRIC_ZERO, WIDTHS, NestedEntry, tensor_bytes
 from lowbit.formats.nested.triton import Triton
 from lowbit.formats.uniform import UniformLinear
 from lowbit.formats.uniform.reference import group_count, quantize
 from lowbit.kernels.bits import pack, packed_bytes
 from lowbit.kernels.slicing import MASTER_BITS, slice_codes, step
 
-WIDTHS = tuple(range(2, MASTER_BITS + 1))  # at which a master can run
-Width = Annotated[int, Field(ge=WIDTHS[0], le=WIDTHS[-1])]
-SYMMETRIC_ZERO = 128  # a multiple of every step, so that it is a zero point at every width
-
-
-class NestedEntry(LayerEntry):
-    """The entry of a layer in config.json; the module's docstring explains it."""
-
-    format: Literal["nested"]
-    bits: Width
-    group_size: Size | None
-    symmetric: bool
-    extra_precision: bool
-    trained: list[Width]
-    resident: Literal["master", "slice"]
-    top_codes: Annotated[int, Field(ge=0)] | None
-    scale_dtype: ScaleName
-
-    @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        overflows = self.resident == "slice" and self.extra_precision and self.bits < MASTER_BITS
-        if (self.top_codes is not None) != overflows:
-            raise ValueError(
-                f"top_codes is {self.top_codes}: it must be a number for slices below 8 bits with "
-                "extra precision, and null otherwise"
-            )
-        rows, columns = self.shape
-        if (self.top_codes or 0) > rows * columns:
-            raise ValueError(f"top_codes is {self.top_codes}: there are {rows * columns} codes")
-        self.check_bytes(tensor_bytes(**self.model_dump(exclude={"format", "bias"})))
-        return self
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The widths at which the layer can run: all for a master, one for a slice."""
-        return WIDTHS if self.resident == "master" else (self.bits,)
+__all__ = [
+    "WIDTHS",
+    "NestedEntry",
+    "NestedLayout",
+    "NestedLinear",
+    "SliceGrid",
+    "slice_tensors",
+    "sliced_entry",
+    "tensor_bytes",
+    "to_uniform",
+]
 
 
 @dataclass(frozen=True)
@@ -106,31 +85,16 @@ class NestedLayout:
     trained: tuple[int, ...] = ()
 
 
-def tensor_bytes(
-    shape: list[int] | tuple[int, int],
-    bits: int,
-    group_size: int | None,
-    symmetric: bool,
-    resident: str,
-    top_codes: int | None,
-    scale_dtype: str,
-    **free: Any,
-) -> int:
-    """Returns `NestedLinear.weight_bytes()` of the layer that an entry describes:
+@dataclass(frozen=True)
+class SliceGrid:
+    """The scales and zero points of the slice at one width.
 
-    out * ceil(in * b / 8) + ceil(top_codes / 8) + out * groups * (2 or 4) + groups * out
-
-    These are the codes (b = 8 for a master, else bits), the overflow if there is one, the scales (2
-    for float16) and, unless symmetric, the zeros.
-
-    free: the other fields of the entry, which take no bytes.
+    scale: (out, groups).
+    zero: (out, groups) uint8, in units of the 8-bit codes; None: the layer is symmetric.
     """
-    rows, columns = shape
-    groups = group_count(columns, group_size)
-    codes = rows * packed_bytes(columns, MASTER_BITS if resident == "master" else bits)
-    scales = rows * groups * getattr(torch, scale_dtype).itemsize
-    zeros = 0 if symmetric else groups * rows
-    return codes + packed_bytes(top_codes or 0, 1) + scales + zeros
+
+    scale: Tensor
+    zero: Tensor | None
 
 
 class NestedLinear(QuantizedLinear):
@@ -139,7 +103,7 @@ class NestedLinear(QuantizedLinear):
     format = "nested"
     Entry = NestedEntry
     backends = (Cpu(), Triton(), reference.Reference())
-    vectors = ("scale",)
+    vectors = ("scale", "slice_scale")
 
     spec: NestedEntry
     master: Tensor
@@ -147,6 +111,8 @@ class NestedLinear(QuantizedLinear):
     overflow: Tensor | None
     scale: Tensor
     zero: Tensor | None
+    slice_scale: Tensor | None
+    slice_zero: Tensor | None
 
     def __init__(self, spec: NestedEntry) -> None:
         super().__init__(spec)
@@ -159,6 +125,10 @@ class NestedLinear(QuantizedLinear):
         self.add_frozen("overflow", (above,), None if spec.top_codes is None else "uint8")
         self.add_frozen("scale", (rows, groups), spec.scale_dtype)
         self.add_frozen("zero", (groups, rows), None if spec.symmetric else "uint8")
+        own = len(spec.own_grids)
+        self.add_frozen("slice_scale", (own, rows, groups), spec.scale_dtype if own else None)
+        zeros = "uint8" if own and not spec.symmetric else None
+        self.add_frozen("slice_zero", (own, groups, rows), zeros)
 
     @classmethod
     def from_grid(
@@ -198,6 +168,7 @@ class NestedLinear(QuantizedLinear):
         zero: Tensor | None,
         layout: NestedLayout,
         *,
+        own: Mapping[int, SliceGrid] | None = None,
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
@@ -206,6 +177,8 @@ class NestedLinear(QuantizedLinear):
         codes: (out, in) uint8.
         scale: (out, groups).
         zero: (out, groups) uint8; None: symmetric, all zero points are 128.
+        own: the grids of slices that have their own, by width; scales are stored in the dtype that
+            `scale` is stored in.
         bias: (out,), kept in its dtype.
         dtype: dtype of the original float weight; None: unknown.
         """
@@ -213,9 +186,10 @@ class NestedLinear(QuantizedLinear):
         if zero is not None:
             check_shape("zero", zero, scale.shape)
             zero = zero.T
+        tensors = {"master": codes, "scale": scale, "zero": zero, "bias": bias}
         return cls.from_tensors(
             codes.shape,
-            {"master": codes, "scale": scale, "zero": zero, "bias": bias},
+            tensors | _stacked(own or {}, scale.dtype),
             dtype,
             bits=MASTER_BITS,
             group_size=layout.group_size,
@@ -225,6 +199,7 @@ class NestedLinear(QuantizedLinear):
             resident="master",
             top_codes=None,
             scale_dtype=dtype_name(scale.dtype),
+            **({"own_grids": list(own)} if own else {}),
         )
 
     @property
@@ -260,6 +235,9 @@ class NestedLinear(QuantizedLinear):
             made = NestedLinear.from_entry(entry)
         state = self.state_dict()
         state |= slice_tensors(made.spec, state.pop("master"))
+        state |= grid_tensors(self.at(bits))
+        for name in ("slice_scale", "slice_zero"):
+            state.pop(name, None)
         made.load_state_dict(state, assign=True)
         return made
 
@@ -272,23 +250,28 @@ class NestedLinear(QuantizedLinear):
         tops = None if above is None else reference.top_codes(above, spec.bits, spec.top_codes or 0)
         return reference.unpack_slice(self.packed, tops, spec.bits, self.in_features)
 
+    def scales(self) -> Tensor:
+        """Returns the scales at the present width, of 8-bit codes: (out, groups)."""
+        return grid_tensors(self)["scale"]
+
     def zeros(self) -> Tensor:
         """Returns the zero points in units of the 8-bit codes: (out, groups) uint8."""
-        if self.zero is None:
+        zero = grid_tensors(self).get("zero")
+        if zero is None:
             return torch.full_like(self.scale, SYMMETRIC_ZERO, dtype=torch.uint8)
-        return self.zero.T.contiguous()
+        return zero.T.contiguous()
 
     def dequantize(self) -> Tensor:
         spec = self.spec
         codes = self.codes().to(torch.int16).mul_(step(spec.bits))
         weight = torch.empty_like(codes, dtype=torch.float32)
-        scale, zero = self.scale.float(), self.zeros().float()
+        scale, zero = self.scales().float(), self.zeros().float()
         reference.write_weight(weight, codes, scale, zero, spec.group_size)
         return weight
 
 
 def sliced_entry(entry: dict[str, Any], bits: int, master: Tensor | None = None) -> dict[str, Any]:
-    """Returns the entry of a slice.
+    """Returns the entry of a slice that is stored. Its one grid is that of its width.
 
     entry: the entry of the master.
     bits: width of the slice.
@@ -307,7 +290,31 @@ def sliced_entry(entry: dict[str, Any], bits: int, master: Tensor | None = None)
         if master is None:
             raise ValueError("the entry of a slice with extra precision needs the master's codes")
         top_codes = reference.count_top_codes(master, bits)
-    return {**entry, "bits": bits, "resident": "slice", "top_codes": top_codes}
+    stored = {key: value for key, value in entry.items() if key != "own_grids"}
+    return {**stored, "bits": bits, "resident": "slice", "top_codes": top_codes}
+
+
+def grid_tensors(layer: NestedLinear) -> dict[str, Tensor]:
+    """Returns `scale` and, unless symmetric, `zero` of the layer's present width, as stored."""
+    own = layer.spec.own_grids
+    scale, zero = layer.scale, layer.zero
+    if layer.bits in own:
+        at = own.index(layer.bits)
+        assert layer.slice_scale is not None
+        scale = layer.slice_scale[at]
+        zero = None if layer.slice_zero is None else layer.slice_zero[at]
+    return {"scale": scale} if zero is None else {"scale": scale, "zero": zero}
+
+
+def _stacked(own: Mapping[int, SliceGrid], dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """Returns the stored tensors of the slices' own grids."""
+    if not own:
+        return {}
+    zeros = [grid.zero.T for grid in own.values() if grid.zero is not None]
+    return {
+        "slice_scale": torch.stack([grid.scale.to(dtype) for grid in own.values()]),
+        "slice_zero": torch.stack(zeros) if zeros else None,
+    }
 
 
 def slice_tensors(spec: NestedEntry, master: Tensor) -> dict[str, Tensor]:
@@ -321,8 +328,7 @@ def slice_tensors(spec: NestedEntry, master: Tensor) -> dict[str, Tensor]:
 def to_uniform(layer: NestedLinear, bits: int) -> UniformLinear:
     """Converts a slice to the uniform format; the weight stays the same to the last bit.
 
-    The zero points are those of the master, which are multiples of 2**-(8 - bits) codes of the
-    slice.
+    The zero points are in units of the 8-bit codes: multiples of 2**-(8 - bits) codes of the slice.
 
     Raises ValueError for a slice that uses its extra code, because `bits` bits cannot hold it.
     """
@@ -335,13 +341,14 @@ def to_uniform(layer: NestedLinear, bits: int) -> UniformLinear:
             f"format holds codes of 0 to {2**bits - 1} at {bits} bits"
         )
     # float32 scales stay float32, even within the range of float16, because float16 rounds them.
-    scale = layer.scale.float() * step(bits)
+    grid = grid_tensors(layer)
+    scale = grid["scale"].float() * step(bits)
     half = (
         spec.scale_dtype == "float16" and float(scale.abs().max()) <= torch.finfo(torch.float16).max
     )
     return UniformLinear.from_tensors(
         (layer.out_features, layer.in_features),
-        {"packed": pack(codes, bits), "scale": scale, "zero": layer.zero, "bias": layer.bias},
+        {"packed": pack(codes, bits), "scale": scale, "zero": grid.get("zero"), "bias": layer.bias},
         bits=bits,
         group_size=spec.group_size,
         symmetric=spec.symmetric,

@@ -36,7 +36,7 @@ class Cpu(NativeBackend["NestedLinear"]):
             codes=_codes(layer),
             stream_bits=8,
             bits=spec.bits + extra,
-            scale=layer.scale,
+            scale=layer.scales(),
             zero=layer.zeros(),
             rounding=rounding(layer),
             shift=step(spec.bits).bit_length() - 1,

@@ -47,7 +47,7 @@ class Reference(Backend["NestedLinear"]):
             write_weight(weight, codes_of(*stored), scale, zero, layer.spec.group_size)
             return functional.linear(x, weight.to(x.dtype))
 
-        sources = (layer.scale.float(), layer.zeros().float(), *stored)
+        sources = (layer.scales().float(), layer.zeros().float(), *stored)
         return by_rows(x, (layer.out_features, layer.in_features), product, sources)
 
     def _codes(
@@ -77,7 +77,7 @@ def write_weight(
 
     into: (out, in) float32.
     codes: (out, in) uint8 or int16, in units of the 8-bit codes.
-    scale, zero: (out, groups) float32, those of the master.
+    scale, zero: (out, groups) float32, of the 8-bit codes.
     """
     into.copy_(codes)
     for group, point, unit in groups_of(into, group_size, zero, scale):

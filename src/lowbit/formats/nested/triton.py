@@ -43,7 +43,7 @@ class Triton(TritonBackend["NestedLinear"]):
             packed.get("packed", stored),
             layer.in_features,
             _bits(layer),
-            layer.scale,
+            layer.scales().contiguous(),
             spec.group_size or layer.in_features,
             zero=packed.get("zero"),
             middle=SYMMETRIC_ZERO,

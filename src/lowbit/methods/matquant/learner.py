@@ -17,7 +17,13 @@ from lowbit.kernels.slicing import MASTER_BITS
 from lowbit.methods.learned import packed_block
 from lowbit.methods.matquant.joint import SliceSteps, slice_steps, weighted_mean
 from lowbit.methods.matquant.master import Master
-from lowbit.methods.matquant.packing import pack_nested, packed_plain, sliced_report
+from lowbit.methods.matquant.packing import (
+    Slices,
+    pack_nested,
+    packed_plain,
+    sliced_report,
+    stored_grid,
+)
 from lowbit.methods.matquant.slices import fake_slice, master_codes
 from lowbit.methods.packing import as_stored
 from lowbit.methods.result import NOT_POSITIVE_DEFINITE, BlockResult, too_few_tokens
@@ -86,11 +92,13 @@ class Learner(BlockLearner):
         """Returns the master with the grids and codes of the packed layers."""
         made = self.master()
         grids, codes = dict(made.grids), dict(made.codes)
+        own: dict[tuple[str, int], Grid] = {}
         for name, layer in layers.items():
             if isinstance(layer, NestedLinear):
                 grids[name] = as_stored(grids[name], layer)
                 codes[name] = grouped(layer.master, grids[name].group_size).to(torch.int16)
-        return replace(made, grids=grids, codes=codes)
+                own |= {(name, w): stored_grid(grids[name], layer, w) for w in layer.spec.own_grids}
+        return replace(made, grids=grids, codes=codes, own=own)
 
     def _master(self, tensors: Tensors, grid: Callable[[str, Tensor], Grid]) -> Master:
         grids = {name: grid(name, tensors[f"{name}.weight"]) for name in self.linears}
@@ -229,9 +237,10 @@ class Learner(BlockLearner):
         learned: bool,
         targets: Mapping[int, Target],
     ) -> NestedLinear:
-        extra, weights = self.settings[name].extra_precision, self.method.weight_of()
+        own = self.method.slice_grids if self.method.rounding == "joint" else ()
+        slices = Slices(self.method.weight_of(), self.settings[name].extra_precision, own)
         wanted = {width: target.weight for width, target in targets.items()}
-        return pack_nested(weight, bias, grid, factor, weights, extra, learned, wanted)
+        return pack_nested(weight, bias, grid, factor, slices, learned, wanted)
 
 
 def _is_ffn(linear: str) -> bool:

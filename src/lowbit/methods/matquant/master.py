@@ -1,7 +1,7 @@
 """A block with 8-bit codes, from which the block at any width can be computed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -19,12 +19,14 @@ class Master:
     codes: the 8-bit codes of each linear that is sliced, by name; see `master_codes`. The others
         keep 8 bits.
     extra_precision: whether the slices of a linear have one more level, by name.
+    own: the grids of slices that have their own, by name and width.
     """
 
     tensors: Tensors
     grids: Mapping[str, Grid]
     codes: Mapping[str, Tensor]
     extra_precision: Mapping[str, bool]
+    own: Mapping[tuple[str, int], Grid] = field(default_factory=dict)
 
     def parts(self) -> Tensors:
         """Returns all tensors that gradients flow through, by name."""
@@ -41,6 +43,7 @@ class Master:
         for name, grid in self.grids.items():
             zero = None if grid.zero is None else parts[f"{name} zero"]
             grid = replace(grid, scale=parts[f"{name} scale"], zero=zero)
+            grid = self.own.get((name, width), grid)
             weight = parts[f"{name}.weight"]
             if name in self.codes:
                 extra = self.extra_precision[name]

@@ -109,6 +109,11 @@ class MatQuant(LearningMethod, LearnedRounding):
         "the loss of all widths.",
     )
 
+    slice_grids: list[int] = Field(
+        [4, 3, 2],
+        description="Bits of the slices that get scales and zero points of their own, fitted to "
+        "their codes, with joint rounding; each from 2 to 7.",
+    )
     match: Match = match_field(condition=", for joint rounding")
 
     @model_validator(mode="after")
@@ -117,6 +122,11 @@ class MatQuant(LearningMethod, LearnedRounding):
             raise ValueError(f"widths is {self.widths}: allowed are 2 to {MASTER_BITS}")
         if sorted(set(self.widths), reverse=True) != self.widths:
             raise ValueError(f"widths is {self.widths}: list each width once, from high to low")
+        own = self.slice_grids
+        if not all(2 <= width < MASTER_BITS for width in own) or len(set(own)) < len(own):
+            raise ValueError(
+                f"slice_grids is {own}: list widths from 2 to {MASTER_BITS - 1}, each once"
+            )
         if len(self.weights) != len(self.widths) or not all(w > 0 for w in self.weights):
             raise ValueError(
                 f"weights is {self.weights}: give one number above 0 for each of the widths "
@@ -160,7 +170,8 @@ class MatQuant(LearningMethod, LearnedRounding):
         shape, size, symmetric = (rows, columns), self.group_size, self.symmetric
         share = TOP_CODES[width] if self.extra_precision and resident == "slice" else 0.0
         top_codes = round(share * rows * columns)
-        return tensor_bytes(shape, width, size, symmetric, resident, top_codes, "float16")
+        own = self.slice_grids if resident == "master" and self.rounding == "joint" else ()
+        return tensor_bytes(shape, width, size, symmetric, resident, top_codes, "float16", own)
 
     def stream_of(self, width: int) -> str:
         """Returns the name of the stream on which the slice of a width learns."""

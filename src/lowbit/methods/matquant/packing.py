@@ -1,19 +1,36 @@
 """Make layers of the nested format from grids, and their reports."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from lowbit.formats.nested import NestedLayout, NestedLinear
+from lowbit.formats.nested import NestedLayout, NestedLinear, SliceGrid
 from lowbit.formats.uniform import UniformLinear
-from lowbit.kernels.slicing import MASTER_BITS
+from lowbit.kernels.slicing import MASTER_BITS, slice_codes, step
 from lowbit.methods.matquant.slices import joint_codes
 from lowbit.methods.packing import as_stored, pack
 from lowbit.methods.result import signal_to_noise
 from lowbit.run_report import LinearReport
 from lowbit.solvers.correction import Target
 from lowbit.solvers.gptq import OrderedFactor
+from lowbit.solvers.refit import refit
 from lowbit.solvers.rounding import Grid
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What the slices of a linear are to be.
+
+    weights: the weight of each width's squared error.
+    extra_precision: whether slices have one more level.
+    own_grids: the widths whose slices get scales and zero points of their own, with `joint_codes`.
+    """
+
+    weights: Mapping[int, float]
+    extra_precision: bool
+    own_grids: Sequence[int] = ()
 
 
 def pack_nested(
@@ -21,28 +38,48 @@ def pack_nested(
     bias: Tensor | None,
     grid: Grid,
     hessian: OrderedFactor | None,
-    weights: Mapping[int, float],
-    extra_precision: bool,
+    slices: Slices,
     learned: bool,
     targets: Mapping[int, Tensor] | None = None,
 ) -> NestedLinear:
     """Packs a weight (out, in) as a master: with the nearest codes or those of `joint_codes`.
 
     hessian: the factored Hessian for `joint_codes`; None for the nearest codes.
-    weights: the loss weight of each width.
+    slices: what the slices are to be.
     learned: whether the grid was learned for these widths. If neither grid nor codes were, the
         layer records 8 bits as the only width that it was trained for.
     targets: see `joint_codes`.
     """
+    weights, extra_precision = slices.weights, slices.extra_precision
     trained = tuple(weights) if learned or hessian is not None else (MASTER_BITS,)
     layout = NestedLayout(grid.group_size, extra_precision, trained)
     stored = NestedLinear.from_grid(weight, grid.scale, grid.zero, layout, bias=bias)
     if hessian is None:
         return stored
     grid = as_stored(grid, stored)
-    codes = joint_codes(weight, grid, hessian, weights, extra_precision, targets)
+    inverse = hessian.order.argsort()
+    matrix, dtype = hessian.damped[inverse][:, inverse], stored.scale.dtype
+    own: dict[int, Grid] = {}
+    for _ in range(2 if slices.own_grids else 1):  # again, for the grids found for the first codes
+        codes = joint_codes(weight, grid, hessian, weights, extra_precision, targets, own)
+        for width in slices.own_grids:
+            target = (targets or {}).get(width, weight)
+            values = slice_codes(codes, width, extra_precision).float() * step(width)
+            own[width] = refit(target, values, grid, matrix, dtype)
     zero = None if grid.zero is None else stored.zeros()
-    return NestedLinear.from_codes(codes, stored.scale, zero, layout, bias=bias)
+    grids = {width: _slice_grid(each) for width, each in own.items()}
+    return NestedLinear.from_codes(codes, stored.scale, zero, layout, own=grids, bias=bias)
+
+
+def _slice_grid(grid: Grid) -> SliceGrid:
+    return SliceGrid(grid.scale, None if grid.zero is None else grid.zero.to(torch.uint8))
+
+
+def stored_grid(grid: Grid, layer: NestedLinear, width: int) -> Grid:
+    """Returns the grid of a layer's slice. grid: that of its 8-bit codes."""
+    at = layer.at(width)
+    zero = None if grid.zero is None else at.zeros().float()
+    return replace(grid, scale=at.scales().float(), zero=zero)
 
 
 def packed_plain(

@@ -91,6 +91,7 @@ def joint_codes(
     weights: Mapping[int, float],
     extra_precision: bool,
     targets: Mapping[int, Tensor] | None = None,
+    own: Mapping[int, Grid] | None = None,
 ) -> Tensor:
     """Chooses one 8-bit code per weight that is good at several widths: GPTQ for all of them.
 
@@ -106,6 +107,7 @@ def joint_codes(
     weights: the weight of each width's squared error.
     extra_precision: whether slices have one more level.
     targets: (out, in) each, what a width is rounded for instead of the weight, by width.
+    own: the grids of widths whose slices have their own, in units of the 8-bit codes.
 
     Returns the codes, (out, in) uint8.
     """
@@ -119,17 +121,21 @@ def joint_codes(
         [slice_codes(every, b, extra_precision).float() * step(b) - ZERO for b in weights]
     )
     share = torch.tensor(list(weights.values()), device=weight.device) / sum(weights.values())
-    squares = (share[:, None] * levels.square()).sum(0)
-    zeros = torch.full_like(grid.scale, ZERO) if grid.zero is None else grid.zero
+    quadratic = torch.cat([levels.square(), -2 * levels])
+    grids = [(own or {}).get(width, grid) for width in weights]
+    scales = torch.stack([each.scale for each in grids])  # (widths, out, groups)
+    zeros = torch.stack([_zeros(each) for each in grids])
+    # A step of each width, in steps of the 8-bit codes, squared.
+    ratios = share[:, None, None] * (scales / grid.scale).square()
     group_of = (hessian.order // (grid.group_size or columns)).tolist()
 
     def choose(place: Place, target: Tensor) -> tuple[Tensor, Tensor]:
         assert isinstance(place.columns, int)
         group = group_of[place.columns]
-        scale, offset = grid.scale[:, group], zeros[:, group] - ZERO
-        targets = target.view(len(levels), rows) / scale + offset
+        scale, offset = scales[:, :, group], zeros[:, :, group] - ZERO
+        targets, ratio = target.view(len(levels), rows) / scale + offset, ratios[:, :, group]
         # The squared distance to the targets, without the terms that all codes have in common.
-        codes = (squares - 2 * (share[:, None] * targets).T @ levels).argmin(1)
+        codes = (torch.cat([ratio, ratio * targets]).T @ quadratic).argmin(1)
         values = (levels[:, codes] - offset) * scale
         return codes.repeat(len(levels))[:, None], values.reshape(-1, 1)
 
@@ -139,6 +145,10 @@ def joint_codes(
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     codes[:, hessian.order] = rounded.codes[:rows].squeeze(-1).to(torch.uint8)
     return codes
+
+
+def _zeros(grid: Grid) -> Tensor:
+    return torch.full_like(grid.scale, ZERO) if grid.zero is None else grid.zero
 
 
 def _zero(grid: Grid) -> Tensor | float:
