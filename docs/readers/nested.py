@@ -16,14 +16,13 @@ def weight(entry: dict, tensors: dict[str, np.ndarray]) -> np.ndarray:
         if "overflow" in tensors:  # a bit for each code that is the largest
             largest = sliced == 2**bits - 1
             sliced[largest] += unpack(tensors["overflow"], 1, entry["top_codes"])
-    scale, zero = tensors["scale"], tensors.get("zero")
-    if bits in entry.get("own_grids", []):  # this width has a grid of its own
-        at = entry["own_grids"].index(bits)
-        scale, zero = (
-            tensors["slice_scale"][at],
-            None if zero is None else tensors["slice_zero"][at],
-        )
-    scale = scale.astype(np.float32)
-    zero = np.full(scale.shape, 128) if zero is None else zero.T.astype(int)
+    own = entry.get("own_grids", [])  # the widths that have a grid of their own
+    if bits in own:
+        mine = {
+            n: tensors[f"slice_{n}"][own.index(bits)] for n in ("scale", "zero") if n in tensors
+        }
+        tensors = tensors | mine
+    scale = tensors["scale"].astype(np.float32)
+    zero = np.full(scale.shape, 128) if entry["symmetric"] else tensors["zero"].T.astype(int)
     group = np.arange(columns) // (entry["group_size"] or columns)
     return scale[:, group] * (step * sliced - zero[:, group]).astype(np.float32)

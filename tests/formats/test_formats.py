@@ -23,7 +23,7 @@ from lowbit.formats.incoherence import rotation
 from lowbit.formats.lattice import LatticeLayout, LatticeLinear
 from lowbit.formats.lattice.codebooks import codebook
 from lowbit.formats.native import NativeBackend
-from lowbit.formats.nested import NestedLayout, NestedLinear
+from lowbit.formats.nested import NestedLayout, NestedLinear, SliceGrid
 from lowbit.formats.reading import Reading
 from lowbit.formats.sorted_group import InputOrder, SortedGroupLayout, SortedGroupLinear
 from lowbit.formats.trellis import TrellisLayout, TrellisLinear
@@ -141,19 +141,23 @@ def nested(
     group_size: int | None,
     zeros: bool = True,
     extra: bool = False,
+    own_grids: tuple[int, ...] = (),
     **more: Any,
 ) -> NestedLinear:
     """Random codes; without zeros a symmetric layer."""
     draw = torch.Generator().manual_seed(rows + columns)
     groups = 1 if group_size is None else -(-columns // group_size)
     shape = (rows, groups)
-    return NestedLinear.from_codes(
-        torch.randint(0, 256, (rows, columns), generator=draw, dtype=torch.uint8),
-        torch.rand(shape, generator=draw) + 0.1,
-        torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8) if zeros else None,
-        NestedLayout(group_size, extra, (8, 4, 2)),
-        **more,
-    )
+    codes = torch.randint(0, 256, (rows, columns), generator=draw, dtype=torch.uint8)
+
+    def grid() -> SliceGrid:
+        scale = torch.rand(shape, generator=draw) + 0.1
+        zero = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8) if zeros else None
+        return SliceGrid(scale, zero)
+
+    whole, own = grid(), {width: grid() for width in own_grids}
+    layout = NestedLayout(group_size, extra, (8, 4, 2))
+    return NestedLinear.from_codes(codes, whole.scale, whole.zero, layout, own=own, **more)
 
 
 def trellis(
@@ -185,6 +189,7 @@ EXAMPLES: dict[str, Callable[[], QuantizedLinear]] = {
     "dense": lambda: DenseLinear.from_weight(torch.randn(5, 7).bfloat16(), None),
     "dense, bias": lambda: DenseLinear.from_weight(torch.randn(3, 8), torch.ones(3).half()),
     "nested": lambda: nested(24, 64, 32),
+    "nested at 2 bits, with a grid of its own": lambda: nested(24, 64, 32, own_grids=(3, 2)).at(2),
     "nested at 3 bits, ragged, bfloat16 bias": lambda: nested(
         5, 37, 16, bias=torch.ones(5).bfloat16()
     ).at(3),
@@ -690,6 +695,13 @@ def test_storing_all_vectors_changes_no_weight(make: Callable[[], QuantizedLinea
     assert build(whole.entry()).state_dict().keys() == after.keys()
 
 
+def gradients(total: torch.Tensor, values: list[torch.nn.Parameter]) -> tuple[torch.Tensor, ...]:
+    """Returns the gradients of a total; zeros for a scale that is not that of the layer's width."""
+    if not values:
+        return ()
+    return torch.autograd.grad(total, values, allow_unused=True, materialize_grads=True)
+
+
 @every_example
 def test_vectors_have_the_gradients_of_the_weight(make: Callable[[], QuantizedLinear]) -> None:
     layer, draw = with_vectors(make()), torch.Generator().manual_seed(0)
@@ -700,10 +712,10 @@ def test_vectors_have_the_gradients_of_the_weight(make: Callable[[], QuantizedLi
     x = torch.randn(6, layer.in_features, generator=draw)
     weight = torch.randn(6, layer.out_features, generator=draw)
     with use_backend("reference"):
-        found = torch.autograd.grad((layer(x) * weight).sum(), values) if values else ()
+        found = gradients((layer(x) * weight).sum(), values)
     inputs = layer.quantized_input(x).detach().float()
     product = torch.nn.functional.linear(inputs, layer.dequantize(), layer.bias)
-    wanted = torch.autograd.grad((product * weight).sum(), values) if values else ()
+    wanted = gradients((product * weight).sum(), values)
     assert values or layer.format == "dense"
     for name, ours, theirs in zip(names, found, wanted, strict=True):
         assert float((ours - theirs).norm()) <= 1e-4 * float(theirs.norm()), name
