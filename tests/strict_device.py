@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend
 from torch.utils import backend_registration
 from torch.utils._device import _device_constructors
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 NAME = "strict"
 HAS_API = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
@@ -43,6 +42,14 @@ SIZES = {  # for the number of elements of the result
     aten.unique_consecutive,
     aten.bincount,
     aten.repeat_interleave,
+}
+# Operations that CUDA refuses while torch.use_deterministic_algorithms holds, as its page lists.
+NOT_DETERMINISTIC = {
+    aten.cumsum.default,  # of floats
+    aten.histc.default,
+    aten.median.dim,
+    aten.nll_loss2d_forward.default,
+    aten.put_.default,
 }
 
 
@@ -80,16 +87,19 @@ class StrictTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, real: Tensor) -> "StrictTensor":
-        made = Tensor._make_wrapper_subclass(
-            cls,
-            real.shape,
-            strides=real.stride(),
-            storage_offset=real.storage_offset(),
-            dtype=real.dtype,
-            layout=real.layout,
-            device=torch.device(NAME, 0),
-        )
+    def __new__(cls, real: Tensor, requires_grad: bool | None = None) -> "StrictTensor":
+        if requires_grad is not None:  # accelerate calls the class of a parameter so
+            return torch.nn.Parameter(real, requires_grad)
+        with torch.inference_mode(real.is_inference()):
+            made = Tensor._make_wrapper_subclass(
+                cls,
+                real.shape,
+                strides=real.stride(),
+                storage_offset=real.storage_offset(),
+                dtype=real.dtype,
+                layout=real.layout,
+                device=torch.device(NAME, 0),
+            )
         made.held = real
         return made
 
@@ -108,6 +118,12 @@ class StrictTensor(Tensor):
 
     def data_ptr(self) -> int:
         return self.held.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()  # whose address tells which tensors share memory
+
+    def new_tensor(self, data: Any, dtype: Any = None, **options: Any) -> Tensor:
+        return torch.tensor(data, dtype=dtype or self.dtype, **{"device": self.device} | options)
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -134,33 +150,50 @@ def handle(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         found = func.decompose(*args, **kwargs)
         if found is not NotImplemented:
             return found
-    leaves, structure = tree_flatten((args, kwargs))
+    leaves = _leaves((*args, *kwargs.values()))
     inside = [leaf for leaf in leaves if isinstance(leaf, StrictTensor)]
     named = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
     stays = named.type == NAME if named is not None else bool(inside)
     _check(func, packet, args, leaves, stays)
     _count(packet, args, inside, stays)
-    args, kwargs = tree_unflatten([_inner(leaf) for leaf in leaves], structure)
+    args = [_map(_inner, value) for value in args]
+    kwargs = {name: _map(_inner, value) for name, value in kwargs.items()}
     if packet in (aten._copy_from, aten._copy_from_and_resize):
         func, args = aten.copy_.default, (args[1], args[0])
     with torch._C._AutoDispatchBelowAutograd():
         out = func(*args, **kwargs)
-    same = {id(_inner(leaf)): leaf for leaf in leaves if isinstance(leaf, Tensor)}
     for leaf in inside:
         _follow(leaf)
+    if not stays:
+        return out
+    same = {id(_inner(leaf)): leaf for leaf in leaves if isinstance(leaf, Tensor)}
 
     def outer(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return same[id(value)] if id(value) in same else StrictTensor(value)
 
-    return tree_map(outer, out) if stays else out
+    return _map(outer, out)
+
+
+def _leaves(values: Any) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        found += _leaves(value) if isinstance(value, list | tuple) else [value]
+    return found
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)([_map(function, each) for each in value])
+    return function(value)
 
 
 def _inner(leaf: Any) -> Any:
     if isinstance(leaf, StrictTensor):
         return leaf.held
-    return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+    ours = isinstance(leaf, torch.device) and leaf.type == NAME
+    return torch.device("cpu") if ours else leaf
 
 
 def _follow(tensor: StrictTensor) -> None:
@@ -173,7 +206,11 @@ def _follow(tensor: StrictTensor) -> None:
         torch._C._set_meta_in_tls_dispatch_include(True)
         try:
             aten.set_.source_Storage_storage_offset(
-                tensor, tensor.untyped_storage(), real.storage_offset(), real.shape, real.stride()
+                tensor,
+                Tensor.untyped_storage(tensor),
+                real.storage_offset(),
+                real.shape,
+                real.stride(),
             )
         finally:
             torch._C._set_meta_in_tls_dispatch_include(before)
@@ -184,6 +221,9 @@ def _check(func: Any, packet: Any, args: Any, leaves: list[Any], stays: bool) ->
     for leaf in leaves:
         if stays and isinstance(leaf, torch.Generator) and leaf.device.type == "cpu":
             raise RuntimeError(f"{func}: expected a generator of {NAME}, but it is of the cpu")
+    if stays and func in NOT_DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
+        if packet is not aten.cumsum or args[0].is_floating_point():
+            raise RuntimeError(f"{func} does not have a deterministic implementation")
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     outside = [tensor for tensor in tensors if not isinstance(tensor, StrictTensor)]
     if not outside or len(outside) == len(tensors) or packet in COPIES:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NOT_DETERMINISTIC = "does not have a deterministic implementation"  # torch's words
 # cuBLAS gives the same bytes each time if it may use eight buffers of 4096 KiB in each stream, see
 # torch.use_deterministic_algorithms.
 WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -99,12 +100,6 @@ def is_recorded(tensor: Tensor) -> bool:
     return ask is not None and bool(ask())
 
 
-def supports_bfloat16(device: torch.device) -> bool:
-    """Returns whether a device states that it computes in bfloat16; False for the CPU."""
-    ask = _of(device, "is_bf16_supported")
-    return ask is not None and bool(ask())
-
-
 def device_kind(device: torch.device) -> str:
     """Returns what the bytes of a result depend on, as one line; "cpu" for the CPU.
 
@@ -129,8 +124,10 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
     Sums by atomic additions, the search for the fastest convolution and products in TF32 are off,
     and cuBLAS gets a workspace of a fixed size, for which this context has to begin before the
-    first product on the device. torch then raises an error where it has no such algorithm. On the
-    CPU nothing changes: there `lowbit.kernels.products.reproducible` sees to it.
+    first product on the device. On the CPU nothing changes: there
+    `lowbit.kernels.products.reproducible` sees to it.
+
+    Raises ValueError if a model computes something for which torch has no such algorithm there.
     """
     if device.type == "cpu":
         yield
@@ -146,6 +143,13 @@ def deterministic(device: torch.device) -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     try:
         yield
+    except RuntimeError as error:
+        if NOT_DETERMINISTIC not in str(error):
+            raise
+        raise ValueError(
+            f"{str(error).partition(' ')[0]} has no algorithm on {device} that always gives the "
+            "same bytes, as a run needs that may be continued: use --device cpu"
+        ) from error
     finally:
         torch.use_deterministic_algorithms(algorithms, warn_only=warns)
         torch.backends.cudnn.benchmark = benchmark

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowbit.device import (
     choose_device,
     current_stream,
+    deterministic,
     device_kind,
     free_memory,
     is_recorded,
@@ -145,6 +146,17 @@ def test_half_precision_does_not_vary() -> None:
                 torch.full((rows, columns), float("nan"), dtype=dtype)
                 found = nn.functional.linear(x.to(DEVICE), weight.to(DEVICE)).cpu()
                 assert torch.equal(found, wanted)
+
+
+def test_what_is_not_deterministic_is_refused_in_a_run() -> None:
+    x = there(4)
+    with deterministic(x.device):
+        assert x.long().cumsum(0).device == x.device
+        with pytest.raises(RuntimeError, match="deterministic"):
+            x.cumsum(0)
+    x.cumsum(0)
+    with pytest.raises(ValueError, match="use --device cpu"), deterministic(x.device):
+        x.cumsum(0)
 
 
 def test_lowbit_asks_the_module_of_the_device() -> None:

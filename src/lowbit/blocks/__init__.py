@@ -11,7 +11,7 @@ the names in the checkpoint: "self_attn.q_proj", "input_layernorm".
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -23,6 +23,8 @@ from lowbit.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from lowbit.blocks.hessian import Hessian
+
+MAPS = ("source_rows", "source_channels", "reader_rows", "reader_channels")  # of a `Fold`
 
 __all__ = ["Batch", "BlockTask", "Fold", "LinearGroup", "Stream"]
 
@@ -100,6 +102,11 @@ class Fold:
     def name(self) -> str:
         return f"{self.source}>{self.readers[0]}"
 
+    def to(self, device: torch.device) -> "Fold":
+        """Returns the fold with its maps on a device, where each use would copy them otherwise."""
+        maps = {name: getattr(self, name) for name in MAPS}
+        return replace(self, **{n: m.to(device) for n, m in maps.items() if m is not None})
+
 
 @dataclass(kw_only=True)
 class BlockTask:
@@ -129,6 +136,11 @@ class BlockTask:
     start: Mapping[str, Tensor] = field(default_factory=dict)
     attentions: tuple[str, ...] = ()
     output_hessians: Mapping[str, "Hessian"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        device = next((parameter.device for parameter in self.block.parameters()), None)
+        if device is not None and device.type != "cpu":
+            self.folds = tuple(fold.to(device) for fold in self.folds)
 
     @property
     def ranks(self) -> Ranks:

@@ -270,6 +270,7 @@ def _measure_block(
         attempt = _attempt(short_job, writer, index, stream, meter)
         if meter.twice and attempt.stage.seconds < SHORT:
             again = _attempt(short_job, writer, index, stream, meter)
+            _check_same(job, index, attempt.result, again.result)
             attempt = min(attempt, again, key=lambda each: each.stage.seconds)
         attempts.append(attempt)
     least, most = attempts[0].stage, attempts[-1].stage
@@ -332,6 +333,16 @@ def _attempt(
 
 def _ignore(event: Event) -> None:
     """Drops an event: the run itself will report the same."""
+
+
+def _check_same(job: Job, index: int, one: BlockResult, other: BlockResult) -> None:
+    """Raises ValueError if a block that was quantized twice differs."""
+    for name, linear in one.linears.items():
+        if not _equal(linear, other.linears[name]):
+            raise ValueError(
+                f"{job.blocks[index]}.{name} gets other weights when it is quantized again on "
+                f"{job.device}, so a run could not be continued to the same bytes: use --device cpu"
+            )
 
 
 def _check_read_back(job: Job, writer: CheckpointWriter, index: int, result: BlockResult) -> None:

@@ -174,8 +174,9 @@ def drawn_labels(logits: Tensor, levels: Tensor) -> Tensor:
     levels: (positions,) float64, uniform in [0, 1): the label is where the probabilities of all
         labels up to it exceed the level.
     """
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    wanted = levels.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
-    found = torch.searchsorted(cumulative, wanted, right=True).squeeze(1)
+    # On the CPU, since CUDA adds up floats in any order, which a deterministic run refuses.
+    cumulative = logits.softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
+    wanted = levels.unsqueeze(1) * cumulative[:, -1:]
+    found = torch.searchsorted(cumulative, wanted, right=True).squeeze(1).to(logits.device)
     # A level near 1 times the sum may be rounded to the sum itself, beyond the last label.
     return found.clamp(max=logits.shape[1] - 1)

@@ -20,9 +20,9 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils import is_torch_bf16_gpu_available
 
 from lowbit.checkpoint.kept import keep, last_kept
-from lowbit.device import supports_bfloat16
 from lowbit.events import OnEvent, TrainingStep
 from lowbit.patterns import matches_any
 from lowbit.preprocess.options import LoRA
@@ -154,7 +154,7 @@ def _arguments(model: nn.Module, lora: LoRA, state: Path, seed: int) -> Training
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(lora.warmup * lora.steps),
         optim="adamw_torch",
-        bf16=supports_bfloat16(device),
+        bf16=device.type != "cpu" and is_torch_bf16_gpu_available(),
         seed=seed,
         save_steps=lora.save_every,
         save_total_limit=2,
@@ -165,6 +165,11 @@ def _arguments(model: nn.Module, lora: LoRA, state: Path, seed: int) -> Training
         use_cpu=device.type == "cpu",
         dataloader_num_workers=0,
     )
+    if arguments.device.type != device.type:  # accelerate does not know the type
+        raise ValueError(
+            f"Trainer would compute on {arguments.device} instead of {device}: set the environment "
+            f"variable ACCELERATE_TORCH_DEVICE={device}, or use --device cpu"
+        )
     # Trainer would use all GPUs, and read as many times the windows.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments

@@ -299,9 +299,9 @@ def _round_part(
     """Does that for some strips at once."""
     tried = _round_all(weight, scales, rounder, nearest, how.strip)
     best = _strip_losses(tried, len(scales), how.strip).argmin(0)
-    strips = torch.arange(len(best), device=weight.device)
-    chosen = best * len(best) + strips
-    rows = (chosen.unsqueeze(1) * how.strip + strips.new_tensor(range(how.strip))).flatten()
+    chosen = best * len(best) + torch.arange(len(best), device=weight.device)
+    within = torch.arange(how.strip, device=weight.device)
+    rows = (chosen.unsqueeze(1) * how.strip + within).flatten()
     found = Words(tried.codes[chosen], tried.values[rows], tried.scale[rows], tried.loss[rows])
     n = len(weight)
     if how.passes:  # only of words of one row: greedy passes look at each row alone
