@@ -134,7 +134,7 @@ LIBRARY_OWNERS: dict[str, set[str]] = {
     "starlette": {"server"},
     "uvicorn": {"server"},
     "triton": {"kernels/triton"},
-    "vllm": {"vllm_plugin"},
+    "vllm": {"vllm_plugin", "eval/vllm_engine.py"},
 }
 
 SEEDS = {

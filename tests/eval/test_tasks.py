@@ -4,18 +4,22 @@ import json
 import logging
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import zoo
+from forked import processes
 from lm_eval.tasks import TaskManager
 
 from lowbit.eval import TaskOptions, tasks
 from lowbit.eval.local_tasks import find_rows
 from lowbit.eval.tasks import Tasks
 from lowbit.load import load
+from lowbit.ranks import ALONE, Ranks
+from lowbit.together import joined
 
 pytestmark = pytest.mark.slow
 
@@ -196,3 +200,25 @@ def test_tasks_that_cannot_be_had() -> None:
         Tasks(TaskOptions(names=("catz",)))
     with pytest.raises(ValueError, match="rows of task far cannot be loaded: .*nobody/nothing.*--"):
         Tasks(TaskOptions(names=("far",)))
+
+
+@pytest.mark.exhaustive
+def test_any_number_of_processes_scores_the_same(folder: Path, llama: tuple[Any, Any]) -> None:
+    """Five rows do not divide by three, so that one process has fewer than the others."""
+
+    def scored(ranks: Ranks) -> dict[str, Any]:
+        found = Tasks(TaskOptions(folder=folder, limit=5)).score(*llama, ranks=ranks)
+        return {name: asdict(score) for name, score in found.items()}
+
+    def member(index: int) -> dict[str, Any]:
+        with joined() as ranks:
+            return scored(ranks)
+
+    assert processes(3, member) == [{"result": scored(ALONE)}] * 3
+
+
+@pytest.mark.exhaustive
+def test_as_many_rows_as_fit(folder: Path, llama: tuple[Any, Any]) -> None:
+    options = TaskOptions(names=("piqa",), folder=folder, limit=3)
+    wanted = Tasks(options).score(*llama)
+    assert Tasks(options.model_copy(update={"batch": "auto"})).score(*llama) == wanted

@@ -1,5 +1,6 @@
 """Prints the tables of lowbit eval."""
 
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -7,8 +8,7 @@ from rich.table import Table
 
 from lowbit.cli.screen import change, size
 from lowbit.eval import Evaluation, TaskScore
-from lowbit.eval.evaluate import AFTER_LORA, TUNED
-from lowbit.eval.evaluation import labelled
+from lowbit.eval.evaluation import AFTER_LORA, TUNED, labelled
 from lowbit.quantities import perplexity_over
 
 GAP = 2  # spaces between columns
@@ -24,7 +24,8 @@ def show_texts(screen: Console, rows: list[Evaluation]) -> None:
         cells = [short[row.model]]
         if sliced:
             cells += ["" if row.bits is None else str(widths[row.bits]), _made(row)]
-        cells += [f"{row.bits_per_weight[part]:.2f}" for part in ("linears", "model")]
+        bits = (row.bits_per_weight[part] for part in ("linears", "model"))
+        cells += ["" if math.isnan(each) else f"{each:.2f}" for each in bits]
         cells.append(size(row.size_bytes))
         for text, value in row.perplexity.items():
             cells.append(f"{value:.3f}" if value < 1000 else f"{value:.3g}")
@@ -174,6 +175,8 @@ def _conditions(row: Evaluation, others: list[str]) -> list[str]:
     if not row.windows:
         return []
     over = perplexity_over(row.windows, row.seqlen, row.per_document)
+    if row.engine != "lowbit":
+        over += f", run by {row.engine}: do not compare with numbers of other engines"
     if others:
         return [over, f"not comparable, since the tokenizer differs: {', '.join(others)}"]
     if row.reference is None:

@@ -114,6 +114,9 @@ def evaluate(  # noqa: PLR0913 (a command's options)
         ),
     ] = None,
     workers: Annotated[int, Option(metavar="N", help=meaning(EvalOptions, "workers"))] = 1,
+    engine: Annotated[
+        str, Option(metavar="lowbit|vllm", help=meaning(EvalOptions, "engine"))
+    ] = "lowbit",
 ) -> None:
     """Compare models by perplexity, KL divergence, tasks and size.
 
@@ -135,6 +138,7 @@ def evaluate(  # noqa: PLR0913 (a command's options)
         trust_remote_code=trust_remote_code,
         **at_once,
         workers=workers,
+        engine=engine,
     )
     models = list(dict.fromkeys([model, *(others or [])]))
     cards = folders_with_cards(models) if write_card else {}

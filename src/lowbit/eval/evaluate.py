@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from lowbit.device import choose_device
 from lowbit.eval.apart import apart
 from lowbit.eval.batch import batch_of
 from lowbit.eval.divergence import Divergence, StreamedLogits, divergence
-from lowbit.eval.evaluation import Evaluation, labelled
+from lowbit.eval.evaluation import Evaluation, labelled, method_of
 from lowbit.eval.options import EvalOptions
 from lowbit.eval.perplexity import (
     Perplexity,
@@ -31,6 +32,7 @@ from lowbit.eval.perplexity import (
     windows_of,
 )
 from lowbit.eval.scores import TaskOptions, TaskScore
+from lowbit.eval.vllm_engine import VllmEngine, layout_of
 from lowbit.load import (
     check_tokens,
     context_of,
@@ -48,8 +50,6 @@ if TYPE_CHECKING:
     from lowbit.eval.tasks import Tasks
 
 LONGEST_DEFAULT = 2048  # tokens in a window; the papers' context
-AFTER_LORA = " after LoRA"  # suffix of the method of a model that lowbit preprocess trained
-TUNED = " tuned"  # suffix of the method of a model that lowbit tune trained
 
 Progress = Callable[[str, int, int], None]  # what is measured, steps done, steps in all
 
@@ -68,6 +68,7 @@ def evaluate(  # noqa: PLR0913 (the fields of EvalOptions)
     trust_remote_code: bool = False,
     batch: int | Literal["auto"] = 1,
     workers: int = 1,
+    engine: Literal["lowbit", "vllm"] = "lowbit",
     on_progress: Progress = lambda what, done, of: None,
 ) -> list[Evaluation]:
     """Measures perplexity, divergence, tasks and real bits per weight of models.
@@ -89,6 +90,8 @@ def evaluate(  # noqa: PLR0913 (the fields of EvalOptions)
     listed = [models] if isinstance(models, str | Path) else models
     names = [str(name) for name in listed]
     with joined() as ranks:
+        if ranks.count > 1 and options.engine == "vllm":
+            raise ValueError("vLLM starts its own processes: run this command without torchrun")
         session = _Session(options, on_progress, ranks)
         session.check(names)
         if options.workers > 1 and len(names) > 1:
@@ -142,8 +145,9 @@ class _Session:
 
     def check(self, names: Sequence[str]) -> None:
         """Raises ValueError for models that cannot be compared, before any of them is measured."""
+        readable = layout_of if self.options.engine == "vllm" else runnable_folder
         for name in names:
-            runnable_folder(locate(name, self.options.trust_remote_code))
+            readable(locate(name, self.options.trust_remote_code))
         if self.options.bits and not any([self.widths(name) != (None,) for name in names]):
             raise ValueError(
                 "bits only applies to models that hold several widths, made with a matquant "
@@ -175,6 +179,8 @@ class _Session:
         seqlen = self._seqlen(name)
         tokenizer = self._tokenizer(name)
         texts = self._rows(name, tokenizer, seqlen)
+        if options.engine == "vllm":
+            return [self._by_vllm(_Subject(name, folder, seqlen, texts, None))]
         loaded = None
         if self.tasks is not None or (options.texts and self.reference_folder is None):
             model = load_model(
@@ -207,7 +213,7 @@ class _Session:
         size = size_of(folder) if bits is None else size_of_slice(folder, bits)
         return Evaluation(
             model=subject.name,
-            method=_method(folder),
+            method=method_of(folder),
             perplexity={text: p.value for text, p in perplexities.items()},
             bits_per_weight={"linears": size.linears, "model": size.model},
             size_bytes=size.bytes,
@@ -221,6 +227,28 @@ class _Session:
             bits=bits,
             trained=None if bits is None else _trained(folder, bits),
             tokens={text: _digest(rows) for text, rows in subject.texts.items()},
+        )
+
+    def _by_vllm(self, subject: _Subject) -> Evaluation:
+        """Measures the perplexity of a model that vLLM runs."""
+        started, folder = time.perf_counter(), subject.folder
+        engine = VllmEngine(folder, subject.seqlen, self.options.trust_remote_code)
+        found = {}
+        for text, rows in subject.texts.items():
+            losses = engine.losses(rows, self._progress(subject.name))
+            found[text] = self._perplexity(losses, subject.seqlen)
+        return Evaluation(
+            model=subject.name,
+            method=layout_of(folder),
+            perplexity={text: each.value for text, each in found.items()},
+            bits_per_weight={"linears": math.nan, "model": math.nan},
+            size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+            seqlen=subject.seqlen,
+            windows={text: each.windows for text, each in found.items()},
+            per_document=self.options.per_document,
+            seconds=round(time.perf_counter() - started, 3),
+            tokens={text: _digest(rows) for text, rows in subject.texts.items()},
+            engine="vllm",
         )
 
     def _scores(self, label: str, model: Any, tokenizer: Any) -> dict[str, TaskScore]:
@@ -246,6 +274,13 @@ class _Session:
             raise ValueError(
                 f"{name} has a context of {context} tokens; --seqlen {asked} is longer"
             )
+        if self.options.engine == "vllm" and context is not None:
+            if asked == context:
+                raise ValueError(
+                    f"{name} has a context of {context} tokens, of which vLLM keeps one for a "
+                    f"token that it generates: use a --seqlen of at most {context - 1}"
+                )
+            context -= 1
         return asked or min(LONGEST_DEFAULT, context or LONGEST_DEFAULT)
 
     def _rows(self, name: str, tokenizer: Any, seqlen: int) -> dict[str, list[Tensor]]:
@@ -354,18 +389,3 @@ def _trained(folder: Path, bits: int | str) -> float:
     """Returns the share of the nested weights that were optimized for these widths."""
     quantized = QuantizedFolder(folder)
     return trained_share(quantized, widths_of(quantized, bits))
-
-
-def _method(folder: Path) -> str:
-    """Returns the recipe or method that made a quantized model; "float" for other models.
-
-    A model that lowbit preprocess or tune trained gets a suffix, since that is more than
-    calibration.
-    """
-    found = runnable_folder(folder)
-    trained = AFTER_LORA if "lowbit_preprocess" in found.config else ""
-    if found.program is None:
-        return f"float{trained}"
-    made_by = found.config["quantization_config"].get("made_by") or {}
-    name: str = made_by.get("recipe") or (made_by.get("method") or {}).get("name", "quantized")
-    return f"{name}{TUNED if made_by.get('tuned') else ''}{trained}"

@@ -1,10 +1,15 @@
 """The measurements of one model, a row of the tables of `lowbit eval`."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.eval.divergence import Divergence
 from lowbit.eval.scores import TaskScore
+
+AFTER_LORA = " after LoRA"  # suffix of the method of a model that lowbit preprocess trained
+TUNED = " tuned"  # suffix of the method of a model that lowbit tune trained
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Evaluation:
         interpolated between optimized widths. None: the model ran as stored.
     tokens: by text, a hash of its tokens. If the hashes of two models differ, so do their
         tokenizers, and their perplexities cannot be compared.
+    engine: what ran the model. The bits of a folder that vLLM ran are not known: they are NaN.
     """
 
     model: str
@@ -45,6 +51,7 @@ class Evaluation:
     bits: int | str | None = None
     trained: float | None = None
     tokens: dict[str, str] = field(default_factory=dict)
+    engine: str = "lowbit"
 
     @property
     def name(self) -> str:
@@ -63,3 +70,18 @@ def labelled(model: str, bits: int | str | None) -> str:
     if bits is None:
         return model
     return f"{model} at {bits} bits" if isinstance(bits, int) else f"{model} by {bits}"
+
+
+def method_of(folder: Path) -> str:
+    """Returns the recipe or method that made a quantized model; "float" for other models.
+
+    A model that lowbit preprocess or tune trained gets a suffix, since that is more than
+    calibration.
+    """
+    found = runnable_folder(folder)
+    trained = AFTER_LORA if "lowbit_preprocess" in found.config else ""
+    if found.program is None:
+        return f"float{trained}"
+    made_by = found.config["quantization_config"].get("made_by") or {}
+    name: str = made_by.get("recipe") or (made_by.get("method") or {}).get("name", "quantized")
+    return f"{name}{TUNED if made_by.get('tuned') else ''}{trained}"

@@ -58,6 +58,11 @@ class EvalOptions(Config):
         description="Processes that measure models at the same time, each one model; on GPUs, each "
         "on its own.",
     )
+    engine: Literal["lowbit", "vllm"] = Field(
+        "lowbit",
+        description='What runs the models: "lowbit", with transformers, or "vllm", for float '
+        "models and for folders that were exported for it.",
+    )
 
     @field_validator("texts", "reference", "bits", mode="before")
     @classmethod
@@ -72,4 +77,11 @@ class EvalOptions(Config):
             raise ValueError("there is nothing to measure: name a text or tasks")
         if not self.texts and self.reference is not None:
             raise ValueError("the divergence from a reference is measured on a text: name a text")
+        if self.engine == "vllm" and (self.reference or self.tasks or self.bits):
+            raise ValueError(
+                "with engine vllm only perplexity is measured: leave out the reference, the tasks "
+                "and bits, or measure them with engine lowbit"
+            )
+        if self.engine == "vllm" and self.workers > 1:
+            raise ValueError("vllm takes all GPUs for one model: leave out workers")
         return self
