@@ -99,7 +99,10 @@ class Together(Ranks):
             _stores.append(store)
         run = next(_runs)  # the same number in all processes
         self.store = distributed.PrefixStore(f"lowbit/{run}", _stores[0])
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend, local = "gloo", int(os.environ.get("LOCAL_RANK", "0"))
+        if local < torch.cuda.device_count():
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(local)  # NCCL expects a GPU of its own in each process
         with _words():
             distributed.init_process_group(
                 backend,

@@ -196,3 +196,11 @@ def test_models_and_folders_that_cannot_be(lowbit, rtn, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     assert "is not empty and holds no record of a run" in error(MODEL, tmp_path)
     assert "is a file; OUT must be a folder" in error(MODEL, tmp_path / "mine.txt")
+
+
+def test_commands_that_processes_of_torchrun_cannot_share(lowbit, monkeypatch):
+    started = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    found = lowbit("inspect", "x", code=1)
+    assert "only lowbit quantize and eval can share: run lowbit inspect without" in found.stderr

@@ -12,7 +12,6 @@ from torch import nn
 import lowbit
 from lowbit.eval.batch import MOST, batch_of
 from lowbit.eval.perplexity import batched, losses_of
-from lowbit.ranks import Ranks
 
 SEQLEN = 8
 pytestmark = pytest.mark.slow
@@ -101,12 +100,3 @@ def test_as_many_windows_as_the_memory_holds(monkeypatch: pytest.MonkeyPatch) ->
     for free, wanted in ((10**12, MOST), (0, 1)):
         monkeypatch.setattr("lowbit.eval.batch._free", lambda device, free=free: free)
         assert batch_of("auto", loaded, SEQLEN) == wanted
-
-
-def test_what_is_dealt_out() -> None:
-    ranks = Ranks()
-    ranks.count = 3
-    assert [ranks.owner(i) for i in range(4)] == [0, 1, 2, 0]
-    costs = {"a": 1.0, "b": 5.0, "c": 2.0, "d": 2.0}
-    assert ranks.assign(costs) == {"a": 1, "b": 0, "c": 1, "d": 2}
-    assert list(ranks.assign(costs)) == list(costs)

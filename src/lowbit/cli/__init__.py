@@ -37,10 +37,12 @@ from lowbit.cli.zoo import zoo
 from lowbit.config import explain
 from lowbit.models.quiet import quiet
 from lowbit.parsing import reason_of, shorten
+from lowbit.together import count_from_environment
 from lowbit.version import __version__
 
 MISTAKES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
 LONGEST_WORD = 400  # characters; a path may have as many
+SHARED = ("quantize", "eval")  # the commands that processes of torchrun share
 
 
 class Commands(TyperGroup):
@@ -160,6 +162,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def top(
+    ctx: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool,
@@ -171,6 +174,11 @@ def top(
     lowbit methods and lowbit recipes explain what you can choose from.
     """
     quiet(downloads=not sys.stderr.isatty())
+    if count_from_environment() > 1 and ctx.invoked_subcommand not in SHARED:
+        raise ValueError(
+            f"torchrun has started several processes, which only lowbit {' and '.join(SHARED)} can "
+            f"share: run lowbit {ctx.invoked_subcommand} without torchrun"
+        )
 
 
 def main() -> None:
