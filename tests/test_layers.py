@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "solvers": {"blocks", "kernels", "config", "ranks"},
     "checkpoint": {"formats", "config", "parsing", "quantities", "version"},
     "models": {"blocks", "checkpoint", "kernels", "parsing", "patterns", "ranks"},
-    "methods": {"blocks", "solvers", "formats", "kernels", "config", "patterns", "run_report"},
+    "methods": {"blocks", "solvers", "formats", "kernels", "config", "patterns", "ranks"}
+    | {"run_report"},
     "calibration": {"config", "parsing"},
     "load": {"models", "formats", "checkpoint", "kernels", "config", "parsing", "version"},
     "eval": {"load", "calibration", "checkpoint", "formats", "config", "device", "parsing"}
@@ -107,6 +108,7 @@ SIBLINGS: dict[str, set[str]] = {
         "spreading",
         "result",
         "rotated",
+        "shared",
     },
     "exporters": {
         "__init__",

@@ -6,7 +6,7 @@ weight is rotated the other way before it is rounded; see `lowbit.formats.readin
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
@@ -148,7 +148,6 @@ class Readings:
     linears: Mapping[str, Reading]
     attentions: dict[str, AttentionRounding]
     fallback: str | None
-    _owners: dict[tuple[str, Reading], str] = field(default_factory=dict)
 
     @property
     def rounds(self) -> bool:
@@ -173,8 +172,8 @@ class Readings:
         if reading == Reading():
             return layer
         if reading.rotation is not None:
-            group = next(group.name for group in self.task.groups if name in group.linears)
-            owner = self._owners.setdefault((group, reading), name)
+            group = next(group for group in self.task.groups if name in group.linears)
+            owner = next(n for n in group.linears if self.linears[n] == reading)
         return layer.with_reading(reading, None if owner == name else owner)
 
     def complete(self, result: BlockResult) -> BlockResult:

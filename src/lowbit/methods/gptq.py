@@ -5,6 +5,7 @@ before rounding begins (static groups), so that act_order needs no index of grou
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -30,6 +31,7 @@ from lowbit.methods.result import (
     too_few_tokens,
     warn_of_hessians,
 )
+from lowbit.methods.shared import Shared
 from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.clipping import clipped_grid
 from lowbit.solvers.correction import Target
@@ -82,19 +84,32 @@ class GPTQ(ActivationMethod):
         readings = self.readings(task, self.streams()[0])
         task = readings.task
         for step in self._steps(task, readings, result):
-            factors: dict[Reading, OrderedFactor | str] = {}
-            for name in step.group.linears:
-                linear, reading = task.block.get_submodule(name), readings.linears[name]
-                assert isinstance(linear, nn.Linear)
-                if reading not in factors:
-                    factors[reading] = self._factor(step.hessian, reading)
-                here = self.at(f"{task.name}.{name}")
-                outputs = here._output_factor(task, name)
-                made = here._linear(name, linear, step, factors[reading], outputs, readings)
-                result.linears[name], reports[name] = made
+            weights = {n: task.block.get_parameter(f"{n}.weight") for n in step.group.linears}
+            device = next(iter(weights.values())).device
+            make = partial(self._made, task, step, readings, {})
+            shared = Shared(task.ranks, device, make)
+            for name, layer, report in shared.each({n: w.numel() for n, w in weights.items()}):
+                result.linears[name], reports[name] = layer, report
         warn_of_hessians(task, reports)
         result.report = BlockReport(linears=reports, fallback=readings.fallback)
         return readings.complete(result)
+
+    def _made(
+        self,
+        task: BlockTask,
+        step: Step,
+        readings: Readings,
+        factors: dict[Reading, OrderedFactor | str],
+        name: str,
+    ) -> tuple[UniformLinear, LinearReport]:
+        """Quantizes one linear. factors: of the group's Hessian, by how a linear reads its input"""
+        linear, reading = task.block.get_submodule(name), readings.linears[name]
+        assert isinstance(linear, nn.Linear)
+        if reading not in factors:
+            factors[reading] = self._factor(step.hessian, reading)
+        here = self.at(f"{task.name}.{name}")
+        outputs = here._output_factor(task, name)
+        return here._linear(name, linear, step, factors[reading], outputs, readings)
 
     def _steps(self, task: BlockTask, readings: Readings, result: BlockResult) -> Iterator[Step]:
         """Returns the groups of the block, with what quantized linears will see of their inputs."""

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -44,6 +45,7 @@ from lowbit.methods.result import (
 from lowbit.methods.rotated.finetune import Training, finetune
 from lowbit.methods.rotated.signs import Merged, merge_signs
 from lowbit.methods.rotated.words import Nearest, Outputs, Rounder, RowScale, Spread, spread
+from lowbit.methods.shared import Shared
 from lowbit.run_report import BlockReport, LinearReport
 from lowbit.solvers.correction import Target
 from lowbit.solvers.feedback import TILE, damped_factor, filled
@@ -186,8 +188,10 @@ class Rotated(Method):
             load_changed(block, merged.tensors)
         for step in steps(task, self.match, "float", result.linears, block):
             inputs = self._inputs(task, step, merged)
-            for name in step.group.linears:
-                result.linears[name], reports[name] = self._linear(task, name, inputs, merged)
+            make = partial(self._linear, task, inputs=inputs, merged=merged)
+            costs = {n: float(merged.tensors[f"{n}.weight"].numel()) for n in step.group.linears}
+            for name, layer, report in Shared(task.ranks, inputs.device, make).each(costs):
+                result.linears[name], reports[name] = layer, report
         warn_of_hessians(task, reports)
         result.report = BlockReport(linears=reports)
         link(result.linears)
@@ -280,8 +284,9 @@ class Rotated(Method):
         how, generator = here._spread(code, weight), task.generator(name)
         outputs, problem = self._outputs(task, name, side, merged)
         words = spread(rotated, rounder, code.nearest, how, generator, outputs)
-        layer = code.layer(words.codes, words.scale, inputs.side, side, inputs.owner, bias)
-        inputs.owner = inputs.owner or name
+        first = inputs.step.group.linears[0]  # whose layer stores the signs of the input
+        shares = None if name == first else first
+        layer = code.layer(words.codes, words.scale, inputs.side, side, shares, bias)
         energy = rounder.energy(rotated)
         return layer, LinearReport(
             signal_to_noise_db=signal_to_noise(target.weight, layer),
@@ -339,7 +344,7 @@ class _Inputs:
     side: the rotation of their input.
     hessian: the rotated Hessian; None after too few calibration tokens.
     fallback: the fallback sentence if the Hessian is None or the Hessian of all experts.
-    owner: the name of the first linear, whose layer stores the signs; None before it is made.
+
     """
 
     step: Step
@@ -348,7 +353,6 @@ class _Inputs:
     fallback: str | None
     damping: float
     device: torch.device
-    owner: str | None = None
     rounders: dict[int, Rounder] = field(default_factory=dict)
 
     def rounder(self, dim: int) -> Rounder:
