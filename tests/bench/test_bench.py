@@ -10,6 +10,7 @@ import zoo
 
 import lowbit
 from lowbit.bench import llama_cpp, measure
+from lowbit.bench.copying import copy_bandwidth
 from lowbit.bench.linears import record, stored_bytes, weights
 from lowbit.bench.llama_cpp import LlamaCpp, nearest_type, write_random
 from lowbit.bench.random_model import random_float, random_quantized
@@ -174,3 +175,9 @@ def test_a_model_that_was_loaded_is_not_changed() -> None:
     measure.measure(model, threads=1, rounds=1)
     assert torch.equal(quantized.logits(model), before)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_copy_reads_and_writes_at_least_so_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((1.0, 1.5))
+    monkeypatch.setattr("lowbit.bench.copying.time.perf_counter", lambda: next(clock))
+    assert copy_bandwidth(torch.device("cpu"), 1000, least=3000) == 2 * 3000 / 0.5

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowbit.device import synchronize
 from lowbit.formats.base import QuantizedLinear
 
 Linear = QuantizedLinear | nn.Linear
@@ -35,7 +36,8 @@ def record(model: nn.Module) -> list[Step]:
     ]
     try:
         with torch.no_grad():
-            model(input_ids=torch.tensor([[0]]), use_cache=False)
+            device = next(model.parameters()).device
+            model(input_ids=torch.tensor([[0]], device=device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -58,10 +60,12 @@ def seconds(steps: list[Step], tokens: int, rounds: int) -> list[float]:
     with torch.no_grad():
         for _ in range(rounds):
             inputs = [step.x.repeat(*[1] * (step.x.ndim - 2), tokens, 1) for step in steps]
+            synchronize(steps[0].x.device)
             started = time.perf_counter()
             for step, x in zip(steps, inputs, strict=True):
                 for layer in step.layers:
                     layer(x)
+            synchronize(steps[0].x.device)
             times.append(time.perf_counter() - started)
     return times
 

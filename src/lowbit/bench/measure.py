@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowbit.bench import linears
+from lowbit.bench.copying import copy_bandwidth
 from lowbit.kernels.native import why_not
 from lowbit.kernels.native.bandwidth import read_bandwidth
 from lowbit.models.generation import greedily
@@ -52,7 +53,8 @@ class Speed:
     backends: names of the backends that multiplied.
     stored: bytes that store the weights of the linears which a token reads.
     weights: their number.
-    bandwidth: bytes that this machine reads per second, over as many bytes; None: not measured.
+    bandwidth: bytes that this machine reads per second, over as many bytes; on a GPU those that a
+        copy reads and writes; None: not measured.
     linears: times of the linears, the output layer included.
     generation: times of one more token of generation; None: not measured.
     peer: times of the peer's whole pass; None: there is no peer.
@@ -110,7 +112,7 @@ def measure(
     peer: Peer | None = None,
     generate: bool = True,
 ) -> Speed:
-    """Measures a model on the CPU.
+    """Measures a model on the device where it is.
 
     threads: threads of torch, and of the peer.
     tokens: tokens of a pass.
@@ -133,8 +135,7 @@ def measure(
                 whole.seconds += token_seconds(model, passes)
             if peer is not None and theirs is not None:
                 theirs.seconds += peer.seconds(passes, threads, tokens)
-            if why_not() is None:
-                bandwidth = max(bandwidth, read_bandwidth(stored, threads, rounds=1))
+            bandwidth = max(bandwidth, _bandwidth(steps[0].x.device, stored, threads))
         return Speed(
             threads=threads,
             tokens=tokens,
@@ -146,6 +147,13 @@ def measure(
             generation=whole,
             peer=theirs,
         )
+
+
+def _bandwidth(device: torch.device, size: int, threads: int) -> float:
+    """Returns the bytes that are read per second, or copied on a GPU; 0: it is not measured."""
+    if device.type != "cpu":
+        return copy_bandwidth(device, size)
+    return read_bandwidth(size, threads, rounds=1) if why_not() is None else 0.0
 
 
 def token_seconds(model: nn.Module, tokens: int, prompt: list[int] | None = None) -> list[float]:

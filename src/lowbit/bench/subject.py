@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from lowbit.bench.random_model import random_quantized
 from lowbit.bench.shapes import Shape, parse_format, parse_shape
 from lowbit.checkpoint.recognize import runnable_folder
+from lowbit.device import choose_device, supports_bfloat16
 from lowbit.formats import repack, set_input_bits
 from lowbit.formats.base import QuantizedLinear
 from lowbit.load import load_model, locate
@@ -52,30 +54,42 @@ class Subject:
         return self.shape
 
 
-def of_shape(shape: str, form: str, inputs: int) -> Subject:
+def of_shape(shape: str, form: str, inputs: int, device: str = "cpu") -> Subject:
     """Builds a Llama of random weights; raises ValueError as `parse_shape` and others do.
 
     shape, form: as `parse_shape` and `parse_format` read them.
     inputs: bits to which kernels round inputs.
+    device: where the model runs.
     """
     parse_format(form)
     sizes = parse_shape(shape)
     model = random_quantized(sizes, form)
     set_input_bits(model, inputs)
-    repack(model)
+    _move(model, choose_device(device))
     in_blocks = [m for n, m in model.named_modules() if n != "lm_head"]
     return Subject(f"{shape}, {form}", model, form.partition(":")[0], _bits(in_blocks), sizes)
 
 
-def of_folder(folder: str, inputs: int) -> Subject:
+def of_folder(folder: str, inputs: int, device: str = "cpu") -> Subject:
     """Loads a quantized folder. Raises ValueError for a float one, and as `load_model` does."""
     path = locate(folder)
     if runnable_folder(path).program is None:
         raise ValueError(f"{folder} is a float model: name a folder that lowbit has quantized")
+    where = choose_device(device)
     model = load_model(path, inputs=inputs)
+    _move(model, where)
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     form = Counter(layer.format for layer in layers).most_common(1)[0][0]
     return Subject(path.name, model, form, _bits(layers), _llama_shape(model, layers))
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Moves a model to a device, in half precision on a GPU, and repacks its layers there."""
+    dtype = torch.float32
+    if device.type != "cpu":
+        dtype = torch.bfloat16 if supports_bfloat16(device) else torch.float16
+        model.to(device, dtype)
+    repack(model, dtype)
 
 
 def _bits(modules: Sequence[nn.Module]) -> float:

@@ -1,4 +1,4 @@
-"""lowbit bench: measures how fast a model runs on the CPU."""
+"""lowbit bench: measures how fast a model runs."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +16,7 @@ from lowbit.bench.subject import Subject, of_folder, of_shape
 from lowbit.checkpoint.writer import write_json
 from lowbit.cli.parameters import JsonFile, check_writable
 from lowbit.cli.screen import console
+from lowbit.device import choose_device
 from lowbit.parsing import shorten
 
 MOST_TOKENS = 512  # of a pass
@@ -51,6 +52,14 @@ def bench(  # noqa: PLR0913 (a command's options)
     inputs: Annotated[
         int, Option(metavar="8|16", help="Bits to which kernels round the inputs of layers.")
     ] = 16,
+    device: Annotated[
+        str,
+        Option(
+            metavar="cpu|cuda:N|auto",
+            help="Where the model runs. On a GPU it runs in half precision, and the share is of "
+            "the bandwidth of a copy.",
+        ),
+    ] = "cpu",
     threads: Annotated[
         str, Option(metavar="N,...", help="Numbers of threads, each measured by itself.")
     ] = "1",
@@ -79,7 +88,7 @@ def bench(  # noqa: PLR0913 (a command's options)
     ] = None,
     json: JsonFile = None,
 ) -> None:
-    """Measure how fast a model runs on the CPU.
+    """Measure how fast a model runs, on the CPU or a GPU.
 
     Its linears are measured, and the generation of tokens.
 
@@ -93,9 +102,15 @@ def bench(  # noqa: PLR0913 (a command's options)
         )
     counts = [_numbers("--threads", threads, 1024), _numbers("--tokens", tokens, MOST_TOKENS)]
     library = _library(peer, llama, peer_type)
+    on_gpu = choose_device(device).type != "cpu"
+    if on_gpu and library is not None:
+        raise ValueError("llama.cpp is measured on the CPU only: leave out --device or --llama")
     machine, screen = Machine.here(), console()
     with screen.status("loading"), ExitStack() as stack:
-        subject = of_folder(out, inputs) if out is not None else of_shape(shape, form, inputs)
+        if out is not None:
+            subject = of_folder(out, inputs, device)
+        else:
+            subject = of_shape(shape, form, inputs, device)
         other, title = None, ""
         if library is not None:
             kind = peer_type or nearest_type(subject.form, subject.bits)
@@ -109,11 +124,20 @@ def bench(  # noqa: PLR0913 (a command's options)
             for m in counts[1]
             for n in counts[0]
         ]
-    _print(screen, subject, machine, found, title, inputs)
+    _print(screen, subject, _kernels(machine, inputs, on_gpu), machine, found, title)
     if json is not None:
-        facts = {"model": subject.title, "inputs": inputs, "peer": title or None}
+        facts = {"model": subject.title, "inputs": inputs, "peer": title or None, "device": device}
         made = {**facts, "machine": machine.to_json(), "speed": [each.to_json() for each in found]}
         write_json(json, made)
+
+
+def _kernels(machine: Machine, inputs: int, on_gpu: bool) -> str:
+    """Says what multiplies."""
+    if on_gpu:
+        return f"Triton {machine.triton}" if machine.triton else f"none: {machine.why_no_triton}"
+    if machine.kernels is None:
+        return f"none: {machine.why_not}"
+    return f"{machine.kernels}, inputs of {inputs} bits"
 
 
 def _numbers(option: str, text: str, most: int) -> list[int]:
@@ -143,17 +167,16 @@ def _library(peer: str | None, llama: Path | None, peer_type: str | None) -> Lla
 def _print(
     screen: Console,
     subject: Subject,
+    kernels: str,
     machine: Machine,
     found: list[Speed],
     peer: str,
-    inputs: int,
 ) -> None:
-    kernels = machine.kernels or f"none: {machine.why_not}"
     load = "" if machine.load is None else f", load {machine.load:.1f}"
     facts = {
         "model": f"{subject.title}, {subject.bits:.2f} bits per weight in the linears",
         "machine": f"{machine.processor}, {machine.cores} cores{load}",
-        "kernels": f"{kernels}, inputs of {inputs} bits" if machine.kernels else kernels,
+        "kernels": kernels,
         "peer": f"{peer}, its time is that of a whole token" if peer else "",
     }
     for name, fact in facts.items():
