@@ -11,7 +11,7 @@ from torch import nn
 from lowbit.bench.random_model import random_quantized
 from lowbit.bench.shapes import Shape, parse_format, parse_shape
 from lowbit.checkpoint.recognize import runnable_folder
-from lowbit.device import choose_device, supports_bfloat16
+from lowbit.device import choose_device
 from lowbit.formats import repack, set_input_bits
 from lowbit.formats.base import QuantizedLinear
 from lowbit.load import load_model, locate
@@ -84,10 +84,9 @@ def of_folder(folder: str, inputs: int, device: str = "cpu") -> Subject:
 
 
 def _move(model: nn.Module, device: torch.device) -> None:
-    """Moves a model to a device, in half precision on a GPU, and repacks its layers there."""
-    dtype = torch.float32
+    """Moves a model to a device, in bfloat16 on a GPU, and repacks its layers there."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     if device.type != "cpu":
-        dtype = torch.bfloat16 if supports_bfloat16(device) else torch.float16
         model.to(device, dtype)
     repack(model, dtype)
 

@@ -56,7 +56,7 @@ def bench(  # noqa: PLR0913 (a command's options)
         str,
         Option(
             metavar="cpu|cuda:N|auto",
-            help="Where the model runs. On a GPU it runs in half precision, and the share is of "
+            help="Where the model runs. On a GPU it runs in bfloat16, and the share is of "
             "the bandwidth of a copy.",
         ),
     ] = "cpu",
