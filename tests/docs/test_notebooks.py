@@ -1,4 +1,4 @@
-"""The notebooks run on small models.
+"""The notebooks run on small models, and the outputs that they carry are those of such a run.
 
 Cells with the tag `skip-execution` need an engine or a large model; their first line says what.
 """
@@ -29,16 +29,15 @@ def is_skipped(cell: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_was_run_whole_and_names_its_models_once(path: Path) -> None:
+def test_a_notebook_was_run_and_names_its_models_once(path: Path) -> None:
     assert path.stat().st_size < MOST
     cells = code_cells(path)
     for cell in cells:
         source = "".join(cell["source"])
         assert not is_skipped(cell) or source.startswith("# needs "), source
-        assert not is_skipped(cell) or cell["execution_count"] is None, source
+        assert is_skipped(cell) == (cell["execution_count"] is None), source
         assert not any(output["output_type"] == "error" for output in cell["outputs"])
-    ran = [cell["execution_count"] is not None for cell in cells if not is_skipped(cell)]
-    assert all(ran) or not any(ran)
+    assert any(cell["outputs"] for cell in cells)
     code = "\n".join("".join(cell["source"]) for cell in cells)
     assert len(NAMED.findall(code)) == 1 and "-mini" not in NAMED.sub("", code)
     assert str(ROOT) not in path.read_text() and "/tmp/" not in path.read_text()
