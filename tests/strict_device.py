@@ -122,6 +122,18 @@ class StrictTensor(Tensor):
     def untyped_storage(self) -> Any:
         return self.held.untyped_storage()  # whose address tells which tensors share memory
 
+    def __getitem__(self, index: Any) -> Tensor:
+        return Tensor.__getitem__(self, self._at(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        Tensor.__setitem__(self, self._at(index), value)
+
+    def _at(self, index: Any) -> Any:
+        """Returns an index with tensors in the place of lists, which torch would make itself."""
+        if isinstance(index, tuple):
+            return tuple(map(self._at, index))
+        return torch.tensor(index, device=self.device) if isinstance(index, list) else index
+
     def new_tensor(self, data: Any, dtype: Any = None, **options: Any) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype, **{"device": self.device} | options)
 
