@@ -14,6 +14,9 @@ which lowers the score by 4 min(|y[i]| a[i]).
   would beat the best word so far, as happens for one Gaussian vector in thirteen. Here too the flip
   is at the smallest |y|: if that coordinate had magnitude 3/2, then 1/2 instead would need no flip
   and raise the score by 2.
+
+Sums are of single numbers in a fixed order, so that `lowbit.kernels.native.search` gives equal
+codes.
 """
 
 from dataclasses import dataclass
@@ -23,6 +26,8 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.lattice.e8p import DIM, SHIFT, TRIPLES, patterns
+from lowbit.kernels.native import search as native
+from lowbit.kernels.native import why_not
 
 # Vectors per step. On a CPU, temporary rows of 32 Ki numbers stay in the second-level cache. On
 # other devices a kernel launch costs as much as thousands of vectors; 1 Mi vectors take about 500
@@ -59,7 +64,12 @@ def nearest_of_each_shift(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _in_chunks(x: Tensor, each_shift: bool) -> list[Tensor]:
     chunk = CHUNK_ON_CPU if x.device.type == "cpu" else CHUNK_ELSEWHERE
-    parts = x.detach().float().reshape(-1, DIM).split(chunk)
+    vectors = x.detach().float().reshape(-1, DIM)
+    if x.device.type == "cpu" and why_not() is None:
+        tables = _tables(x.device)
+        found = native.nearest(vectors, tables.triple_places, tables.number, each_shift)
+        return [codes.view(x.shape[:-1]) for codes in found]
+    parts = vectors.split(chunk)
     codes = [_codes(part.T.contiguous(), each_shift) for part in parts]
     return [torch.cat(pieces).view(x.shape[:-1]) for pieces in zip(*codes, strict=True)]
 
@@ -192,6 +202,7 @@ class _Tables:
 
     raised, twice: (36,) int8, RAISED and TWICE by choice; 0 for triples.
     triples: 3 tensors (29,) int64, the coordinates of TRIPLES.
+    triple_places: (29, 3) int32, the same.
     triple_levels: (8, 29) int8, magnitudes minus 1/2.
     number: (6561,) int32, the number of a pattern. The index is the magnitudes minus 1/2, read as
         digits to the base 3.
@@ -200,6 +211,7 @@ class _Tables:
     raised: Tensor
     twice: Tensor
     triples: tuple[Tensor, Tensor, Tensor]
+    triple_places: Tensor
     triple_levels: Tensor
     number: Tensor
 
@@ -218,6 +230,7 @@ def _tables(device: torch.device) -> _Tables:
             torch.tensor(RAISED + zeros, dtype=torch.int8).to(device),
             torch.tensor(TWICE + zeros, dtype=torch.int8).to(device),
             (one, two, three),
+            triples.int().to(device),
             levels.T.contiguous().to(device),
             number.to(device),
         )

@@ -7,8 +7,8 @@ product.py: the operator that multiplies.
 The C files: lowbit_kernels.h describes the packed layer, layout.c packs, rounding.h rounds inputs,
 dispatch.c runs a product on torch's threads, and there is one file for each instruction set (amx.c
 multiplies several tokens with tiles, and shares tokens_avx512.c with avx512.c).
-words.c decodes the words of a lattice. trellis.c and viterbi.c multiply by trellis codes and find
-them. Each has files of its own for wide instruction sets.
+words.c decodes the words of a lattice, and search.c finds the nearest ones. trellis.c and viterbi.c
+multiply by trellis codes and find them. Each has files of its own for wide instruction sets.
 portable.c is plain C and the definition: the others give equal bits.
 """
 
