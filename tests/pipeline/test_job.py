@@ -51,6 +51,11 @@ def test_the_signature_of_a_run() -> None:
     assert found["method"] == METHOD.signature() and found["versions"].keys() == {"lowbit", "torch"}
 
 
+def test_a_precision_other_than_float32_is_in_the_signature() -> None:
+    made = job(compute="bfloat16")
+    assert made.signature(None)["compute"] == "bfloat16"
+
+
 def test_a_source_that_is_the_current_folder_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(quantized.source())
     assert Job(".", METHOD, None, RunOptions()).name == quantized.source().name

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lowbit
 from lowbit.config import shapes_result
-from lowbit.pipeline.options import RunOptions
+from lowbit.pipeline.options import Compute, RunOptions, precision_of
 
 # What a run is continued by; a change here makes runs that were begun before start over.
 SHAPES = {
     "device",
+    "compute",
     "allow_float",
     "skip",
     "only",
@@ -33,6 +35,7 @@ def test_those_that_shape_the_result_are_json_values() -> None:
     chosen = RunOptions(skip=("q_proj",), start_from=Path("x"), restart=True, cache=Path("y"))
     assert chosen.shaping_result() == {
         "device": "auto",
+        "compute": "auto",
         "allow_float": [],
         "skip": ["q_proj"],
         "only": [],
@@ -65,3 +68,21 @@ def test_the_keywords_of_a_function_are_the_fields(
     fields = {name: field.default for name, field in config.model_fields.items()}
     options = {name: value for name, value in keywords.items() if name not in others}
     assert options == fields and list(options) == list(fields)
+
+
+@pytest.mark.parametrize(
+    ("compute", "device", "wanted"),
+    [
+        ("auto", "cpu", "float32"),
+        ("auto", "cuda", "tf32"),
+        ("float32", "cuda", "float32"),
+        ("bfloat16", "cpu", "bfloat16"),
+        ("tf32", "cpu", None),
+    ],
+)
+def test_the_precision_of_a_run(compute: Compute, device: str, wanted: str | None) -> None:
+    if wanted is None:
+        with pytest.raises(ValueError, match="compute is tf32, which only CUDA devices have"):
+            precision_of(compute, torch.device(device))
+    else:
+        assert precision_of(compute, torch.device(device)) == wanted

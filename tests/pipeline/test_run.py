@@ -38,6 +38,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "model": ({"model": 1}, "model"),
     "text": ({"calibration": quantized.calibration(file=1)}, "calibration"),
     "samples": ({"calibration": quantized.calibration(samples=3)}, "calibration"),
+    "precision": ({"compute": "bfloat16"}, "compute"),
     "seed": ({"calibration": quantized.calibration(seed=1)}, "calibration, seed"),
     "name of the recipe": ({"recipe": "mine"}, "recipe"),
     "allow_float": ({"allow_float": ("*.odd",)}, "allow_float"),
@@ -151,6 +152,18 @@ def test_never_more_than_one_block_is_read(
     assert all(any(call <= part for part in (outside, *blocks)) for call in calls)
     assert [call for call in calls if call in blocks] == blocks
     assert len(calls) == (5 if method == "rtn" else 6)  # the streams start from what is outside
+
+
+@pytest.mark.parametrize("method", ["omniquant", "matquant", "quip"])
+def test_blocks_run_in_the_precision_that_is_asked_for(tmp_path: Path, method: str) -> None:
+    out = quantized.quantize(quantized.source(), tmp_path / "out", method, compute="bfloat16")
+    exact = quantized.folder(method=method)
+    losses = [json.loads((path / "report.json").read_text())["blocks"] for path in (out, exact)]
+    for found, wanted in zip(*(each.values() for each in losses), strict=True):
+        if "loss_after" in wanted:
+            assert found["loss_after"] != wanted["loss_after"]
+            assert found["loss_after"] == pytest.approx(wanted["loss_after"], rel=0.2)
+    assert weights(out).keys() == weights(exact).keys()
 
 
 def test_what_is_captured_does_not_depend_on_shards(tmp_path: Path) -> None:

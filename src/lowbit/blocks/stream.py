@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.blocks.arguments import BlockArguments
+from lowbit.kernels.precision import faster
 from lowbit.ranks import ALONE, Ranks
 
 
@@ -137,7 +138,7 @@ class Stream:
         call: runs the block on one batch and returns its output. What the block writes to the state
             that it shares with later blocks is kept.
         """
-        with torch.no_grad():
+        with torch.no_grad(), faster():
             for index, batch in enumerate(self):
                 self._hidden[index].copy_(call(batch))
                 self.arguments.keep(self.block, index, batch.kwargs)
@@ -150,7 +151,7 @@ class Stream:
         together with the result.
         """
         folder = self.folder and Path(mkdtemp(prefix="mapped-", dir=self.folder))
-        with torch.no_grad():
+        with torch.no_grad(), faster():
             hidden = map(function, self)
             stream = self._with(hidden, self.arguments, folder)
         if folder is not None:

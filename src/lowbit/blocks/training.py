@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from lowbit.events import BlockLog
+from lowbit.kernels.precision import faster
 from lowbit.ranks import ALONE, Ranks
 
 RATE_CUT = 0.1  # factor of the learning rates in a new try after a non-finite loss
@@ -49,6 +50,7 @@ def fit(
     log: BlockLog,
     weight_decay: float = 0.0,
     ranks: Ranks = ALONE,
+    fixed: Callable[[], Callable[[int], Tensor]] | None = None,
 ) -> Fit:
     """Minimises the mean of loss(0), ..., loss(batches - 1) over the parameters.
 
@@ -65,10 +67,17 @@ def fit(
     weight_decay: AdamW's weight decay, for all parameters.
     ranks: the processes that share the batches. The one that a batch belongs to computes its
         gradients, and all of them take the step. The losses are computed at the same time.
+    fixed: returns the loss of a batch at the present parameters. What does not depend on the batch
+        is then computed once for all batches that are measured; None: `loss` itself.
     """
     parameters = [p for group in groups for p in group.parameters]
     initial = [p.detach().clone() for p in parameters]
-    before = mean_loss(loss, batches, ranks)
+
+    def measured() -> float:
+        with torch.no_grad():
+            return mean_loss(loss if fixed is None else fixed(), batches, ranks)
+
+    before = measured()
     result = Fit(before=before, after=before)
     best = initial
     for attempt in range(TRIES if parameters and epochs else 0):
@@ -79,7 +88,7 @@ def fit(
         )
         for epoch in range(1, epochs + 1):
             stepped = _epoch(optimizer, parameters, loss, batches, ranks)
-            now = mean_loss(loss, batches, ranks) if stepped else math.nan
+            now = measured() if stepped else math.nan
             if not math.isfinite(now):
                 result.failures.append(f"non-finite loss in epoch {epoch} of try {attempt + 1}")
                 log.warn(result.failures[-1])
@@ -105,7 +114,7 @@ def mean_loss(
     ranks: the processes that share the batches.
     """
     chosen = range(batches) if isinstance(batches, int) else batches
-    with torch.no_grad():
+    with torch.no_grad(), faster():
         if ranks.count > 1:
             return sum(ranks.losses(chosen, lambda i: float(loss(i)))) / len(chosen)
         # A GPU is waited for once, not after every batch.
@@ -127,7 +136,7 @@ def _epoch(
     """Trains for one epoch; returns False as soon as a loss or gradient is not finite."""
     for i in range(batches):
         optimizer.zero_grad(set_to_none=True)
-        finite = _gradients(parameters, loss, i) if ranks.has(i) else True
+        finite = gradients(parameters, loss, i) if ranks.has(i) else True
         if ranks.count > 1:
             finite = share_gradients(parameters, finite, ranks, ranks.owner(i))
         if not finite:
@@ -136,12 +145,14 @@ def _epoch(
     return True
 
 
-def _gradients(parameters: Sequence[Tensor], loss: Callable[[int], Tensor], batch: int) -> bool:
+def gradients(parameters: Sequence[Tensor], loss: Callable[[int], Tensor], batch: int) -> bool:
     """Adds the gradients of a batch; returns whether its loss and they are finite."""
-    value = loss(batch)
-    value.backward()
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return all_finite([value.detach(), *gradients])
+    with faster():
+        value = loss(batch)
+    with faster(backward=True):
+        value.backward()
+    found = [p.grad for p in parameters if p.grad is not None]
+    return all_finite([value.detach(), *found])
 
 
 def share_gradients(parameters: Sequence[Tensor], finite: bool, ranks: Ranks, source: int) -> bool:

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowbit.checkpoint.finite import check_finite, checked_sha256
+from lowbit.checkpoint.finite import check_finite
 from lowbit.checkpoint.inside import file_inside, kind_of
+from lowbit.checkpoint.kept_hashes import sha256_of_files
 from lowbit.parsing import parse_json, read_text
 
 INDEX = "model.safetensors.index.json"
@@ -121,15 +122,16 @@ class CheckpointReader:
             check_finite(name, tensor, self.folder / self.tensors[name].file)
         return tensors
 
-    def digest(self, names: Collection[str] | None = None) -> str:
+    def digest(self, names: Collection[str] | None = None, cache: Path | None = None) -> str:
         """Returns a sha256 of the names and contents of all shards.
 
         names: the tensors that the model reads, whose values are checked; None: all. Others, such
             as masks that old checkpoints store, may be infinite.
+        cache: folder that keeps the hashes of shards for later runs; None: they are not kept.
 
         Raises ValueError, with the tensor and the file, for a value that is NaN or infinite.
         """
-        hashes = {file: checked_sha256(self.folder / file, names) for file in self.files}
+        hashes = sha256_of_files(self.folder, self.files, names, cache)
         joined = "".join(f"{file} {digest}\n" for file, digest in hashes.items())
         return hashlib.sha256(joined.encode()).hexdigest()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,11 +63,11 @@ class ViewingReader(CheckpointReader):
     def dequantized(self) -> dict[str, int]:
         return self.inner.dequantized
 
-    def digest(self, names: Collection[str] | None = None) -> str:
+    def digest(self, names: Collection[str] | None = None, cache: Path | None = None) -> str:
         if names is None:
-            return self.inner.digest()
+            return self.inner.digest(None, cache)
         own = [self.views[name].sources if name in self.views else (name,) for name in names]
-        return self.inner.digest({source for sources in own for source in sources})
+        return self.inner.digest({source for sources in own for source in sources}, cache)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         names = list(names)

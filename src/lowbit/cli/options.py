@@ -112,6 +112,10 @@ class JobOptions:
     seqlen: Annotated[int | None, Option(help=meaning(Calibration, "seqlen"))] = None
     seed: Annotated[int | None, Option(help=f"{meaning(Calibration, 'seed')} Default: 0.")] = None
     device: Device = "auto"
+    compute: Annotated[
+        str,
+        Option(metavar="auto|float32|tf32|bfloat16", help=meaning(RunOptions, "compute")),
+    ] = "auto"
     streams: Annotated[
         str, Option(metavar="auto|memory|disk", help=meaning(RunOptions, "streams"))
     ] = "auto"
@@ -200,7 +204,7 @@ class JobOptions:
 
 PATTERNS = ("skip", "only", "allow_float")
 OTHERS = (
-    *("device", "streams", "start_from", "plan", "budget"),
+    *("device", "compute", "streams", "start_from", "plan", "budget"),
     *("self_check", "without_tokenizer", "trust_remote_code"),
 )
 

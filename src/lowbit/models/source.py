@@ -41,12 +41,14 @@ class SourceModel(StreamedModel):
         self._groups: dict[str, tuple[LinearGroup, ...]] = {}
         self.left_float, self.float_shares = self._check_groups(allow_float)
 
-    def digest(self) -> str:
+    def digest(self, cache: Path | None = None) -> str:
         """Returns a sha256 of the names and contents of all shards.
+
+        cache: folder that keeps the hashes of shards for later runs; None: they are not kept.
 
         Raises ValueError for a tensor of the model with a value that is NaN or infinite.
         """
-        return self.reader.digest(set(self.disk_names.values()))
+        return self.reader.digest(set(self.disk_names.values()), cache)
 
     def disk_name(self, name: str) -> str:
         """Returns the name on disk of a module with a weight. name: in memory"""

@@ -34,6 +34,7 @@ from lowbit.checkpoint.finite import is_finite
 from lowbit.checkpoint.learned import Learned
 from lowbit.device import choose_device, device_kind
 from lowbit.events import BlockFinished, BlockLog, BlockStarted, OnEvent
+from lowbit.kernels.precision import computing
 from lowbit.methods import Method
 from lowbit.methods.result import BlockResult
 from lowbit.models.discovery import kind_of
@@ -45,7 +46,7 @@ from lowbit.models.streamed import Inputs
 from lowbit.models.tokenizer import check_tokenizer
 from lowbit.parsing import reason_of, shorten
 from lowbit.pipeline.memory import PeakMemory
-from lowbit.pipeline.options import RunOptions
+from lowbit.pipeline.options import RunOptions, precision_of
 from lowbit.pipeline.outside import outside_blocks, rounded_tables
 from lowbit.pipeline.packed_check import check_packed
 from lowbit.pipeline.published import SUFFIXES, Published
@@ -90,6 +91,7 @@ class Job:
         self.calibration = chosen_calibration(calibration)
         self.options = options
         self.device = choose_device(options.device)
+        self.precision = precision_of(options.compute, self.device)
         self.selection = Selection(self.source, options.skip, options.only)
         self.selection.check_patterns("overrides:", tuple(method.overrides))
         self.start = self._earlier_run()
@@ -186,7 +188,8 @@ class Job:
     def model_hash(self) -> str:
         """The sha256, in hex, of the model's config.json and all its weights."""
         config = file_sha256(self.source.folder / "config.json")
-        return hashlib.sha256(f"{config} {self.source.digest()}".encode()).hexdigest()
+        weights = self.source.digest(self.options.cache)
+        return hashlib.sha256(f"{config} {weights}".encode()).hexdigest()
 
     def signature(self, windows: TokenWindows | None) -> dict[str, Any]:
         """Returns everything that the result depends on, as JSON values.
@@ -195,6 +198,9 @@ class Job:
         """
         options = self.options.shaping_result()
         options["device"] = device_kind(self.device)
+        del options["compute"]
+        if self.precision != "float32":  # the only one of earlier versions, which did not state it
+            options["compute"] = self.precision
         options["start_from"] = self.start and self.start.digest()  # the content, not the path
         return {
             "method": self.method.signature(),
@@ -346,7 +352,8 @@ class Job:
                     "float32; leave this linear in float with --skip, or repair the checkpoint"
                 )
         try:
-            result = self.made(task, method)
+            with computing(self.precision, self.device):
+                result = self.made(task, method)
         except ValueError as error:
             raise ValueError(f"{task.name}: {error}") from error
         kinds = {kind for kinds in method.needs_folds().values() for kind in kinds}
@@ -360,7 +367,8 @@ class Job:
 
     def advance(self, step: Step, result: BlockResult) -> None:
         """Runs every stream through the block, quantized or float, as the method decides."""
-        step.advance(lambda block, stream: self.method.install(block, result, stream))
+        with computing(self.precision, self.device):
+            step.advance(lambda block, stream: self.method.install(block, result, stream))
         for name, stream in step.streams.items():
             if not all(map(is_finite, stream.hidden())):
                 how = "float" if name == "float" else "quantized"

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import field_validator, model_validator
 
 from lowbit.config import Config, option, shapes_result
+from lowbit.kernels.precision import Precision
 
 Place = Literal["auto", "memory", "disk"]
+Compute = Literal["auto", "float32", "tf32", "bfloat16"]
 Effort = Literal["fast", "default", "best"]
 
 
@@ -24,6 +27,13 @@ class RunOptions(Config):
         False,
         "Whether to delete an earlier run in OUT and start over.",
         shapes_result=False,
+    )
+    compute: Compute = option(
+        "auto",
+        'Precision of the matrix products with which blocks are trained and run: "float32", '
+        '"tf32" (CUDA) or "bfloat16"; "auto": tf32 on CUDA, else float32. Statistics, Hessians '
+        "and codes are always computed in float32.",
+        shapes_result=True,
     )
     streams: Place = option(
         "auto",
@@ -109,7 +119,8 @@ class RunOptions(Config):
     )
     cache: Path | None = option(
         None,
-        "Folder that keeps the tokens of calibration texts for later runs; None: not kept.",
+        "Folder that keeps the tokens of calibration texts and the hashes of the model's files for "
+        "later runs; None: not kept.",
         shapes_result=False,
     )
     recipe: str | None = option(
@@ -136,3 +147,15 @@ class RunOptions(Config):
         """Returns the options that change the result, as JSON values, in the order of fields."""
         names = {name for name, field in type(self).model_fields.items() if shapes_result(field)}
         return self.model_dump(mode="json", include=names)
+
+
+def precision_of(compute: Compute, device: torch.device) -> Precision:
+    """Returns the precision of a run. Raises ValueError for one that the device does not have."""
+    if compute == "auto":
+        return "tf32" if device.type == "cuda" else "float32"
+    if compute == "tf32" and device.type != "cuda":
+        raise ValueError(
+            f"compute is tf32, which only CUDA devices have, but the device is {device.type}: use "
+            "float32 or bfloat16"
+        )
+    return compute

@@ -35,7 +35,7 @@ from lowbit.pipeline.fitting import (
     sums_on_disk,
 )
 from lowbit.pipeline.job import Job
-from lowbit.pipeline.options import Effort, Place, RunOptions
+from lowbit.pipeline.options import Compute, Effort, Place, RunOptions
 from lowbit.pipeline.planned_sizes import planned_sizes
 from lowbit.pipeline.scaled import as_long, computed_seconds, is_small, scaled_dry_run
 
@@ -93,6 +93,7 @@ def plan(  # noqa: PLR0913 (the options of a run)
     tokenizer: Any = None,
     device: str = "auto",
     restart: bool = False,
+    compute: Compute = "auto",
     streams: Place = "auto",
     allow_float: Sequence[str] = (),
     skip: Sequence[str] = (),

@@ -16,7 +16,7 @@ from lowbit.methods import Method
 from lowbit.models.in_memory import as_folder
 from lowbit.pipeline.allocation import with_widths
 from lowbit.pipeline.job import Job
-from lowbit.pipeline.options import Effort, Place, RunOptions
+from lowbit.pipeline.options import Compute, Effort, Place, RunOptions
 from lowbit.pipeline.run import Run
 from lowbit.pipeline.together import Follower, TogetherRun, check_together
 from lowbit.pipeline.workers import Worker, check_worker
@@ -34,6 +34,7 @@ def quantize(  # noqa: PLR0913 (the options of a run)
     tokenizer: Any = None,
     device: str = "auto",
     restart: bool = False,
+    compute: Compute = "auto",
     streams: Place = "auto",
     allow_float: Sequence[str] = (),
     skip: Sequence[str] = (),

@@ -28,7 +28,7 @@ from lowbit.models.skeleton import memory_names, unfuse_experts
 from lowbit.models.source import SourceModel
 from lowbit.models.tokenizer import need_tokenizer
 from lowbit.pipeline import RunOptions, quantize
-from lowbit.pipeline.options import Effort, Place
+from lowbit.pipeline.options import Compute, Effort, Place
 from lowbit.preprocess.options import LoRA
 from lowbit.version import __version__
 
@@ -45,6 +45,7 @@ def preprocess(  # noqa: PLR0913 (the options of a run)
     *,
     device: str = "auto",
     restart: bool = False,
+    compute: Compute = "auto",
     streams: Place = "auto",
     allow_float: Sequence[str] = (),
     skip: Sequence[str] = (),

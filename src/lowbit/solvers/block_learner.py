@@ -19,7 +19,7 @@ from lowbit.blocks.statistics import ChannelStatistics, tokens_by_linear
 from lowbit.blocks.training import ParameterGroup
 from lowbit.solvers.clipping import LearnedClipping, rounding_error, search_clipping
 from lowbit.solvers.equivalence import middle_shift, searched_scale, smooth_scale
-from lowbit.solvers.rounding import Grid, GridShape, code_values, extremes, minmax_grid
+from lowbit.solvers.rounding import Grid, GridShape, code_values, extremes, grid_from_range
 
 SCALED = ("norm", "values")  # the kinds of folds whose scales are learned for weights alone
 Statistics = Mapping[str, ChannelStatistics]  # by the name of a LinearGroup or linear
@@ -73,6 +73,9 @@ class BlockLearner:
         self.float_tensors = tensors_of(task.block)
         self.tokens = tokens_by_linear(task.groups, statistics)
         self.linears = list(self.tokens)
+        # Of weights that no fold moves: what `rotated` returns, and the ends of their groups.
+        self.constant_rotated: Tensors = {}
+        self._constant_ends: dict[str, tuple[Tensor, Tensor]] = {}
         self.start = Start(task)
         by_reader = {name: statistics[g.name] for g in task.groups for name in g.linears}
         inputs = {name: s for name, s in by_reader.items() if s.tokens}
@@ -198,11 +201,24 @@ class BlockLearner:
         """Returns the grid of a linear's clipped ranges. weight: as `rotated` returns it"""
         if name not in self.clipping:
             return self.whole_grid(name, weight)
-        return self.clipping[name].grid(weight, self.shapes[name])
+        return self.clipping[name].within(*self._ends(name, weight), self.shapes[name])
 
     def whole_grid(self, name: str, weight: Tensor) -> Grid:
         """Returns the grid of a linear's whole ranges. weight: as `rotated` returns it"""
-        return minmax_grid(weight, *self.shapes[name])
+        return grid_from_range(*self._ends(name, weight), *self.shapes[name])
+
+    def _ends(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns minimum and maximum of every group, (out, groups) each.
+
+        They are computed once for a weight that no fold moves.
+        """
+        size = self.shapes[name].group_size
+        constant = (self.float_tensors[f"{name}.weight"], self.constant_rotated.get(name))
+        if not any(weight is each for each in constant):
+            return extremes(weight, size)
+        if name not in self._constant_ends:
+            self._constant_ends[name] = extremes(weight, size)
+        return self._constant_ends[name]
 
     def whole_range_error(self, name: str, weight: Tensor) -> Tensor:
         """Returns the squared error, (out, in), with whole ranges; 0 for a float weight."""

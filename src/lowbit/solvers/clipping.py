@@ -17,6 +17,7 @@ from lowbit.solvers.rounding import (
 START = 4.0  # sigmoid(4) = 0.982: OmniQuant's initial logit
 RATIOS = tuple(1 - 0.05 * step for step in range(11))  # the shares of a range that are tried
 WIDEST = 0.998  # the largest initial ratio: at 1 the sigmoid has no gradient
+TILE = 2**18  # weights of a tile of rows, 1 MiB
 
 
 class LearnedClipping(nn.Module):
@@ -50,7 +51,10 @@ class LearnedClipping(nn.Module):
 
     def grid(self, weight: Tensor, shape: GridShape) -> Grid:
         """Returns the grid of the clipped ranges, differentiable in the logits and the weight."""
-        low, high = extremes(weight, shape.group_size)
+        return self.within(*extremes(weight, shape.group_size), shape)
+
+    def within(self, low: Tensor, high: Tensor, shape: GridShape) -> Grid:
+        """Returns the grid of the clipped ranges, given those that are clipped, (out, groups)."""
         return grid_from_range(
             torch.sigmoid(self.low) * low, torch.sigmoid(self.high) * high, *shape
         )
@@ -82,6 +86,24 @@ def search_clipping(
 
     Returns the ratios of the lower and the upper end, (out, groups) each.
     """
+    tile = len(weight)
+    if weight.device.type == "cpu":  # a tile stays in the second-level cache during all tries
+        tile = TILE // max(1, weight.shape[1])
+    parts = weight.split(max(1, tile))
+    with torch.no_grad():
+        found = [_search(part, importance, shape, ratios, squared_error) for part in parts]
+    low, high = (torch.cat(each) for each in zip(*found, strict=True))
+    return low, high
+
+
+def _search(
+    weight: Tensor,
+    importance: Tensor,
+    shape: GridShape,
+    ratios: Sequence[float],
+    squared_error: Callable[[Tensor, Grid], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Searches the ratios of some rows; the arguments are those of `search_clipping`."""
     low, high = extremes(weight, shape.group_size)
     best_low, best_high = torch.ones_like(low), torch.ones_like(high)
     least = torch.full_like(low, float("inf"))
@@ -95,14 +117,13 @@ def search_clipping(
         best_high = torch.where(better, try_high, best_high)
         least = torch.where(better, error, least)
 
-    with torch.no_grad():
+    for ratio in ratios:
+        attempt(torch.full_like(low, ratio), torch.full_like(high, ratio))
+    if not shape.symmetric:
         for ratio in ratios:
-            attempt(torch.full_like(low, ratio), torch.full_like(high, ratio))
-        if not shape.symmetric:
-            for ratio in ratios:
-                attempt(torch.full_like(low, ratio), best_high)
-            for ratio in ratios:
-                attempt(best_low, torch.full_like(high, ratio))
+            attempt(torch.full_like(low, ratio), best_high)
+        for ratio in ratios:
+            attempt(best_low, torch.full_like(high, ratio))
     return best_low, best_high
 
 
@@ -117,5 +138,7 @@ def _group_sums(values: Tensor, group_size: int | None) -> Tensor:
     """Returns the sum over each group: (out, in) -> (out, groups)."""
     columns = values.shape[1]
     size = min(group_size or columns, columns)
-    padded = nn.functional.pad(values, (0, -columns % size))
-    return grouped(padded, size).sum(-1)
+    missing = -columns % size
+    if missing:  # zeros add nothing
+        values = nn.functional.pad(values, (0, missing))
+    return grouped(values, size).sum(-1)

@@ -66,25 +66,35 @@ def damped_factor(hessian: Tensor, damping: float, block: int) -> tuple[Tensor, 
     Returns the damped H and L, both (n, n), L unit lower block triangular; None if the Hessian is
     not positive definite with ten times the damping.
     """
+    # Three matrices of this size are alive at most: the damped one, its factor and a copy of it.
     mean = hessian.diagonal().mean()
-    if not torch.isfinite(hessian).all() or mean <= 0:
+    if not _finite(hessian) or mean <= 0:
         return None
-    eye = torch.eye(len(hessian), device=hessian.device)
+    damped = hessian / mean
+    own = damped.diagonal().clone()
     for attempt in range(1, MOST_DAMPING + 1):
-        damped = hessian / mean + attempt * damping * eye
+        damped.diagonal().copy_(own + attempt * damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and torch.isfinite(lower).all():
+        if not failed and _finite(lower):
             return damped, _block_unit(lower, block)
+        del lower
     return None
 
 
+def _finite(values: Tensor) -> bool:
+    """Returns whether all values are finite, without a temporary tensor of their size."""
+    least, largest = torch.aminmax(values)
+    return bool(least.isfinite() & largest.isfinite())
+
+
 def _block_unit(lower: Tensor, block: int) -> Tensor:
-    """Multiplies each panel of `block` columns by the inverse of its diagonal block."""
+    """Multiplies each panel of `block` columns by the inverse of its diagonal block, in place."""
     n = len(lower)
-    panels = lower.view(n, n // block, block)
     diagonal = torch.stack([lower[k : k + block, k : k + block] for k in range(0, n, block)])
     inverse = torch.linalg.inv(diagonal)
-    return torch.einsum("npb,pbc->npc", panels, inverse).reshape(n, n)
+    if block == 1:
+        return lower.mul_(inverse.flatten())
+    return torch.einsum("npb,pbc->npc", lower.view(n, n // block, block), inverse).reshape(n, n)
 
 
 def filled(hessian: Tensor, block: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowbit.kernels.fake_quantization import nearest_code
 from lowbit.kernels.products import product
 from lowbit.solvers.feedback import (
     Place,
@@ -17,7 +18,7 @@ from lowbit.solvers.feedback import (
     proxy_loss,
     round_with_feedback,
 )
-from lowbit.solvers.rounding import Grid, nearest_code
+from lowbit.solvers.rounding import Grid
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def ordered_factor(
     """
     every = torch.arange(len(hessian), device=hessian.device)
     order = hessian.diagonal().argsort() if act_order else every
-    factored = damped_factor(filled(hessian[order][:, order], block), damping, block)
+    ordered = hessian[order.unsqueeze(1), order]
+    factored = damped_factor(filled(ordered, block), damping, block)
     if factored is None:
         return None
     added = torch.arange(len(hessian), len(factored[0]), device=hessian.device)

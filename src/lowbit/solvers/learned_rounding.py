@@ -20,6 +20,7 @@ from torch import Tensor
 from lowbit.blocks import BlockTask
 from lowbit.blocks.folding import Tensors
 from lowbit.blocks.training import Fit, all_finite, mean_loss, share_gradients
+from lowbit.kernels.fake_quantization import nearest_code
 from lowbit.kernels.straight_through import round_ste
 from lowbit.ranks import ALONE, Ranks
 from lowbit.solvers.rounding import (
@@ -27,7 +28,6 @@ from lowbit.solvers.rounding import (
     code_values,
     fake_quantize,
     grouped,
-    nearest_code,
     of_each,
     ungrouped,
 )

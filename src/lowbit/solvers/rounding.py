@@ -6,14 +6,13 @@ row). The last group of a row may be shorter; no group spans two rows. Source: O
 points stay within the codes.
 """
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowbit.kernels.straight_through import round_ste
+from lowbit.kernels import fake_quantization
 
 
 class GridShape(NamedTuple):
@@ -125,14 +124,13 @@ def _positive(scale: Tensor, reach: Tensor) -> Tensor:
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     """Returns the weight (out, in) rounded to the grid, with straight-through gradients.
 
-    Gradients flow to the weight and to the grid's scale. A clamped weight gets none; it contributes
-    only to the gradient of the scale, as in LSQ.
+    Gradients flow to the weight and to the grid's scale; see `kernels.fake_quantization`.
     """
     values = grouped(weight, grid.group_size)
     scale = grid.scale.unsqueeze(-1)
     zero = 2.0 ** (grid.bits - 1) if grid.zero is None else grid.zero.unsqueeze(-1)
-    codes = nearest_code(values / scale, zero, round_ste).clamp(0, grid.top)
-    return ungrouped((codes - zero) * scale, weight.shape[1])
+    rounded = fake_quantization.fake_quantize(values, scale, zero, grid.top, grid.zero_shift > 0)
+    return ungrouped(rounded, weight.shape[1])
 
 
 def of_each(of_group: Tensor, grid: Grid, columns: int) -> Tensor:
@@ -146,18 +144,3 @@ def code_values(codes: Tensor, grid: Grid) -> Tensor:
     columns = codes.shape[1]
     zero = 2.0 ** (grid.bits - 1) if grid.zero is None else of_each(grid.zero, grid, columns)
     return (codes - zero) * of_each(grid.scale, grid, columns)
-
-
-def nearest_code(
-    steps: Tensor, zero: Tensor | float, rounded: Callable[[Tensor], Tensor] = torch.round
-) -> Tensor:
-    """Returns the code nearest to steps + zero, not clamped.
-
-    Only the fraction of the zero point enters the rounding, so that an integer zero point shifts
-    all codes alike and does not change how ties are rounded.
-
-    steps: the weights divided by the scale.
-    rounded: rounds to integers.
-    """
-    fraction = zero % 1
-    return rounded(steps + fraction) + (zero - fraction)

@@ -1,6 +1,6 @@
 """Learn the codes of a master by the loss of all widths together."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -37,7 +37,10 @@ def learn_master(
         return current.parts()
 
     def of_batch(index: int, tensors: Tensors) -> Tensor:
-        return sum_of_parts(tensors, lambda each: loss.terms(index, current, each))
+        def terms(parts: Mapping[str, Tensor]) -> Iterator[Tensor]:
+            return loss.terms(index, lambda width: current.at(width, parts))
+
+        return sum_of_parts(tensors, terms)
 
     # A weight moves by steps of the narrowest slice.
     unit = float(2 ** (MASTER_BITS - min(loss.weights)))

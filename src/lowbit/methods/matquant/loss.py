@@ -1,6 +1,6 @@
 """The loss that MatQuant minimises (arXiv 2502.06786, equation 7 and section 4.3)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from lowbit.blocks import BlockTask, Stream
 from lowbit.blocks.capture import call_block
+from lowbit.blocks.folding import Tensors
 from lowbit.blocks.parts import sum_of_parts
 from lowbit.methods.matquant.master import Master
 
@@ -49,16 +50,36 @@ class Loss:
         return self.streams[stream].map(lambda batch: call_block(self.block, batch))
 
     def __call__(self, index: int, master: Master) -> Tensor:
-        return sum_of_parts(master.parts(), lambda parts: self.terms(index, master, parts))
+        def terms(parts: Mapping[str, Tensor]) -> Iterator[Tensor]:
+            return self.terms(index, lambda width: master.at(width, parts))
 
-    def terms(self, index: int, master: Master, parts: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """Yields the term of each width, from high to low, so that teachers precede students."""
+        return sum_of_parts(master.parts(), terms)
+
+    def fixed(self, master: Master) -> Callable[[int], Tensor]:
+        """Returns the loss of a batch, given its index, without gradients.
+
+        The weights of each width are computed once for all batches.
+        """
+        with torch.no_grad():
+            parts = master.parts()
+            tensors = {width: master.at(width, parts) for width in self.weights}
+
+        def loss(index: int) -> Tensor:
+            with torch.no_grad():
+                return torch.stack(list(self.terms(index, tensors.__getitem__))).sum()
+
+        return loss
+
+    def terms(self, index: int, tensors: Callable[[int], Tensors]) -> Iterator[Tensor]:
+        """Yields the term of each width, from high to low, so that teachers precede students.
+
+        tensors: returns the tensors of the block at a width.
+        """
         outputs: dict[int, Tensor] = {}
         for width, weight in self.weights.items():
             stream = self.stream_of[width]
             batch = self.streams[stream][index]
-            tensors = master.at(width, parts)
-            out = functional_call(self.block, tensors, (batch.hidden,), dict(batch.kwargs))
+            out = functional_call(self.block, tensors(width), (batch.hidden,), dict(batch.kwargs))
             out = out[0] if isinstance(out, tuple) else out
             targets = [outputs[teacher] for teacher, student in self.lessons if student == width]
             outputs[width] = out.detach()

@@ -201,9 +201,9 @@ class MatQuant(LearningMethod, LearnedRounding):
             task.log,
             self.weight_decay,
             task.ranks,
+            lambda: loss.fixed(learner.master()),
         )
-        nearest = learner.nearest()
-        loss_nearest = mean_loss(lambda index: loss(index, nearest), loss.batches, task.ranks)
+        loss_nearest = mean_loss(loss.fixed(learner.nearest()), loss.batches, task.ranks)
         keep = keep_if_better(learner, task, fitted.after, loss_nearest)
         learned = keep and self._searched(task)
         if self.matches_float() and not learner.earlier:
@@ -266,8 +266,8 @@ class MatQuant(LearningMethod, LearnedRounding):
 
 def _packed_loss(loss: Loss, learner: Learner, result: BlockResult) -> float:
     """Returns the mean loss of a packed block."""
-    packed = learner.packed(result.linears)
-    return mean_loss(lambda index: loss(index, packed), loss.batches, loss.target.ranks)
+    packed = loss.fixed(learner.packed(result.linears))
+    return mean_loss(packed, loss.batches, loss.target.ranks)
 
 
 def _lesson(text: str) -> tuple[int, int]:

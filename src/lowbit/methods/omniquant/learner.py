@@ -56,7 +56,13 @@ class Learner(BlockLearner):
         super().__init__(task, statistics, unclipped, learning, shapes)
 
     def rotated(self, name: str, weight: Tensor) -> Tensor:
-        return self.readings.linears[name].rotate_weight(weight)
+        """Returns a folded weight as it is rounded; computed once if no fold moves it."""
+        reading = self.readings.linears[name]
+        if reading.rotation is None or weight is not self.float_tensors[f"{name}.weight"]:
+            return reading.rotate_weight(weight)
+        if name not in self.constant_rotated:
+            self.constant_rotated[name] = reading.rotate_weight(weight)
+        return self.constant_rotated[name]
 
     def rotated_squares(self, name: str, squares: Tensor) -> Tensor:
         """Returns the mean over all channels, on each of which a rotation puts a part of all."""

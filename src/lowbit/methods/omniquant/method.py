@@ -107,8 +107,9 @@ class OmniQuant(LearningMethod, LearnedRounding, ActivationMethod):
             task.log,
             self.weight_decay,
             task.ranks,
+            lambda: _at(task, learner.tensors(), targets),
         )
-        nearest = mean_loss(_loss(task, learner.nearest, targets), len(targets[0]), task.ranks)
+        nearest = _fixed_loss(task, learner.nearest(), targets)
         keep = keep_if_better(learner, task, fitted.after, nearest)
         if self.feeds_back and not learner.earlier:
             tries = [start, learner.values()] if keep and fitted.best_epoch else [learner.values()]
@@ -195,7 +196,7 @@ class OmniQuant(LearningMethod, LearnedRounding, ActivationMethod):
             task,
             weights,
             lambda: fixed | learner.learned_values(weights),
-            lambda index, tensors: _loss(task, lambda: tensors, targets)(index),
+            lambda index, tensors: _at(task, tensors, targets)(index),
             len(targets[0]),
         )
         learner.put_learned(result, weights)
@@ -213,7 +214,12 @@ def _targets(task: BlockTask, aug_loss: bool) -> list[Stream]:
 
 def _fixed_loss(task: BlockTask, tensors: Tensors, targets: Sequence[Stream]) -> float:
     """Returns the mean loss of the block with these tensors."""
-    return mean_loss(_loss(task, lambda: tensors, targets), len(targets[0]), task.ranks)
+    return mean_loss(_at(task, tensors, targets), len(targets[0]), task.ranks)
+
+
+def _at(task: BlockTask, tensors: Tensors, targets: Sequence[Stream]) -> Callable[[int], Tensor]:
+    """Returns a function that computes the loss of one batch of the block with these tensors."""
+    return _loss(task, lambda: tensors, targets)
 
 
 def _loss(
