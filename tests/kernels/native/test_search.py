@@ -67,3 +67,12 @@ def test_values_that_are_no_numbers_do_no_harm() -> None:
     x[3:] = torch.inf
     codes = search.nearest(x)
     assert (codes >= 0).all() and (codes < 2**16).all()
+
+
+@pytest.mark.parametrize("each_shift", [False, True], ids=["nearest", "of each shift"])
+def test_codes_are_equal_where_no_vectors_are_picked_out(
+    each_shift: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, which Python would have to wait for."""
+    monkeypatch.setattr("lowbit.formats.lattice.search._picks", lambda x: False)
+    assert torch.equal(torch.stack(search._in_chunks(vectors(), each_shift)), by_torch(each_shift))

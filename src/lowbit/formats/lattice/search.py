@@ -139,6 +139,9 @@ class _Shifted:
 
     def try_triples(self, best: Tensor) -> None:
         """Chooses one of the 29 patterns if it is better. best: (n,), the score to be exceeded"""
+        if not _picks(self.y):
+            self._try_all_triples(best)
+            return
         where = (self.triple_bound > best).nonzero().squeeze(1)
         if not where.numel():
             return
@@ -149,6 +152,14 @@ class _Shifted:
         where, score, number = where[better], score[better], number[better]
         self.score[where] = score
         self.choice[where] = (number + len(RAISED)).to(torch.uint8)
+
+    def _try_all_triples(self, best: Tensor) -> None:
+        one, two, three = (self.size[places] for places in _tables(self.size.device).triples)
+        score, number = (self.triple_score - 2 * (one + two + three)).max(0)
+        better = (self.triple_bound > best) & (score > self.score)
+        self.score = torch.where(better, score, self.score)
+        found = (number + len(RAISED)).to(torch.uint8)
+        self.choice = torch.where(better, found, self.choice)
 
 
 def _code(y: Tensor, choice: Tensor, lower: Tensor) -> Tensor:
@@ -163,8 +174,13 @@ def _code(y: Tensor, choice: Tensor, lower: Tensor) -> Tensor:
     rank = _ranks(y.abs())
     shape = choice.int()
     level = (rank < tables.raised[shape]).to(torch.int8) + (rank < tables.twice[shape])
-    triple = (choice >= len(RAISED)).nonzero().squeeze(1)
-    level[:, triple] = tables.triple_levels[:, shape[triple] - len(RAISED)]
+    is_triple = choice >= len(RAISED)
+    if _picks(y):
+        triple = is_triple.nonzero().squeeze(1)
+        level[:, triple] = tables.triple_levels[:, shape[triple] - len(RAISED)]
+    else:
+        number = (shape - len(RAISED)).clamp_(min=0)
+        level = torch.where(is_triple, tables.triple_levels[:, number], level)
     minus = y < 0
     wrong = _is_odd(minus) ^ _is_odd(level == 1)
     minus ^= wrong & (rank == DIM - 1)
@@ -175,6 +191,11 @@ def _code(y: Tensor, choice: Tensor, lower: Tensor) -> Tensor:
     for i in range(DIM - 1):
         code |= minus[i].int() << i
     return code
+
+
+def _picks(x: Tensor) -> bool:
+    """Whether vectors are picked out, which other devices would have to wait for."""
+    return x.device.type == "cpu"
 
 
 def _is_odd(flags: Tensor) -> Tensor:
