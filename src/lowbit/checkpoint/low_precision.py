@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.ahead import read_ahead
 from lowbit.checkpoint.other_programs import stated_quantization
 from lowbit.checkpoint.reader import CheckpointReader, TensorInfo, read_json, read_tensors
 
@@ -102,6 +103,12 @@ class LowPrecisionReader(CheckpointReader):
                 values, scales = parts[each.values], parts[each.scales]
                 found[name] = self._float(name, values, scales).to(self.dtype)
         return {name: found[name] for name in wanted}
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        stored = [self.stored.get(name, name) for name in names]
+        parts = [(n,) if isinstance(n, str) else (n.values, n.scales) for n in stored]
+        files = {name: info.file for name, info in self.raw.items()}
+        read_ahead(self.folder, files, (name for each in parts for name in each))
 
     def _float(self, name: str, values: Tensor, scales: Tensor) -> Tensor:
         if self.stored[name].kind == "MXFP4":

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lowbit.checkpoint.ahead import read_ahead
 from lowbit.checkpoint.finite import check_finite
 from lowbit.checkpoint.inside import file_inside, kind_of
 from lowbit.checkpoint.kept_hashes import sha256_of_files
@@ -111,6 +112,10 @@ class CheckpointReader:
         Raises ValueError if a file can no longer be read.
         """
         return read_tensors(self.folder, self.tensors, names)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Lets the operating system fetch tensors that are read next."""
+        read_ahead(self.folder, {name: info.file for name, info in self.tensors.items()}, names)
 
     def read_finite(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Reads tensors that a model computes with.

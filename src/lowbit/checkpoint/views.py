@@ -69,6 +69,10 @@ class ViewingReader(CheckpointReader):
         own = [self.views[name].sources if name in self.views else (name,) for name in names]
         return self.inner.digest({source for sources in own for source in sources}, cache)
 
+    def read_ahead(self, names: Iterable[str]) -> None:
+        own = [self.views[name].sources if name in self.views else (name,) for name in names]
+        self.inner.read_ahead({source for sources in own for source in sources})
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         names = list(names)
         viewed = [name for name in names if name in self.views]

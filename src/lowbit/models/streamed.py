@@ -93,9 +93,14 @@ class StreamedModel:
     def load_block(self, name: str, device: torch.device | str = "cpu") -> nn.Module:
         """Returns a block with its weights, in float32."""
         block = deepcopy(self.skeleton.get_submodule(name))
-        load_tensors(block, name, self.names_to_load, self.reader)
+        load_tensors(block, name, self.names_to_load, self.reader, device)
         hand_on(block, self.block_names.index(name), self.family.handed)
         return block.to(device)
+
+    def _read_ahead(self, name: str) -> None:
+        """Lets the operating system fetch the tensors of a block that is loaded next."""
+        named = self.names_to_load.items()
+        self.reader.read_ahead({disk for memory, disk in named if memory.startswith(f"{name}.")})
 
     def without_blocks(
         self, device: torch.device | str = "cpu", head: bool = True
@@ -180,9 +185,12 @@ class StreamedModel:
         device: where blocks are loaded.
         indices: indices of the blocks to visit, in this order; None: all blocks, ascending.
         """
-        for index in range(len(self.block_names)) if indices is None else indices:
+        order = list(range(len(self.block_names)) if indices is None else indices)
+        for index, following in zip(order, [*order[1:], None], strict=True):
             name = self.block_names[index]
             block = self.load_block(name, device)
+            if following is not None:
+                self._read_ahead(self.block_names[following])
             step = Step(index=index, name=name, block=block, streams=streams)
             del block
             visit(step)
@@ -347,7 +355,11 @@ class LastBlockStub(BlockStub):
 
 
 def load_tensors(
-    module: nn.Module, prefix: str, disk_names: dict[str, str], reader: CheckpointReader
+    module: nn.Module,
+    prefix: str,
+    disk_names: dict[str, str],
+    reader: CheckpointReader,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Fills a module on the meta device with its tensors, in float32.
 
@@ -355,13 +367,14 @@ def load_tensors(
 
     prefix: name of the module in the model; "" for the model itself.
     disk_names: names on disk of the model's tensors, by name in memory.
+    device: where the tensors are moved, in the dtype in which they are stored.
     """
     dot = f"{prefix}." if prefix else ""
     wanted = {
         name: disk_names[dot + name] for name in module.state_dict() if dot + name in disk_names
     }
     stored = reader.read_finite(wanted.values())
-    state = {name: stored[disk] for name, disk in wanted.items()}
+    state = {name: stored[disk].to(device) for name, disk in wanted.items()}
     module.load_state_dict(state, strict=False, assign=True)
     module.requires_grad_(False)
     module.float()
