@@ -97,7 +97,7 @@ class Stream:
     def _keep(self, index: int, hidden: Tensor) -> Tensor:
         hidden = hidden.detach().to("cpu", torch.float32)
         if self.folder is None:
-            return hidden
+            return hidden.pin_memory() if self.device.type == "cuda" else hidden
         shape, path = hidden.shape, str(self.folder / f"{index:05d}.f32")
         with open(path, "wb") as file:
             # On a full disk this raises an error; writing to the mapped file would be a SIGBUS.
@@ -113,7 +113,9 @@ class Stream:
             raise IndexError(f"batch {index} belongs to process {self.ranks.owner(index)}")
         own = index // self.ranks.count
         kwargs = self.arguments.call(self.block, own, self.device)
-        return Batch(self._hidden[own].to(self.device), kwargs)
+        # From pinned memory a batch is copied while Python goes on; mapped files are not pinned.
+        pinned = self.device.type == "cuda" and self.folder is None
+        return Batch(self._hidden[own].to(self.device, non_blocking=pinned), kwargs)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in self.ranks.own(len(self)))
