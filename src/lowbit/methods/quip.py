@@ -81,8 +81,8 @@ class QuIP(Rotated):
         book = codebook(self.codebook, self.resid_scale)
 
         def nearest(target: Tensor) -> tuple[Tensor, Tensor]:
-            target = target.nan_to_num()
-            return book.nearest(functional.pad(target, (0, book.dim - target.shape[1])))
+            target, missing = target.nan_to_num(), book.dim - target.shape[1]
+            return book.nearest(functional.pad(target, (0, missing)) if missing else target)
 
         def layer(
             codes: Tensor,

@@ -166,9 +166,9 @@ class HalfInteger(Codebook):
 
     def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         half = 2 ** (self.code_bits - 1)
-        codes = (x.detach().float().squeeze(-1).floor() + half).clamp(0, 2 * half - 1)
-        codes = codes.to(torch.uint8)
-        return codes, self.decode(codes)
+        below = x.detach().float().floor().clamp_(-half, half - 1)
+        codes = (below + half).squeeze(-1).to(torch.uint8)
+        return codes, below.add_(0.5)
 
 
 E8P12 = E8P("E8P12", 8, 16, scale=1.03)
