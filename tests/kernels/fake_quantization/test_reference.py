@@ -43,7 +43,9 @@ def gradients(function, case: tuple) -> tuple[Tensor, ...]:
     values.requires_grad_()
     scale.requires_grad_()
     out = function(values, scale, zero, top)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
+    # The gradient of a weight is laid out by columns, as the product of a linear gives it.
+    by_columns = torch.randn(out[0].numel(), len(out), generator=torch.Generator().manual_seed(1))
+    out.backward(by_columns.T.view(out.shape))
     assert values.grad is not None and scale.grad is not None
     return out.detach(), values.grad, scale.grad
 

@@ -67,7 +67,7 @@ class _FakeQuantize(torch.autograd.Function):
         tensors = [each if isinstance(each, Tensor) else None for each in numbers]
         ctx.save_for_backward(values, scale, *tensors)
         ctx.numbers = [None if isinstance(each, Tensor) else each for each in numbers]
-        out = torch.empty_like(values, memory_format=torch.contiguous_format)
+        out = torch.empty_like(values)
         for rows in _tiles(values):
             a, b, shift = (_of_rows(each, rows) for each in numbers)
             codes = values[rows] / scale[rows]
@@ -98,7 +98,7 @@ class _FakeQuantize(torch.autograd.Function):
             if by_scale is not None:
                 if shift is not None:
                     codes -= shift
-                of_codes = codes.mul_(given).sum(-1, keepdim=True)
+                of_codes = (given * codes).sum(-1, keepdim=True)
                 of_steps = passing.neg_().mul_(steps.div_(unit)).sum(-1, keepdim=True)
                 torch.add(of_codes, of_steps, out=by_scale[rows])
         return by_values, by_scale, None, None, None
