@@ -13,6 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TILE = 2**18  # weights of a tile on the CPU: 1 MiB for each of its few temporary tensors
+# A tile has a multiple of so many rows, and the last tile also has what is left. A gradient is laid
+# out by columns, as the product of a linear gives it, and torch sums the rows of such a tensor up in
+# the order in which it would sum those of the whole only in fours of its widest vectors.
+ROWS = 64
 
 Zero = Tensor | float  # the zero point of each group, or of all
 
@@ -84,7 +88,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         values, scale, *tensors = ctx.saved_tensors
         numbers = [n if t is None else t for n, t in zip(ctx.numbers, tensors, strict=True)]
-        by_values = torch.empty_like(gradient) if ctx.needs_input_grad[0] else None
+        by_values = torch.empty_like(values) if ctx.needs_input_grad[0] else None
         by_scale = torch.empty_like(scale) if ctx.needs_input_grad[1] else None
         for rows in _tiles(values):
             a, b, shift = (_of_rows(each, rows) for each in numbers)
@@ -92,7 +96,7 @@ class _FakeQuantize(torch.autograd.Function):
             steps = values[rows] / unit
             rounded = (steps if shift is None else steps + shift).round()
             codes = rounded.clamp(a, b)
-            passing = (given * unit).masked_fill_(rounded != codes, 0)
+            passing = torch.where(rounded == codes, given * unit, 0.0)
             if by_values is not None:
                 torch.div(passing, unit, out=by_values[rows])
             if by_scale is not None:
@@ -110,7 +114,12 @@ def _of_rows(each: Zero | None, rows: slice) -> Any:
 
 def _tiles(values: Tensor) -> Iterator[slice]:
     """Yields the rows of each tile; on other devices than the CPU one tile has all rows."""
-    count, weights = len(values), values[:1].numel()
-    size = max(1, TILE // max(1, weights)) if values.device.type == "cpu" else max(1, count)
-    for first in range(0, count, size):
-        yield slice(first, first + size)
+    count, weights = len(values), max(1, values[:1].numel())
+    size = max(1, count)
+    if values.device.type == "cpu":
+        size = max(1, TILE // weights // ROWS) * ROWS
+    first = 0
+    while first < count:
+        stop = first + size if count - first >= size + ROWS else count
+        yield slice(first, stop)
+        first = stop
