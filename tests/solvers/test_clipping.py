@@ -132,3 +132,16 @@ def test_clips_are_searched_for_the_rounding_that_is_asked_for() -> None:
     assert (low == 1).all() and (high == 1).all()
     low, high = search_clipping(weight, importance, GridShape(2, 16, False))
     assert not (low == 1).all() and not (high == 1).all()
+
+
+@pytest.mark.parametrize("group_size", [None, 16, 13])
+def test_a_search_by_tiles_finds_the_same(
+    group_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(3)
+    weight, importance = torch.randn(9, 48, generator=draw), torch.rand(48, generator=draw)
+    shape = GridShape(2, group_size, False)
+    whole = search_clipping(weight, importance, shape)
+    monkeypatch.setattr("lowbit.solvers.clipping.TILE", 100)
+    parts = search_clipping(weight, importance, shape)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TILE = 2**18  # weights of a tile on the CPU: 1 MiB for each of its few temporary tensors
-# A tile has a multiple of so many rows, and the last tile also has what is left. A gradient is laid
-# out by columns, as the product of a linear gives it, and torch sums the rows of such a tensor up in
-# the order in which it would sum those of the whole only in fours of its widest vectors.
+# A tile has a multiple of so many rows, and the last one also has what is left. Gradients are laid
+# out by columns, as the product of a linear gives them. Torch sums the rows of such a tensor up in
+# the same order, however many there are, only in fours of its widest vectors.
 ROWS = 64
 
 Zero = Tensor | float  # the zero point of each group, or of all
