@@ -139,9 +139,9 @@ def test_a_search_by_tiles_finds_the_same(
     group_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = torch.Generator().manual_seed(3)
-    weight, importance = torch.randn(9, 48, generator=draw), torch.rand(48, generator=draw)
+    matrix, importance = torch.randn(9, 48, generator=draw), torch.rand(48, generator=draw)
     shape = GridShape(2, group_size, False)
-    whole = search_clipping(weight, importance, shape)
+    whole = search_clipping(matrix, importance, shape)
     monkeypatch.setattr("lowbit.solvers.clipping.TILE", 100)
-    parts = search_clipping(weight, importance, shape)
+    parts = search_clipping(matrix, importance, shape)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
