@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowbit
-from lowbit.blocks.training import ParameterGroup, mean_loss, step
+from lowbit.blocks.training import ParameterGroup, gradients, mean_loss
 from lowbit.formats.lattice.codebooks import CODEBOOKS
 from lowbit.methods import PTQ161, MatQuant, Method, OmniQuant, QuIP
 from lowbit.models.quiet import quiet
@@ -116,6 +116,7 @@ def training_of(method: Method) -> Training:
         epochs: int,
         log: Any,
         weight_decay: float = 0.0,
+        ranks: Any = None,
         fixed: Callable[[], Callable[[int], Tensor]] | None = None,
     ) -> Any:
         raise _Caught(Training(groups, loss, fixed or (lambda: loss)))
@@ -156,17 +157,12 @@ def _saving(found: dict[int, int]) -> Iterator[None]:
         yield
 
 
-class _NoOptimizer(torch.optim.SGD):
-    def step(self, closure: Any = None) -> None:
-        """Does nothing, so that the operations of the optimizer do not count."""
-
-
 def step_of(training: Training) -> Count:
     """Counts a training step without that of the optimizer."""
     parameters = [p for group in training.groups for p in group.parameters]
     saved: dict[int, int] = {}
     with torch.enable_grad(), Counter(SMALLEST) as counter, _saving(saved):
-        assert step(_NoOptimizer(parameters), parameters, lambda: training.loss(0))
+        assert gradients(parameters, training.loss, 0)
     kept = sum(saved.values()) / weights()
     return Count(counter.kernels, counter.traffic / weights(), counter.questions, kept)
 

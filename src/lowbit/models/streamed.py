@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -183,14 +183,16 @@ class StreamedModel:
         visit: called with each block; it runs the streams through the block with `Step.advance`.
             When it returns, the block is freed, and the next one is loaded.
         device: where blocks are loaded.
-        indices: indices of the blocks to visit, in this order; None: all blocks, ascending.
+        indices: indices of the blocks to visit, in this order; None: all blocks, ascending. An
+            iterator is asked for the next one when a block is done.
         """
-        order = list(range(len(self.block_names)) if indices is None else indices)
-        for index, following in zip(order, [*order[1:], None], strict=True):
+        chosen = range(len(self.block_names)) if indices is None else indices
+        following = dict(pairwise(chosen)) if isinstance(chosen, Sequence) else {}
+        for index in chosen:
             name = self.block_names[index]
             block = self.load_block(name, device)
-            if following is not None:
-                self._read_ahead(self.block_names[following])
+            if index in following:
+                self._read_ahead(self.block_names[following[index]])
             step = Step(index=index, name=name, block=block, streams=streams)
             del block
             visit(step)
