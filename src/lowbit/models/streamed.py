@@ -99,8 +99,8 @@ class StreamedModel:
 
     def _read_ahead(self, name: str) -> None:
         """Lets the operating system fetch the tensors of a block that is loaded next."""
-        named = self.names_to_load.items()
-        self.reader.read_ahead({disk for memory, disk in named if memory.startswith(f"{name}.")})
+        names = self.names_to_load.items()
+        self.reader.read_ahead({disk for own, disk in names if own.startswith(f"{name}.")})
 
     def without_blocks(
         self, device: torch.device | str = "cpu", head: bool = True
@@ -183,8 +183,7 @@ class StreamedModel:
         visit: called with each block; it runs the streams through the block with `Step.advance`.
             When it returns, the block is freed, and the next one is loaded.
         device: where blocks are loaded.
-        indices: indices of the blocks to visit, in this order; None: all blocks, ascending. An
-            iterator is asked for the next one when a block is done.
+        indices: indices of the blocks to visit, in this order, read one by one; None: all of them.
         """
         chosen = range(len(self.block_names)) if indices is None else indices
         following = dict(pairwise(chosen)) if isinstance(chosen, Sequence) else {}
