@@ -11,13 +11,13 @@ import steps
 # Of a step: kernels without the optimizer's, traffic and what is saved in units of the weights.
 # Of an evaluation: kernels and traffic of every batch.
 BUDGETS = {
-    "omniquant W4 g128": (560, 30.0, 1.1, 120, 0.1),
-    "omniquant W4 g128, LET": (800, 45.0, 3.2, 120, 0.1),
-    "omniquant W4A4, LET": (1400, 45.0, 3.6, 320, 0.1),
-    "matquant 842": (1200, 95.0, 7.0, 340, 0.1),
-    "ptq161": (500, 0.5, 1.5, 170, 0.1),
+    "omniquant W4 g128": (480, 36.0, 0.8, 48, 0.1),
+    "omniquant W4 g128, LET": (660, 53.0, 2.0, 48, 0.1),
+    "omniquant W4A4, LET": (1260, 55.0, 2.2, 240, 0.1),
+    "matquant 842": (1120, 100.0, 2.2, 142, 0.1),
+    "ptq161": (395, 0.1, 0.1, 182, 0.1),
 }
-LOOPS = {"gptq": 16, "E8P12": 440, "D4": 30, "HI": 12}  # kernels for each block of columns
+LOOPS = {"gptq": 15, "E8P12": 430, "D4": 32, "HI": 11}  # kernels for each block of columns
 
 
 @pytest.mark.slow
