@@ -83,3 +83,14 @@ def test_the_weight_and_its_grid_alone_are_saved() -> None:
         fake_quantize(values.requires_grad_(), scale, zero, top)
     groups = scale.numel()
     assert [len(values.flatten()), groups, groups, groups, groups] == saved
+
+
+def test_zero_points_that_are_learned_have_gradients() -> None:
+    values, scale, zero, top = problem(CASES["fine zero points"])
+    assert isinstance(zero, Tensor)
+    found = []
+    for function in (fake_quantize, by_operations):
+        leaf = zero.clone().requires_grad_()
+        function(values, scale, leaf, top).square().sum().backward()
+        found.append(leaf.grad)
+    assert found[0] is not None and torch.equal(found[0], found[1]) and found[0].abs().sum() > 0

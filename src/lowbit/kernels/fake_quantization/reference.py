@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lowbit.kernels.straight_through import round_ste
 
 TILE = 2**18  # weights of a tile on the CPU: 1 MiB for each of its few temporary tensors
 # A tile has a multiple of so many rows, and the last one also has what is left. Gradients are laid
@@ -30,16 +31,18 @@ def fake_quantize(values: Tensor, scale: Tensor, zero: Zero, top: int, fine: boo
 
     values: (rows, groups, size) float32.
     scale: (rows, groups, 1) float32.
-    zero: (rows, groups, 1) float32, without gradients, or a number.
+    zero: (rows, groups, 1) float32, or a number. With zero points that are learned, which clamped
+        weights move, every operation is left to autograd.
     top: the largest code; the least is 0.
     fine: whether zero points may have fractions; otherwise two operations are spared.
     """
+    if isinstance(zero, Tensor) and zero.requires_grad:
+        return _by_operations(values, scale, zero, top)
+    ends: tuple[Zero, Zero, Zero | None] = (-zero, top - zero, None)
     if fine:
-        fraction: Zero = zero % 1
-        low: Zero = fraction - zero
+        fraction = zero % 1
+        low = fraction - zero
         ends = (low, low + top, fraction)
-    else:
-        ends = (-zero, top - zero, None)
     result: Tensor = _FakeQuantize.apply(values, scale, *ends)
     return result
 
@@ -54,6 +57,12 @@ def nearest_code(steps: Tensor, zero: Zero) -> Tensor:
     """
     fraction = zero % 1
     return (steps + fraction).round_().add_(zero - fraction)
+
+
+def _by_operations(values: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    fraction = zero % 1
+    codes = (round_ste(values / scale + fraction) + (zero - fraction)).clamp(0, top)
+    return (codes - zero) * scale
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -84,7 +93,6 @@ class _FakeQuantize(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         values, scale, *tensors = ctx.saved_tensors
         numbers = [n if t is None else t for n, t in zip(ctx.numbers, tensors, strict=True)]
