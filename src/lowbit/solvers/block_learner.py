@@ -205,7 +205,8 @@ class BlockLearner:
 
     def whole_grid(self, name: str, weight: Tensor) -> Grid:
         """Returns the grid of a linear's whole ranges. weight: as `rotated` returns it"""
-        return grid_from_range(*self._ends(name, weight), *self.shapes[name])
+        low, high = self._ends(name, weight)
+        return grid_from_range(low, high, *self.shapes[name])
 
     def _ends(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns minimum and maximum of every group, (out, groups) each.
