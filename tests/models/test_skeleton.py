@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from lowbit.blocks.experts import ExpertNames, UnfusedExperts
 from lowbit.checkpoint import CheckpointReader
+from lowbit.models import skeleton
 from lowbit.models.skeleton import build_skeleton, memory_names, unfuse_experts
 
 EXPERTS = {
@@ -104,3 +105,20 @@ def test_every_linear_finds_its_name_on_disk(name: str) -> None:
     assert all(f"{disk}.weight" in model.reader.tensors for disk in found)
     moved = {disk for disk in found if "block_sparse_moe.experts" in disk}
     assert len(moved) == (24 if name == "mixtral" else 0)
+
+
+def test_large_parameters_are_never_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    kept = skeleton._values
+
+    def noted(sizes: object) -> int:
+        made.append("seen")
+        return kept(sizes)
+
+    monkeypatch.setattr(skeleton, "LARGE", 1)
+    monkeypatch.setattr(skeleton, "_values", noted)
+    model = build_skeleton(
+        AutoConfig.for_model(line("mixtral").model_type, **line("mixtral").options)
+    )
+    assert made and all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())

@@ -131,6 +131,7 @@ def test_sizes_are_those_of_the_dry_run(
     assert computed.basis["divisor"] == 2 and "divisor" not in tried.basis
 
 
+@pytest.mark.exhaustive
 def test_a_70b_shape_without_weights(tmp_path: Path) -> None:
     folder = config_alone(tmp_path, LLAMA_70B)
     found = plan(folder, RTN(bits=4, group_size=128), device="cpu", device_memory="80GB")

@@ -4,11 +4,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from copy import deepcopy
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -19,6 +21,8 @@ from lowbit.kernels.products import share_products
 from lowbit.models.auto_class import auto_class
 from lowbit.models.conv1d import linears_for_conv1d
 
+LARGE = 2**24  # values of a tensor that is never made on the CPU
+
 
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
     """Returns the model of a config, without weights and with unfused experts.
@@ -26,7 +30,7 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> PreTrainedMo
     A Conv1D becomes an nn.Linear. Parameters are on the meta device; buffers, such as rotary
     tables, have their values.
     """
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _LargeOnMeta():
         # In the dtype of the config, buffers such as Gemma's embed_scale would be rounded to it.
         # from_config writes the dtype into the config.
         model = auto_class(config).from_config(
@@ -37,6 +41,26 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> PreTrainedMo
     unfuse_experts(model)
     share_products(model)
     return model
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large empty tensors on the meta device at once.
+
+    `init_empty_weights` moves a parameter there after it was made: for the experts of DeepSeek-V3,
+    30 GB a block.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None and _values(args) >= LARGE:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _values(sizes: Any) -> int:
+    """Returns the number of values of a tensor with these sizes, given one by one or together."""
+    each = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    return prod(each) if all(isinstance(size, int) for size in each) else 0
 
 
 def unfuse_experts(model: PreTrainedModel, only: Iterable[str] | None = None) -> list[str]:

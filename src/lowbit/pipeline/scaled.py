@@ -52,6 +52,7 @@ from lowbit.pipeline.speeds import speeds
 from lowbit.pipeline.unit_losses import branch_batches
 
 SLOW = 4.0  # seconds of counting the shorter miniature, from which on an even shorter one is made
+FAST = 0.5  # seconds of that, up to which wider ones are made: milliseconds are not exact
 SMALL_BLOCK = 2**20  # weights: a block of so many is tried whole, which takes seconds
 MINIATURE = 2**18  # weights of the largest block of the longer miniature, at most
 FEWEST_TOKENS = 16  # in a window of the shorter miniature
@@ -85,11 +86,17 @@ def scaled_dry_run(job: Job, windows: TokenWindows | None, on_gpu: bool = False)
     wanted = _divisor(kinds, 1.0 if few is None else few / experts)
     divisor, heads = largest_divisor(job.source.config, wanted)
     with TemporaryDirectory(prefix="lowbit-miniatures-") as folder:
-        make = partial(_miniature, job, windows, Path(folder), kinds, heads)
-        started = time.perf_counter()
-        short = make(2 * divisor, 1, few)
-        slow = time.perf_counter() - started > SLOW
-        if slow and _can_be_halved(job, windows, 2 * divisor, heads):  # it is the longer one then
+        while True:
+            make = partial(_miniature, job, windows, Path(folder), kinds, heads)
+            started = time.perf_counter()
+            short = make(2 * divisor, 1, few)
+            taken = time.perf_counter() - started
+            if taken > FAST or divisor < 2:
+                break
+            divisor, heads = largest_divisor(job.source.config, divisor // 2)
+        if taken > SLOW and _can_be_halved(
+            job, windows, 2 * divisor, heads
+        ):  # it is the longer one then
             divisor, long = 2 * divisor, short
             short = make(2 * divisor, 1, few)
         else:
