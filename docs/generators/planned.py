@@ -55,9 +55,11 @@ def plan_accuracy() -> str:
 
     Older rows, of a plan that always tried a whole block, called that a rehearsal.
     """
+    rows = [row for row in rows_of("plan") if row["metric"] in ACCURACY]
+    old = {row["commit"] for row in rows if "rehearsal" in row["notes"]}
     found: dict[str, dict[str, str]] = {}
-    for row in rows_of("plan"):
-        if row["metric"] in ACCURACY and "rehearsal" not in row["notes"]:
+    for row in rows:
+        if row["commit"] not in old:
             found.setdefault(row["case"], {})[row["metric"]] = row["value"]
     if not found:
         return "The benchmark `plan` has no rows yet."
