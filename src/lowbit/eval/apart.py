@@ -41,7 +41,7 @@ def apart(
             try:
                 return [each.result() for each in waiting]
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)  # a worker that still starts needs its queues
                 raise
     except BrokenProcessPool as error:
         raise ValueError(
