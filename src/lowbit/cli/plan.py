@@ -48,10 +48,10 @@ def plan(
     ] = False,
     json: JsonFile = None,
 ) -> None:
-    """Estimate size, memory and time of quantizing MODEL, and say whether it fits.
+    """Estimate size, memory and time of quantizing MODEL.
 
-    It takes seconds and writes no model. The options are those of lowbit quantize. A folder may
-    hold config.json alone.
+    It says whether the run fits, takes seconds and writes no model. The options are those of
+    lowbit quantize. A folder may hold config.json alone.
     """
     check_writable("--json", json)
     gpu = None if device_memory is None else bytes_of(device_memory, "--device-memory")
