@@ -56,8 +56,8 @@ def bench(  # noqa: PLR0913 (a command's options)
         str,
         Option(
             metavar="cpu|cuda:N|auto",
-            help="Where the model runs; auto: on the first GPU, or the CPU without one. On a GPU it "
-            "runs in bfloat16, and the share is of the bandwidth of a copy.",
+            help="Where the model runs; auto: on the first GPU, or the CPU without one. On a GPU "
+            "it runs in bfloat16, and the share is of the bandwidth of a copy.",
         ),
     ] = "cpu",
     threads: Annotated[
