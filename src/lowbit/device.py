@@ -92,6 +92,11 @@ def current_stream(tensor: Tensor) -> Any:
     return None if ask is None else ask(tensor.device)
 
 
+def is_cuda(device: torch.device) -> bool:
+    """Returns whether a device computes in TF32 and copies from pinned memory on its own."""
+    return device.type == "cuda"
+
+
 def is_recorded(tensor: Tensor) -> bool:
     """Returns whether a graph records, for later, what is computed with a tensor (CUDA graphs)."""
     if tensor.is_cpu:

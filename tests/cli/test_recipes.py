@@ -36,7 +36,7 @@ def test_what_a_recipe_sets(lowbit):
     assert "For models of family opt: let=True" in text
     assert "Calibration: the method needs no text." in lowbit("recipes", "rtn-w4a16").stdout
     assert "learning_rate: 0.0001" in lowbit("recipes", "ptq161-lora").stdout
-    assert "8.01, 4.01 sliced, 2.01 sliced" in lowbit("recipes", "matquant-842").stdout
+    assert "8.02, 4.01 sliced, 2.01 sliced" in lowbit("recipes", "matquant-842").stdout
 
 
 def test_a_recipe_of_the_users_own(lowbit, tmp_path):
@@ -72,7 +72,7 @@ def test_real_widths_of_recipes(lowbit):
     assert two["matquant-842"] == 2.01 and two["matquant-842-ep"] == 2.33  # its extra level counts
     assert "ptq161-lora" not in two  # makes a float model
     eight = dict(widths(lowbit("recipes", "--for", 8).stdout))
-    assert eight["matquant-842"] == 8.01
+    assert eight["matquant-842"] == 8.02
     # Groups of 4 need 4 bits for the scale of each weight; a tenth of the inputs has 16 bits.
     nine = dict(widths(lowbit("recipes", "--for", 9).stdout))
     assert nine["mixedquant-w4a4-g4"] == pytest.approx(0.9 * 8 + 0.1 * 16, abs=0.03)

@@ -71,8 +71,8 @@ def test_refused_everywhere_in_the_same_words(name: str, tmp_path: Path) -> None
     model, out = odd_folders.make(name, tmp_path), tmp_path / "out"
     said: dict[str, str] = {}
     for path, function in (FLOAT_ONLY | ANY | QUANTIZED_ONLY | CONVERT).items():
-        if CONVERTIBLE.get(name) == path:
-            continue
+        if CONVERTIBLE.get(name) == path or (name, path) == ("no weights", "plan"):
+            continue  # shapes are enough to plan
         with pytest.raises(ValueError) as caught:
             function(model, out)
         said[path] = str(caught.value)

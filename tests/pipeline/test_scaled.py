@@ -84,6 +84,7 @@ METHODS: dict[str, Method] = {
 def test_counts_and_bytes(name: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is computed from widths of 16 and 32 is what is counted at the width of 64."""
     monkeypatch.setattr(scaled, "MINIATURE", 2**14)
+    monkeypatch.setattr(scaled, "FAST", 0.0)
     job = Job(model, METHODS[name], TEXT, OPTIONS)
     windows = job.windows()
     with Counts(largest=64 * 176) as meter:
@@ -123,6 +124,7 @@ def test_sizes_are_those_of_the_dry_run(
     job = Job(model, method, TEXT, RunOptions(**options))
     tried = estimate(job, job.windows())
     monkeypatch.setattr(scaled, "MINIATURE", 2**14)
+    monkeypatch.setattr(scaled, "FAST", 0.0)
     computed = plan(model, method, TEXT, **options, device_memory="1GB")
     assert computed.linears == pytest.approx(tried.linears, rel=1e-9)
     assert computed.model == pytest.approx(tried.model, rel=1e-9)

@@ -22,7 +22,8 @@ def moments_of(x: Tensor, found: Tensor, weight: Tensor | None = None) -> Paired
         halves.append(Half(*sums))
     made = PairedMoments((halves[0], halves[1]))
     if weight is not None:
-        made.add_outputs({"linear": weight}, x, x - found)
+        energies = [float((rows @ weight.T).square().sum()) for rows in (x, x - found)]
+        made.add(0, {"linear": energies}, None, None, None)
     return made
 
 

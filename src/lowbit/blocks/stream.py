@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.blocks.arguments import BlockArguments
+from lowbit.device import is_cuda
 from lowbit.kernels.precision import faster
 from lowbit.ranks import ALONE, Ranks
 
@@ -97,7 +98,7 @@ class Stream:
     def _keep(self, index: int, hidden: Tensor) -> Tensor:
         hidden = hidden.detach().to("cpu", torch.float32)
         if self.folder is None:
-            return hidden.pin_memory() if self.device.type == "cuda" else hidden
+            return hidden.pin_memory() if is_cuda(self.device) else hidden
         shape, path = hidden.shape, str(self.folder / f"{index:05d}.f32")
         with open(path, "wb") as file:
             # On a full disk this raises an error; writing to the mapped file would be a SIGBUS.
@@ -114,7 +115,7 @@ class Stream:
         own = index // self.ranks.count
         kwargs = self.arguments.call(self.block, own, self.device)
         # From pinned memory a batch is copied while Python goes on; mapped files are not pinned.
-        pinned = self.device.type == "cuda" and self.folder is None
+        pinned = is_cuda(self.device) and self.folder is None
         return Batch(self._hidden[own].to(self.device, non_blocking=pinned), kwargs)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -50,7 +50,7 @@ class EvalOptions(Config):
     batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         1,
         description='Windows that are run at a time, unless there is a reference; "auto": as many '
-        "as a quarter of the free memory holds. A perplexity may differ in its last digits.",
+        "as a quarter of the free memory holds; a perplexity may differ in its last digits.",
     )
     workers: int = Field(
         1,

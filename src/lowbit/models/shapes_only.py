@@ -36,7 +36,9 @@ def has_weights(folder: Path) -> bool:
     files = placed.get("weight_map") if isinstance(placed, dict) else None
     if not isinstance(files, dict):
         return True
-    return any(isinstance(file, str) and (folder / file).exists() for file in files.values())
+    names = [file if isinstance(file, str) else "" for file in files.values()]
+    # A place outside the folder is refused by those who read weights.
+    return any(Path(name).name != name or (folder / name).exists() for name in names)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from lowbit.models.auto_class import auto_class
 from lowbit.models.conv1d import linears_for_conv1d
 
 LARGE = 2**24  # values of a tensor that is never made on the CPU
+IMPOSSIBLE = 2**40  # values of a tensor that no model has; torch refuses it on the CPU
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -52,7 +53,11 @@ class _LargeOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.empty and kwargs.get("device") is None and _values(args) >= LARGE:
+        if (
+            func is torch.empty
+            and kwargs.get("device") is None
+            and LARGE <= _values(args) < IMPOSSIBLE
+        ):
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 

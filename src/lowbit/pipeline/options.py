@@ -7,6 +7,7 @@ import torch
 from pydantic import field_validator, model_validator
 
 from lowbit.config import Config, option, shapes_result
+from lowbit.device import is_cuda
 from lowbit.kernels.precision import Precision
 
 Place = Literal["auto", "memory", "disk"]
@@ -30,9 +31,8 @@ class RunOptions(Config):
     )
     compute: Compute = option(
         "auto",
-        'Precision of the matrix products with which blocks are trained and run: "float32", '
-        '"tf32" (CUDA) or "bfloat16"; "auto": tf32 on CUDA, else float32. Statistics, Hessians '
-        "and codes are always computed in float32.",
+        'Precision of the products with which blocks are trained and run: "float32", "tf32" (CUDA) '
+        'or "bfloat16"; "auto": tf32 on CUDA, else float32; Hessians and codes are always float32.',
         shapes_result=True,
     )
     streams: Place = option(
@@ -152,8 +152,8 @@ class RunOptions(Config):
 def precision_of(compute: Compute, device: torch.device) -> Precision:
     """Returns the precision of a run. Raises ValueError for one that the device does not have."""
     if compute == "auto":
-        return "tf32" if device.type == "cuda" else "float32"
-    if compute == "tf32" and device.type != "cuda":
+        return "tf32" if is_cuda(device) else "float32"
+    if compute == "tf32" and not is_cuda(device):
         raise ValueError(
             f"compute is tf32, which only CUDA devices have, but the device is {device.type}: use "
             "float32 or bfloat16"
