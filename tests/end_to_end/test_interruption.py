@@ -47,10 +47,8 @@ def same(out: Path, wanted: dict[str, bytes], when: str) -> None:
 
 
 # One that learns, one whose layers share, one without text; the disk sees no more of the others.
-@pytest.mark.parametrize(
-    "method",
-    ["rtn", *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ("omniquant", "quip"))],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", ["rtn", "omniquant", "quip"])
 def test_killed_between_any_two_changes_to_the_disk(method: str, tmp_path: Path) -> None:
     model, whole = quantized.source(), quantized.contents(quantized.folder(method=method))
     with watched(Disk(tmp_path / "counted")) as disk:
