@@ -104,7 +104,7 @@ def test_a_row_for_each_width_is_that_of_the_slice(name: str, tmp_path: Path) ->
         [alone] = evaluate([out], **options)
         assert row.perplexity == alone.perplexity and row.bits_per_weight["linears"] < 10
         assert row.bits_per_weight == pytest.approx(alone.bits_per_weight, abs=1e-9)
-        assert row.size_bytes == pytest.approx(alone.size_bytes, rel=0.03)  # but for the headers
+        assert row.size_bytes == pytest.approx(alone.size_bytes, rel=0.1)  # but for the headers
     # From a reference, the widths are run block by block.
     streamed = evaluate([master], **sliced | {"reference": str(letters(name))})
     for row, plain in zip(streamed, rows, strict=True):
