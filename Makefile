@@ -9,7 +9,7 @@ NATIVE := cmake/CMakeLists.txt $(wildcard src/lowbit/kernels/native/*.[ch])
 unexport PYTHONDONTWRITEBYTECODE
 HOOKS   = $$(git rev-parse --git-path hooks)
 
-.PHONY: demo quick test test-families test-kernels test-exhaustive test-engines test-docs lint bench hooks mutants fuzz docs
+.PHONY: demo quick test test-families test-kernels test-exhaustive test-strict test-engines test-docs lint bench hooks mutants fuzz docs
 
 demo:  $(READY) ; OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} .venv/bin/python examples/demo.py
 quick: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines -m "not slow and not families and not exhaustive and not docs"
@@ -18,9 +18,8 @@ test-families: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q -
 test-kernels: $(READY) $(TRITON)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=.venv-triton .venv/bin/python -m pytest -n 2 -q tests/kernels/triton
 # The strict device gives autograd a thread, after which no forked process can compute gradients; other tests fork.
-test-exhaustive: $(READY)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines --ignore tests/strict -m exhaustive
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/strict -m exhaustive
+test-exhaustive: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q --ignore tests/engines --ignore tests/strict -m exhaustive
+test-strict: $(READY) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/strict -m exhaustive
 test-docs: $(READY) $(DOCS) ; OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/docs -m docs
 test-engines: $(READY) $(ENGINES)
 	OMP_NUM_THREADS=1 LOWBIT_ENGINES=$(ENGINES) .venv/bin/python -m pytest -n 2 -q tests/engines
