@@ -1,5 +1,7 @@
 """Fake quantization: the values of torch bit by bit, and its gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ def test_values_and_gradients(
         return (out.detach(), *torch.autograd.grad(out, (w, scale), gradient))
 
     def torchs(w: Tensor, scale: Tensor) -> Tensor:
-        return by_torch(w, Grid(scale, grid.zero, bits=bits, group_size=grid.group_size))
+        return by_torch(w, replace(grid, scale=scale))
 
     found = run(lambda w, scale: fake_quantize(w, scale, grid.zero, bits, grid.group_size))
     values, of_weight, of_scale = run(torchs)
