@@ -3,7 +3,6 @@
 torch.load is called with weights_only=True, so that no code in a pickle can run.
 """
 
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ def read_pickled(path: Path) -> Any:
     try:
         zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # bytes that are no pickle make torch raise nearly anything
         refuse_pointer(path)
         reason = str(error).strip().partition("\n")[0] or "it ends too early"
         raise ValueError(f"{path} holds more than tensors, or is damaged: {reason}") from None
