@@ -9,7 +9,7 @@ from lowbit.formats.activation import Activation
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.binary import BinaryLinear, Salient
 from lowbit.formats.incoherence import rotation
-from lowbit.formats.nested import NestedLayout, NestedLinear
+from lowbit.formats.nested import NestedLayout, NestedLinear, SliceGrid
 from lowbit.formats.reading import Reading
 from lowbit.formats.uniform import UniformLayout, UniformLinear
 from lowbit.vllm_plugin.cutting import inputs_of, rows_of
@@ -36,9 +36,13 @@ def uniform(bits: int, zeros: bool, shift: int = 0) -> UniformLinear:
     )
 
 
-def nested(extra: bool = False) -> NestedLinear:
-    zero = torch.randint(0, 256, SHAPE, generator=DRAW, dtype=torch.uint8)
-    return NestedLinear.from_codes(codes(8), scale(*SHAPE), zero, NestedLayout(SIZE, extra))
+def zeros() -> torch.Tensor:
+    return torch.randint(0, 256, SHAPE, generator=DRAW, dtype=torch.uint8)
+
+
+def nested(extra: bool = False, own: tuple[int, ...] = ()) -> NestedLinear:
+    layout, grids = NestedLayout(SIZE, extra), {b: SliceGrid(scale(*SHAPE), zeros()) for b in own}
+    return NestedLinear.from_codes(codes(8), scale(*SHAPE), zeros(), layout, own=grids)
 
 
 def binary(salient: int) -> BinaryLinear:
@@ -60,6 +64,8 @@ LAYERS: dict[str, Callable[[], QuantizedLinear]] = {
     "uniform, symmetric": lambda: uniform(5, zeros=False),
     "nested": lambda: nested().at(4),
     "nested slice": lambda: nested().slice(3),
+    "nested, own grids": lambda: nested(own=(4, 2)).at(2),
+    "nested slice of an own grid": lambda: nested(own=(4, 2)).slice(4),
     "binary": lambda: binary(5),
     "binary, no salient channels": lambda: binary(0),
 }

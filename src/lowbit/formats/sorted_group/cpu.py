@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.native import NativeBackend, rounding
+from lowbit.formats.sorted_group.limits import multipliable
 from lowbit.formats.sorted_group.reference import salient_weight, top_code
 from lowbit.kernels.native import Part, Rounding
 
 if TYPE_CHECKING:
     from lowbit.formats.sorted_group import SortedGroupLinear
-
-EXACT = 2**31  # integer sums stay below it
 
 
 class Cpu(NativeBackend["SortedGroupLinear"]):
@@ -29,15 +28,8 @@ class Cpu(NativeBackend["SortedGroupLinear"]):
         tokens: int,
         gradients: bool,
     ) -> bool:
-        spec, owner = layer.spec, layer.owner
-        if spec.activation is not None:
-            size = min(spec.group_size or spec.kept, spec.kept)
-            if 2**spec.bits * top_code(spec.activation.bits) * size >= EXACT:
-                return False
-        # Only the reference asks an offloaded owner for what it prepared.
-        if owner is not layer and owner.is_offloaded() and not layer.packed.is_meta:
-            return False
-        return super().supports(layer, device, dtype, tokens, gradients)
+        fits = multipliable(layer)
+        return fits and super().supports(layer, device, dtype, tokens, gradients)
 
     def repack(self, layer: "SortedGroupLinear") -> dict[str, Tensor]:
         packed = super().repack(layer)

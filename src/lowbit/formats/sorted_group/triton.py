@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowbit.formats.sorted_group.cpu import EXACT
-from lowbit.formats.sorted_group.reference import salient_weight, top_code
+from lowbit.formats.sorted_group.limits import multipliable
+from lowbit.formats.sorted_group.reference import salient_weight
 from lowbit.formats.triton import (
     TritonBackend,
     few_tokens,
@@ -33,15 +33,8 @@ class Triton(TritonBackend["SortedGroupLinear"]):
         tokens: int,
         gradients: bool,
     ) -> bool:
-        spec, owner = layer.spec, layer.owner
-        if spec.activation is not None:
-            size = min(spec.group_size or spec.kept, spec.kept)
-            if 2**spec.bits * top_code(spec.activation.bits) * size >= EXACT:
-                return False
-        # Only the reference asks an offloaded owner for what it prepared.
-        if owner is not layer and owner.is_offloaded() and not layer.packed.is_meta:
-            return False
-        return super().supports(layer, device, dtype, tokens, gradients)
+        fits = multipliable(layer)
+        return fits and super().supports(layer, device, dtype, tokens, gradients)
 
     def prepare(self, layer: "SortedGroupLinear", x: Tensor) -> Tensor:
         return layer.reordered(x)  # the kernel rounds it

@@ -57,18 +57,37 @@ def pack_nested(
     if hessian is None:
         return stored
     grid = as_stored(grid, stored)
-    inverse = hessian.order.argsort()
-    matrix, dtype = hessian.damped[inverse][:, inverse], stored.scale.dtype
+    codes = joint_codes(weight, grid, hessian, weights, extra_precision, targets)
     own: dict[int, Grid] = {}
-    for _ in range(2 if slices.own_grids else 1):  # again, for the grids found for the first codes
+    if slices.own_grids:
+        own = _own_grids(weight, grid, codes, hessian, slices, stored.scale.dtype, targets)
         codes = joint_codes(weight, grid, hessian, weights, extra_precision, targets, own)
-        for width in slices.own_grids:
-            target = (targets or {}).get(width, weight)
-            values = slice_codes(codes, width, extra_precision).float() * step(width)
-            own[width] = refit(target, values, grid, matrix, dtype)
+        own = _own_grids(weight, grid, codes, hessian, slices, stored.scale.dtype, targets)
     zero = None if grid.zero is None else stored.zeros()
     grids = {width: _slice_grid(each) for width, each in own.items()}
     return NestedLinear.from_codes(codes, stored.scale, zero, layout, own=grids, bias=bias)
+
+
+def _own_grids(
+    weight: Tensor,
+    grid: Grid,
+    codes: Tensor,
+    hessian: OrderedFactor,
+    slices: Slices,
+    dtype: torch.dtype,
+    targets: Mapping[int, Tensor] | None,
+) -> dict[int, Grid]:
+    """Returns the grids with which slices of the codes are nearest to their targets, by width.
+
+    dtype: that in which the scales are stored.
+    """
+    inverse = hessian.order.argsort()
+    matrix = hessian.damped[inverse][:, inverse]
+    own = {}
+    for width in slices.own_grids:
+        values = slice_codes(codes, width, slices.extra_precision).float() * step(width)
+        own[width] = refit((targets or {}).get(width, weight), values, grid, matrix, dtype)
+    return own
 
 
 def _slice_grid(grid: Grid) -> SliceGrid:
