@@ -94,9 +94,10 @@ class NativeBackend(Backend[Layer]):
         Layers prepare an input in the same way if these are equal (==). None: unknown.
         """
         owner = layer.owner
-        if owner.is_offloaded():
+        tensors = owner.shared_tensors()
+        if any(tensor.is_meta for tensor in tensors):
             return None
-        return (owner, *((id(t), t._version, t.data_ptr()) for t in owner.shared_tensors()))
+        return (owner, *((id(t), t._version, t.data_ptr()) for t in tensors))
 
     def product(self, layer: Layer, x: Tensor) -> Tensor:
         """Multiplies as `Backend.product` does; see `Together` for layers with the same input."""

@@ -1,5 +1,6 @@
 """What the backends named "cpu" of rotated formats share: the transforms in C."""
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from lowbit.formats.incoherence import Rotation
 from lowbit.formats.native import NativeBackend
-from lowbit.kernels.native.transform import LARGEST, odd_matrix, transform
+from lowbit.kernels.native.transform import LARGEST, NativeTransform, odd_matrix
 
 if TYPE_CHECKING:
     from lowbit.formats.rotated import RotatedLinear
@@ -25,7 +26,8 @@ class RotatedNative(NativeBackend[Layer]):
         owner = cast("RotatedLinear", layer.owner)
         if not _in_c(layer.rotation_in) or owner.is_offloaded():
             return layer.prepared(x)
-        return rotated_input(layer.rotation_in, x, owner.sign_in, owner.factor_in)
+        stored = owner._parameters
+        return rotated_input(layer.rotation_in, x, stored["sign_in"], stored["factor_in"])
 
     def prepared_with(self, layer: Layer) -> tuple[Any, ...] | None:
         key = super().prepared_with(layer)
@@ -37,8 +39,8 @@ class RotatedNative(NativeBackend[Layer]):
         rotation = layer.rotation_out
         if not _in_c(rotation):
             return rotation.undo(y, layer.sign_out, layer.factor_out)
-        signs = rotation.diagonal(layer.sign_out)
-        return transform(y, *_steps(rotation, layer.factor_out, inverse=False), after=signs)
+        stored = layer._parameters
+        return _transform(rotation, stored["sign_out"], stored["factor_out"], inverse=False)(y)
 
 
 def rotated_input(
@@ -47,9 +49,7 @@ def rotated_input(
     """Computes `rotation.apply` in float32, in C where C can: (..., in) -> (..., in)."""
     if not _in_c(rotation):
         return rotation.apply(x.float(), signs, factor)
-    rows = x.reshape(-1, rotation.size).float()
-    steps = _steps(rotation, factor, inverse=True)
-    return transform(rows, *steps, before=rotation.diagonal(signs)).view(x.shape)
+    return _transform(rotation, signs, factor, inverse=True)(x.float())
 
 
 def _in_c(rotation: Rotation) -> bool:
@@ -58,11 +58,29 @@ def _in_c(rotation: Rotation) -> bool:
     return known and not torch.compiler.is_compiling()
 
 
-def _steps(
-    rotation: Rotation, factor: Tensor | None, *, inverse: bool
-) -> tuple[int, Tensor | None, float]:
-    """Returns the power of two of a transform, the matrix of its odd part, and its scale."""
-    part = rotation.transform
+def _transform(
+    rotation: Rotation, signs: Tensor | None, factor: Tensor | None, *, inverse: bool
+) -> NativeTransform:
+    """Returns what computes `rotation.apply`, if inverse, or `rotation.undo`."""
+    if signs is None and factor is None:
+        return _drawn(rotation, inverse)
+    return _made(rotation, signs, factor, inverse)
+
+
+@lru_cache(maxsize=1024)
+def _drawn(rotation: Rotation, inverse: bool) -> NativeTransform:
+    """The same for a rotation of which nothing is stored."""
+    return _made(rotation, None, None, inverse)
+
+
+def _made(
+    rotation: Rotation, signs: Tensor | None, factor: Tensor | None, inverse: bool
+) -> NativeTransform:
+    part, diagonal = rotation.transform, rotation.diagonal(signs)
+    matrix = factor
     if factor is None:
-        return part.power, odd_matrix(part, inverse), part.scale
-    return part.power, factor.T if inverse else factor, part.scale
+        matrix = odd_matrix(part, inverse)
+    elif inverse:
+        matrix = factor.T
+    before, after = (diagonal, None) if inverse else (None, diagonal)
+    return NativeTransform(rotation.size, part.power, matrix, part.scale, before, after)

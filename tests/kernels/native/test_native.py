@@ -311,8 +311,8 @@ def test_a_wheel_has_no_sources(tmp_path: Path) -> None:
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[2] / "src" / "lowbit" / "kernels" / "native"
 SOURCES = (
-    "dispatch", "layout", "words", "portable", "avx2", "avx512", "tokens_avx512", "words_vbmi",
-    "amx", "neon",
+    "dispatch", "processor", "layout", "words", "portable", "avx2", "avx512", "tokens_avx512",
+    "words_vbmi", "amx", "neon",
 )  # fmt: skip
 STRICT = ["-std=gnu11", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
 FLAGS = {

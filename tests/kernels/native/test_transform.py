@@ -6,7 +6,7 @@ import torch
 from lowbit.kernels import hadamard
 from lowbit.kernels.hadamard.factorization import choose
 from lowbit.kernels.native.library import available
-from lowbit.kernels.native.transform import odd_matrix, transform
+from lowbit.kernels.native.transform import NativeTransform, odd_matrix
 
 pytestmark = pytest.mark.skipif(
     not available(), reason="needs a compiler: the kernels were not compiled"
@@ -20,7 +20,8 @@ WIDTHS = {"1": 1, "2": 2, "a power of two": 64, "odd": 7, "44 x 2": 88, "28 x 4"
 def test_the_definition(n: int, kind: str, inverse: bool) -> None:
     part = choose(n, kind, 3)
     x, before, after = torch.randn(3, n), torch.randn(n), torch.randn(n)
-    found = transform(x, part.power, odd_matrix(part, inverse), part.scale, before, after)
+    matrix = odd_matrix(part, inverse)
+    found = NativeTransform(n, part.power, matrix, part.scale, before, after)(x)
     dense = hadamard.orthogonal(n, kind, 3).dense().double()
     wanted = (x * before).double() @ (dense if inverse else dense.T) * after
     torch.testing.assert_close(
@@ -32,12 +33,9 @@ def test_the_definition(n: int, kind: str, inverse: bool) -> None:
 def test_equal_bits_for_any_number_of_tokens_and_set(n: int) -> None:
     part, x = choose(n, "auto", 0), torch.randn(21, n)
     before, after = torch.randn(2, n)
-
-    def run(rows: torch.Tensor, name: str = "portable") -> torch.Tensor:
-        matrix = odd_matrix(part, False)
-        return transform(rows, part.power, matrix, part.scale, before, after, name)
-
-    wanted = run(x)
+    matrix = odd_matrix(part, False)
+    run = NativeTransform(n, part.power, matrix, part.scale, before, after)
+    wanted = run(x, "portable")
     for name in available():
         assert torch.equal(run(x, name), wanted)
         assert torch.equal(torch.cat([run(row[None], name) for row in x]), wanted)

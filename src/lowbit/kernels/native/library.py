@@ -84,7 +84,7 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.lowbit_multiply.argtypes = [
         pointer, int64, int64, int32, int32, pointer, pointer, pointer
     ]  # fmt: skip
-    functions.lowbit_transform.argtypes = [pointer, int32, pointer]
+    functions.lowbit_transform.argtypes = [pointer, pointer, pointer, int64, int32, pointer]
 
 
 def functions() -> ctypes.CDLL:

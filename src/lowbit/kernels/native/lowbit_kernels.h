@@ -169,6 +169,7 @@ typedef struct {
 extern const lowbit_set lowbit_portable;
 extern const lowbit_set lowbit_avx2;
 extern const lowbit_set lowbit_avx512;
+extern const lowbit_set lowbit_avx512_amd;
 extern const lowbit_set lowbit_neon;
 extern const lowbit_set lowbit_amx;
 

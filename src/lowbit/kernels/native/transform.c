@@ -19,11 +19,13 @@ enum { TOKENS_FOR_THREADS = 8 };
 
 typedef struct {
     const lowbit_transform_call *call;
-    lowbit_transform_range range;
+    const float *x;
+    float *y;
+    lowbit_transform_tokens tokens;
     int32_t failed;
 } work;
 
-static lowbit_transform_range range_of(int32_t set) {
+static lowbit_transform_tokens of_set(int32_t set) {
     switch (set) {
     case LOWBIT_AVX2: return lowbit_transform_avx2;
     case LOWBIT_AVX512:
@@ -35,23 +37,24 @@ static lowbit_transform_range range_of(int32_t set) {
 
 static void transform_range(int64_t begin, int64_t end, void *context) {
     work *w = context;
-    float *spare = w->call->matrix ? malloc((size_t)w->call->n * sizeof(float)) : NULL;
+    int64_t n = w->call->n;
+    float *spare = w->call->matrix ? malloc((size_t)n * sizeof(float)) : NULL;
     if (w->call->matrix && spare == NULL) {
         w->failed = 1;
         return;
     }
-    w->range(w->call, begin, end, spare);
+    w->tokens(w->call, w->x + begin * n, w->y + begin * n, end - begin, spare);
     free(spare);
 }
 
-/* Transforms with an instruction set. parallel: torch_parallel_for, or NULL for one thread. Returns 0,
- * or 1 if there is not enough memory. */
-LOWBIT_EXPORT int32_t lowbit_transform(const lowbit_transform_call *call, int32_t set,
-                                       parallel_for parallel) {
-    work w = {call, range_of(set), 0};
-    if (parallel == NULL || call->tokens <= TOKENS_FOR_THREADS)
-        transform_range(0, call->tokens, &w);
+/* Transforms tokens, x to y, with an instruction set. parallel: torch_parallel_for, or NULL for one
+ * thread. Returns 0, or 1 if there is not enough memory. */
+LOWBIT_EXPORT int32_t lowbit_transform(const lowbit_transform_call *call, const float *x, float *y,
+                                       int64_t tokens, int32_t set, parallel_for parallel) {
+    work w = {call, x, y, of_set(set), 0};
+    if (parallel == NULL || tokens <= TOKENS_FOR_THREADS)
+        transform_range(0, tokens, &w);
     else
-        parallel(0, call->tokens, TOKENS_FOR_THREADS, transform_range, &w);
+        parallel(0, tokens, TOKENS_FOR_THREADS, transform_range, &w);
     return w.failed;
 }

@@ -16,21 +16,21 @@
 /* y = after * scale * (M (x) I)(I (x) H)(before * x) for a token, where H is the Sylvester matrix of
  * `power` rows and M has n / power rows. matrix, before, after: NULL where they are 1. */
 typedef struct {
-    const float *x;
-    float *y;
-    int64_t tokens, n, power;
+    int64_t n, power;
     const float *matrix;
     float scale;
     const float *before, *after;
 } lowbit_transform_call;
 
-/* Transforms tokens [begin, end). spare: n floats, if there is a matrix. */
-typedef void (*lowbit_transform_range)(const lowbit_transform_call *, int64_t begin, int64_t end,
-                                       float *spare);
+/* Transforms tokens, x to y. spare: n floats, if there is a matrix. */
+typedef void (*lowbit_transform_tokens)(const lowbit_transform_call *, const float *x, float *y,
+                                        int64_t tokens, float *spare);
 
-void lowbit_transform_portable(const lowbit_transform_call *, int64_t, int64_t, float *);
-void lowbit_transform_avx2(const lowbit_transform_call *, int64_t, int64_t, float *);
-void lowbit_transform_avx512(const lowbit_transform_call *, int64_t, int64_t, float *);
+void lowbit_transform_portable(const lowbit_transform_call *, const float *, float *, int64_t,
+                               float *);
+void lowbit_transform_avx2(const lowbit_transform_call *, const float *, float *, int64_t, float *);
+void lowbit_transform_avx512(const lowbit_transform_call *, const float *, float *, int64_t,
+                             float *);
 
 #if defined(LOWBIT_TRANSFORM)
 
@@ -68,11 +68,11 @@ static void mix(const float *matrix, int64_t order, const float *restrict from, 
     }
 }
 
-void LOWBIT_TRANSFORM(const lowbit_transform_call *call, int64_t begin, int64_t end, float *spare) {
+void LOWBIT_TRANSFORM(const lowbit_transform_call *call, const float *restrict x, float *y,
+                      int64_t tokens, float *spare) {
     const int64_t n = call->n;
-    for (int64_t token = begin; token < end; token++) {
-        const float *restrict x = call->x + token * n;
-        float *y = call->y + token * n, *values = call->matrix ? spare : y;
+    for (int64_t token = 0; token < tokens; token++, x += n, y += n) {
+        float *values = call->matrix ? spare : y;
         for (int64_t i = 0; i < n; i++) values[i] = call->before ? x[i] * call->before[i] : x[i];
         butterflies(values, n, call->power);
         if (call->matrix) mix(call->matrix, n / call->power, values, call->power, y);

@@ -10,6 +10,7 @@ from lowbit.kernels.hadamard.factorization import Factorization
 from lowbit.kernels.hadamard.reference import factors
 from lowbit.kernels.native.library import INSTRUCTION_SETS, chosen, functions, threads
 
+_NUMBERS = {name: number for number, name in enumerate(INSTRUCTION_SETS)}
 LARGEST = 256  # order of the matrix of the odd part, above which torch is faster
 
 
@@ -17,9 +18,6 @@ class Call(ctypes.Structure):
     """lowbit_transform_call in transform.h."""
 
     _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("tokens", ctypes.c_int64),
         ("n", ctypes.c_int64),
         ("power", ctypes.c_int64),
         ("matrix", ctypes.c_void_p),
@@ -29,35 +27,47 @@ class Call(ctypes.Structure):
     ]
 
 
-def transform(  # noqa: PLR0913 (the fields of a call)
-    x: Tensor,
-    power: int,
-    matrix: Tensor | None,
-    scale: float,
-    before: Tensor | None = None,
-    after: Tensor | None = None,
-    instruction_set: str | None = None,
-) -> Tensor:
+class NativeTransform:
     """Computes after * scale * (M (x) I)(I (x) H)(before * x) for each token.
 
-    x: (..., n) float32.
+    n: values of a token.
     power: rows of the Sylvester matrix H of 1 and -1; a power of two that divides n.
     matrix: M, (n / power, n / power) float32; None: 1, and n is the power.
     before, after: (n,) float32; None: 1.
-    instruction_set: None: that of `chosen`.
-
-    Returns (..., n) float32, the same to the last bit for every number of tokens and threads and
-    for every instruction set.
     """
-    x, n = x.contiguous(), x.shape[-1]
-    y = torch.empty_like(x)
-    kept = [None if t is None else t.float().contiguous() for t in (matrix, before, after)]
-    m, b, a = [None if t is None else t.data_ptr() for t in kept]
-    call = Call(x.data_ptr(), y.data_ptr(), x.numel() // n, n, power, m, scale, b, a)
-    number = INSTRUCTION_SETS.index(instruction_set or chosen())
-    if functions().lowbit_transform(ctypes.byref(call), number, threads.loop):
-        raise MemoryError(f"a transform of {n} values needs more memory than there is")
-    return y
+
+    def __init__(
+        self,
+        n: int,
+        power: int,
+        matrix: Tensor | None,
+        scale: float,
+        before: Tensor | None = None,
+        after: Tensor | None = None,
+    ) -> None:
+        given = (matrix, before, after)
+        kept = [None if t is None else t.float().contiguous() for t in given]
+        m, b, a = [None if t is None else t.data_ptr() for t in kept]
+        self._kept = kept  # the call has their addresses
+        self._call = Call(n, power, m, scale, b, a)
+        self._address = ctypes.addressof(self._call)
+
+    def __call__(self, x: Tensor, instruction_set: str | None = None) -> Tensor:
+        """Transforms a tensor (..., n) float32.
+
+        instruction_set: None: that of `chosen`.
+
+        Returns (..., n) float32, the same to the last bit for every number of tokens and threads
+        and for every instruction set.
+        """
+        x, n = x.contiguous(), self._call.n
+        y, number = torch.empty_like(x), _NUMBERS[instruction_set or chosen()]
+        failed = functions().lowbit_transform(
+            self._address, x.data_ptr(), y.data_ptr(), x.numel() // n, number, threads.loop
+        )
+        if failed:
+            raise MemoryError(f"a transform of {n} values needs more memory than there is")
+        return y
 
 
 @lru_cache(maxsize=256)

@@ -6,6 +6,7 @@
 #if defined(__AVX512VNNI__) || (defined(_MSC_VER) && defined(__AVX512F__))
 
 #include "trellis_avx512.h"
+#include "vnni.h"
 
 #include <string.h>
 
@@ -55,9 +56,9 @@ INLINE __m512i mixed(__m512i state, uint32_t multiplier) {
 
 INLINE void add_column(__m512i values, const uint32_t *low, const uint32_t *high, int halves,
                        __m512i *sums) {
-    sums[0] = _mm512_dpbusd_epi32(sums[0], values, _mm512_set1_epi32((int)*low));
+    sums[0] = add_products(sums[0], values, low);
     if (halves == 2)
-        sums[1] = _mm512_dpbusd_epi32(sums[1], values, _mm512_set1_epi32((int)*high));
+        sums[1] = add_products(sums[1], values, high);
 }
 
 INLINE void add_tiles(const lowbit_code *code, const uint8_t *tile, int64_t tiles,

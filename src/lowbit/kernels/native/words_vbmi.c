@@ -6,7 +6,7 @@
 
 #include "words_vbmi.h"
 
-#include "inline.h"
+#include "vnni.h"
 
 #include <string.h>
 
@@ -59,12 +59,6 @@ INLINE void decode(const tables *t, const uint8_t *vector, __m512i pairs[4]) {
                                          MAPPED(word, SIGNS(64, 127), ONES), parity, 0x96);
 }
 
-INLINE __m512i four_inputs(const int8_t *q) {
-    int32_t word;
-    memcpy(&word, q, 4);
-    return _mm512_set1_epi32(word);
-}
-
 /* The sum of the sums of lower and upper codes, which take turns. */
 INLINE __m512i halves_together(const __m512i sums[4]) {
     __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(sums[1], sums[3]), 4);
@@ -72,23 +66,23 @@ INLINE __m512i halves_together(const __m512i sums[4]) {
 }
 
 INLINE __m512i words_product(const uint8_t *table, int32_t length, const uint8_t **vector,
-                             const int8_t *low, const int8_t *high, int halves) {
+                             const int8_t *low, const int8_t *high, int halves, int ahead) {
     const tables t = load_tables(table);
     const uint8_t *from = *vector;
     __m512i lows[4], highs[4], pairs[4];
     UNROLL(8)
     for (int f = 0; f < 4; f++) lows[f] = highs[f] = _mm512_setzero_si512();
     for (int32_t i = 0; i < length; i += 32, from += 128) {
-        _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T0);
-        _mm_prefetch((const char *)from + AHEAD + 64, _MM_HINT_T0);
+        if (ahead) _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
+        if (ahead) _mm_prefetch((const char *)from + ahead + 64, _MM_HINT_T0);
         decode(&t, from, pairs);
         UNROLL(8)
         for (int c = 0; c < 8; c++) {
             __m512i codes = _mm512_and_si512(pairs[c / 2], c % 2 ? t.upper : t.lower);
-            lows[c % 4] = _mm512_dpbusd_epi32(lows[c % 4], codes, four_inputs(low + i + 4 * c));
+            lows[c % 4] = add_products(lows[c % 4], codes, low + i + 4 * c);
             if (halves == 2)
                 highs[c % 4] =
-                    _mm512_dpbusd_epi32(highs[c % 4], codes, four_inputs(high + i + 4 * c));
+                    add_products(highs[c % 4], codes, high + i + 4 * c);
         }
     }
     *vector = from;
@@ -97,9 +91,9 @@ INLINE __m512i words_product(const uint8_t *table, int32_t length, const uint8_t
 }
 
 __m512i lowbit_words_product(const uint8_t *table, int32_t length, const uint8_t **vector,
-                             const int8_t *low, const int8_t *high) {
-    return high == NULL ? words_product(table, length, vector, low, high, 1)
-                        : words_product(table, length, vector, low, high, 2);
+                             const int8_t *low, const int8_t *high, int ahead) {
+    return high == NULL ? words_product(table, length, vector, low, high, 1, ahead)
+                        : words_product(table, length, vector, low, high, 2, ahead);
 }
 
 void lowbit_words_unpack(const uint8_t *table, int32_t length, const uint8_t *vector,
