@@ -79,13 +79,11 @@ METHODS: dict[str, Method] = {
 }
 
 
-# Grids of one group a row cost other operations than grids of several, where they are learned: from
-# these widths omniquant's operations are computed 1.4 to 2.2 times too high.
 COUNTED = {
     "rtn": (),
     "gptq": pytest.mark.exhaustive,
     "quip": pytest.mark.exhaustive,
-    "omniquant": (pytest.mark.exhaustive, pytest.mark.xfail(raises=AssertionError, strict=True)),
+    "omniquant": pytest.mark.exhaustive,
 }
 
 

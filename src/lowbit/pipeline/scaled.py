@@ -26,6 +26,7 @@ from lowbit.checkpoint.reader import TensorInfo
 from lowbit.formats.embedding import QuantizedEmbedding
 from lowbit.formats.uniform import tensor_bytes
 from lowbit.kernels.at_once import less_at_once
+from lowbit.methods import Method
 from lowbit.models.config import load_config
 from lowbit.models.miniature import experts_of, largest_divisor, narrowed, save_miniature
 from lowbit.models.self_check import check_streaming, weights_at_once
@@ -55,6 +56,7 @@ SLOW = 4.0  # seconds of counting the shorter miniature, from which on an even s
 FAST = 0.5  # seconds of that, up to which wider ones are made: milliseconds are not exact
 SMALL_BLOCK = 2**20  # weights: a block of so many is tried whole, which takes seconds
 MINIATURE = 2**18  # weights of the largest block of the longer miniature, at most
+FEWEST_IN_GROUP = 2  # channels of a miniature that share a scale
 FEWEST_TOKENS = 16  # in a window of the shorter miniature
 FEWEST_WORDS = 30  # of the vocabulary of a miniature
 MOST_EXPERTS = 16  # in a block; the costs of more grow as from few experts to twice as many
@@ -180,7 +182,7 @@ def _miniature(  # noqa: PLR0913 (bound by partial)
     save_miniature(narrowed(job.source.config, divisor, heads, experts), place, dtype)
     block = job.blocks[max(range(len(kinds)), key=lambda index: weights_in(kinds[index]))]
     linear = job.selection.groups(block)[0].linears[0]
-    method = job.method.at(f"{block}.{linear}").model_copy(update={"overrides": {}})
+    method = _with_shorter_groups(job.method.at(f"{block}.{linear}"), divisor)
     text = None
     if windows is not None:
         rows = min(BATCHES * method.windows_per_batch(), windows.samples)
@@ -203,6 +205,17 @@ def _miniature(  # noqa: PLR0913 (bound by partial)
     with less_at_once(divisor**2), counts as meter:
         counted = dry_run(small, own, meter)
     return _Miniature(small, own, counted)
+
+
+def _with_shorter_groups(method: Method, divisor: int) -> Method:
+    """Returns the method for a miniature, whose rows have as many groups as those of the model.
+
+    With one group a row, which groups of the model's length would leave of a narrow row, learning a
+    grid takes up to half the operations.
+    """
+    size = getattr(method, "group_size", None)
+    groups = {"group_size": max(FEWEST_IN_GROUP, size // divisor)} if size else {}
+    return method.model_copy(update={"overrides": {}} | groups)
 
 
 @dataclass(frozen=True)
