@@ -1,7 +1,9 @@
 """Train parameters of a block with AdamW and keep the values with the lowest loss."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +42,27 @@ class Fit:
     best_epoch: int = 0
     curve: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+
+
+_any_is_better: ContextVar[bool] = ContextVar("lowbit_any_is_better", default=False)
+
+
+@contextmanager
+def any_is_better() -> Iterator[None]:
+    """Within it, whatever was learned counts as better than what was there before.
+
+    A dry run needs that: what follows, and takes time, then does not depend on a few batches.
+    """
+    token = _any_is_better.set(True)
+    try:
+        yield
+    finally:
+        _any_is_better.reset(token)
+
+
+def is_better(loss: float, earlier: float, or_equal: bool = False) -> bool:
+    """Returns whether a loss is lower than an earlier one; see `any_is_better`."""
+    return loss < earlier or (or_equal and loss == earlier) or _any_is_better.get()
 
 
 def fit(
@@ -95,7 +118,7 @@ def fit(
                 break
             result.curve.append(now)
             log.epoch(epoch, now)
-            if now < result.after or math.isnan(result.after):
+            if is_better(now, result.after) or math.isnan(result.after):
                 result.after, result.best_epoch = now, epoch
                 best = [p.detach().clone() for p in parameters]
         else:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lowbit.blocks import BlockTask
 from lowbit.blocks.folding import load_changed
 from lowbit.blocks.hessian import input_hessians
+from lowbit.blocks.training import is_better
 from lowbit.formats.base import QuantizedLinear
 from lowbit.formats.reading import Reading
 from lowbit.methods.damping import Damping, damping_field, damping_share
@@ -195,7 +196,7 @@ def keep_if_better(learner: BlockLearner, task: BlockTask, learned: float, neare
 
     learned, nearest: the losses of both.
     """
-    keep = learned <= nearest
+    keep = is_better(learned, nearest, or_equal=True)
     if not keep:
         task.log.warn(NEAREST_BETTER)
         learner.forget()

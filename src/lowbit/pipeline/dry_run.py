@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lowbit.blocks import Stream
+from lowbit.blocks.training import any_is_better
 from lowbit.blocks.walk import Step
 from lowbit.calibration import TokenWindows
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
@@ -255,10 +256,11 @@ def _measure_block(
 ) -> DryRunBlock:
     """Quantizes one block and measures that.
 
-    A method with epochs runs with 0 and with 1: the difference is the time of one epoch.
+    A method with epochs runs with 1 and with 2: the difference is the time of one epoch. With 0,
+    what follows once because something was learned would be missing.
     """
     epochs = job.method.epochs_in_all()
-    counts = sorted({0, min(epochs, 1)})
+    counts = sorted({min(epochs, 1), min(epochs, 2)})
     attempts, gradients = [], None
     if stream is not None and job.method.needs_output_hessians():
         with _measured(meter) as passing:
@@ -279,14 +281,15 @@ def _measure_block(
     assert record is not None
     learned = writer.folder / "learned" / record["file"]
     batches = len(stream) if stream else 0
+    per_epoch = _positive(most.per_batch - least.per_batch)
     # One more than the streams of the method: the captured hidden states are in memory as well.
     left_out = stream is not None and meter.leave_out(stream.hidden())
     hidden_states = stream.bytes * (attempts[-1].most_streams + 1) if stream and not left_out else 0
     device = [a.stage.device_memory for a in attempts if a.stage.device_memory is not None]
     return DryRunBlock(
         fixed=_positive(most.seconds - batches * most.per_batch),
-        per_batch=least.per_batch,
-        per_epoch=_positive(most.per_batch - least.per_batch),
+        per_batch=_positive(least.per_batch - counts[0] * per_epoch),
+        per_epoch=per_epoch,
         memory=max(a.stage.memory for a in attempts) - hidden_states,
         device_memory=max(device) if device else None,
         most_streams=attempts[-1].most_streams,
@@ -324,7 +327,7 @@ def _attempt(
         results.append(job.quantize_block(writer, step, _ignore))
         job.advance(step, results[0])
 
-    with _measured(meter) as stages:
+    with _measured(meter) as stages, any_is_better():
         job.source.walk(streams, visit, job.device, [index])
     whole = stages[0]
     stage = replace(whole, per_batch=trace.per_batch())
