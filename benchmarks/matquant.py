@@ -35,7 +35,7 @@ from lowbit.models import family_name
 WIDTHS = (8, 6, 4, 3, 2)
 RATES = (1e-3, 5e-3, 1e-2, 3e-2)  # of the clips; the first is the paper's
 TRAINED = {"epochs": EPOCHS}
-PAPER = [0.1, 0.1, 1.0]  # the paper's weights of 8, 4 and 2 bits
+PAPER = {"widths": [8, 4, 2], "weights": [0.1, 0.1, 1.0]}
 Args = argparse.Namespace
 
 
@@ -46,18 +46,19 @@ def masters(family: str) -> dict[str, Method]:
     return {
         "sliced int8": MatQuant(**untrained, rounding="nearest"),
         "matquant default": learned,
-        "matquant": learned.model_copy(update={"rounding": "nearest", "weights": PAPER}),
-        "matquant joint": learned.model_copy(update={"weights": PAPER}),
+        "matquant": learned.model_copy(update={"rounding": "nearest"} | PAPER),
+        "matquant joint": learned.model_copy(update=PAPER),
         "matquant extra precision": learned.model_copy(
-            update={"rounding": "nearest", "extra_precision": True, "weights": [1.0, 1.0, 1.0]}
+            update=PAPER
+            | {"rounding": "nearest", "extra_precision": True, "weights": [1.0, 1.0, 1.0]}
         ),
         "matquant single precision": learned.model_copy(
             update={"rounding": "nearest", "widths": [2], "weights": [1.0]}
         ),
         "matquant distilled 8->2": learned.model_copy(
-            update={"rounding": "nearest", "weights": PAPER, "distill": ["8->2"]}
+            update=PAPER | {"rounding": "nearest", "distill": ["8->2"]}
         ),
-        "joint, no training": MatQuant(**untrained, weights=PAPER),
+        "joint, no training": MatQuant(**untrained, **PAPER),
         "default, no training": MatQuant(**untrained),
     }
 

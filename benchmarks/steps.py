@@ -40,7 +40,7 @@ METHODS: dict[str, Method] = {
     "omniquant W4 g128": OmniQuant(bits=4, group_size=128),
     "omniquant W4 g128, LET": OmniQuant(bits=4, group_size=128, let=True),
     "omniquant W4A4, LET": OmniQuant(bits=4, activation_bits=4, let=True),
-    "matquant 842": MatQuant(),
+    "matquant 842": MatQuant(widths=[8, 4, 2]),
     "ptq161": PTQ161(),
 }
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "attention")  # in the names of operations

@@ -185,7 +185,7 @@ def test_learned_codes_have_as_many_bits_as_those_of_other_engines(grid):
 CHOSEN = {
     "gptq": {"damping": "auto", "clip": True, "act_order": True, "fine_zeros": "auto"},
     "omniquant": {"init": "auto", "rounding": "gptq", "epochs": 5, "fine_zeros": "auto"},
-    "matquant": {"init": "auto", "rounding": "joint", "epochs": 5, "weights": [12.0, 12.0, 1.0]},
+    "matquant": {"init": "auto", "rounding": "joint", "epochs": 5, "weights": None},
     "ptq161": {"init": "als"},
 }
 SEARCHED = ("gptq-w3a16-g128", "omniquant-w3a16", "omniquant-w2a16-g64", "matquant-842", "ptq161")

@@ -29,6 +29,7 @@ PAPER: dict[str, Any] = {
     "match": "self",
     "epochs": 20,
     "damping": 0.01,
+    "widths": [8, 4, 2],
     "weights": [0.1, 0.1, 1.0],
 }
 

@@ -73,6 +73,7 @@ MAT: dict[str, Any] = {
     "min_tokens": 8,
     "init": "awq",
     "rounding": "nearest",
+    "widths": [8, 4, 2],
     "weights": [0.1, 0.1, 1.0],
 }
 INT8 = MatQuant(group_size=16, epochs=0, lwc=False, rounding="nearest")

@@ -26,7 +26,7 @@ TRAINED: dict[str, tuple[Method, str]] = {
         OmniQuant(bits=3, rounding="learned", epochs=0, **GRID),
         "rounding_epochs",
     ),
-    "matquant": (MatQuant(rounding="nearest", **GRID), "epochs"),
+    "matquant": (MatQuant(rounding="nearest", widths=[8, 4, 2], **GRID), "epochs"),
     "ptq161": (PTQ161(alignment=4, min_tokens=8), "epochs"),
     "quip": (QuIP(codebook="HI", min_tokens=8), "finetune_epochs"),
 }
