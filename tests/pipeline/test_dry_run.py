@@ -21,8 +21,8 @@ from lowbit.pipeline.meters import Seconds
 from lowbit.pipeline.options import RunOptions
 from lowbit.pipeline.traced_stream import Trace
 
-OMNIQUANT = quantized.METHODS["omniquant"]
-AUGMENTED = OMNIQUANT.model_copy(update={"aug_loss": True, "epochs": 2})
+OMNIQUANT = quantized.METHODS["omniquant"].with_epochs(2)
+AUGMENTED = OMNIQUANT.model_copy(update={"aug_loss": True})
 SMALL, LARGE = (8, 8), (8, 16)
 
 
