@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.inside import kind_of
 from lowbit.checkpoint.reader import DTYPES, refuse_pointer
-from lowbit.parsing import shorten
+from lowbit.parsing import kind_of, shorten
 
 GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # how torch names a class or function in a pickle
 KINDS = {dict: "a dictionary", list: "a list", int: "a whole number", float: "a number"}
