@@ -3,6 +3,7 @@
 import inspect
 import pydoc
 from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field, ValidationError
@@ -44,6 +45,30 @@ def test_values_are_shown_without_pydantics_own_words():
         "needed: should be a valid string (got 1); "
         "inner.size: should be a valid integer, unable to parse string as an integer (got 'a')"
     )
+
+
+class Kinds(Config):
+    either: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    names: Annotated[tuple[str, ...], Field(min_length=1)] = ("a",)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"either": 0}, "either: should be 'auto' or greater than 0 (got 0)"),
+        ({"either": [1]}, "either: should be 'auto' or a valid number (got [1])"),
+        ({"names": ()}, "names: should have 1 or more entries (got ())"),
+        ({"names": "a"}, "names: should be a list (got 'a')"),
+        (
+            {"either": 0, "names": "a"},
+            "either: should be 'auto' or greater than 0 (got 0); names: ",
+        ),
+    ],
+)
+def test_pydantics_names_of_kinds_are_not_shown(values, said):
+    with pytest.raises(ValidationError) as caught:
+        Kinds(**values)
+    assert explain(caught.value).startswith(said)
 
 
 def test_frozen():

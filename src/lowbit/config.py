@@ -1,7 +1,8 @@
 """The base class of all options: frozen, validated, and strict about field names."""
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
@@ -12,6 +13,12 @@ from pydantic.fields import FieldInfo
 from lowbit.fields import section
 from lowbit.parsing import shorten
 
+# Where a field may hold one of several kinds, pydantic names the kind as if it were a field.
+CHOICE = re.compile(r"(int|float|bool|str|none|(literal|list|tuple|dict)\[.*\]|constrained-\w+)$")
+WORDS = {
+    **dict.fromkeys(("model_type", "dict_type"), "should be a mapping of names to values"),
+    **dict.fromkeys(("tuple_type", "list_type"), "should be a list"),
+}
 SHAPES_RESULT = "shapes_result"
 LARGEST_SEED = 2**63 - 1  # torch takes no larger one on every device
 # Least difflib ratio of a name that is suggested; 1 means equal. "rtn" still suggests "rtn-w4a16".
@@ -99,19 +106,33 @@ def unknown_name(name: object, allowed: Any, what: str, *, listed_by: str = "") 
 
 def explain(error: ValidationError) -> str:
     """Returns what is wrong with each field: "bits: should be less than or equal to 8 (got 9)"."""
-    return "; ".join(_sentence(detail) for detail in error.errors(include_url=False))
+    said: dict[tuple[str, str], list[str]] = {}
+    for detail in error.errors(include_url=False):
+        field, message, came = _parts(detail)
+        said.setdefault((field, came or message), []).append(message)
+    return "; ".join(
+        f"{f'{field}: ' if field else ''}{_either(messages)}{came if came not in messages else ''}"
+        for (field, came), messages in said.items()
+    )
 
 
-def _sentence(detail: Any) -> str:
+def _parts(detail: Any) -> tuple[str, str, str]:
+    """Returns the field of an error, what should be there, and what came; "" if that is said."""
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    field = ".".join(shorten(part) for part in detail["loc"])
+    field = ".".join(shorten(part) for part in detail["loc"] if not CHOICE.match(str(part)))
     if detail["type"] == "value_error":  # raised by our validators: it says what came
-        return f"{field}: {message}" if field else message
+        return field, message, ""
     if detail["type"] == "missing":
-        return f"{field}: is missing"
-    if detail["type"] in ("model_type", "dict_type"):  # pydantic's words name classes of ours
-        message = "should be a mapping of names to values"
-    return f"{field or 'top level'}: {message} (got {_shown(detail['input'])})"
+        return field, "is missing", ""
+    message = WORDS.get(detail["type"], message)  # pydantic's own name classes and types
+    if detail["type"] == "too_short":
+        message = f"should have {detail['ctx']['min_length']} or more entries"
+    return field or "top level", message, f" (got {_shown(detail['input'])})"
+
+
+def _either(messages: Sequence[str]) -> str:
+    """Joins what may be in a field: "should be 'auto' or greater than 0"."""
+    return " or ".join([messages[0], *(each.removeprefix("should be ") for each in messages[1:])])
 
 
 def _shown(value: object) -> str:

@@ -6,6 +6,7 @@ error is a ValueError that names the place (file, line, field) and says what is 
 
 import json
 import os
+import stat
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,15 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it at the start of UTF-8
 # The first bytes of files that are often taken for text.
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
+
+# What may be where a file is looked for.
+KINDS = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a named pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
 
 
 @dataclass(frozen=True)
@@ -179,8 +189,12 @@ def reason_of(error: BaseException, most: int = 200) -> str:
 
 
 def _no_file(path: Path) -> str:
-    kind = "a folder" if path.is_dir() else "not a regular file"
-    return f"{path} is {kind}: name a file"
+    return f"{path} is {kind_of(path.stat().st_mode)}: name a file"
+
+
+def kind_of(mode: int) -> str:
+    """Returns what is there instead of a file, in words. mode: st_mode of os.stat"""
+    return next((words for test, words in KINDS.items() if test(mode)), "no regular file")
 
 
 def _integer(text: str) -> Any:

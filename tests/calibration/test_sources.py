@@ -1,5 +1,6 @@
 """Reading documents from named data sets and from files."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,9 +23,8 @@ from texts import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from lowbit.calibration import (
-    evaluation_text,
-)
+from lowbit.calibration import evaluation_text
+from lowbit.calibration.sources import read_file
 
 CALIBRATION_CALLS = {
     "wikitext2": (
@@ -210,12 +210,19 @@ def test_a_data_set_that_does_not_parse(hub: dict, tokenizer: PreTrainedTokenize
         (
             "a.jsonl",
             [{"prompt": "x", "answer": "y"}],
-            "row 1 has no text or messages; it has prompt, a",
+            "row 1 has no text or messages; it has prompt, answer: give each row as an object",
         ),
-        ("a.jsonl", [{"text": None}], "row 1: text is NoneType, not a string"),
-        ("a.jsonl", [["text"]], "row 1 is a str, not an object"),
-        ("a.jsonl", [{"messages": ["hello"]}], "row 1: messages must be a list, each with a role"),
-        ("a.jsonl", [{"messages": []}], "row 1: messages must be a list, each with a role"),
+        ("a.jsonl", [{"text": None}], "row 1: text is null, not a string: give each row as an obj"),
+        ("a.jsonl", [{"text": 5}], "row 1: text is a number, not a string: give each row"),
+        ("a.json", '["hello"]', "row 1 is a text, not an object: give each row as an object"),
+        ("a.jsonl", [{"messages": ["hello"]}], "row 1: message 1 is a text: give each row"),
+        ("a.jsonl", [{"messages": []}], "row 1: messages is an empty list: .*a role and a content"),
+        ("a.jsonl", [{"messages": None}], "row 1: messages is null: give each row"),
+        ("a.jsonl", [{"messages": "hello"}], "row 1: messages is a text: give each row"),
+        ("a.jsonl", [{"messages": [{"content": "x"}]}], "row 1: message 1 has no role: give"),
+        ("a.jsonl", [{"messages": [*CHATS[0], {"role": "user"}]}], "message 3 has no content"),
+        ("a.jsonl", [{"messages": [{"role": "user", "content": None}]}], "1 has no content"),
+        ("a.jsonl", [{"messages": [{"role": "user", "content": 5}]}], "1 has a number as its con"),
         ("a.parquet", [{"prompt": "x"}], "row 1 has no text or messages; it has prompt"),
         ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 text"),
     ],
@@ -229,6 +236,39 @@ def test_files_that_cannot_be_read(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         draw(tokenizer, write(name, content))
+
+
+PARTS = [{"type": "text", "text": "good "}, {"type": "text", "text": "day"}]
+
+
+@pytest.mark.parametrize(
+    ("message", "content"),
+    [
+        ({"role": "user", "content": PARTS}, "good day"),
+        ({"role": "user", "content": ["good ", "day"]}, "good day"),
+        ({"role": "user", "content": "good day"}, "good day"),
+        ({"role": "user", "content": []}, ""),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, None),
+    ],
+)
+def test_the_texts_of_a_message_are_one_text(
+    message: dict, content: str | None, write: Callable[..., str]
+) -> None:
+    """A template for text would write a list as Python does."""
+    (chat,) = read_file(Path(write("a.jsonl", [{"messages": [message]}])))
+    assert chat == [{**message, "content": content}]
+
+
+@pytest.mark.parametrize(("make", "says"), [(os.mkfifo, "a named pipe"), (os.mkdir, "a folder")])
+def test_what_is_no_file_is_said(make: Callable[[Path], None], says: str, tmp_path: Path) -> None:
+    make(tmp_path / "a.txt")
+    path = str(tmp_path / "a.txt")
+    for read in (
+        lambda: evaluation_text(path, make_tokenizer(), 8),
+        lambda: draw(make_tokenizer(), path),
+    ):
+        with pytest.raises(ValueError, match=rf"a\.txt' is not a .*, and it is {says}: allowed"):
+            read()
 
 
 def test_a_parquet_file_that_is_none(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

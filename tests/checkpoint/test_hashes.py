@@ -11,6 +11,7 @@ from lowbit.checkpoint.hashes import (
     is_inside,
     loading_problem,
     problem_of,
+    problems,
 )
 
 FACTS: dict[str, tuple[Any, str]] = {
@@ -88,3 +89,33 @@ def test_which_files_loading_needs(name: str, folder: Path) -> None:
 def test_folders_of_earlier_versions(folder: Path) -> None:
     assert loading_problem(folder, {}, False) is None
     assert loading_problem(folder, {"other_files": [1]}, False) is None
+
+
+TOKENIZER = "tokenizer.json"
+# Files that are stated, files that are there too, and those of them that loading would read.
+ADDITIONS: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "a template": ([TOKENIZER], ["chat_template.jinja"], ["chat_template.jinja"]),
+    "one of several": (
+        [TOKENIZER],
+        ["additional_chat_templates/a.jinja"],
+        ["additional_chat_templates/a.jinja"],
+    ),
+    "tokens": ([TOKENIZER], ["added_tokens.json", "x.model"], ["added_tokens.json", "x.model"]),
+    "ends": ([TOKENIZER], ["generation_config.json"], ["generation_config.json"]),
+    "notes": ([TOKENIZER], ["notes.txt", "log.json", "README.md"], []),
+    "kept": ([TOKENIZER], ["tokenizer.json.changed"], []),
+    "a tokenizer where there was none": (["a.json"], [TOKENIZER, "chat_template.jinja"], []),
+    "an earlier version": ([], [TOKENIZER, "generation_config.json"], []),
+}
+
+
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_files_that_were_added(name: str, folder: Path) -> None:
+    stated, there, added = ADDITIONS[name]
+    for file in stated + there:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text("one")
+    section = {"other_files": facts_of_files(folder, stated)}
+    assert [found for found, problem in problems(folder, section) if problem] == added
+    found = loading_problem(folder, section, partial=False)
+    assert found == ((added[0], "was added after quantization") if added else None)

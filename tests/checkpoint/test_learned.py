@@ -52,3 +52,28 @@ def test_what_is_missing_is_named(
 def test_a_folder_without_any(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it has 0 such files, this model needs 2.*that learns"):
         Learned(tmp_path, 3)
+
+
+NONE = {
+    "nothing": (lambda path: None, "does not exist"),
+    "a file": (lambda path: path.write_text("x"), "is a file"),
+    "a model": (
+        lambda path: ((learned(path) / "config.json").write_text("{}"), shift(path)),
+        "has no folder learned, it is a model that learned nothing",
+    ),
+}
+
+
+def shift(out: Path) -> None:
+    """Moves the files to where the shards of a model are."""
+    for file in (out / "learned").iterdir():
+        file.rename(out / file.name)
+    (out / "learned").rmdir()
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_what_has_no_learned_parameters(name: str, tmp_path: Path) -> None:
+    make, says = NONE[name]
+    make(tmp_path / "out")
+    with pytest.raises(ValueError, match=rf"out {says}.*: name the OUT of a finished run"):
+        Learned(tmp_path / "out", 3)

@@ -242,6 +242,15 @@ def test_an_edit_is_kept_where_the_same_call_undoes_it(out: Path, whole: dict[st
     assert "0.5" in (out / "generation_config.json.changed").read_text()
 
 
+def test_what_was_added_is_kept_aside(out: Path, whole: dict[str, bytes]) -> None:
+    (out / "chat_template.jinja").write_text("mine")
+    kept = "chat_template.jinja.changed"
+    assert [text for text in again(out) if text.endswith(f"; it is now {kept}")]
+    assert (out / kept).read_text() == "mine"
+    (out / kept).unlink()
+    same(out, whole)
+
+
 @pytest.mark.parametrize("name", ["README.md", "notes.txt", "report.html"])
 def test_what_users_add_is_theirs(name: str, out: Path, whole: dict[str, bytes]) -> None:
     (out / name).write_text("mine")

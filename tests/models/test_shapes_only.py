@@ -54,3 +54,13 @@ def test_weights_are_left_out_on_request() -> None:
         assert folder == MINI and not alone
     with planned_folder(MINI, without_weights=True) as (folder, alone):
         assert folder != MINI and alone
+
+
+@pytest.mark.parametrize("changed", [{"num_attention_heads": 5}, {"hidden_act": "zap"}])
+def test_errors_name_the_folder_that_was_given(changed: dict, tmp_path: Path) -> None:
+    stated = json.loads((MINI / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stated | changed | {"head_dim": None}))
+    with pytest.raises(ValueError) as caught, planned_folder(tmp_path):
+        pass
+    assert str(tmp_path / "config.json") in str(caught.value)
+    assert "lowbit-shapes-" not in str(caught.value)

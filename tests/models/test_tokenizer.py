@@ -77,6 +77,11 @@ BAD: dict[str, tuple[Change, str]] = {
         "tokenizer_config.json names Python code of its own.*use --trust-remote-code",
     ),
     "code that is a word": (field(auto_map="x"), 'tokenizer_config.json: auto_map is "x"'),
+    "length as text": (field(model_max_length="512"), 'model_max_length is "512": allowed are'),
+    "no vocabulary": (
+        part(model={"type": "WordLevel", "vocab": {}, "unk_token": "<unk>"}),
+        "its vocabulary is empty, so no text becomes tokens: copy it",
+    ),
     "unknown token": (field(unk_token=3), "tokenizer_config.json: unk_token is 3, which"),
     "added tokens": (field(added_tokens_decoder={"x": 3}), "added_tokens_decoder.x is 3, which"),
     "extra tokens": (field(extra_special_tokens=3), "extra_special_tokens is 3, which"),

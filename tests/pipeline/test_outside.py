@@ -1,6 +1,7 @@
 """embedding_bits and lm_head_bits in every family: tied, streamed, planned and exported."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import quantized
 import torch
 import zoo
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -22,7 +24,7 @@ from lowbit.load import load_model, stream
 from lowbit.methods import RTN
 from lowbit.models.source import SourceModel
 from lowbit.pipeline.options import RunOptions
-from lowbit.pipeline.outside import GROUPS, rounded_tables, table_names
+from lowbit.pipeline.outside import GROUPS, outside_blocks, rounded_tables, table_names
 
 pytestmark = pytest.mark.slow
 
@@ -167,6 +169,27 @@ def test_the_quantized_stream_begins_with_the_rounded_table() -> None:
     changed = source.first_stream([zoo.tokens()], changed={name: table})[0].hidden
     torch.testing.assert_close(changed, table[zoo.tokens()])
     assert not torch.equal(plain, changed)
+
+
+@pytest.mark.parametrize(
+    ("tied", "shift", "refused"), [(True, 1.0, True), (True, 0.0, False), (False, 1.0, False)]
+)
+def test_two_tables_that_are_stated_to_be_one(
+    tied: bool, shift: float, refused: bool, tmp_path: Path
+) -> None:
+    """transformers does not tie tables that differ, so storing one of them is another model."""
+    folder = Path(shutil.copytree(quantized.source("llama"), tmp_path / "model"))
+    quantized.edit_json(folder / "config.json", lambda c: {**c, "tie_word_embeddings": tied})
+    held = load_file(folder / "model.safetensors")
+    held["lm_head.weight"] = held["model.embed_tokens.weight"] + shift
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    source = SourceModel(folder)
+    if refused:
+        with pytest.raises(ValueError, match=r"are one table, but .*set tie_word_embeddings to fa"):
+            outside_blocks(source, RunOptions(embedding_bits=8))
+    else:
+        tensors, _ = outside_blocks(source, RunOptions(embedding_bits=8))
+        assert ("lm_head.weight" in tensors) == (not tied)
 
 
 @pytest.mark.parametrize("bits", [5, 3, 16])

@@ -18,7 +18,6 @@ class Start:
     """
 
     def __init__(self, task: BlockTask) -> None:
-        self.block = task.name
         self.tensors = dict(task.start)
         self.device = next(task.block.parameters()).device
         self.used: set[str] = set()
@@ -37,7 +36,7 @@ class Start:
         self.used.add(name)
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(
-                f"{self.block}: the earlier run learned {name} with shape {list(tensor.shape)}, "
+                f"the earlier run learned {name} with shape {list(tensor.shape)}, "
                 f"but these settings need {list(shape)}: use the same model, group_size and other "
                 "fields of the method as the earlier run"
             )
@@ -49,6 +48,6 @@ class Start:
         if unused:
             more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
             raise ValueError(
-                f"{self.block}: the earlier run learned {unused[0]}{more}, which these settings do "
+                f"the earlier run learned {unused[0]}{more}, which these settings do "
                 "not learn: use the same fields of the method as the earlier run"
             )

@@ -9,11 +9,17 @@ from typing import Any
 
 from lowbit.calibration.images import ImageRow, has_images, image_row
 from lowbit.config import unknown_name
-from lowbit.parsing import parse_json, parse_json_lines, read_text, shorten
+from lowbit.parsing import kind_of, parse_json, parse_json_lines, read_text, shorten
 
 Document = str | list[dict[str, Any]] | ImageRow  # a text, the messages of one chat, or images too
 JSON_SUFFIXES = (".json", ".jsonl")
 PARQUET_SUFFIX = ".parquet"
+KINDS = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
+KINDS |= {dict: "an object"}
+ROWS = (
+    "give each row as an object with `text`, a string, or `messages`, a list of objects with a "
+    "role and a content"
+)
 
 
 @dataclass(frozen=True)
@@ -133,8 +139,17 @@ def check_name(name: str, names: Iterable[str], what: str) -> None:
     names = list(names)
     if name in names or os.path.isfile(name):  # False for a name that no file can have
         return
-    what += ", and it is a folder" if os.path.isdir(name) else ", and no such file exists"
+    what += f", and {_what_is(name)}"
     raise ValueError(unknown_name(name, names, what) + "; or any text, .jsonl or .parquet file")
+
+
+def _what_is(name: str) -> str:
+    """Says why a name is no file that can be read, and read again."""
+    try:
+        mode = os.stat(name).st_mode
+    except (OSError, ValueError):
+        return "no such file exists"
+    return f"it is {kind_of(mode)}"
 
 
 def described(name: str) -> dict[str, Any]:
@@ -200,30 +215,63 @@ def _documents(path: Path, rows: Iterable[tuple[int, Any]]) -> list[Document]:
     column, with_images = "text or messages", False
     for number, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number} is a {type(row).__name__}, not an object")
+            raise ValueError(f"{path}, row {number} is {_kind(row)}, not an object: {ROWS}")
         if not documents:
             column = next((name for name in ("text", "messages") if name in row), column)
             with_images = has_images(row)
         if column not in row:
-            raise ValueError(f"{path}, row {number} has no {column}; it has {', '.join(row)}")
+            came = ", ".join(map(shorten, row)) or "nothing"
+            raise ValueError(f"{path}, row {number} has no {column}; it has {came}: {ROWS}")
         value = row[column]
         if column == "text" and not isinstance(value, str):
-            raise ValueError(f"{path}, row {number}: text is {type(value).__name__}, not a string")
-        if column == "messages" and not _is_chat(value):
-            raise ValueError(f"{path}, row {number}: messages must be a list, each with a role")
+            raise ValueError(f"{path}, row {number}: text is {_kind(value)}, not a string: {ROWS}")
         if has_images(row) and not with_images:
             raise ValueError(
                 f"{path}, row {number} has images, and the first row has none: write rows with "
                 'images into a file of their own, or give rows of text "images": []'
             )
+        if column == "messages":
+            _check_chat(value, f"{path}, row {number}")
+            value = value if with_images else [_with_joined_text(message) for message in value]
         documents.append(image_row(path, number, value, row) if with_images else value)
     return documents
 
 
-def _is_chat(value: Any) -> bool:
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(message, dict) and "role" in message for message in value)
+def _check_chat(messages: Any, place: str) -> None:
+    """Raises ValueError for messages of which a chat template would leave something out."""
+    if not isinstance(messages, list) or not messages:
+        came = "an empty list" if messages == [] else _kind(messages)
+        raise ValueError(f"{place}: messages is {came}: {ROWS}")
+    for number, message in enumerate(messages, start=1):
+        wrong = None
+        if not isinstance(message, dict):
+            wrong = f"is {_kind(message)}"
+        elif not isinstance(message.get("role"), str):
+            wrong = "has no role"
+        elif message.get("content") is None and not message.get("tool_calls"):
+            wrong = "has no content"
+        elif not isinstance(message.get("content"), str | list | None):
+            wrong = f"has {_kind(message['content'])} as its content"
+        if wrong is not None:
+            raise ValueError(f"{place}: message {number} {wrong}: {ROWS}")
+
+
+def _with_joined_text(message: dict[str, Any]) -> dict[str, Any]:
+    """Returns a message whose content is one text if it came as a list of texts.
+
+    A template for text alone would write the list as Python does.
+    """
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    known = [text for text in texts if isinstance(text, str)]
+    return {**message, "content": "".join(known)} if len(known) == len(texts) else message
+
+
+def _kind(value: Any) -> str:
+    """Returns what a JSON value is, in words."""
+    return "null" if value is None else KINDS.get(type(value), "another kind of value")
 
 
 def _load_rows(name: str, source: HubSource, split: str) -> Sequence[str]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowbit.checkpoint.disk import explained
-from lowbit.checkpoint.hashes import OTHER_FILES, facts_of, is_inside, stated
+from lowbit.checkpoint.hashes import OTHER_FILES, added_files, facts_of, is_inside, stated
 from lowbit.checkpoint.recognize import quantized_folder
 from lowbit.checkpoint.verify import config_digest, quantization_section
 from lowbit.checkpoint.writer import write_json
@@ -22,12 +22,14 @@ def accept(folder: Path, names: Sequence[str]) -> None:
     section = quantization_section(config, folder)
     if section.get("digest") != config_digest(config):
         raise ValueError(f"{folder}/config.json was edited after quantization: restore it first")
-    others = stated(section, OTHER_FILES)
+    others, added = stated(section, OTHER_FILES), added_files(folder, section)
     for name in names:
-        if name not in others or not is_inside(name):
-            allowed = ", ".join(others) or "none, since an earlier version wrote the folder"
+        if name not in (*others, *added) or not is_inside(name):
+            allowed = (
+                ", ".join([*others, *added]) or "none, since an earlier version wrote the folder"
+            )
             raise ValueError(f"{name!r} has no hash in {folder}/config.json: allowed are {allowed}")
-        del others[name]
+        others.pop(name, None)
         if (folder / name).is_file():
             others[name] = facts_of(folder / name)
     section["digest"] = config_digest(config)

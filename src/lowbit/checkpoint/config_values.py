@@ -30,6 +30,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 ALIASES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16"}
 ALIASES |= {"bf16": "bfloat16"} | {f"torch.{name}": name for name in DTYPES}
 ROPE = ("rope_scaling", "rope_parameters")  # objects, whose fields are checked as well
+WINDOW = "sliding_window"  # tokens that a token sees
 EPSILONS = ("_eps", "_epsilon")  # ends of the names of what keeps a norm from dividing by 0
 INT64 = 2**63 - 1
 LENGTHS = "max_length"  # end of names; tokenizers write 10^30 for a length without a limit
@@ -101,9 +102,11 @@ def _rule(name: str) -> tuple[Callable[[Any], bool], str] | None:
         words = f"allowed are whole numbers, {least} {limit}"
         return lambda v: _is_integer(v) and least <= v <= most, words
     if name in ("rope_theta", "factor"):
-        return lambda v: _is_number(v) and v > 0, "allowed are numbers above 0"
+        return lambda v: _is_finite(v) and v > 0, "allowed are numbers above 0, and not infinity"
+    if name == WINDOW:  # transformers keeps so many tokens when it generates, whatever the model
+        return lambda v: _is_integer(v) and v > 0, "allowed are whole numbers, 1 or more, and null"
     if name.endswith(EPSILONS):
-        return lambda v: _is_number(v) and v >= 0, "allowed are numbers from 0"
+        return lambda v: _is_finite(v) and v >= 0, "allowed are numbers from 0, and not infinity"
     return None
 
 
@@ -119,6 +122,10 @@ def _is_integer(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -24,6 +24,14 @@ FILES, OTHER_FILES = "files", "other_files"
 NEEDED_ENDS = (".json", ".jinja", ".model", "merges.txt", "vocab.txt")
 # What loading does not read.
 UNREAD = ("report.json", "learned")
+# What loading reads if it is there. A folder without a tokenizer may get one.
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken"),
+    *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
+READ = ("generation_config.json", "*processor_config.json", *TOKENIZER)
+ADDED = "was added after quantization"
 
 
 def facts_of(path: Path) -> dict[str, Any]:
@@ -78,10 +86,24 @@ def stated(section: dict[str, Any], key: str) -> dict[str, Any]:
 def problems(
     folder: Path, section: dict[str, Any], hashes: bool = True
 ) -> Iterator[tuple[str, str | None]]:
-    """Yields name and problem (None: no problem) of each file that quantization_config states."""
+    """Yields name and problem (None: no problem) of each file that quantization_config states.
+
+    What was added and would be read is a problem too.
+    """
     for key in (FILES, OTHER_FILES):
         for name, facts in sorted(stated(section, key).items()):
             yield name, problem_of(folder, name, facts, hashes)
+    yield from ((name, ADDED) for name in added_files(folder, section))
+
+
+def added_files(folder: Path, section: dict[str, Any]) -> list[str]:
+    """Returns the files that loading would read, and that quantization_config does not state."""
+    known = stated(section, OTHER_FILES)
+    whole = any(PurePosixPath(name).match(each) for name in known for each in TOKENIZER)
+    patterns = [each for each in READ if whole or each not in TOKENIZER] if known else []
+    found = (path for each in patterns for path in folder.glob(each) if path.is_file())
+    names = {path.relative_to(folder).as_posix() for path in found}
+    return sorted(names - known.keys())
 
 
 def loading_problem(folder: Path, section: dict[str, Any], partial: bool) -> tuple[str, str] | None:
@@ -99,4 +121,4 @@ def loading_problem(folder: Path, section: dict[str, Any], partial: bool) -> tup
             continue
         if problem is not None:
             return name, problem
-    return None
+    return next(((name, ADDED) for name in added_files(folder, section)), None)

@@ -9,15 +9,10 @@ import os
 import stat
 from pathlib import Path
 
+from lowbit.parsing import kind_of
+
 SNAPSHOTS, BLOBS = "snapshots", "blobs"  # as the cache of the hub names them
 TEMPLATES = "additional_chat_templates"  # the only folder in which transformers looks for more
-KINDS = {
-    stat.S_ISDIR: "a folder",
-    stat.S_ISFIFO: "a named pipe",
-    stat.S_ISSOCK: "a socket",
-    stat.S_ISCHR: "a device",
-    stat.S_ISBLK: "a device",
-}
 
 
 def file_inside(folder: Path, name: str | Path) -> Path | None:
@@ -44,11 +39,6 @@ def file_inside(folder: Path, name: str | Path) -> Path | None:
     if not stat.S_ISREG(mode):
         raise ValueError(f"{path} is {kind_of(mode)}, but must be a file")
     return path
-
-
-def kind_of(mode: int) -> str:
-    """Returns what is there instead of a file, in words. mode: st_mode of os.stat"""
-    return next((words for test, words in KINDS.items() if test(mode)), "no regular file")
 
 
 def check_link(folder: Path, path: Path) -> None:

@@ -13,6 +13,7 @@ from lowbit.checkpoint.reader import CheckpointReader, file_sha256, read_json
 from lowbit.checkpoint.recognize import CONFIG, check_config
 
 FOLDER = "learned"
+NAME = "name the OUT of a finished run on this model with a method that learns"
 
 
 class Learned:
@@ -21,13 +22,13 @@ class Learned:
     folder: OUT of that run, or the folder `learned` in it.
     shards: number of shards of the new run, as `CheckpointWriter` counts them: blocks + 1.
 
-    Raises ValueError if the file of a block is missing: the earlier run is unfinished, its method
-    learns nothing, or its model has another number of blocks; and if a file is not as it was
-    written.
+    Raises ValueError if there is no such folder, or the file of a block is missing: the earlier run
+    is unfinished, its method learns nothing, or its model has another number of blocks; and if a
+    file is not as it was written.
     """
 
     def __init__(self, folder: Path, shards: int) -> None:
-        self.folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+        self.folder = _folder(folder)
         self.files = {
             index: self.folder / f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
             for index in range(1, shards)
@@ -37,8 +38,7 @@ class Learned:
         if missing:
             raise ValueError(
                 f"{folder} lacks {missing[0]} with learned parameters of a block (it has "
-                f"{len(present)} such files, this model needs {len(self.files)}): name the OUT of "
-                "a finished run on this model with a method that learns"
+                f"{len(present)} such files, this model needs {len(self.files)}): {NAME}"
             )
         self._check_hashes()
 
@@ -67,3 +67,20 @@ class Learned:
         """Returns the learned parameters of the block in shard `index`."""
         reader = CheckpointReader.of_file(self.files[index])
         return reader.read(reader.tensors)
+
+
+def _folder(named: Path) -> Path:
+    """Returns the folder with the files of the blocks.
+
+    Raises ValueError for a model without one, whose own shards would be taken for them.
+    """
+    if not named.is_dir():
+        came = "is a file" if named.exists() else "does not exist"
+        raise ValueError(f"{named} {came}: {NAME}")
+    if (named / FOLDER).is_dir():
+        return named / FOLDER
+    if (named / CONFIG).exists():
+        raise ValueError(
+            f"{named} has no folder {FOLDER}, it is a model that learned nothing: {NAME}"
+        )
+    return named

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.config_values import check_layers
-from lowbit.checkpoint.hashes import loading_problem, problem_of
+from lowbit.checkpoint.hashes import ADDED, loading_problem, problem_of
 from lowbit.checkpoint.layers import check_tensor, layers_from
 from lowbit.checkpoint.reader import INDEX, read_json
 from lowbit.checkpoint.recognize import CONFIG, quantized_folder
@@ -238,8 +238,9 @@ class QuantizedFolder:
         found = loading_problem(self.folder, self.quantization, partial)
         if found is not None:
             name, problem = found
+            undo = "remove" if problem == ADDED else "restore"
             raise ValueError(
-                f"{self.folder / name} {problem}: restore it, or, if the change was on purpose, "
+                f"{self.folder / name} {problem}: {undo} it, or, if the change was on purpose, "
                 f"accept it with: lowbit inspect {self.folder} --accept {name}"
             )
 

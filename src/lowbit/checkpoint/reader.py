@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lowbit.checkpoint.ahead import read_ahead
 from lowbit.checkpoint.finite import check_finite
-from lowbit.checkpoint.inside import file_inside, kind_of
+from lowbit.checkpoint.inside import file_inside
 from lowbit.checkpoint.kept_hashes import sha256_of_files
-from lowbit.parsing import parse_json, read_text
+from lowbit.parsing import kind_of, parse_json, read_text
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

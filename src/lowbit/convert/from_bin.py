@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit.checkpoint.folder import write_folder
 from lowbit.checkpoint.inside import check_links, file_inside
-from lowbit.checkpoint.pickled import read_pickled
+from lowbit.checkpoint.pickled import read_state
 from lowbit.checkpoint.reader import is_file_name, read_json
 from lowbit.checkpoint.recognize import check_config, runnable_folder
 
@@ -61,8 +61,6 @@ def _shards(folder: Path, files: list[str]) -> Iterator[dict[str, Tensor]]:
             raise ValueError(
                 f"{folder}: shard {file} is missing: copy it from the source of the checkpoint"
             )
-        state = read_pickled(path)
-        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-            raise ValueError(f"{path} is not a dictionary of tensors")
+        state = read_state(path)
         # Cloned, because safetensors refuses tensors that share memory, as tied ones do.
         yield {name: tensor.clone().contiguous() for name, tensor in state.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowbit.load import forward_pass
 from lowbit.ranks import ALONE, Ranks
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
@@ -155,7 +156,7 @@ def _losses(model: nn.Module, rows: Tensor) -> Tensor:
     """Returns (rows, tokens - 1) float32. rows: (rows, tokens) int64"""
     device = next(model.parameters()).device
     rows = rows.to(device)
-    with torch.no_grad():
+    with torch.no_grad(), forward_pass(model, rows):
         logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
     targets = rows[:, 1:].to(logits.device).reshape(-1)
     losses = functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")

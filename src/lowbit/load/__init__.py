@@ -17,6 +17,7 @@ from lowbit.load.transformers_plugin import (
     replace_linears,
 )
 from lowbit.models.config import load_config
+from lowbit.models.forward import forward_pass
 from lowbit.models.locate import locate
 from lowbit.models.sizes import check_tokens, context_of, hidden_of, vocabulary_of
 from lowbit.models.tokenizer import load_tokenizer, need_tokenizer
@@ -30,6 +31,7 @@ __all__ = [
     "check_files",
     "check_tokens",
     "context_of",
+    "forward_pass",
     "hidden_of",
     "load",
     "load_config",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lowbit.models.forward import forward_pass
 from lowbit.models.growing_cache import let_grow
 from lowbit.models.sizes import check_tokens, context_of
 from lowbit.models.text_stream import TextStream
@@ -230,7 +231,7 @@ def _continue(
     for _ in range(count):
         state = {"past_key_values": cache, "use_cache": True} if cached else {"use_cache": False}
         read = torch.tensor([new if cache is not None else ids], device=device)
-        with torch.no_grad():
+        with torch.no_grad(), forward_pass(model, read):
             try:
                 out = model(input_ids=read, **state, **last)
             except torch.OutOfMemoryError:

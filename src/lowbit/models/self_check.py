@@ -24,6 +24,7 @@ from lowbit.blocks.walk import Step
 from lowbit.checkpoint.finite import is_finite
 from lowbit.models.auto_class import auto_class
 from lowbit.models.discovery import kind_of
+from lowbit.models.forward import forward_pass
 from lowbit.models.sizes import context_of
 from lowbit.models.streamed import StreamedModel, load_tensors, share_tied
 from lowbit.parsing import reason_of
@@ -223,15 +224,8 @@ def _outputs(
 
 def _logits(whole: Any, model: StreamedModel, window: Tensor) -> Tensor:
     """Runs the whole model. Raises ValueError if its own code fails, as for sizes that misfit."""
-    try:
+    with forward_pass(model.skeleton, window, model.folder):
         logits: Tensor = whole(input_ids=window, use_cache=False).logits
-    except _Between:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{model.folder}: the forward pass of {type(model.skeleton).__name__} in transformers "
-            f"fails on {window.numel()} tokens ({reason_of(error)}): check the sizes in config.json"
-        ) from error
     return logits
 
 

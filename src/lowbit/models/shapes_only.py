@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -55,17 +56,35 @@ def shapes_only(folder: Path, trust_remote_code: bool = False) -> Iterator[Path]
     with TemporaryDirectory(prefix="lowbit-shapes-") as temporary:
         place = Path(temporary) / folder.absolute().name
         place.mkdir()
-        (place / CONFIG).write_text(json.dumps(stated), encoding="utf-8")
-        for code in folder.glob("*.py") if trust_remote_code else ():
-            (place / code.name).write_bytes(code.read_bytes())
-        config = load_config(place, trust_remote_code)
-        skeleton = build_model(place, config, trust_remote_code)
-        tied = skeleton.all_tied_weights_keys
-        state = skeleton.state_dict()
-        shapes = {n: tuple(t.shape) for n, t in state.items() if tied.get(n, n) == n}
-        write_blank(place, shapes, _dtype(config))
-        (place / MARK).touch()
-        yield place
+        with _named(place, folder):
+            _write_shapes(place, folder, stated, trust_remote_code)
+            yield place
+
+
+def _write_shapes(
+    place: Path, folder: Path, stated: dict[str, Any], trust_remote_code: bool
+) -> None:
+    (place / CONFIG).write_text(json.dumps(stated), encoding="utf-8")
+    for code in folder.glob("*.py") if trust_remote_code else ():
+        (place / code.name).write_bytes(code.read_bytes())
+    config = load_config(place, trust_remote_code)
+    skeleton = build_model(place, config, trust_remote_code)
+    tied = skeleton.all_tied_weights_keys
+    state = skeleton.state_dict()
+    shapes = {n: tuple(t.shape) for n, t in state.items() if tied.get(n, n) == n}
+    write_blank(place, shapes, _dtype(config))
+    (place / MARK).touch()
+
+
+@contextmanager
+def _named(place: Path, folder: Path) -> Iterator[None]:
+    """Context manager that names the user's folder in errors, in the place of the temporary one."""
+    try:
+        yield
+    except ValueError as error:
+        if str(place) not in str(error):
+            raise
+        raise ValueError(str(error).replace(str(place), str(folder))) from error
 
 
 def _dtype(config: object) -> torch.dtype:

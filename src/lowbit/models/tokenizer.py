@@ -59,6 +59,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
             raise
         reason = _explained(folder, config, error)
         raise ValueError(f"{folder} has a tokenizer that cannot be loaded: {reason}") from error
+    if not getattr(tokenizer, "vocab_size", 1):
+        raise ValueError(
+            f"{folder} has a tokenizer that cannot be loaded: its vocabulary is empty, so no text "
+            f"becomes tokens: {COPY}"
+        )
     _note_class(folder / CONFIG)
     return tokenizer
 
@@ -87,7 +92,7 @@ def _check_object(folder: Path, name: str) -> None:
 
 
 def _check_fields(path: Path, trust_remote_code: bool) -> None:
-    """Raises ValueError for fields of tokenizer_config.json that decide which class is used."""
+    """Raises ValueError for fields of tokenizer_config.json that would fail only later."""
     if not path.is_file():
         return
     fields = read_json(path)
@@ -95,6 +100,10 @@ def _check_fields(path: Path, trust_remote_code: bool) -> None:
     if not isinstance(named, str | None):
         came = shorten(json.dumps(named))
         raise ValueError(f"{path.name}: tokenizer_class is {came}: allowed are names; {COPY}")
+    length = fields.get("model_max_length")
+    if type(length) not in (int, float, type(None)):
+        came = shorten(json.dumps(length))
+        raise ValueError(f"{path.name}: model_max_length is {came}: allowed are numbers; {COPY}")
     if isinstance(code, dict) and "AutoTokenizer" in code and not trust_remote_code:
         if named is None or not _is_known(named):
             raise ValueError(f"{path.name} {CODE_REFUSED}")

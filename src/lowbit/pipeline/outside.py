@@ -108,6 +108,12 @@ def _tables(
         stored = [other for other in disk if other in tensors and tensors[other].numel()]
         if not stored:
             raise ValueError(f"{name} has no table of its own: leave embedding_bits out")
+        if not all(torch.equal(tensors[stored[0]], tensors[other]) for other in stored[1:]):
+            raise ValueError(
+                f"{source.folder}/config.json says that {' and '.join(stored)} are one table, but "
+                "the folder has both, with different values, and embedding_bits would store one: "
+                "set tie_word_embeddings to false there"
+            )
         yield name, stored, _rounded(tensors[stored[0]], bits)
 
 

@@ -15,7 +15,8 @@ from lowbit.checkpoint import CheckpointWriter
 from lowbit.checkpoint.card_facts import write_card
 from lowbit.checkpoint.companions import copy_companions
 from lowbit.checkpoint.disk import explained
-from lowbit.checkpoint.writer import RUN
+from lowbit.checkpoint.hashes import ADDED
+from lowbit.checkpoint.writer import KEPT_END, RUN
 from lowbit.config import explain
 from lowbit.events import (
     BlockResumed,
@@ -117,7 +118,8 @@ class Run:
             if event:
                 self._log(writer, event)
         for name, problem in writer.damaged.items():
-            self._log(writer, Warned(text=f"{name} {problem}; it is made again"))
+            again = f"it is now {name}{KEPT_END}" if problem == ADDED else "it is made again"
+            self._log(writer, Warned(text=f"{name} {problem}; {again}"))
 
     def _before(self, windows: TokenWindows | None) -> None:
         """Finds errors before a new run: in running the model block by block, and in one block."""

@@ -1,0 +1,32 @@
+"""Files that somebody added to a quantized folder are used only once they are accepted."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import quantized
+
+import lowbit
+from lowbit.checkpoint.accept import accept
+
+TEMPLATE, PROCESSOR = "chat_template.jinja", "preprocessor_config.json"
+
+
+def test_what_was_added_is_used_once_it_is_accepted(tmp_path: Path) -> None:
+    out = Path(shutil.copytree(quantized.folder(), tmp_path / "out"))
+    for name in (TEMPLATE, PROCESSOR):
+        (out / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"jinja was added after .*: remove it, or, .* --accept"):
+        lowbit.load(out)
+    accept(out, [TEMPLATE])
+    with pytest.raises(ValueError, match=rf"{PROCESSOR} was added after quantization: remove it"):
+        lowbit.load(out)
+    accept(out, [PROCESSOR])
+    assert lowbit.load(out)[1].chat_template == "{}"
+
+
+def test_what_has_no_hash_and_is_not_read(tmp_path: Path) -> None:
+    out = Path(shutil.copytree(quantized.folder(), tmp_path / "out"))
+    for name in ("notes.txt", "../x", "gone.json"):
+        with pytest.raises(ValueError, match="has no hash in .*allowed are "):
+            accept(out, [name])
