@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import quantized
+import zoo
 from safetensors.torch import load_file, save_file
 
 import lowbit
@@ -199,8 +200,10 @@ def test_what_differs_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has another config.json or other weights"):
-        replay(made().name, quantized.source(seed=1), tmp_path / "out", ROOT)
+    smaller = zoo.write(zoo.Line("llama", zoo.GQA | {"num_hidden_layers": 1}), tmp_path / "one")
+    for other in (quantized.source(seed=1), quantized.add_tokenizer(smaller)):
+        with pytest.raises(ValueError, match="has another config.json or other weights"):
+            replay(made().name, other, tmp_path / "out", ROOT)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="is not the model that"):
         lowbit.zoo.add(made(), quantized.source(seed=1), "other", tmp_path)

@@ -150,18 +150,25 @@ PLOTS: dict[str, Callable[[], str]] = {f"bits-{model}": plot(model) for model in
 
 
 def decode_table() -> str:
-    """Returns a table of how fast a token and a prompt are in each format, against float32."""
-    found: dict[str, dict[str, dict[str, str]]] = {}
+    """Returns a table of how fast a token and a prompt are in each format, against float32.
+
+    A case of the benchmark is "LINEARS | N threads | token" or "... | prompt".
+    """
+    found: dict[tuple[int, str, str], dict[str, str]] = {}
     for row in rows_of("decode"):
         if row["metric"] == FASTER:
-            name, _, what = row["case"].rpartition(" | ")
-            found.setdefault(name, {})[what] = row
+            name, threads, what = row["case"].split(" | ")
+            place = int(threads.split()[0]), row["machine"].partition(",")[0], name
+            found.setdefault(place, {})[what] = f"{float(row['value']):.2f}"
     if not found:
         return "The benchmark `decode` has no rows yet; `lowbit bench OUT` measures here."
-    lines = ["| linears | one token | a prompt | machine |", "| --- | --- | --- | --- |"]
-    for name, pair in found.items():
-        values = [f"{float(pair[what]['value']):.2f}" if what in pair else "" for what in PARTS]
-        lines.append(f"| {name} | {' | '.join(values)} | {pair[next(iter(pair))]['machine']} |")
+    lines = [
+        "| linears | threads | one token | a prompt | processor |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for (threads, processor, name), pair in sorted(found.items(), key=lambda item: item[0][:2]):
+        values = " | ".join(pair.get(what, "") for what in PARTS)
+        lines.append(f"| {name} | {threads} | {values} | {processor} |")
     return "\n".join(lines)
 
 

@@ -14,14 +14,17 @@ ACCURACY = ("bytes", "memory", "seconds")
 
 
 def plan_table(metric: str) -> str:
-    """Returns a table of one metric of the benchmark "plans": a row for each model.
+    """Returns a table of one metric of the benchmark "plans": a row for each model, by size.
 
     metric: "size", "memory", "GPU memory", "disk" or "time".
     """
     found: dict[str, dict[str, str]] = {}
+    sizes = dict[str, float]()
     machines = set[str]()
     for row in rows_of("plans"):
         shape, recipe = row["case"].split(" | ")
+        if row["metric"] == "size":
+            sizes[shape] = float(row["value"])
         if row["metric"] == metric:
             found.setdefault(shape, {})[recipe] = _shown(float(row["value"]), row["unit"])
             machines.add(row["machine"])
@@ -33,7 +36,7 @@ def plan_table(metric: str) -> str:
         f"| --- |{' --- |' * len(recipes)}",
         *(
             f"| {shape} | {' | '.join(each.get(recipe, '') for recipe in recipes)} |"
-            for shape, each in found.items()
+            for shape, each in sorted(found.items(), key=lambda item: sizes.get(item[0], 0.0))
         ),
     ]
     if metric == "time":

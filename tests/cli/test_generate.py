@@ -9,6 +9,7 @@ from zoo import MODELS
 pytestmark = pytest.mark.slow
 
 MODEL = MODELS / "llama-mini"
+TEXT = MODELS.parent / "text" / "calibration_stories.txt"
 TEMPLATE = "{{ bos_token }}{% for m in messages %}User: {{ m.content }}\nFox:{% endfor %}"
 
 
@@ -23,6 +24,20 @@ def test_a_story_goes_on(lowbit, learned):
     warm = (*options, "--temperature", 1.5)
     assert lowbit(*warm).stdout == lowbit(*warm, "--seed", 0).stdout
     assert lowbit(*warm).stdout != lowbit(*warm, "--seed", 1).stdout
+
+
+def test_a_master_runs_at_a_width(lowbit, tmp_path):
+    out = tmp_path / "master"
+    method = ("--method", "matquant", "--set", "epochs=0", "--set", "rounding=nearest")
+    text = ("--calibration", TEXT, "--samples", 1, "--seqlen", 32)
+    lowbit("quantize", MODEL, out, *method, *text)
+    slices = [tmp_path / "slice2", tmp_path / "slice8"]
+    for bits, folder in zip((2, 8), slices, strict=True):
+        lowbit("slice", out, "--bits", bits, "-o", folder)
+    options = ("Once upon a time", "--max-new-tokens", 40)
+    narrow, wide = (lowbit("generate", folder, *options).stdout for folder in slices)
+    assert lowbit("generate", out, *options, "--bits", 2).stdout == narrow != wide
+    assert lowbit("generate", out, *options).stdout == wide
 
 
 def test_a_chat_template_is_used_unless_raw(lowbit, tmp_path):

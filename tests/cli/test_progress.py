@@ -87,7 +87,7 @@ def test_an_estimate_counts_the_blocks_of_this_run_only(clock):
         drawn(BlockStarted(**place(8)))
         clock(20)
         drawn(BlockFinished(**place(8, seconds=20)))
-    assert "8 of them were finished by an earlier run" in file.seen
+    assert "8 of 12 blocks: finished by an earlier run" in file.seen
     assert file.seen.endswith("about 1 min 00 s left\n")
 
 

@@ -80,7 +80,7 @@ def test_stopped_and_continued(lowbit, learned, learning, tmp_path, monkeypatch)
     assert "stopped: finished blocks are kept, the same command continues\n" in text
     assert "rtn loss" in text
     text = lowbit("quantize", MODEL, out, *learning).stdout
-    assert "2 of them were finished by an earlier run" in text
+    assert "2 of 6 blocks: finished by an earlier run" in text
     assert text.count("rtn loss") == 4
     for path in learned.glob("*.safetensors"):
         assert (out / path.name).read_bytes() == path.read_bytes()
@@ -97,6 +97,14 @@ def test_what_fell_back_is_named(lowbit, learning, tmp_path):
     names = "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj, "
     assert f"quantized more simply: 42 layers, see {out}/report.json: {names}" in text
     assert "and 39 more" in text
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"), [("0.mlp.up_proj", "1 layer"), ("mlp.up_proj", "6 layers")]
+)
+def test_what_stays_in_float_is_counted(pattern, count, lowbit, tmp_path):
+    text = lowbit("quantize", MODEL, tmp_path / "out", "--method", "rtn", "--skip", pattern).stdout
+    assert f"in float: {count}, see " in text
 
 
 def test_no_text_for_a_method_that_needs_none(lowbit, tmp_path):

@@ -1,6 +1,7 @@
 """The pages "Coming from" name options, fields and recipes of lowbit that exist."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_what_is_named_of_lowbit_exists(page: Path) -> None:
     ours = [text for cells in rows(page) for text in code(cells[1:2])]
     assert len(ours) >= 8
     for text in ours:
-        words = text.split()
+        words = shlex.split(text)
         command = words[1] if words[0] == "lowbit" else None
         assert command is None or command in OPTIONS, text
         known = every if command is None else OPTIONS[command]

@@ -174,11 +174,19 @@ def test_refusals_name_the_layer_and_what_to_do(made: Any, tmp_path: Path) -> No
     for row, to, message in [
         ("float32 scales", "gptq", "float16 would round some of them.*Export to ct or mlx"),
         ("4 asymmetric", "gptq", "which vLLM refuses in this layout: export to ct or awq"),
-        ("fine zeros", "awq", "codes of 8 bits, and this layout has 4: use ct"),
+        ("fine zeros", "awq", "fractions of a code.*8 bits; at most 4.*fine_zeros=false"),
+        ("asymmetric slice", "awq", "codes of 4 bits.*8 bits; at most 4.*symmetric=true"),
+        ("8 asymmetric", "awq", "codes of 8 bits, and this layout has 4: use ct"),
     ]:
         with pytest.raises(ValueError, match=rf"model.layers.0.self_attn.q_proj.*{message}"):
-            lowbit.export(made(row), tmp_path / "dest", to)
+            lowbit.export(made(row), tmp_path / "dest", to, bits=ROWS[row][1].get("bits"))
         assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("row", "own"), [("fine zeros", 2), ("asymmetric slice", 4)])
+def test_more_bits_for_fractions_of_a_code_are_said(row: str, own: int, made: Any) -> None:
+    plan = lowbit.plan_export(made(row), "ct", **ROWS[row][1])
+    assert [note for note in plan.notes if f"take 8 bits for a weight instead of {own}," in note]
 
 
 def zeros_of(folder: Path) -> torch.Tensor:

@@ -9,7 +9,8 @@ from typer import Argument, Option
 from lowbit.checkpoint.recognize import runnable_folder
 from lowbit.cli.chat import speed
 from lowbit.cli.device import device_map
-from lowbit.cli.parameters import Devices, Model, TrustRemoteCode
+from lowbit.cli.parameters import Devices, Model, TrustRemoteCode, Width
+from lowbit.cli.slice import parse_bits
 from lowbit.config import LARGEST_SEED
 from lowbit.load import load_model, locate, need_tokenizer
 from lowbit.models import generation
@@ -29,6 +30,7 @@ def generate(  # noqa: PLR0913 (a command's options)
         int,
         Option(min=0, max=LARGEST_SEED, help="Seed of sampling, for a temperature above 0."),
     ] = 0,
+    bits: Width = None,
     device: Devices = "auto",
     raw: Annotated[
         bool, Option("--raw", help="Continue PROMPT as it is, without the chat template.")
@@ -43,7 +45,8 @@ def generate(  # noqa: PLR0913 (a command's options)
     folder = locate(model, trust_remote_code)
     runnable_folder(folder)
     tokenizer = need_tokenizer(folder, trust_remote_code)
-    runner = load_model(folder, device_map(device), trust_remote_code=trust_remote_code)
+    width = None if bits is None else parse_bits(bits)
+    runner = load_model(folder, device_map(device), trust_remote_code=trust_remote_code, bits=width)
     chat = generation.has_chat_template(tokenizer) and not raw
     tokens = generation.prompt_tokens(tokenizer, prompt, chat)
     sampling = Sampling(max_new_tokens, temperature, seed=seed)

@@ -158,7 +158,8 @@ class RunProgress:
         if self.started is None:
             self.started, self.before = time.monotonic(), event.index
             if self.before:
-                self._line(f"{self.before} of them were finished by an earlier run")
+                done = f"{self.before} of {event.of} blocks"
+                self._line(f"{done}: finished by an earlier run")
         self._move(event.index, event.of, f"block {event.index + 1}/{event.of}")
 
     @_draw.register

@@ -96,7 +96,8 @@ def _summary(screen: Console, model: str, source: Path, out: Path) -> None:
         ("in float", report.left_float),
     ):
         if names:
-            line = f"{what}: {len(names)} layers, see {out / 'report.json'}: "
+            layers = f"{len(names)} layer{'s' if len(names) > 1 else ''}"
+            line = f"{what}: {layers}, see {out / 'report.json'}: "
             screen.print(line + shortened(list(names)), style="yellow", soft_wrap=True)
     float_model, folder = shlex.quote(model), shlex.quote(str(out))
     commands = (

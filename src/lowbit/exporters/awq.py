@@ -89,7 +89,7 @@ class AwqExporter(FolderExporter):
 
     def _fitting(self, name: str, grid: Grid) -> Grid:
         part, size = self.part(name), self.common_size()
-        grid = half_scales(with_whole_zeros(grid))
+        grid = half_scales(with_whole_zeros(grid, BITS))
         if grid.bits > BITS:
             raise Refused(f"it has codes of {grid.bits} bits, and this layout has {BITS}: use ct")
         if not size or not divides(Rows.of(grid, part.inputs), size):

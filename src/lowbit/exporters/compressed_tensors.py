@@ -14,7 +14,7 @@ to 8 bits per token, `int-quantized`. Of a layer of (out, in) with codes of `bit
 Source: github.com/vllm-project/compressed-tensors, compressors/pack_quantized.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from math import gcd
@@ -30,6 +30,7 @@ from lowbit.exporters.bitstream import by_column, stream_codes
 from lowbit.exporters.exporter import StoredLayer, grid_for, regrouping
 from lowbit.exporters.folder import FolderExporter
 from lowbit.exporters.grid import (
+    WITHOUT_FRACTIONS,
     Grid,
     Refused,
     grid_of,
@@ -65,19 +66,22 @@ class CompressedTensorsExporter(FolderExporter):
         self.schemes: dict[str, Scheme] = {}
         self._stacks = stacks_of(self.folder.entries)
         self._kinds: dict[str, Kind] = {}
+        self._fractions: dict[str, int] = {}  # bits of layers whose zero points are fractions
         self._common: dict[str, int | None] = {}
 
     @property
     def notes(self) -> tuple[str, ...]:
         notes = [*super().notes]
-        fine = [name for name, (_, bits, *_) in self.schemes.items() if self._is_wider(name, bits)]
-        if fine:
-            notes.append(
-                f"{len(fine)} layers take {self.schemes[fine[0]][1]} bits for a weight instead of "
-                f"{self.folder.entries[fine[0]]['bits']}, because their zero points are fractions "
-                "of a code: quantize with fine_zeros=false, or export to mlx or gguf, which take "
-                "fractions"
-            )
+        wider = Counter(
+            (self.schemes[name][1], bits)
+            for name, bits in self._fractions.items()
+            if self.schemes[name][1] > bits
+        )
+        notes += [
+            f"{count} layers take {bits} bits for a weight instead of {own}, because their zero "
+            f"points are fractions of a code: {WITHOUT_FRACTIONS}"
+            for (bits, own), count in wider.items()
+        ]
         if self._needs_dequantize() and len(set(self.schemes.values())) > 1:
             notes.append(
                 "layers of several widths or groups, some of them asymmetric: vLLM reads that, but "
@@ -90,11 +94,6 @@ class CompressedTensorsExporter(FolderExporter):
                 "vLLM stacks them and does not"
             )
         return tuple(notes)
-
-    def _is_wider(self, name: str, bits: int) -> bool:
-        """Returns whether a layer is stored in more bits because of its zero points."""
-        entry = self.folder.entries[name]
-        return bool(entry.get("zero_shift")) and bits > entry["bits"]
 
     @property
     def usage(self) -> str:
@@ -137,7 +136,10 @@ class CompressedTensorsExporter(FolderExporter):
                 bits, columns = entry["bits"], entry["shape"][1]
                 size = min(entry["group_size"] or columns, columns)
             else:  # the numbers decide how many bits the codes need
-                grid = with_whole_zeros(grid_for(self, self.layer(name)))
+                grid = grid_for(self, self.layer(name))
+                if grid.zero_shift:
+                    self._fractions[name] = grid.bits
+                grid = with_whole_zeros(grid)
                 bits, columns, size = grid.bits, grid.in_features, grid.group_size
             group = None if size == columns else _dividing(size, columns, part)
             self._kinds[name] = Kind(bits, bool(entry["symmetric"]), group, part)

@@ -20,6 +20,10 @@ from lowbit.formats.uniform.reference import group_count
 from lowbit.kernels.slicing import MASTER_BITS, step
 
 WIDEST = 8  # bits of a code in every container
+WITHOUT_FRACTIONS = (  # what to do about zero points that are fractions of a code
+    "quantize with fine_zeros=false (matquant: symmetric=true), or export to mlx or gguf, which "
+    "take fractions"
+)
 
 
 class Refused(ValueError):
@@ -199,14 +203,14 @@ def widened(grid: Grid, bits: int, shifted: bool | None = None) -> Grid:
     return replace(grid, codes=grid.codes + up, zero=grid.zero + up, bits=bits)
 
 
-def with_whole_zeros(grid: Grid) -> Grid:
-    """Returns the same weight with zero points that are whole codes.
+def with_whole_zeros(grid: Grid, most: int = WIDEST) -> Grid:
+    """Returns the same weight with zero points that are whole codes, of at most `most` bits.
 
     Where zero points are fractions of a code, codes get as many more bits as the fractions have.
     No container with fewer bits is exact: the numbers of a group with one odd zero point are
     2**zero_shift apart, and all groups of a layer have codes of one width.
 
-    Raises Refused if that takes more than 8 bits.
+    Raises Refused if that takes more bits.
     """
     if grid.zero_shift == 0:
         return grid
@@ -217,11 +221,11 @@ def with_whole_zeros(grid: Grid) -> Grid:
     if shift == 0:
         return replace(grid, zero=zero, zero_shift=0)
     bits, scale = grid.bits + shift, grid.scale / unit
-    if bits > WIDEST:
+    if bits > most:
         raise Refused(
             f"its zero points are fractions of a code, and codes of {grid.bits} bits that hold "
-            f"them as whole numbers need {bits} bits; at most {WIDEST} are allowed. Export to mlx "
-            "or gguf, which take fractions"
+            f"them as whole numbers need {bits} bits; at most {most} are allowed: "
+            + WITHOUT_FRACTIONS
         )
     if not torch.equal(scale.float() * unit, grid.scale.float()):
         scale = grid.scale.float() / unit

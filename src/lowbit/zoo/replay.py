@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,8 @@ def replay(  # noqa: PLR0913 (the options of a run)
         start_from=zoo / name / LEARNED,
         recipe=entry.recipe,
     )
-    job = Replay(model, entry.made_method(), options, entry.calibration, entry.seed)
-    if job.model_hash != entry.model.sha256:
-        raise ValueError(_another_model(str(model), job.model_hash, entry))
+    same_model = partial(_check_model, str(model), entry)
+    job = Replay(model, entry.made_method(), options, entry.calibration, entry.seed, same_model)
     reader = CheckpointReader.of_file(zoo / name / FLOATS)
     floats = reader.read(reader.tensors)
     run(job, out, on_event, lambda writer: _check(writer, entry, floats))
@@ -89,10 +89,13 @@ def replay(  # noqa: PLR0913 (the options of a run)
     return Replayed(entry, len(entry.integers), len(floats), shards == stated)
 
 
-def _another_model(model: str, digest: str, entry: Entry) -> str:
+def _check_model(model: str, entry: Entry, digest: str) -> None:
+    """Raises ValueError if a model is not that on which an entry was learned."""
     wanted = entry.model
+    if digest == wanted.sha256:
+        return
     at = f" at revision {wanted.revision}" if wanted.revision else ""
-    return (
+    raise ValueError(
         f"{model} has another config.json or other weights (sha256 {digest[:16]}...) than the "
         f"model of {entry.name}, {shorten(wanted.name)}{at} (sha256 {wanted.sha256[:16]}...): "
         "what was learned is for that model alone"
