@@ -69,9 +69,9 @@ class MatQuant(LearningMethod, LearnedRounding):
     )
     weights: list[float] | None = Field(
         None,
-        description="Weight of each slice's error in the loss, in the order of widths; each is "
-        "above 0. None: 1 for the narrowest width and 12 for every other, because the error of 2 "
-        "bits is some hundred times that of 4.",
+        description="Weight of each slice's error in the loss, in the order of widths, each above "
+        "0; None: 1 for the narrowest width and 12 for every other, because the error of 2 bits is "
+        "some hundred times that of 4.",
     )
     group_size: GroupSize = Field(
         None,
