@@ -20,14 +20,14 @@ def plan_table(metric: str) -> str:
     """
     found: dict[str, dict[str, str]] = {}
     sizes = dict[str, float]()
-    machines = set[str]()
+    machines = dict[str, str]()
     for row in rows_of("plans"):
         shape, recipe = row["case"].split(" | ")
         if row["metric"] == "size":
             sizes[shape] = float(row["value"])
         if row["metric"] == metric:
             found.setdefault(shape, {})[recipe] = _shown(float(row["value"]), row["unit"])
-            machines.add(row["machine"])
+            machines[row["case"]] = row["machine"]
     if not found:
         return "The benchmark `plans` has no rows yet."
     recipes = [recipe for recipe in RECIPES if any(recipe in each for each in found.values())]
@@ -40,7 +40,7 @@ def plan_table(metric: str) -> str:
         ),
     ]
     if metric == "time":
-        lines += ["", f"Machine: {'; '.join(sorted(machines))}."]
+        lines += ["", f"Machine: {'; '.join(sorted(set(machines.values())))}."]
     return "\n".join(lines)
 
 
