@@ -119,6 +119,12 @@ def test_a_bad_value_is_named(name: str, tmp_path: Path) -> None:
     assert not [words for words in FOREIGN if words in message]
 
 
+def test_a_window_of_0_that_is_not_used(tmp_path: Path) -> None:
+    """So transformers writes that a Qwen2-MoE has no window."""
+    folder = described(tmp_path, {"sliding_window": 0, "use_sliding_window": False})
+    build_model(folder, load_config(folder))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["activation", "10^30 channels", "no heads", "2^40 tokens"])
 def test_every_path_says_the_same(name: str, tmp_path: Path) -> None:
