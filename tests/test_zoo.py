@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import lowbit
 from lowbit.checkpoint import file_sha256
 from lowbit.methods import GPTQ, PTQ161, RTN, MatQuant, Method, MixedQuant, OmniQuant, QuIP, Trellis
-from lowbit.zoo import Measured, entries, get, place, replay
+from lowbit.zoo import Entry, Measured, entries, get, place, replay
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +87,17 @@ def test_a_replay_makes_the_same_bytes(tmp_path: Path, model: str, name: str) ->
     linears = [each for block in report["blocks"].values() for each in block["linears"].values()]
     assert linears and not any("tokens" in each or "fallback" in each for each in linears)
     lowbit.load(tmp_path / "out")
+
+
+CARRIED = Path(__file__).parents[1]
+MINIS = CARRIED / "examples" / "models"
+
+
+@pytest.mark.parametrize("entry", entries(CARRIED), ids=lambda entry: str(entry.name))
+def test_every_entry_of_the_repository_can_be_replayed(tmp_path: Path, entry: Entry) -> None:
+    """Its method is that of an earlier version, which may have had other fields for learning."""
+    done = replay(entry.name, MINIS / entry.model.name, tmp_path / "out", CARRIED)
+    assert done.same_bytes and done.integers == len(entry.integers)
 
 
 def test_what_an_entry_says() -> None:
@@ -173,6 +184,10 @@ def other_layers(zoo: Path) -> None:
     quantized.edit_json(zoo / f"{made().name}.json", lambda entry: entry.update(layers="0" * 64))
 
 
+def no_files(zoo: Path) -> None:
+    quantized.edit_json(zoo / f"{made().name}.json", lambda entry: entry.pop("learned"))
+
+
 def outside(zoo: Path) -> None:
     def edit(entry: Any) -> None:
         entry["learned"] = {f"../../{file}": facts for file, facts in entry["learned"].items()}
@@ -187,6 +202,7 @@ DIFFERENT: dict[str, tuple[Callable[[Path], None], str]] = {
     "layers": (other_layers, "config.json describes layers otherwise"),
     "file": (damaged, r"learned/model-00002-of-00003.safetensors is damaged: its sha256 differs"),
     "names": (outside, "plain names of files"),
+    "no files": (no_files, "learned: is missing: copy the entry from its source again"),
 }
 
 

@@ -96,16 +96,21 @@ class Entry(_Part):
         return str(self.method.get("name"))
 
     def made_method(self) -> Method:
-        """Returns the method. Raises ValueError if this version of lowbit does not know it."""
-        fields = dict(self.method)
-        kind = METHODS.get(str(fields.pop("name", None)))
+        """Returns the method, without fields that this version of lowbit does not have.
+
+        Such fields say how another version learned. What is made of the parameters is compared with
+        the entry in any case.
+
+        Raises ValueError if this version does not know the method, or a value of a field.
+        """
+        kind = METHODS.get(str(self.method.get("name")))
         if kind is None:
             raise ValueError(
                 f"{self.name}: this version of lowbit has no method {shorten(self.method_name)!r}; "
                 f"it has {', '.join(METHODS)}"
             )
         try:
-            return kind(**fields)
+            return kind(**{k: v for k, v in self.method.items() if k in kind.model_fields})
         except ValidationError as error:
             raise ValueError(f"{self.name}: method: {explain(error)}") from None
 
@@ -131,7 +136,9 @@ def read_entry(zoo: Path, name: str) -> Entry:
     try:
         entry = Entry.model_validate(read_json(path))
     except ValidationError as error:
-        raise ValueError(f"{path}: {explain(error)}") from None
+        raise ValueError(
+            f"{path}: {explain(error)}: copy the entry from its source again"
+        ) from None
     if entry.name != name or not all(map(is_file_name, entry.learned)):
         raise ValueError(
             f"{path}: name must be {name!r}, and the keys of learned plain names of files"
