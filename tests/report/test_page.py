@@ -84,8 +84,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         report["blocks"][f"h.{EVIL}.7"] = {"linears": {EVIL: {"signal_to_noise_db": 3.0}}}
 
     quantized.edit_json(folder / "config.json", forge_config)
-    quantized.seal(folder)
     quantized.edit_json(folder / "report.json", forge_report)
+    quantized.seal(folder)
     with (folder / "events.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "warning", "time": 1e9, "text": EVIL}) + "\n")
     return folder
@@ -154,6 +154,7 @@ def test_long_lists_end(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(quantized.folder(), tmp_path / "out"))
     many = {f"h.{i}": "no better" for i in range(MOST_NAMES + 50)}
     quantized.edit_json(folder / "report.json", lambda report: report["fallbacks"].update(many))
+    quantized.seal(folder)
     read = Reader(page_of(folder))
     assert read.tags.count("li") == MOST_NAMES and "and 50 more, in report.json" in read.text
 
@@ -167,6 +168,7 @@ def test_reports_of_an_earlier_version(name: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(quantized.folder(model), tmp_path / "out"))
     for file in ("report.json", "events.jsonl"):
         shutil.copyfile(EARLIER / name / file, folder / file)
+    quantized.seal(folder)
     read = Reader(page_of(folder))
     report = json.loads((folder / "report.json").read_text())
     for facts in report["blocks"].values():

@@ -1,11 +1,18 @@
 """Reads files that are missing, incomplete or edited."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import quantized
+from commands import call
 
+from lowbit.checkpoint.accept import accept
 from lowbit.events import EpochFinished
+from lowbit.report import read_run
 from lowbit.report.records import LoggedEvent, read_events, read_report, read_results
 
 
@@ -46,6 +53,29 @@ def test_what_was_edited_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_report(tmp_path)
         read_events(tmp_path)
+
+
+NOT_OURS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "nothing": lambda report: report.clear(),
+    "no block": lambda report: report["blocks"].clear(),
+    "another fallback": lambda report: report["fallbacks"].update(
+        {"model.layers.0": "more simply"}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OURS)
+def test_a_report_that_lowbit_did_not_write(name: str, tmp_path: Path) -> None:
+    """It would be shown as if the errors of the layers were unknown, or others."""
+    folder = Path(shutil.copytree(quantized.folder(), tmp_path / "out"))
+    quantized.edit_json(folder / "report.json", NOT_OURS[name])
+    message = r"out/report.json has \d+ bytes, not [\d,]+. .*: restore the file, or delete it"
+    with pytest.raises(ValueError, match=message):
+        read_run(folder)
+    assert "--accept report.json" in call("inspect", folder, code=1).stderr
+    accept(folder, ["report.json"])
+    read_run(folder)
+    call("inspect", folder)
 
 
 LINES = {

@@ -73,6 +73,7 @@ def test_an_exact_copy(tmp_path: Path) -> None:
         linears["mlp.up_proj"] = {"signal_to_noise_db": None}
 
     quantized.edit_json(folder / "report.json", make_exact)
+    quantized.seal(folder)
     errors = {layer.name: layer.error for layer in read_run(folder).blocks[1].layers}
     assert errors["mlp.up_proj"] == math.inf and errors["mlp.down_proj"] < 50
 

@@ -64,7 +64,7 @@ def inspect(
         return
     quantized = QuantizedFolder(folder)
     quantized.verify(hashes=False)
-    report = read_report(folder)
+    report = read_report(folder, quantized.quantization)
     try:
         origin = _provenance(quantized.quantization.get("made_by") or {})
     except (KeyError, TypeError, AttributeError):

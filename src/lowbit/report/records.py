@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
+from lowbit.checkpoint.hashes import OTHER_FILES, problem_of, stated
 from lowbit.checkpoint.reader import read_json
 from lowbit.checkpoint.writer import finite
 from lowbit.config import explain
@@ -134,6 +135,7 @@ class ResultRecord(Record):
 
 
 # What to do if a file cannot be used; the report needs neither of them.
+REPORT = "report.json"
 NO_REPORT = "restore the file, or delete it (the errors of the layers are then unknown)"
 NO_EVENTS = "restore the file, or delete it (the report then has no course of the run)"
 
@@ -164,16 +166,29 @@ def parse(record: type[Read], value: Any, where: Path | str, remedy: str) -> Rea
         ) from None
 
 
-def read_report(folder: Path) -> RunReport:
-    """Reads report.json; the report is empty if there is no file, as in a converted folder."""
-    path = folder / "report.json"
+def read_report(folder: Path, section: dict[str, Any] | None = None) -> RunReport:
+    """Reads report.json; the report is empty if there is no file, as in a converted folder.
+
+    section: quantization_config, whose size and hash of the file are compared; None: they are not.
+
+    Raises ValueError if the file cannot be used, or is not the one that lowbit wrote.
+    """
+    path = folder / REPORT
     if not path.exists():
         return RunReport()
     try:
         value = read_json(path)
     except ValueError as error:
         raise ValueError(f"{error}; {NO_REPORT}") from None
-    return parse(RunReport, value, path, NO_REPORT)
+    report = parse(RunReport, value, path, NO_REPORT)
+    facts = stated(section or {}, OTHER_FILES).get(REPORT)
+    problem = None if facts is None else problem_of(folder, REPORT, facts)
+    if problem is not None:
+        raise ValueError(
+            f"{path} {problem}. It was edited or damaged: {NO_REPORT}; if you edited it on "
+            f"purpose, lowbit inspect {folder} --accept {REPORT}"
+        )
+    return report
 
 
 def read_events(folder: Path) -> list[LoggedEvent]:

@@ -188,7 +188,7 @@ def read_run(folder: Path) -> Run:
     config = folder / "config.json"
     stated = quantized.quantization.get("made_by") or {}
     made_by = parse(MadeBy, stated, f"made_by in {config}", "restore config.json")
-    report, history = read_report(folder), history_of(read_events(folder))
+    report, history = read_report(folder, quantized.quantization), history_of(read_events(folder))
     names: dict[str, list[str]] = {name: [] for name in report.blocks}
     for name in quantized.entries:
         match = BLOCK.match(name)
