@@ -80,10 +80,14 @@ def test_mistakes_with_plans(lowbit, nested, tmp_path):
     model, plan = MODELS / "llama-mini", tmp_path / "plan.yaml"
     (tmp_path / "widths.yaml").write_text("mlp.*: 4\n")
     budget = ("--budget", 3, "-o", plan)
+    bits = ("--method", "rtn", "--set", "bits=4")
     for options, sentence in (
         (("mix", model, *budget), "is a float model: name the method"),
         (("mix", model, *budget, "--method", "ptq161"), "ptq161 has no width"),
         (("mix", nested, *budget, "--method", "rtn"), "is already quantized"),
+        (("mix", model, *budget, *bits), "--set bits=4 and the budget both choose widths: leave"),
+        (("quantize", model, tmp_path / "out", *budget[:2], *bits), "--set bits=4 and the budget"),
+        (("plan", model, *budget[:2], *bits), "--set bits=4 and the budget both choose widths"),
         (("quantize", model, "out", "--plan", plan), "plan.yaml is missing"),
         (("quantize", model, "out", "--plan", tmp_path / "widths.yaml"), "for --bits"),
         (("quantize", model, "out", "--plan", plan, "--method", "rtn"), "give --plan alone"),

@@ -339,6 +339,37 @@ def test_edited_plans(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+# A method for a plan of RTN, and whether the plan leaves it nothing to change.
+METHODS_FOR_A_PLAN: dict[str, tuple[Method, bool]] = {
+    "the plan's": (NEAREST, False),
+    "another width": (RTN(**G16, bits=3), True),
+    "another width, for other linears": (RTN(**G16, bits=3), False),
+    "another width, others skipped": (RTN(**G16, bits=3), True),
+    "another group": (RTN(group_size=8), False),
+    "overrides": (RTN(**G16, overrides={"v_proj": {"bits": 8}}), False),
+}
+
+
+@pytest.mark.parametrize("case", METHODS_FOR_A_PLAN)
+def test_what_a_plan_leaves_to_the_method(case: str, tmp_path: Path) -> None:
+    method, idle = METHODS_FOR_A_PLAN[case]
+    edited = tmp_path / "plan.yaml"
+    lines = plan().read_text().splitlines()
+    left_out = "other linears" in case or "skipped" in case
+    others = tuple(f"  model.layers.{i}.self_attn.q_proj:" for i in range(2)) if left_out else ()
+    edited.write_text("\n".join(line for line in lines if not line.startswith(others)))
+    skip = ("self_attn.q_proj",) if "skipped" in case else ()
+    options = RunOptions(plan=edited, device="cpu", skip=skip)
+    job = Job(str(quantized.source()), method, quantized.calibration(), options)
+    if idle:
+        with pytest.raises(ValueError, match="own bits, so bits=3 would have no effect: leave it"):
+            allocation.with_widths(job)
+        return
+    made = allocation.with_widths(job).method
+    if left_out:
+        assert made.at("model.layers.0.self_attn.q_proj").bits == 3  # type: ignore[attr-defined]
+
+
 def test_edits_by_hand_are_followed(tmp_path: Path) -> None:
     found = Allocation.read(plan())
     name = "model.layers.0.mlp.down_proj"

@@ -21,6 +21,7 @@ from lowbit.cli.options import (
     Settings,
     Skip,
     cache_folder,
+    check_no_width,
     choose_method,
     parse_settings,
     table_bits,
@@ -110,9 +111,9 @@ def mix(  # noqa: PLR0913 (a command's options)
     chosen, recipe_text = None, dict[str, Any]()
     if method or recipe or settings:
         source = locate(model, trust_remote_code)
-        chosen, recipe_text, label = choose_method(
-            source, recipe, method, parse_settings(settings or [])
-        )
+        given_fields = parse_settings(settings or [])
+        chosen, recipe_text, label = choose_method(source, recipe, method, given_fields)
+        check_no_width(chosen, given_fields)
         options = {
             "device": device,
             "skip": tuple(skip or ()),

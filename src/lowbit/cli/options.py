@@ -165,6 +165,8 @@ class JobOptions:
             "seed": self.seed,
         }
         text |= {key: value for key, value in overrides.items() if value is not None}
+        if self.budget is not None:
+            check_no_width(method, settings)
         patterns = {name: tuple(getattr(self, name) or ()) for name in PATTERNS}
         others = {name: getattr(self, name) for name in OTHERS}
         others |= table_bits(self.recipe, self.lm_head_bits, self.embedding_bits)
@@ -302,6 +304,21 @@ def choose_method(
     name = Path(recipe).name  # config.json keeps it, and the folder of a recipe is private
     label = f"{name} with {changed}" if changed else name
     return chosen, loaded.calibration.model_dump(exclude_none=True), label
+
+
+def check_no_width(method: Method, settings: dict[str, Any]) -> None:
+    """Raises ValueError for a field of --set that a budget chooses for each linear.
+
+    method: the method, with these settings.
+    settings: the fields that the user changed.
+    """
+    for field in settings:
+        if any(field in fields for fields in method.width_fields().values()):
+            raise ValueError(
+                f"--set {field}={settings[field]} and the budget both choose widths: leave out one "
+                "of the two; lowbit mix --widths limits what a budget may choose, and overrides "
+                "give some linears a width of their own"
+            )
 
 
 def table_bits(

@@ -27,6 +27,7 @@ from lowbit.formats.embedding import tables_of
 from lowbit.methods import Method
 from lowbit.models.sizes import hidden_of
 from lowbit.models.streamed import Progress
+from lowbit.patterns import matches
 from lowbit.pipeline.job import MOST_OF_MEMORY, Job, physical_memory
 from lowbit.pipeline.kept_losses import kept_losses
 from lowbit.pipeline.outside import outside_blocks
@@ -200,9 +201,37 @@ def with_plan(job: Job, path: Path) -> Job:
     job.selection.check_patterns(f"plan {path}:", tuple(plan.overrides))
     overrides = merged(plan.overrides, job.method.overrides)
     try:
+        _check_fields(job, plan, f"plan {path}")
         return job.with_method(job.method.with_fields({"overrides": overrides}), plan)
     except ValidationError as error:
         raise ValueError(f"plan {path}: {explain(error)}") from None
+
+
+def _check_fields(job: Job, plan: Allocation, where: str) -> None:
+    """Raises ValueError for a field that is not as in the plan, which has it for every linear.
+
+    Its value would have no effect.
+    """
+    planned = _values(type(job.method)(**plan.fields))
+    fields = [field for field, value in _values(job.method).items() if value != planned[field]]
+    kept = set(job.selection.left_float)
+    own = [
+        [fields for pattern, fields in plan.overrides.items() if matches(linear, pattern)]
+        for linear in job.selection.linears
+        if linear not in kept
+    ]
+    for field in fields:
+        if all(any(field in each for each in found) for found in own):
+            value = getattr(job.method, field)
+            raise ValueError(
+                f"{where} gives each linear its own {field}, so {field}={value} would have no "
+                "effect: leave it out, or edit the plan"
+            )
+
+
+def _values(method: Method) -> dict[str, object]:
+    """Returns all fields but the overrides, as JSON values."""
+    return method.model_dump(mode="json", exclude={"overrides"})
 
 
 def merged(
@@ -330,9 +359,8 @@ def streams_bytes(job: Job, branches: int, text: Text) -> int:
 
 def _changed_fields(method: Method) -> dict[str, object]:
     """Returns the fields that differ from the method's defaults, without the overrides."""
-    values = method.model_dump(mode="json", exclude={"overrides"})
-    defaults = type(method)().model_dump(mode="json", exclude={"overrides"})
-    return {name: value for name, value in values.items() if value != defaults[name]}
+    defaults = _values(type(method)())
+    return {name: value for name, value in _values(method).items() if value != defaults[name]}
 
 
 def _short(value: float) -> float:
