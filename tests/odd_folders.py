@@ -92,6 +92,20 @@ def placed_at(file: str) -> Change:
     return lambda model: edit_json(model / INDEX, move)
 
 
+def renamed_in_index(start: str, other: str) -> Change:
+    def rename(index: dict[str, Any]) -> None:
+        placed = index["weight_map"].items()
+        index["weight_map"] = {name.replace(start, other, 1): file for name, file in placed}
+
+    return lambda model: edit_json(model / INDEX, rename)
+
+
+def in_both(model: Path) -> None:
+    first, second = (load_file(model / file) for file in SHARDS)
+    name = next(iter(first))
+    save_file(second | {name: first[name]}, model / SHARDS[1], metadata={"format": "pt"})
+
+
 def link(name: str, to: Callable[[Path], Path]) -> Change:
     def edit(model: Path) -> None:
         (model / name).unlink(missing_ok=True)
@@ -266,6 +280,10 @@ ODD: dict[str, Odd] = {
     "no index": Odd(both(sharded, drop(INDEX)), INDEX),
     "one of the shards": Odd(both(sharded, drop(INDEX, SHARDS[0])), INDEX),
     "missing shard": Odd(both(sharded, drop(SHARDS[1])), SHARDS[1]),
+    "index of another model": Odd(
+        both(sharded, renamed_in_index("model.", "transformer.")), "missing there: files of two"
+    ),
+    "a tensor in two shards": Odd(both(sharded, in_both), "two saves are mixed. Copy the folder"),
     "partial download": Odd(
         both(sharded, lambda m: (m / SHARDS[1]).rename(m / f"{SHARDS[1]}.incomplete")), SHARDS[1]
     ),

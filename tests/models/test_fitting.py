@@ -37,7 +37,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "missing": (without_norm, f"tensor {NORM} is missing: the model that"),
     "another shape": (
         lambda held: held.update({NORM: torch.ones(47)}),
-        f"tensor {NORM} has shape [47], but config.json asks for [48]",
+        f"tensor {NORM} has shape [47], but config.json asks for [48]: one of the two is of",
     ),
 }
 MTP = {"model.mtp.0.weight": torch.ones(3), "vision_tower.patch.weight": torch.ones(2, 2)}

@@ -192,6 +192,26 @@ def test_two_tables_that_are_stated_to_be_one(
         assert ("lm_head.weight" in tensors) == (not tied)
 
 
+@pytest.mark.parametrize(
+    ("tied", "shift", "states"), [(True, 1.0, False), (True, 0.0, True), (False, 1.0, False)]
+)
+def test_a_second_table_is_not_lost(
+    tied: bool, shift: float, states: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Programs that go by config.json, and the export to them, would leave it out."""
+    folder = Path(shutil.copytree(quantized.source("llama"), tmp_path / "model"))
+    quantized.edit_json(folder / "config.json", lambda c: {**c, "tie_word_embeddings": tied})
+    held = load_file(folder / "model.safetensors")
+    held["lm_head.weight"] = held["model.embed_tokens.weight"] + shift
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    out = quantized.quantize(folder, tmp_path / "out", RTN(bits=8))
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] == states
+    assert ("two tables with different values" in caplog.text) == (tied and not states)
+    head = lowbit.load(out)[0].get_output_embeddings().weight
+    assert torch.equal(head, held["lm_head.weight"])
+    assert quantized.quantize(folder, out, RTN(bits=8)) == out  # nothing is made again
+
+
 @pytest.mark.parametrize("bits", [5, 3, 16])
 def test_other_widths_are_refused(bits: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="embedding_bits"):

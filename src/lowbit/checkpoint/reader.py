@@ -20,6 +20,7 @@ from lowbit.parsing import kind_of, parse_json, read_text
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ONE_SAVE = "files of two saves are mixed. Copy the folder from its source again"
 POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 
 DTYPES = {
@@ -76,7 +77,9 @@ class CheckpointReader:
             for name, info in read_header(folder / file).items():
                 if name in self.tensors:
                     other = self.tensors[name].file
-                    raise ValueError(f"{folder}: tensor {name} is in both {other} and {file}")
+                    raise ValueError(
+                        f"{folder}: tensor {name} is in both {other} and {file}: {ONE_SAVE}"
+                    )
                 self.tensors[name] = info
         if files is None:
             self._check_index()
@@ -93,7 +96,7 @@ class CheckpointReader:
             if name not in self.tensors or self.tensors[name].file != file:
                 raise ValueError(
                     f"{self.folder}: according to {INDEX}, tensor {name} is in {file}, but it is "
-                    "missing there"
+                    f"missing there: {ONE_SAVE}"
                 )
 
     @property

@@ -41,7 +41,8 @@ def wrong_shape(
 ) -> ValueError:
     """Returns the error for a tensor of a shape that does not fit the model."""
     return ValueError(
-        f"{folder}: tensor {name} has shape {list(stored)}, but config.json asks for {list(wanted)}"
+        f"{folder}: tensor {name} has shape {list(stored)}, but config.json asks for "
+        f"{list(wanted)}: one of the two is of another model. Copy the folder from its source again"
     )
 
 

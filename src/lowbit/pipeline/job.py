@@ -4,6 +4,7 @@ A stream holds the inputs of the current block for all calibration windows; see 
 """
 
 import hashlib
+import logging
 import math
 import os
 import time
@@ -55,6 +56,7 @@ from lowbit.pipeline.selection import Selection, pack_float_experts
 from lowbit.ranks import ALONE, Ranks
 from lowbit.version import __version__
 
+logger = logging.getLogger(__name__)
 MOST_OF_MEMORY = 0.25  # streams that need a larger share of the machine's memory go to disk
 
 
@@ -243,6 +245,12 @@ class Job:
     def write_outside(self, writer: CheckpointWriter) -> None:
         """Writes shard 0: everything outside the blocks (embeddings, last norm, lm_head)."""
         tensors, record = outside_blocks(self.source, self.options)
+        if "config" in record and self.options.lm_head_bits is None:
+            logger.warning(
+                f"note: {self.source.folder}/config.json ties the output layer to the embedding, "
+                "but the folder has two tables with different values: both are kept, and "
+                "config.json of OUT does not tie them"
+            )
         writer.write_shard(0, tensors, None, record)
 
     def first_stream(

@@ -22,18 +22,24 @@ ROWS = 8192  # rows of a table that are rounded at once
 PER_LAYER = "embed_tokens_per_layer"  # Gemma 3n's second table, of a vector for each block
 
 
+# What the record of a shard says to change in config.json.
+UNTIED = {"config": {"tie_word_embeddings": False}}
+
+
 def outside_blocks(
     source: SourceModel, options: RunOptions
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns all tensors outside the blocks, by name on disk, and the record of their shard.
 
-    An output layer that is tied to the embedding is untied if it gets bits of its own.
+    An output layer that is tied to the embedding is untied if it gets bits of its own, or if the
+    folder has a table of other values for it: transformers uses both tables, but programs that go
+    by config.json would leave one out.
 
     Raises ValueError for a model whose output layer is not an nn.Linear, or whose embedding is not
     an nn.Embedding, if that is to be quantized.
     """
     tensors = source.reader.read(source.outside_tensors())
-    record: dict[str, Any] = {}
+    record: dict[str, Any] = UNTIED.copy() if _has_two_tables(source, tensors) else {}
     if options.lm_head_bits is not None:
         record = _pack_head(source, tensors, options.lm_head_bits)
     if options.embedding_bits is not None:
@@ -50,6 +56,17 @@ def rounded_tables(source: SourceModel, options: RunOptions) -> dict[str, Tensor
     tensors = source.reader.read(source.outside_tensors())
     found = _tables(source, tensors, options.embedding_bits)
     return {f"{name}.weight": table.dequantize() for name, _, table in found}
+
+
+def _has_two_tables(source: SourceModel, tensors: dict[str, Tensor]) -> bool:
+    """Returns whether config.json ties the output layer to a table that has other values."""
+    head = source.skeleton.get_output_embeddings()
+    for target, first in source.skeleton.all_tied_weights_keys.items():
+        pair = [tensors.get(source.disk_names.get(name, name)) for name in (target, first)]
+        own = source.skeleton.get_submodule(target.rpartition(".")[0]) is head
+        if own and pair[0] is not None and pair[1] is not None:
+            return not torch.equal(pair[0], pair[1])
+    return False
 
 
 def _pack_head(source: SourceModel, tensors: dict[str, Tensor], bits: int) -> dict[str, Any]:
@@ -75,7 +92,7 @@ def _pack_head(source: SourceModel, tensors: dict[str, Tensor], bits: int) -> di
     placeholder = f"{disk}.weight"
     tensors[placeholder] = torch.empty(0, dtype=weight.dtype)
     record = {"modules": {disk: packed.entry()}, "marker": placeholder}
-    return record | {"config": {"tie_word_embeddings": False}}
+    return record | UNTIED
 
 
 def _pack_tables(
