@@ -1,6 +1,9 @@
 """GGUF files: which block holds which grid, how exactly, and what is refused."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import quantized
@@ -108,6 +111,40 @@ def test_factors_of_llama_3() -> None:
     assert factors is not None and factors.shape == (32,)
     assert float(factors[0]) == 1 and float(factors[-1]) == 8
     assert torch.equal(factors, factors.sort().values)
+
+
+# Ids of added tokens beyond the rows of the embedding, by name, and tokens of the file.
+ADDED: dict[str, dict[str, int]] = {
+    "none": {},
+    "one": {"<|im_start|>": 0},
+    "two": {"<|im_start|>": 0, "<|im_end|>": 1},
+    "padding": {"[PAD]": 0},
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_added_tokens_without_a_row_are_left_out(name: str, source: Path, tmp_path: Path) -> None:
+    """llama.cpp takes the number of tokens for the number of rows, and refuses to load others."""
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    more: list[Any] = [
+        {"id": rows + i, "content": token, "special": True, **plain}
+        for token, i in ADDED[name].items()
+    ]
+    quantized.edit_json(folder / "tokenizer.json", lambda whole: whole["added_tokens"].extend(more))
+    if "[PAD]" in ADDED[name]:
+        quantized.edit_json(
+            folder / "tokenizer_config.json", lambda value: value.update(pad_token="[PAD]")
+        )
+    keys = tokenizer_keys(folder, rows, {})
+    assert len(keys["tokenizer.ggml.tokens"]) == len(keys["tokenizer.ggml.token_type"]) == rows
+    assert all(value < rows for key, value in keys.items() if key.endswith("_id"))
+    out = quantized.quantize(folder, tmp_path / "out", RTN(bits=8, group_size=32, symmetric=True))
+    notes = " ".join(lowbit.export(out, tmp_path / "exported", "gguf").notes)
+    assert (f"{len(more)} added tokens, for which the model has no row" in notes) == bool(more)
+    with pytest.raises(ValueError, match="copy the tokenizer of this model"):
+        tokenizer_keys(folder, rows - 1, {})
 
 
 def test_a_tokenizer_that_splits_words_in_another_way(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from quantized import edit_json, source
 from lowbit.models.tokenizer import load_tokenizer, need_tokenizer
 
 FILE = "tokenizer.json"
+PLAIN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
 Change = Callable[[Path], Any]
 
 
@@ -110,6 +111,18 @@ def test_an_unknown_class_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixt
     field(tokenizer_class="ZapTokenizer")(folder)
     assert load_tokenizer(folder) is not None
     assert "names the tokenizer_class ZapTokenizer, which transformers" in caplog.text
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, ""), (1, "row: <a0>. T"), (5, "<a2> and 2 oth")])
+def test_tokens_without_a_row_are_noted(
+    count: int, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(source(), tmp_path / "model"))
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    added = [{"id": rows + i, "content": f"<a{i}>", **PLAIN} for i in range(count)]
+    edit_json(folder / FILE, lambda whole: whole["added_tokens"].extend(added))
+    assert load_tokenizer(folder) is not None
+    assert said in caplog.text and bool(caplog.text) == bool(count)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "spiece.model", "x.tiktoken"])

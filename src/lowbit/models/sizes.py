@@ -28,6 +28,11 @@ def vocabulary_of(config: Any) -> int:
     return _needed(config, VOCABULARY)
 
 
+def rows_of(config: Any) -> int | None:
+    """Returns the number of tokens that have logits; None if config states none."""
+    return _first(config, VOCABULARY)
+
+
 def check_tokens(largest: int, vocabulary: int, text: str) -> None:
     """Raises ValueError if a text has a token that the model does not have.
 

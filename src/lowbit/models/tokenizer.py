@@ -14,6 +14,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from lowbit.checkpoint.inside import file_inside
 from lowbit.checkpoint.reader import read_json
 from lowbit.models.config import CODE_REFUSED, TRANSFORMERS, load_config, wrong_field
+from lowbit.models.sizes import rows_of
 from lowbit.parsing import BYTE_ORDER_MARK, reason_of, shorten
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 ADDED, VOCABULARY = "added_tokens.json", "vocab.json"  # names and ids of tokens
 # Files that hold one JSON object each.
 OBJECTS = (TOKENIZER, CONFIG, "special_tokens_map.json", ADDED, VOCABULARY)
+SHOWN = 3  # tokens in a note
 COPY = "copy it from the source of the model"
 
 
@@ -65,6 +67,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
             f"becomes tokens: {COPY}"
         )
     _note_class(folder / CONFIG)
+    _note_tokens_without_rows(folder, tokenizer, config)
     return tokenizer
 
 
@@ -157,6 +160,20 @@ def _note_class(path: Path) -> None:
             f"note: {path} names the tokenizer_class {shorten(named)}, which {TRANSFORMERS} does "
             f"not know: {TOKENIZER} alone decides how text becomes tokens"
         )
+
+
+def _note_tokens_without_rows(folder: Path, tokenizer: Any, config: Any) -> None:
+    """Logs tokens that a model cannot read, such as special tokens added without resizing it."""
+    rows = rows_of(config)
+    if rows is None or len(tokenizer) <= rows:
+        return
+    names = sorted(name for name, number in tokenizer.get_vocab().items() if number >= rows)
+    more = f" and {len(names) - SHOWN} others" if len(names) > SHOWN else ""
+    logger.warning(
+        f"note: the tokenizer of {folder} has tokens for which the model, with {rows:,} tokens, "
+        f"has no row: {', '.join(map(shorten, names[:SHOWN]))}{more}. Texts that hold them are "
+        "refused"
+    )
 
 
 def _is_known(name: str) -> bool:

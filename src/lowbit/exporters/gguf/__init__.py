@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.reader import read_json
 from lowbit.exporters.exporter import (
     Exporter,
     Progress,
@@ -38,7 +39,7 @@ from lowbit.exporters.gguf.blocks import (
     encode,
     fits_blocks,
 )
-from lowbit.exporters.gguf.tokenizer import tokenizer_keys
+from lowbit.exporters.gguf.tokenizer import tokenizer_keys, tokens_without_rows
 from lowbit.exporters.grid import Grid, Refused, half_scales
 from lowbit.formats.base import QuantizedLinear
 
@@ -77,14 +78,21 @@ class GgufExporter(Exporter):
         self.keys |= tokenizer_keys(
             self.folder.folder, self.model_config["vocab_size"], dict(self.folder.config)
         )
+        whole = read_json(self.folder.folder / "tokenizer.json")
+        self.lost = tokens_without_rows(whole, self.model_config["vocab_size"])
         self.kinds: dict[str, str] = {}
 
     @property
     def notes(self) -> tuple[str, ...]:
-        context = context_length(self.architecture, self.model_config)
+        context, notes = context_length(self.architecture, self.model_config), list[str]()
         if context < self.model_config["max_position_embeddings"]:
-            return (f"the context is cut to {context:,} tokens, the window of its attention",)
-        return ()
+            notes.append(f"the context is cut to {context:,} tokens, the window of its attention")
+        if self.lost:
+            notes.append(
+                f"{len(self.lost)} added tokens, for which the model has no row, are left out of "
+                f"the tokenizer: {', '.join(self.lost[:3])}"
+            )
+        return tuple(notes)
 
     @property
     def usage(self) -> str:

@@ -27,7 +27,8 @@ SPLITS = {  # llama.cpp's name by regular expression
 def tokenizer_keys(folder: Path, vocabulary: int, config: dict[str, Any]) -> dict[str, Any]:
     """Returns the keys of a GGUF file that describe the tokenizer of a model folder.
 
-    vocabulary: number of rows of the embedding; ids without a token are filled up.
+    vocabulary: number of rows of the embedding; ids without a token are filled up, and added tokens
+        without a row are left out, since llama.cpp refuses to load a file that has them.
     config: the model's config.json, which names the first and last token of a text.
 
     Raises ValueError for a tokenizer that llama.cpp does not have, or would split differently.
@@ -44,6 +45,11 @@ def tokenizer_keys(folder: Path, vocabulary: int, config: dict[str, Any]) -> dic
         raise ValueError(f"{path}: the tokenizer is {model.get('type')}, and gguf takes BPE only")
     if not model.get("merges"):
         raise ValueError(f"{path}: the tokenizer merges nothing, and llama.cpp needs merges")
+    if max(model["vocab"].values(), default=0) >= vocabulary:
+        raise ValueError(
+            f"{path}: the tokenizer has {max(model['vocab'].values()) + 1:,} tokens, but the model "
+            f"has {vocabulary:,}: copy the tokenizer of this model"
+        )
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     tokens, types = _tokens(whole, vocabulary)
     keys: dict[str, Any] = {"tokenizer.ggml.tokens": tokens}
@@ -60,7 +66,19 @@ def tokenizer_keys(folder: Path, vocabulary: int, config: dict[str, Any]) -> dic
     else:
         raise ValueError(f"{path}: llama.cpp has no BPE without bytes; export to ct or mlx")
     keys["tokenizer.ggml.token_type"] = types
-    return keys | _special_keys(folder, whole, config)
+    special = _special_keys(folder, whole, config)
+    lost = {key for key, value in special.items() if key.endswith("_id") and value >= vocabulary}
+    return keys | {key: value for key, value in special.items() if key not in lost}
+
+
+def tokens_without_rows(whole: dict[str, Any], vocabulary: int) -> list[str]:
+    """Returns the added tokens that the embedding has no row for.
+
+    whole: the content of tokenizer.json.
+    vocabulary: number of rows of the embedding.
+    """
+    added = whole.get("added_tokens") or []
+    return [str(each["content"]) for each in added if each["id"] >= vocabulary]
 
 
 def _tokens(whole: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
@@ -72,8 +90,7 @@ def _tokens(whole: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int
         kind = CONTROL if added.get("special") else USER_DEFINED
         by_id[added["id"]] = (added["content"], kind)
     unknown = whole["model"].get("unk_token")
-    size = max(vocabulary, max(by_id) + 1)
-    listed = [by_id.get(number, (f"[PAD{number}]", UNUSED)) for number in range(size)]
+    listed = [by_id.get(number, (f"[PAD{number}]", UNUSED)) for number in range(vocabulary)]
     types = [UNKNOWN if unknown is not None and t == unknown else kind for t, kind in listed]
     return [token for token, _ in listed], types
 
