@@ -132,7 +132,8 @@ def _parts(detail: Any) -> tuple[str, str, str]:
 
 def _either(messages: Sequence[str]) -> str:
     """Joins what may be in a field: "should be 'auto' or greater than 0"."""
-    return " or ".join([messages[0], *(each.removeprefix("should be ") for each in messages[1:])])
+    first, *others = dict.fromkeys(messages)
+    return " or ".join([first, *(each.removeprefix("should be ") for each in others)])
 
 
 def _shown(value: object) -> str:

@@ -11,6 +11,7 @@ import quantized
 from commands import call
 
 import lowbit
+from lowbit.checkpoint.accept import accept
 from lowbit.cli.chat import Conversation, speed
 from lowbit.models.generation import Sampling
 
@@ -27,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("chat") / "tiny"
     shutil.copytree(quantized.folder(), out)
     (out / "chat_template.jinja").write_text(TEMPLATE)
+    accept(out, ["chat_template.jinja"])
     return out
 
 

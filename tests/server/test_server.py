@@ -18,6 +18,7 @@ import quantized
 from openai import OpenAI
 
 import lowbit
+from lowbit.checkpoint.accept import accept
 from lowbit.models.generation import generate, prompt_tokens
 
 pytestmark = pytest.mark.slow
@@ -82,6 +83,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("served") / NAME
     shutil.copytree(quantized.folder(), folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    accept(folder, ["chat_template.jinja"])
     server = Live(folder)
     yield server
     server.process.kill()
@@ -185,8 +187,13 @@ def test_without_a_limit_the_context_is_filled(live: Live) -> None:
 
 CHAT, TEXT = {"model": NAME, "messages": HELLO}, {"model": NAME, "prompt": "a"}
 BAD: dict[str, tuple[str, Any, int, str]] = {
-    "no messages": ("/chat/completions", {"model": NAME}, 400, "messages is missing"),
-    "empty messages": ("/chat/completions", CHAT | {"messages": []}, 400, "messages is []"),
+    "no messages": ("/chat/completions", {"model": NAME}, 400, "messages: is missing"),
+    "empty messages": (
+        "/chat/completions",
+        CHAT | {"messages": []},
+        400,
+        "messages: should have 1 or more entries (got [])",
+    ),
     "a message without content": (
         "/chat/completions",
         CHAT | {"messages": [{"role": "user"}]},
@@ -199,18 +206,23 @@ BAD: dict[str, tuple[str, Any, int, str]] = {
         400,
         "messages.0.content",
     ),
-    "no prompt": ("/completions", {"model": NAME}, 400, "prompt is missing"),
+    "no prompt": ("/completions", {"model": NAME}, 400, "prompt: is missing"),
     "an empty prompt": ("/completions", TEXT | {"prompt": []}, 400, "one prompt"),
     "two prompts": ("/completions", TEXT | {"prompt": ["a", "b"]}, 400, "one prompt"),
     "a token that does not exist": ("/completions", TEXT | {"prompt": [10**6]}, 400, "1000000"),
-    "half of a character": ("/completions", TEXT | {"prompt": "\ud800"}, 400, "the prompt"),
-    "temperature -5": ("/chat/completions", CHAT | {"temperature": -5}, 400, "temperature is -5"),
+    "half of a character": (
+        "/completions",
+        TEXT | {"prompt": "\ud800"},
+        400,
+        "half of a character",
+    ),
+    "temperature -5": ("/chat/completions", CHAT | {"temperature": -5}, 400, "equal to 0 (got -5"),
     "temperature NaN": ("/completions", '{"prompt": "a", "temperature": NaN}', 400, "temperature"),
     "a temperature in words": ("/completions", TEXT | {"temperature": "hot"}, 400, "'hot'"),
-    "top_p 0": ("/completions", TEXT | {"top_p": 0}, 400, "top_p is 0"),
-    "no tokens": ("/completions", TEXT | {"max_tokens": 0}, 400, "max_tokens is 0"),
-    "a seed that is too large": ("/completions", TEXT | {"seed": 2**63}, 400, "seed is 9223"),
-    "an empty stop": ("/completions", TEXT | {"stop": [""]}, 400, "stop is"),
+    "top_p 0": ("/completions", TEXT | {"top_p": 0}, 400, "than 0 (got 0"),
+    "no tokens": ("/completions", TEXT | {"max_tokens": 0}, 400, "max_tokens: should be"),
+    "a seed that is too large": ("/completions", TEXT | {"seed": 2**63}, 400, "(got 9223"),
+    "an empty stop": ("/completions", TEXT | {"stop": [""]}, 400, "none of them empty, not ['']"),
     "two answers": ("/chat/completions", CHAT | {"n": 2}, 400, "n is not supported"),
     "tools": ("/chat/completions", CHAT | {"tools": [{}]}, 400, "tools is not supported"),
     "a misspelt field": ("/completions", TEXT | {"temprature": 1}, 400, "temprature is not known"),
@@ -222,13 +234,21 @@ BAD: dict[str, tuple[str, Any, int, str]] = {
         400,
         "use a shorter prompt",
     ),
-    "no JSON": ("/chat/completions", "{", 400, "the body is no JSON"),
-    "no UTF-8": ("/chat/completions", b"\xff", 400, "the body is no JSON"),
-    "too deep": ("/chat/completions", "[" * 100_000, 400, "the body is no JSON"),
+    "a number": (
+        "/completions",
+        TEXT | {"prompt": 5},
+        400,
+        "should be a valid string or a list (got 5)",
+    ),
+    "a stop of numbers": ("/completions", TEXT | {"stop": [5]}, 400, "should be a valid string"),
+    "no JSON": ("/chat/completions", "{", 400, "the body cannot be read as JSON: column 2"),
+    "no UTF-8": ("/chat/completions", b"\xff", 400, "the body is not UTF-8 text"),
+    "UTF-16": ("/chat/completions", "{}".encode("utf-16"), 400, "not UTF-8 text (UTF-16): save"),
+    "too deep": ("/chat/completions", "[" * 100_000, 400, "the body is nested"),
     "no object": ("/chat/completions", "[]", 400, "must be a JSON object, not list"),
-    "nothing": ("/chat/completions", "", 400, "the body is no JSON"),
-    "no such address": ("/embeddings", TEXT, 404, "Not Found"),
-    "another method": ("/models", TEXT, 405, "Method Not Allowed"),
+    "nothing": ("/chat/completions", "", 400, "the body cannot be read as JSON"),
+    "no such address": ("/embeddings", TEXT, 404, "there is no such address; allowed are /v1/chat"),
+    "another method": ("/models", TEXT, 405, "/v1/models: use GET"),
 }
 
 
@@ -249,7 +269,7 @@ def test_bad_requests(path: str, body: Any, status: int, sentence: str, live: Li
 
 
 def test_the_clients_errors_are_of_its_kinds(live: Live) -> None:
-    with pytest.raises(openai.BadRequestError, match="temperature is -5"):
+    with pytest.raises(openai.BadRequestError, match="got -5"):
         live.chat(temperature=-5)
     with pytest.raises(openai.BadRequestError, match="shorter prompt"):
         list(live.complete(prompt="a" * 999, stream=True))

@@ -1,11 +1,11 @@
 """The addresses of the server, and errors as JSON."""
 
-import json
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import wraps
+from http import HTTPStatus
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from lowbit.config import LARGEST_SEED
 from lowbit.models.generation import Sampling, chat_tokens, has_chat_template, prompt_tokens
-from lowbit.parsing import shorten
+from lowbit.parsing import decode, parse_json, shorten
 from lowbit.server.answers import (
     DONE,
     Answer,
@@ -30,6 +30,7 @@ from lowbit.server.requests import Asked, AskedChat, AskedCompletion, RequestErr
 from lowbit.server.worker import Job, Prompt, Worker
 
 LARGEST_BODY = 16_000_000  # bytes; far more than any context holds
+ADDRESSES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 logger = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -160,16 +161,18 @@ async def _body(request: Request) -> Any:
     """Returns the JSON value of a request's body."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # the only kind that a web page cannot send everywhere
-        raise RequestError("the header Content-Type must be application/json", status=415)
+        raise RequestError(
+            f"the header Content-Type is {shorten(kind)!r}: it must be application/json", status=415
+        )
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > LARGEST_BODY:
             raise RequestError(f"the body has more than {LARGEST_BODY:,} bytes", status=413)
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no JSON: {shorten(error)}") from None
+        return parse_json(decode(bytes(body), "the body"), "the body")
+    except ValueError as error:
+        raise RequestError(str(error)) from None
 
 
 async def _whole(request: Request, job: Job, answer: Answer, length: int) -> Response:
@@ -209,7 +212,10 @@ async def _events(job: Job, answer: Answer, length: int, with_usage: bool) -> As
 async def _not_found(request: Request, error: Exception) -> Response:
     """Answers for an address or method that does not exist."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    asked = f"{request.method} {request.url.path}"
+    message = f"{asked}: there is no such address; allowed are {', '.join(ADDRESSES)}"
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        message = f"{asked}: use {(error.headers or {}).get('Allow', 'another method')} instead"
     return JSONResponse(error_body(RequestError(message)), error.status_code)
 
 

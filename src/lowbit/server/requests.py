@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from lowbit.config import LARGEST_SEED
+from lowbit.config import LARGEST_SEED, explain
+from lowbit.parsing import shorten
 
 MOST_STOPS = 16
 HOTTEST = 2.0  # temperature, as in the OpenAI API
@@ -88,7 +89,9 @@ class Asked(BaseModel):
     def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
         stops = [value] if isinstance(value, str) else value or []
         if len(stops) > MOST_STOPS or "" in stops:
-            raise ValueError(f"allowed are up to {MOST_STOPS} strings, none of them empty")
+            raise ValueError(
+                f"allowed are up to {MOST_STOPS} strings, none of them empty, not {shorten(value)}"
+            )
         return value
 
     @property
@@ -157,7 +160,9 @@ class AskedCompletion(Asked):
             return value[0]
         ids = [one for one in value if isinstance(one, int)]
         if not value or len(ids) < len(value) or min(ids) < 0:
-            raise ValueError("allowed is one prompt: a text, or a list of token ids")
+            raise ValueError(
+                f"allowed is one prompt, a text or a list of token ids, not {shorten(value)}"
+            )
         return ids
 
     @property
@@ -194,15 +199,10 @@ def _asks_nothing(name: str, value: Any) -> bool:
 
 
 def _explained(error: ValidationError) -> RequestError:
-    """Makes one sentence of the first thing that pydantic found."""
+    """Makes one sentence of what pydantic found, in the words of every other input."""
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
     param = str(first["loc"][0]) if first["loc"] else None
-    if first["type"] == "missing":
-        return RequestError(f"{field} is missing", param)
     if first["type"] == "extra_forbidden":
+        field = ".".join(str(part) for part in first["loc"])
         return RequestError(f"{field} is not known, or not supported: leave it out", param)
-    text = first["msg"].removeprefix("Value error, ")
-    came = repr(first["input"])
-    shown = came if len(came) <= 60 else came[:57] + "..."
-    return RequestError(f"{field} is {shown}: {text[0].lower()}{text[1:]}", param)
+    return RequestError(explain(error), param)
