@@ -271,6 +271,15 @@ def test_what_is_no_file_is_said(make: Callable[[Path], None], says: str, tmp_pa
             read()
 
 
+@pytest.mark.parametrize("name", ["a.csv", "b.TSV", "c.arrow", "d.xlsx"])
+def test_a_table_is_no_text(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('text,label\n"Once upon a time",1\n')
+    with pytest.raises(ValueError, match=f"{name} is a table, .*: save its column of texts in"):
+        read_file(tmp_path / name)
+    (tmp_path / f"{name}.txt").write_text("Once")
+    assert read_file(tmp_path / f"{name}.txt") == ["Once"]
+
+
 def test_a_parquet_file_that_is_none(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "a.parquet").write_bytes(b"text")
     with pytest.raises(ValueError, match="a.parquet cannot be read as a parquet file"):

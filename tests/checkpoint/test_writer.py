@@ -364,7 +364,14 @@ REFUSALS = {
     "full": (OSError(errno.ENOSPC, "x"), "is full: free some space"),
     "quota": (OSError(errno.EDQUOT, "x"), "is full: free some space"),
     "safetensors": (SafetensorError("I/O error: No space left on device (os error 28)"), "is full"),
-    "not ours": (PermissionError(errno.EACCES, "denied"), "OUT cannot be written .*denied"),
+    "not ours": (
+        PermissionError(errno.EACCES, "denied"),
+        "OUT cannot be written .*denied.: choose",
+    ),
+    "read only": (
+        OSError(errno.EROFS, "Read-only file system"),
+        "OUT .*system.: choose another pl",
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from lowbit.parsing import kind_of, parse_json, parse_json_lines, read_text, sho
 Document = str | list[dict[str, Any]] | ImageRow  # a text, the messages of one chat, or images too
 JSON_SUFFIXES = (".json", ".jsonl")
 PARQUET_SUFFIX = ".parquet"
+TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods", ".arrow", ".feather")  # whose rows are not read
 KINDS = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
 KINDS |= {dict: "an object"}
 ROWS = (
@@ -180,6 +181,11 @@ def read_file(path: Path) -> list[Document]:
     """
     if path.suffix.lower() == PARQUET_SUFFIX:
         return _documents(path, enumerate(_parquet_rows(path), start=1))
+    if path.suffix.lower() in TABLES:
+        raise ValueError(
+            f"{path} is a table, of which commas, quotes and numbers would be read as text: save "
+            "its column of texts in rows of .jsonl or .parquet, as `text`, or in a .txt file"
+        )
     text = read_text(path)
     return [text] if is_text_file(path) else _documents(path, _json_rows(path, text))
 

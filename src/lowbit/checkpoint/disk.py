@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from lowbit.parsing import check_unicode
 
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors ends what the system said
 
 
@@ -34,6 +35,8 @@ def explained(folder: Path) -> Iterator[None]:
         elif number := OS_ERROR.search(reason):
             reason = os.strerror(int(number[1]))
         hint = ": remove what is there, or choose another OUT" if _is_in_the_way(error) else ""
+        if isinstance(error, OSError) and error.errno in REFUSED:
+            hint = ": choose another place, or change the permissions of this one"
         raise ValueError(f"{place} cannot be written ({reason}){hint}") from error
 
 
