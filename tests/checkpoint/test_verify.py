@@ -170,7 +170,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "grown": (grow, f"{SHARDS[2]} has .* bytes, not"),
     "edited": (config(lambda s: s["made_by"].update(seed=1)), "edited after quantization"),
     "edited outside": (
-        lambda f: quantized.edit_json(f / "config.json", lambda c: c.update(rope_theta=1.0)),
+        lambda f: quantized.edit_json(f / "config.json", lambda c: c.update(rms_norm_eps=1e-3)),
         "config.json was edited after quantization: restore it, or",
     ),
     "another digest": (config(lambda s: s.update(digest="0" * 64)), "edited after quantization"),

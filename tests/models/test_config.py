@@ -70,6 +70,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rope as text": (fields(rope_scaling="linear"), 'rope_scaling is "linear"'),
     "theta": (fields(rope_theta=0), "rope_theta is 0: allowed are numbers above 0"),
+    "two thetas": (
+        fields(rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+        "rope_theta is 500000.0, but rope_parameters.rope_theta is 10000.0, .*: write one value",
+    ),
     "theta, infinite": (fields(rope_theta=float("inf")), "rope_theta is inf: .*not infinity"),
     "a factor, infinite": (
         fields(rope_scaling={"rope_type": "linear", "factor": float("inf")}),

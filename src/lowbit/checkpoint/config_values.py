@@ -64,6 +64,22 @@ def check_values(path: Path, config: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"{path}: {start}{name} is {shorten(repr(value))}: {allowed}; {COPY}"
                 )
+        _check_rotation(path, start, part)
+
+
+def _check_rotation(path: Path, start: str, part: Mapping[str, Any]) -> None:
+    """Raises ValueError for two bases of rotary embeddings, of which programs read one or another.
+
+    transformers 5 reads rope_parameters, what was written for earlier versions rope_theta.
+    """
+    inner = part.get("rope_parameters")
+    bases = part.get("rope_theta"), inner.get("rope_theta") if isinstance(inner, Mapping) else None
+    if None not in bases and bases[0] != bases[1]:
+        raise ValueError(
+            f"{path}: {start}rope_theta is {shorten(bases[0])}, but "
+            f"{start}rope_parameters.rope_theta is {shorten(bases[1])}, and transformers reads the "
+            "latter alone: write one value in both places, or remove the first"
+        )
 
 
 def check_layers(path: Path, config: Mapping[str, Any], tensors: int) -> None:
