@@ -57,6 +57,24 @@ def test_what_torch_wrote_before_it_zipped(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
+@pytest.mark.parametrize(
+    ("start", "says"),
+    [
+        ("module.", "'module.', because torch's DataParallel was saved"),
+        ("_orig_mod.", "a model compiled by torch.compile was saved"),
+        ("base_model.model.", "because a model of peft was saved"),
+    ],
+)
+def test_a_model_in_a_wrapper_is_refused(start: str, says: str, tmp_path: Path) -> None:
+    """Nothing could load what would be written."""
+    folder = pickled(tmp_path / "bin", 1)
+    state = load_file(LLAMA / "model.safetensors")
+    torch.save({start + name: state[name] for name in state}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"pytorch_model.bin: the names of all .*{says}"):
+        from_bin(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("content", [{"a": Evil()}, [1, 2], b"not a pickle"])
 def test_anything_but_tensors_is_refused(content: object, zipped: bool, tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def _check_float(found: ModelFolder) -> None:
             f"{folder} has {SINGLE} beside the shards that {INDEX} lists, and programs differ in "
             "which of them they read: remove the one that is not the model"
         )
-    _check_names(folder, tensors)
+    check_names(folder, tensors)
     for name, info in tensors.items():
         if 0 in info.shape:
             raise ValueError(
@@ -227,7 +227,7 @@ def _check_float(found: ModelFolder) -> None:
     )
 
 
-def _check_names(folder: Path, tensors: Iterable[str]) -> None:
+def check_names(folder: Path, tensors: Iterable[str]) -> None:
     """Raises ValueError for names that show that a checkpoint was not saved as a model alone."""
     names = list(tensors)
     adapter = next((name for name in names if ADAPTER_PART.search(name)), None)

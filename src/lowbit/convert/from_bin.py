@@ -9,7 +9,7 @@ from lowbit.checkpoint.folder import write_folder
 from lowbit.checkpoint.inside import check_links, file_inside
 from lowbit.checkpoint.pickled import read_state
 from lowbit.checkpoint.reader import is_file_name, read_json
-from lowbit.checkpoint.recognize import check_config, runnable_folder
+from lowbit.checkpoint.recognize import check_config, check_names, runnable_folder
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
@@ -24,8 +24,8 @@ def from_bin(folder: str | Path, out: str | Path, trust_remote_code: bool = Fals
     out: the folder to write, which must not exist.
     trust_remote_code: whether Python code in the model's folder is copied.
 
-    Raises ValueError if there is no pytorch_model.bin, it holds anything but tensors, or `out`
-    exists.
+    Raises ValueError if there is no pytorch_model.bin, it holds anything but tensors, or tensors
+    of a model in a wrapper, or `out` exists.
     """
     folder, out = Path(folder), Path(out)
     files = _files(folder)
@@ -62,5 +62,6 @@ def _shards(folder: Path, files: list[str]) -> Iterator[dict[str, Tensor]]:
                 f"{folder}: shard {file} is missing: copy it from the source of the checkpoint"
             )
         state = read_state(path)
+        check_names(path, state)
         # Cloned, because safetensors refuses tensors that share memory, as tied ones do.
         yield {name: tensor.clone().contiguous() for name, tensor in state.items()}
