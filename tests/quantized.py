@@ -32,7 +32,13 @@ METHODS: dict[str, Method] = {
         bits=3, group_size=16, let=True, epochs=1, min_tokens=8, init="minmax", rounding="nearest"
     ),
     "matquant": MatQuant(
-        group_size=16, let=True, init="awq", rounding="nearest", epochs=1, min_tokens=1
+        widths=[8, 4, 2],
+        group_size=16,
+        let=True,
+        init="awq",
+        rounding="nearest",
+        epochs=1,
+        min_tokens=1,
     ),
     "gptq": GPTQ(bits=3, group_size=16, min_tokens=8),
     "quip": QuIP(codebook="HI", scale=2.9, row_scale="always", tune_iters=0, min_tokens=8),
@@ -120,6 +126,7 @@ def master(
     """A model of the zoo with 8-bit codes to be sliced; tests must not change the folder."""
     out = _ROOT / f"{name}-master-{extra_precision}-{scope}-{rounding}"
     method = MatQuant(
+        widths=[8, 4, 2],
         group_size=16,
         lwc=False,
         epochs=0,

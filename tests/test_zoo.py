@@ -202,7 +202,7 @@ DIFFERENT: dict[str, tuple[Callable[[Path], None], str]] = {
     "layers": (other_layers, "config.json describes layers otherwise"),
     "file": (damaged, r"learned/model-00002-of-00003.safetensors is damaged: its sha256 differs"),
     "names": (outside, "plain names of files"),
-    "no files": (no_files, "learned: is missing: copy the entry from its source again"),
+    "no files": (no_files, "learned: is missing.*: copy the entry from its source again"),
 }
 
 
