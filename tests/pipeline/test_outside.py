@@ -171,6 +171,16 @@ def test_the_quantized_stream_begins_with_the_rounded_table() -> None:
     assert not torch.equal(plain, changed)
 
 
+def with_two_tables(place: Path, tied: bool, shift: float) -> Path:
+    """A model whose output layer is its embeddings plus a number. tied: what config.json says."""
+    folder = Path(shutil.copytree(quantized.source("llama"), place))
+    quantized.edit_json(folder / "config.json", lambda c: {**c, "tie_word_embeddings": tied})
+    held = load_file(folder / "model.safetensors")
+    held["lm_head.weight"] = held["model.embed_tokens.weight"] + shift
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.mark.parametrize(
     ("tied", "shift", "refused"), [(True, 1.0, True), (True, 0.0, False), (False, 1.0, False)]
 )
@@ -178,11 +188,7 @@ def test_two_tables_that_are_stated_to_be_one(
     tied: bool, shift: float, refused: bool, tmp_path: Path
 ) -> None:
     """transformers does not tie tables that differ, so storing one of them is another model."""
-    folder = Path(shutil.copytree(quantized.source("llama"), tmp_path / "model"))
-    quantized.edit_json(folder / "config.json", lambda c: {**c, "tie_word_embeddings": tied})
-    held = load_file(folder / "model.safetensors")
-    held["lm_head.weight"] = held["model.embed_tokens.weight"] + shift
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    folder = with_two_tables(tmp_path / "model", tied, shift)
     source = SourceModel(folder)
     if refused:
         with pytest.raises(ValueError, match=r"are one table, but .*set tie_word_embeddings to fa"):
@@ -199,16 +205,12 @@ def test_a_second_table_is_not_lost(
     tied: bool, shift: float, states: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Programs that go by config.json, and the export to them, would leave it out."""
-    folder = Path(shutil.copytree(quantized.source("llama"), tmp_path / "model"))
-    quantized.edit_json(folder / "config.json", lambda c: {**c, "tie_word_embeddings": tied})
-    held = load_file(folder / "model.safetensors")
-    held["lm_head.weight"] = held["model.embed_tokens.weight"] + shift
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    folder = with_two_tables(tmp_path / "model", tied, shift)
     out = quantized.quantize(folder, tmp_path / "out", RTN(bits=8))
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] == states
     assert ("two tables with different values" in caplog.text) == (tied and not states)
     head = lowbit.load(out)[0].get_output_embeddings().weight
-    assert torch.equal(head, held["lm_head.weight"])
+    assert torch.equal(head, load_file(folder / "model.safetensors")["lm_head.weight"])
     assert quantized.quantize(folder, out, RTN(bits=8)) == out  # nothing is made again
 
 
