@@ -215,7 +215,9 @@ async def _not_found(request: Request, error: Exception) -> Response:
     asked = f"{request.method} {request.url.path}"
     message = f"{asked}: there is no such address; allowed are {', '.join(ADDRESSES)}"
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        message = f"{asked}: use {(error.headers or {}).get('Allow', 'another method')} instead"
+        # Starlette lists them in the order of a set, which is another one in every process.
+        usable = sorted((error.headers or {}).get("Allow", "another method").split(", "))
+        message = f"{asked}: use {' or '.join(usable)} instead"
     return JSONResponse(error_body(RequestError(message)), error.status_code)
 
 
