@@ -24,7 +24,7 @@ SEQLEN = 512
 WINDOWS = 32
 RECIPES = (
     *("omniquant-w3a16", "omniquant-w4a16", "omniquant-w2a16", "ptq161", "matquant-842"),
-    *("quip-e8p-2bit", "quip-d4-2bit", "quip-hi-4bit", "gptq-w3a16", "rtn-w4a16"),
+    *("quip-e8p-2bit", "quip-d4-2bit", "quip-hi-4bit", "gptq-w4a16", "rtn-w4a16"),
 )
 LONGER = ("omniquant-w3a16", 20)  # a recipe and a number of epochs
 
