@@ -292,9 +292,8 @@ class QuantizedLinear(PackedOnly):
         bias = self._parameters["bias"]
         if bias is not None:
             y = y + bias.to(y.dtype)
-        shape = (*x.shape[:-1], self.out_features)
-        if y.shape != shape:
-            y = y.reshape(shape)
+        if y.dim() != x.dim():  # then it is (tokens, out_features)
+            y = y.reshape((*x.shape[:-1], self.out_features))
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def backend_for(

@@ -89,12 +89,17 @@ def _keep(layer: "QuantizedLinear", sources: Sources, made: dict[str, Tensor]) -
 
 
 def _sources(layer: "QuantizedLinear") -> Sources | None:
-    """Returns identity, version and place of the layer's tensors; None: they cannot be tracked."""
+    """Returns identity, version and place of the layer's tensors; None: they cannot be tracked.
+
+    Every forward asks, so it does not call what is not needed on a CPU.
+    """
     sources = []
-    for tensor in layer.own_tensors():
+    for tensor in layer._parameters.values():
+        if tensor is None:
+            continue
         if tensor.requires_grad or tensor.is_inference():
             return None
-        if is_recorded(tensor):
+        if not tensor.is_cpu and is_recorded(tensor):
             return None
-        sources.append((id(tensor), tensor._version, tensor.device, tensor.data_ptr()))
+        sources.append((id(tensor), tensor._version, tensor.data_ptr()))
     return tuple(sources)

@@ -4,6 +4,7 @@ import ctypes
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lowbit.kernels.native.library import INSTRUCTION_SETS, chosen, functions, threads
 
@@ -70,6 +71,20 @@ _OPERATOR = torch.ops.lowbit_native.multiply.default
 
 
 def multiply_op(x: Tensor, layers: list[Tensor], outputs: list[int]) -> list[Tensor]:
-    """Multiplies as `multiply` does, through torch's dispatcher, so that it can be compiled."""
+    """Multiplies as `multiply` does, as an operator of torch where something must see one."""
+    if _is_alone(x):
+        return multiply(x, layers, outputs)
     result: list[Tensor] = _OPERATOR(x, layers, outputs)
     return result
+
+
+def _is_alone(x: Tensor) -> bool:
+    """Whether no compiler, tracer, transform, mode or profiler needs to see an operator."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._is_tracing()
+        and torch._C._functorch.maybe_current_level() is None
+        and not torch.autograd._profiler_enabled()
+    )
