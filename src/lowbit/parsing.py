@@ -219,7 +219,7 @@ def _size(value: Any, where: str, field: tuple[Any, ...], known: dict[int, int])
     field: the keys that lead to it.
     known: the sizes of lists and mappings by their id, because YAML's aliases repeat them.
     """
-    if isinstance(value, str):
+    if isinstance(value, str) and not value.isascii():
         check_unicode(value, _place(where, field))
     if isinstance(value, _LongInteger):
         raise ValueError(

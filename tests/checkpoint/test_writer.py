@@ -128,6 +128,8 @@ def test_a_run_with_another_signature(name: str, begun: Path) -> None:
 def test_differences_are_found_either_way() -> None:
     assert list(differences({"a": 1}, {})) == [("a", (1, None))]
     assert list(differences({}, {"a": 1})) == [("a", (None, 1))]
+    methods = [{"method": {"name": name, name: 1}} for name in ("rtn", "gptq")]
+    assert list(differences(*methods)) == [("method", ("rtn", "gptq"))]
 
 
 def test_restart_keeps_nothing(begun: Path) -> None:

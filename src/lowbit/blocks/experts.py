@@ -139,8 +139,8 @@ class Expert(nn.Module):
         self.names = names
         self.activation = activation
         for name in names.readers:
-            setattr(self, name, nn.Linear(layout.hidden, layout.inner, bias=layout.biased))
-        setattr(self, names.down, nn.Linear(layout.inner, layout.hidden, bias=layout.biased))
+            setattr(self, name, _linear(layout.hidden, layout.inner))
+        setattr(self, names.down, _linear(layout.inner, layout.hidden))
 
     def forward(self, x: Tensor) -> Tensor:
         read = [getattr(self, name)(x) for name in self.names.readers]
@@ -162,7 +162,7 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, layout: ExpertLayout) -> None:
         super().__init__()
-        self.linear = nn.Linear(layout.hidden, layout.inner, bias=False)
+        self.linear = _linear(layout.hidden, layout.inner)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.linear(x)
@@ -328,8 +328,7 @@ def unfuse(fused: nn.Module, names: ExpertNames) -> UnfusedExperts:
         else partial(Expert, layout, names, _activation(fused, layout))
     )
     for number in range(layout.count):
-        with torch.device("meta"):
-            expert = one()
+        expert = one()
         for name, piece in pieces.items():
             tensor = piece.of(attrgetter(piece.stack)(fused), number).detach()
             linear, _, attribute = name.partition(".")
@@ -337,6 +336,19 @@ def unfuse(fused: nn.Module, names: ExpertNames) -> UnfusedExperts:
             setattr(getattr(expert, linear), attribute, parameter)
         experts.append(expert)
     return experts
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    """Returns an nn.Linear whose parameters are set later.
+
+    Those that its constructor makes took half of the time of a plan with 45,000 experts' linears.
+    """
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = inputs, outputs
+    for name in ("weight", "bias"):
+        linear.register_parameter(name, None)
+    return linear
 
 
 def _kind(fused: nn.Module) -> type[UnfusedExperts]:

@@ -107,11 +107,13 @@ def differences(
 ) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """Yields (key, (before, now)) for each key in which two signatures differ.
 
-    Two methods of the same name are compared field by field.
+    Two methods of the same name are compared field by field, others by their names.
     """
     for key in sorted(before.keys() | now.keys()):
         a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict) and a.get("name") == b.get("name"):
             yield from differences(a, b, f"{prefix}{key}.")
+        elif isinstance(a, dict) and isinstance(b, dict) and "name" in a and "name" in b:
+            yield f"{prefix}{key}", (a["name"], b["name"])
         elif a != b:
             yield f"{prefix}{key}", (a, b)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from lowbit.blocks import Fold, LinearGroup
@@ -67,7 +68,17 @@ class SourceModel(StreamedModel):
 
     def block_tensors(self, name: str) -> list[str]:
         """Returns the names on disk of all tensors of a block."""
-        return [d for m, d in self.disk_names.items() if m.startswith(f"{name}.")]
+        return self._tensors_of[name]
+
+    @cached_property
+    def _tensors_of(self) -> dict[str, list[str]]:
+        """The names on disk of the tensors of each block, found in one pass over all tensors."""
+        found: dict[str, list[str]] = {name: [] for name in self.block_names}
+        start = len(f"{self.family.blocks}.")
+        for memory, disk in self.disk_names.items():
+            end = memory.find(".", start)
+            found.get(memory[:end], []).append(disk)
+        return found
 
     def outside_tensors(self) -> list[str]:
         """Returns the names on disk of all tensors outside blocks: embeddings, norm, lm_head."""
