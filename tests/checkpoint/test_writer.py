@@ -103,7 +103,7 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"method": {"name": "rtn", "bits": 4, "x": 1}},
         ["method.x: was None, is 1"],
     ),
-    "method": ({"method": OTHER}, [f"method: was {SIGNATURE['method']}, is {OTHER}"]),
+    "method": ({"method": OTHER}, ["method: was rtn, is gptq"]),
     "a new key": ({"versions": "2"}, ["versions: was None, is 2"]),
     "a type": ({"seed": [0]}, ["seed: was 0, is [0]"]),
 }
