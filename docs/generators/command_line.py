@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import typer
-from option_tables import cell
+from option_tables import cell, code
 
 from lowbit.cli import app
 from lowbit.cli.auto_quip import auto_quip
@@ -43,6 +43,6 @@ def section(name: str, command: Any, program: str = "lowbit ") -> str:
     rows = [row for parameter in shown if (row := parameter.get_help_record(context))]
     if rows:
         lines = ["| argument or option | meaning |", "| --- | --- |"]
-        lines += [f"| `{cell(names)}` | {cell(meaning)} |" for names, meaning in rows]
+        lines += [f"| {code(names)} | {cell(meaning)} |" for names, meaning in rows]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

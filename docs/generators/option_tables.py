@@ -1,5 +1,6 @@
 """Tables of the fields of methods and options, and of recipes, from their pydantic models."""
 
+import html
 import importlib
 import inspect
 from collections.abc import Collection, Iterable
@@ -20,12 +21,17 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
+def code(text: str) -> str:
+    """Returns text as code for a cell of a table; backticks would show the signs of `cell`."""
+    return f"<code>{html.escape(' '.join(text.split())).replace('|', '&#124;')}</code>"
+
+
 def fields_table(texts: Iterable[FieldText], marked: Collection[str] = ()) -> str:
     """Returns a table of fields; those in `marked` get an asterisk."""
     lines = ["| field | type | default | meaning |", "| --- | --- | --- | --- |"]
     for text in texts:
         name = f"`{text.name}`" + " \\*" * (text.name in marked)
-        default = "required" if text.default is None else f"`{cell(text.default)}`"
+        default = "required" if text.default is None else code(text.default)
         lines.append(f"| {name} | {cell(text.type_name)} | {default} | {cell(text.meaning)} |")
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ LOADS = re.compile(
     r"|<link\b(?=[^>]*rel=\"(?:stylesheet|preload|preconnect|icon|dns-prefetch)\")[^>]*"
     r"\shref=\"(?P<href>[^\"]+)\""
 )
+CODE = re.compile(r"<code>(.*?)</code>")
 SHEET = re.compile(r"url\(\s*[\"']?(?P<url>[^\"')]+)|@import\s+[\"'](?P<sheet>[^\"']+)")
 
 
@@ -52,6 +53,12 @@ def test_no_page_and_no_sheet_names_a_file_of_another_host(site: Path) -> None:
 
 def test_every_line_that_asks_for_a_part_was_replaced(site: Path) -> None:
     assert [path for path in site.rglob("*.html") if "<!-- make:" in path.read_text("utf-8")] == []
+
+
+def test_no_code_shows_a_sign_of_markdown_or_html(site: Path) -> None:
+    shown = [c for p in site.rglob("*.html") for c in CODE.findall(p.read_text("utf-8"))]
+    assert len(shown) > 1000
+    assert [code for code in shown if "&amp;lt;" in code or r"\|" in code] == []
 
 
 @pytest.mark.skipif(browser.BROWSER is None, reason="needs a browser")

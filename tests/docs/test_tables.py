@@ -34,6 +34,11 @@ def test_a_row_has_as_many_cells_as_the_heading(name: str, generators: tuple[Any
     assert all(len(set(table)) <= 1 for table in lines)
 
 
+def test_the_rows_have_one_heading(generators: tuple[Any, Any]) -> None:
+    lines = (ROOT / "benchmarks" / "results.csv").read_text("utf-8").splitlines()
+    assert [i for i, line in enumerate(lines) if line.startswith("date,")] == [0]
+
+
 def test_models_are_in_the_order_of_their_sizes(generators: tuple[Any, Any]) -> None:
     for metric in ("size", "memory", "disk"):
         rows = generators[1].plan_table(metric).splitlines()[2:]
