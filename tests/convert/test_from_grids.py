@@ -70,7 +70,20 @@ def test_round_trip(name: str, source: Path, tmp_path: Path) -> None:
         assert torch.equal(lowbit.load(back)[0](zoo.tokens()).logits, wanted)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_export_is_refused(name: str, source: Path, tmp_path: Path) -> None:
+    dest = exported(source, tmp_path, "gptq", RTN(bits=4, group_size=32, symmetric=True))
+    file = next(iter(sorted(dest.glob("*.safetensors")))) if "safe" in name else dest / name
+    data = bytearray(file.read_bytes())
+    data[-10] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{file.name} is damaged: its sha256 differs, so it is"):
+        lowbit.convert(dest, tmp_path / "back", "gptq")
+    assert not (tmp_path / "back").exists()
+
+
 def edited(dest: Path, edit: Any) -> None:
+    (dest / "export.json").unlink()  # it would be refused at once
     file = CheckpointReader(dest).tensors[f"{NAME}.g_idx"].file
     tensors = load_file(dest / file)
     edit(tensors)

@@ -1,6 +1,7 @@
 """Layers that can run at several widths, their entries and their slices."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,6 +173,14 @@ def test_entries_of_slices() -> None:
     assert found["a"] == master().slice(4).entry() and found["b"] == extra.slice(2).entry()
     with pytest.raises(ValueError, match="layer c: it is a slice of 4 bits: a slice of 2 bits"):
         sliced_entries(entries, 2, read)
+
+
+@pytest.mark.parametrize("kind", [dict, str])
+def test_a_plan_of_a_method_is_no_plan_of_widths(kind: type, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text("method: rtn\noverrides: {a: {bits: 3}}\n")
+    given: Any = {"method": "rtn", "overrides": {}} if kind is dict else str(tmp_path / "plan.yaml")
+    with pytest.raises(ValueError, match="it is a plan for lowbit quantize --plan; widths of a"):
+        choose_widths({"a": 8}, given)
 
 
 def test_a_number_in_quotes() -> None:

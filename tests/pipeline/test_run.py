@@ -1,6 +1,7 @@
 """A run: what its result depends on, what it keeps, how much memory it takes, what it reports."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 import lowbit
 from lowbit.blocks import BlockTask
 from lowbit.checkpoint import CheckpointReader
-from lowbit.events import Event
+from lowbit.events import BlockFinished, Event
 from lowbit.methods import RTN, OmniQuant
 from lowbit.methods.result import BlockResult
 from lowbit.models.source import SourceModel
@@ -49,6 +50,30 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "out"
     return Path(shutil.copytree(quantized.folder(method="omniquant"), out))
+
+
+@pytest.mark.parametrize("change", ["values", "time", "none"])
+def test_a_model_that_changes_during_the_run(change: str, tmp_path: Path) -> None:
+    """No block that may be of two models is recorded."""
+    model = Path(shutil.copytree(quantized.source(), tmp_path / "model"))
+    file, changed = next(iter(sorted(model.glob("*.safetensors")))), list[int]()
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, BlockFinished) and not changed and change != "none":
+            changed.append(1)
+            if change == "values":
+                data = bytearray(file.read_bytes())
+                data[-8:] = bytes(8)
+                file.write_bytes(data)
+            else:
+                os.utime(file)
+
+    if change == "none":
+        lowbit.quantize(model, tmp_path / "out", RTN(bits=4), on_event=on_event)
+        return
+    with pytest.raises(ValueError, match=f"{file} changed while it was read"):
+        lowbit.quantize(model, tmp_path / "out", RTN(bits=4), on_event=on_event)
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize("name", CHANGES)

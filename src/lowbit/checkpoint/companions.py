@@ -22,6 +22,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from lowbit.checkpoint.hashes import READ
 from lowbit.checkpoint.inside import check_link
 from lowbit.checkpoint.provenance import copy_without_paths
 from lowbit.checkpoint.writer import KEPT_END, RUN, aside
@@ -35,6 +36,8 @@ ABOUT_OTHER_WEIGHTS = (
     "quantize_config.json",
     "quant_config.json",
 )
+PAGE = "report.html"
+EXPORTED = "export.json"  # states what `lowbit export` has written
 CARD = "README"
 CODE = ".py"
 COMPILED = (".pyc", ".so")
@@ -65,6 +68,19 @@ def copy_companions(
         with aside(into / name) as part:
             copy_without_paths(folder / name, part)
     return names
+
+
+def belongs_to_model(file: Path) -> bool:
+    """Returns whether a file is there, and is one that its folder's model consists of."""
+    if not file.is_file() or not any((file.parent / name).is_file() for name in CONFIGS):
+        return False
+    named = {*ABOUT_ITSELF, *ABOUT_OTHER_WEIGHTS, *CONFIGS, EXPORTED} - {PAGE}
+    return (
+        file.name in named
+        or file.name.startswith(CARD)
+        or file.name.endswith((*WEIGHTS, *COMPILED, INDEX_END, CODE))
+        or any(file.match(pattern) for pattern in READ)
+    )
 
 
 def companions_of(folder: Path, code: bool = False) -> list[Path]:

@@ -73,6 +73,7 @@ class CheckpointReader:
         self.folder = folder
         self.files = _shards(folder) if files is None else files
         self.tensors: dict[str, TensorInfo] = {}
+        self.states = {file: _state(folder / file) for file in self.files}
         for file in self.files:
             for name, info in read_header(folder / file).items():
                 if name in self.tensors:
@@ -97,6 +98,15 @@ class CheckpointReader:
                 raise ValueError(
                     f"{self.folder}: according to {INDEX}, tensor {name} is in {file}, but it is "
                     f"missing there: {ONE_SAVE}"
+                )
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError if a file has changed since the reader was made."""
+        for file, state in self.states.items():
+            if _state(self.folder / file) != state:
+                raise ValueError(
+                    f"{self.folder / file} changed while it was read, so the result would be of "
+                    "no model: wait until nothing writes it, and run again with --restart"
                 )
 
     @property
@@ -142,6 +152,15 @@ class CheckpointReader:
         hashes = sha256_of_files(self.folder, self.files, names, cache)
         joined = "".join(f"{file} {digest}\n" for file, digest in hashes.items())
         return hashlib.sha256(joined.encode()).hexdigest()
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Returns size and time of change of a file; None: it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def read_tensors(

@@ -49,6 +49,7 @@ class ViewingReader(CheckpointReader):
     def __init__(self, inner: CheckpointReader, views: Mapping[str, View]) -> None:
         self.inner = inner
         self.folder, self.files, self.views = inner.folder, inner.files, dict(views)
+        self.states = inner.states
         sources = {source for view in views.values() for source in view.sources}
         self.tensors = {n: info for n, info in inner.tensors.items() if n not in sources}
         for name, view in views.items():

@@ -40,6 +40,7 @@ from lowbit.checkpoint.integrity import folder_problems
 from lowbit.checkpoint.output import final_config
 from lowbit.checkpoint.reader import INDEX, SINGLE, CheckpointReader, read_json
 from lowbit.checkpoint.records import Record, differences, digest_of, read_record, sealed
+from lowbit.parsing import kind_of
 
 RUN, SIGNATURE, EVENTS = "run", "signature.json", "events.jsonl"
 CONFIG = "config.json"
@@ -353,8 +354,10 @@ class CheckpointWriter:
 def aside(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write a file to; then flushes it to disk and renames it to `path`.
 
-    After an error nothing is renamed.
+    After an error nothing is renamed. Raises ValueError for what is neither a file nor a link.
     """
+    if path.exists() and not path.is_symlink() and not path.is_file():
+        raise ValueError(f"{path} is {kind_of(path.stat().st_mode)}, and cannot be written as one")
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)  # what is left of an earlier run, or a link to somewhere else
     yield part

@@ -1,9 +1,11 @@
 """The command line `lowbit`: one function for each command. Only this package prints."""
 
+import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from errno import ENOSPC
 from typing import Annotated, Any
 
 import torch
@@ -109,6 +111,8 @@ def _sentence(error: BaseException) -> str:
         return f"out of memory: {error}" if str(error) else "out of memory"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename} cannot be read or written: {error.strerror}"
+    if isinstance(error, OSError) and error.errno == ENOSPC:
+        return "no space left on the device that standard output, or a file, is written to"
     return str(error) or type(error).__name__
 
 
@@ -183,6 +187,14 @@ def top(
 
 def main() -> None:
     """The console script `lowbit`."""
+    with ExitStack() as closed:
+        for name in ("stdout", "stderr"):  # a service may have started us without them
+            if getattr(sys, name) is None:
+                setattr(sys, name, closed.enter_context(open(os.devnull, "w")))
+        _run()
+
+
+def _run() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack some characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

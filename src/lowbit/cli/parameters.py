@@ -6,7 +6,9 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from lowbit.checkpoint.companions import belongs_to_model
 from lowbit.config import Config
+from lowbit.parsing import kind_of
 
 
 def meaning(config: type[Config], field: str) -> str:
@@ -84,12 +86,24 @@ JsonFile = Annotated[
 
 
 def check_writable(option: str, file: Path | None) -> None:
-    """Raises ValueError if a file cannot be written; called before any work is done."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+    """Raises ValueError if a file cannot be written, or must not be; called before any work.
+
+    A file that a model consists of is never replaced.
+    """
+    if file is None:
+        return
+    if file.is_dir() or not file.parent.is_dir():
         raise ValueError(f"{option} {file}: it is a folder, or is in a folder that does not exist")
-    if file is not None:
-        try:
-            TemporaryFile(dir=file.parent).close()
-        except OSError as error:
-            reason = f"{file.parent} takes no new files ({error.strerror})"
-            raise ValueError(f"{option} {file}: {reason}: choose another folder") from None
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        what = "a link" if file.is_symlink() else kind_of(file.stat().st_mode)
+        raise ValueError(f"{option} {file}: it is {what}, and only a file is written: name one")
+    if belongs_to_model(file):
+        raise ValueError(
+            f"{option} {file}: it is a file of the model in {file.parent}, and would be replaced: "
+            "choose another name"
+        )
+    try:
+        TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        reason = f"{file.parent} takes no new files ({error.strerror})"
+        raise ValueError(f"{option} {file}: {reason}: choose another folder") from None

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from lowbit.checkpoint.companions import EXPORTED
+from lowbit.checkpoint.hashes import problem_of
+from lowbit.checkpoint.reader import read_json
 from lowbit.config import unknown_name
 from lowbit.convert.from_bin import from_bin
 from lowbit.convert.from_grids import LAYOUTS, from_grids
@@ -40,4 +43,16 @@ def convert(
         raise ValueError(
             f"{folder}: there is no such folder; from the hub: hf download NAME --local-dir DIR"
         )
+    _check_export(folder)
     return READERS[layout](folder, out, trust_remote_code)
+
+
+def _check_export(folder: Path) -> None:
+    """Raises ValueError for a folder that lowbit exported, if a file is no longer what it wrote."""
+    stated = read_json(folder / EXPORTED) if (folder / EXPORTED).is_file() else {}
+    files = stated.get("files") if isinstance(stated, dict) else None
+    for name, facts in (files if isinstance(files, dict) else {}).items():
+        if (problem := problem_of(folder, name, facts)) is not None:
+            raise ValueError(
+                f"{folder}: {name} {problem}, so it is not what lowbit export wrote: export again"
+            )

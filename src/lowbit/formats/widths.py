@@ -168,6 +168,11 @@ def choose_widths(current: Mapping[str, int], bits: WidthPlan) -> dict[str, int]
     plan = plan if isinstance(plan, Mapping) else _read(Path(plan))
     if not all(isinstance(pattern, str) for pattern in plan):
         raise ValueError(f"bits is {dict(plan)!r:.80}: it must map names or patterns to widths")
+    if isinstance(plan.get("method"), str):
+        raise ValueError(
+            f"bits is {shorten(bits) if isinstance(bits, str | Path) else 'a plan'}: it is a plan "
+            "for lowbit quantize --plan; widths of a matquant folder are made by lowbit mix FOLDER"
+        )
     chosen = dict(current)
     for pattern, width in plan.items():
         if type(width) is not int or width not in range(2, 9):

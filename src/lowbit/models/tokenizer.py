@@ -13,6 +13,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from lowbit.checkpoint.inside import file_inside
 from lowbit.checkpoint.reader import read_json
+from lowbit.checkpoint.recognize import GENERATION
 from lowbit.models.config import CODE_REFUSED, TRANSFORMERS, load_config, wrong_field
 from lowbit.models.sizes import rows_of
 from lowbit.parsing import BYTE_ORDER_MARK, reason_of, shorten
@@ -68,6 +69,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         )
     _note_class(folder / CONFIG)
     _note_tokens_without_rows(folder, tokenizer, config)
+    _note_end_without_row(folder, config)
     return tokenizer
 
 
@@ -174,6 +176,19 @@ def _note_tokens_without_rows(folder: Path, tokenizer: Any, config: Any) -> None
         f"has no row: {', '.join(map(shorten, names[:SHOWN]))}{more}. Texts that hold them are "
         "refused"
     )
+
+
+def _note_end_without_row(folder: Path, config: Any) -> None:
+    """Logs a token that ends texts, according to the folder, but that the model cannot predict."""
+    rows = rows_of(config)
+    stated = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    ends = stated.get("eos_token_id")
+    for end in ends if isinstance(ends, list) else [ends]:
+        if rows is not None and type(end) is int and not 0 <= end < rows:
+            logger.warning(
+                f"note: {folder / GENERATION} has the eos_token_id {end}, but the model has "
+                f"{rows:,} tokens: programs that go by it never end a text"
+            )
 
 
 def _is_known(name: str) -> bool:

@@ -251,6 +251,7 @@ class Job:
                 "but the folder has two tables with different values: both are kept, and "
                 "config.json of OUT does not tie them"
             )
+        self.source.reader.check_unchanged()
         writer.write_shard(0, tensors, None, record)
 
     def first_stream(
@@ -325,6 +326,7 @@ class Job:
             tensors, record = shard_of(result, self.source, name, writer.is_marked(index + 1))
             check_equal(self.ranks, name, {**tensors, **result.learned})
             learned = result.learned if self.method.learns else None
+            self.source.reader.check_unchanged()
             writer.write_shard(index + 1, tensors, learned, record)
         finished = BlockFinished(
             block=name,

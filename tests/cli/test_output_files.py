@@ -1,0 +1,74 @@
+"""Options that name a file to write never replace a file of a model, or what is no file."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from zoo import MODELS
+
+PARTS = ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"]
+OPTIONS = {
+    "plan": ("plan", "MODEL", "--method", "rtn", "--json"),
+    "eval": ("eval", "MODEL", "--text", "TEXT", "--json"),
+    "mix": ("mix", "MODEL", "--method", "rtn", "--budget", "3", "-o"),
+    "report": ("report", "MODEL", "-o"),
+    "doctor": ("doctor", "--json"),
+    "bench": ("bench", "--shape", "256x1", "--json"),
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return shutil.copytree(MODELS / "llama-mini", tmp_path / "model")
+
+
+def refused(lowbit, option, model, file):
+    words = [{"MODEL": str(model), "TEXT": str(model / "config.json")}.get(w, w) for w in option]
+    return lowbit(*words, file, code=1).stderr
+
+
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
+def test_a_file_of_a_model_stays(option, lowbit, model):
+    for name in PARTS:
+        before = (model / name).read_bytes()
+        assert f"{model / name}: it is a file of the model in {model}" in refused(
+            lowbit, option, model, model / name
+        )
+        assert (model / name).read_bytes() == before
+    assert not list(model.glob("*.part"))
+
+
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
+def test_links_and_pipes_stay(option, lowbit, model, tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    assert "it is a named pipe" in refused(lowbit, option, model, tmp_path / "pipe.json")
+    assert "it is a link" in refused(lowbit, option, model, tmp_path / "link.json")
+    assert (tmp_path / "pipe.json").is_fifo() and (tmp_path / "link.json").is_symlink()
+
+
+def test_other_files_beside_a_model_are_replaced(lowbit, model):
+    for _ in range(2):
+        lowbit("plan", model, "--method", "rtn", "--json", model / "plan.json")
+    assert (model / "plan.json").is_file()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_without_standard_streams(closed, tmp_path):
+    """As services start programs."""
+    command = f"{shlex.quote(sys.executable)} -m lowbit doctor --json out.json {closed}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.json").is_file()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_behind_standard_output(rtn):
+    command = [sys.executable, "-m", "lowbit", "inspect", rtn]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "error: no space left on the device" in done.stderr
+    assert "Traceback" not in done.stderr
