@@ -113,6 +113,18 @@ def test_an_unknown_class_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "names the tokenizer_class ZapTokenizer, which transformers" in caplog.text
 
 
+@pytest.mark.parametrize("end", [None, 0, [0, 1], 10**6, [0, 10**6], -1])
+def test_an_end_that_the_model_cannot_predict_is_noted(
+    end: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(source(), tmp_path / "model"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    assert load_tokenizer(folder) is not None
+    wrong = {10**6, -1} & set(end if isinstance(end, list) else [end])
+    assert all(f"has the eos_token_id {each}, but the model has" in caplog.text for each in wrong)
+    assert bool(wrong) == ("programs that go by it never end a text" in caplog.text)
+
+
 @pytest.mark.parametrize(("count", "said"), [(0, ""), (1, "row: <a0>. T"), (5, "<a2> and 2 oth")])
 def test_tokens_without_a_row_are_noted(
     count: int, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
