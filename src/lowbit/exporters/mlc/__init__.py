@@ -45,7 +45,7 @@ AWQ_GROUP = 128
 class MlcExporter(Exporter):
     """Writes MLC's q4f16_2: symmetric layers of 2 to 4 bits in groups of 32, or multiples, or rows.
 
-    The published model libraries of MLC are for other layouts, so that the user compiles one.
+    The published model libraries of MLC are for other layouts, so you have to compile one.
     """
 
     name = "mlc"
