@@ -118,7 +118,18 @@ def section(**changes: Any) -> Any:
 WRONG = {
     "another layout": ("ct", {}, "awq", "is quantized by compressed-tensors: --from awq"),
     "another width": ("gptq", {"bits": 5}, "gptq", "bits is 5: allowed are 2, 3, 4, 8"),
-    "another group": ("gptq", {"group_size": 64}, "gptq", "sorted into groups"),
+    "another known width": (
+        "gptq",
+        {"bits": 8},
+        "gptq",
+        "config says bits: 8, but qweight has 4 bits for each of ",
+    ),
+    "another group": (
+        "gptq",
+        {"group_size": 64},
+        "gptq",
+        "config says group_size: 64, but g_idx has groups of 32 inputs",
+    ),
     "gemv": ("awq", {"version": "gemv"}, "awq", "allowed are 4 and 'gemm'"),
     "group of awq": ("awq", {"group_size": 16}, "awq", "do not fit together"),
     "no groups": ("ct", {"config_groups": {}}, "ct", "has no config_groups"),

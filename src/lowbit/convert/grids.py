@@ -49,11 +49,11 @@ def gptq_grid(name: str, stored: Stored, section: Section) -> Grid:
     columns = len(words) * 32 // bits
     if (order := stored.get("g_idx")) is not None:
         columns = len(order)
-        wanted = torch.arange(columns) // (size or columns)
-        if not torch.equal(order.long(), wanted):
+        _check_order(order.long(), size or columns)
+        if -(-columns * bits // 32) != len(words):
             raise ValueError(
-                "its inputs are sorted into groups by g_idx (desc_act), which lowbit's format "
-                "uniform cannot hold"
+                f"the config says bits: {bits}, but qweight has {32 * len(words) / columns:g} bits "
+                f"for each of {columns} inputs: correct the config"
             )
     codes = _codes(words.T, bits, columns)
     points = _codes(_needed(stored, "qzeros"), bits, scale.shape[1]).long()
@@ -65,6 +65,25 @@ def gptq_grid(name: str, stored: Stored, section: Section) -> Grid:
             )
         points = points + 1
     return Grid(codes, scale.T, points.T, bits, size)
+
+
+def _check_order(order: Tensor, size: int) -> None:
+    """Raises ValueError for inputs that are not in groups of `size`, one after the other.
+
+    order: (inputs,), the group of each input.
+    """
+    if torch.equal(order, torch.arange(len(order)) // size):
+        return
+    first = max(1, int((order == 0).sum()))
+    if torch.equal(order, torch.arange(len(order)) // first):
+        raise ValueError(
+            f"the config says group_size: {size}, but g_idx has groups of {first} inputs: correct "
+            "the config"
+        )
+    raise ValueError(
+        "its inputs are sorted into groups by g_idx (desc_act), which lowbit's format uniform "
+        "cannot hold"
+    )
 
 
 def awq_grid(name: str, stored: Stored, section: Section) -> Grid:
