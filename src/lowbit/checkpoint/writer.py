@@ -354,10 +354,10 @@ class CheckpointWriter:
 def aside(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write a file to; then flushes it to disk and renames it to `path`.
 
-    After an error nothing is renamed. Raises ValueError for what is neither a file nor a link.
+    After an error nothing is renamed. Raises ValueError for a pipe or a device.
     """
-    if path.exists() and not path.is_symlink() and not path.is_file():
-        raise ValueError(f"{path} is {kind_of(path.stat().st_mode)}, and cannot be written as one")
+    if path.exists() and not (path.is_symlink() or path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is {kind_of(path.stat().st_mode)}: remove it, or name a file")
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)  # what is left of an earlier run, or a link to somewhere else
     yield part
