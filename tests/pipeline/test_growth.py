@@ -1,11 +1,12 @@
 """How counts and bytes grow from miniatures: exact for what grows as it is assumed to."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import pytest
 
-from lowbit.pipeline.growth import POWERS, Growth
+from lowbit.pipeline.growth import POWERS, SLOWEST, Growth
 from lowbit.pipeline.meters import KINDS, LAUNCHES, OPERATIONS, VALUES
 
 RATES = numpy.array([1e-6, 1e-9, 2e-9, 1e-11, 1e-12])
@@ -54,8 +55,8 @@ CALLS = [each[LAUNCHES] for each in (at(1), at(2), at(16))]
 AREAS = [each[VALUES] + each[2] for each in (at(1), at(2), at(16))]
 BEYOND = {
     "calls": (CALLS, 1e-3),
-    "values": (AREAS, 1e-6),
-    "both": ([1e-3 * c + 1e-5 * a for c, a in zip(CALLS, AREAS, strict=True)], 1.0),
+    "values": (AREAS, 1e-8),
+    "both": ([1e-3 * c + 1e-8 * a for c, a in zip(CALLS, AREAS, strict=True)], 1.0),
 }
 
 
@@ -66,6 +67,24 @@ def test_what_counts_do_not_say_grows_with_calls_and_values(name: str) -> None:
     taken = [float(RATES @ at(s)) + more for s, more in zip((1, 2), rest, strict=False)]
     made = growth(short=at(1), long=at(2), measured=taken[1], measured_short=taken[0])
     assert made.seconds(lambda run: run) == pytest.approx(float(RATES @ at(16)) + rest[2])
+
+
+def test_a_busy_machine_does_not_make_years_of_it() -> None:
+    """What a miniature waited for others would be taken for the time of values, which grow most."""
+    taken = float(RATES @ at(2)) + 1.0
+    made = growth(short=at(1), long=at(2), measured=taken, measured_short=float(RATES @ at(1)))
+    most = float(RATES @ at(16)) + SLOWEST * RATES[2] * AREAS[2] + CALLS[2] / CALLS[1]
+    assert float(RATES @ at(16)) < made.seconds(lambda run: run) <= most
+
+
+@pytest.mark.parametrize(("constant", "short"), [(0, 1), (0, 10**4), (10**9, 8452)])
+def test_memory_that_does_not_grow_never_hides_what_does(constant: int, short: int) -> None:
+    def held(length: int) -> Any:
+        return SimpleNamespace(memory=max(constant, 5 * length**2), lengths=3 * length)
+
+    made = growth(short=held(short), long=held(2 * short), measured=0.0)
+    size = 16 * short
+    assert made.memory(lambda run: run) == pytest.approx(5 * size**2 + 3 * size)
 
 
 def test_a_faster_miniature_is_faster_in_proportion() -> None:

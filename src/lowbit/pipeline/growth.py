@@ -16,6 +16,9 @@ from lowbit.pipeline.meters import CUBES, KINDS, LAUNCHES, OPERATIONS, VALUES, W
 
 # The lower of the two powers of the length that each kind of count is a sum of.
 POWERS = {LAUNCHES: 0, VALUES: 1, WHOLE_VALUES: 1, OPERATIONS: 2, CUBES: 2}
+# The most that one value of an operation takes, in passes over a large tensor. What a miniature
+# takes beyond that is of a busy machine, and would grow to years.
+SLOWEST = 8
 Part = Callable[[DryRun], Any]  # takes a part out of a dry run
 
 
@@ -53,8 +56,16 @@ class Growth:
         return round(self.amount(part))
 
     def memory(self, part: Part) -> int:
-        """Returns the bytes of all tensors in a part of the model's dry run."""
+        """Returns the bytes of all tensors in a part of the model's dry run.
+
+        If the longer miniature takes less than twice as much as the shorter one, most of what that
+        one takes does not grow, such as the table of a codebook: all of the longer one's bytes then
+        count as areas.
+        """
+        shorter, longer = (max(0, part(run).memory) for run in (self.short, self.long))
         areas = self.amount(lambda run: max(0, part(run).memory))
+        if longer < 2 * shorter:
+            areas = longer * self.divisor**2 * float(self._with_experts(lambda r: part(r).memory))
         short, long = (part(run).lengths for run in (self.short, self.long))
         return round(areas + self._grown(short, long, 0))
 
@@ -85,6 +96,7 @@ class Growth:
         of_values = 0.0
         if more_values > 0:  # in seconds for one value
             of_values = min(max(0.0, rest - calls * earlier) / more_values, rest / values[1])
+            of_values = min(of_values, SLOWEST * self.rates[WHOLE_VALUES])
         of_calls = (rest - of_values * values[1]) / max(1.0, long[LAUNCHES])
         return float(found + of_values * values[2] + of_calls * counts[LAUNCHES])
 
