@@ -195,6 +195,7 @@ def main() -> None:
 
 
 def _run() -> None:
+    """Runs the command that the arguments name."""
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack some characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
